@@ -1,0 +1,1 @@
+"""Visual token pruning that keeps position ids."""
