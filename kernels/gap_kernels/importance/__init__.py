@@ -1,0 +1,54 @@
+"""How much the prompt attends to each visual token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..validation import ShapeChecker
+from .op import check_importance, visual_importance_op
+
+__all__ = ["visual_importance"]
+
+
+def visual_importance(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    *,
+    rows: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the attention that chosen query rows pay to each visual token.
+
+    The value is the mean over heads and query rows of ``softmax(scale * q k^T)`` at the visual keys. With the
+    last row alone it is the score in the released code of FastV (arXiv 2403.06764); with the text rows it is
+    text-to-visual attention.
+
+    The ``Q`` query rows are the last ``Q`` of the ``S`` key positions. A position in ``rows`` or
+    ``visual_index`` counts within those rows: position ``p`` is key column ``p + S - Q``. A row at key column
+    ``c`` sees the columns up to ``c`` that ``attention_mask`` allows.
+
+    Args:
+        query: [B, Hq, Q, D] float32, float16, bfloat16 or float64, after the rotary embedding; any strides.
+        key: [B, Hkv, S, D], same dtype; Hq is a multiple of Hkv and Q <= S; any strides.
+        visual_index: int64 [B, V], positions of the visual tokens in any order; -1 = filler.
+        rows: int64 [B, R], the query rows to average; -1 = filler, left out of the mean. Default: the last
+            row (with padding on the right, name the last real row of each sample).
+        attention_mask: bool [B, S], True = a real token.
+        lse: float32 [B, Hq, R], natural log-sum-exp of each row's scaled and masked scores, if the attention
+            has returned it: only the visual keys are then read. Entries of filler rows are ignored.
+        scale: factor of ``q k^T``; default ``D ** -0.5``.
+
+    Returns:
+        float32 [B, V] (float64 for float64 queries), computed in float32 (float64). Filler slots, visual
+        tokens that no row sees, and samples without a valid row get 0; a row that sees nothing adds 0 but
+        counts in the mean.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device; on the CPU also for a position out of
+            range.
+    """
+    check_importance(ShapeChecker(), query, key, visual_index, rows, attention_mask, lse, scale)
+    return visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale)

@@ -1,0 +1,88 @@
+"""``gap_kernels::visual_importance``: registration, fake kernel and checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from . import reference
+
+
+@torch.library.custom_op(
+    "gap_kernels::visual_importance",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor visual_index, Tensor? rows, Tensor? attention_mask, Tensor? lse,"
+        " float? scale) -> Tensor"
+    ),
+)
+def visual_importance_op(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Run the operator; see :func:`gap_kernels.visual_importance` and ``reference.py``."""
+    if query.is_cpu:
+        check_range("visual_index", visual_index, -1, query.shape[2] - 1)
+        if rows is not None:
+            check_range("rows", rows, -1, query.shape[2] - 1)
+    return reference.visual_importance(query, key, visual_index, rows, attention_mask, lse, scale)
+
+
+@visual_importance_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(visual_index.shape, dtype=dtype)
+
+
+def check_importance(
+    shapes: ShapeChecker,
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Check the arguments of :func:`gap_kernels.visual_importance` and record their sizes in ``shapes``.
+
+    Raises:
+        ValueError: if one has another shape, dtype or device than documented.
+    """
+    shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)
+    shapes.check("key", key, "B Hkv S D", (query.dtype,))
+    shapes.check("visual_index", visual_index, "B V", (torch.int64,))
+    query_heads, num_rows = query.shape[1], query.shape[2]
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
+        raise ValueError(
+            f"query: expected a multiple of the {key_heads} heads of key, got {query_heads} heads"
+            f" ({describe(query)})"
+        )
+    if num_rows == 0:
+        raise ValueError(f"query: expected at least one row, got {describe(query)}")
+    if num_rows > num_keys:
+        raise ValueError(f"key: expected at least the {num_rows} positions of query, got {describe(key)}")
+    if rows is not None:
+        shapes.check("rows", rows, "B R", (torch.int64,))
+    if attention_mask is not None:
+        shapes.check("attention_mask", attention_mask, "B S", (torch.bool,))
+    if lse is not None:
+        shapes.sizes.setdefault("R", 1)  # without `rows` there is one row, the last
+        shapes.check("lse", lse, "B Hq R", (torch.float32, torch.float64))
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")

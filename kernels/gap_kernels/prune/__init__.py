@@ -1,0 +1,163 @@
+"""Dropping visual tokens: score, select, and gather what stays with its own position ids."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..importance.op import check_importance, visual_importance_op
+from ..validation import ShapeChecker, check_length, read_max, split_count
+from .op import check_rows, gather_rows_op, surviving_rows_op
+
+__all__ = ["PrunedTokens", "prune_by_score", "prune_tokens"]
+
+
+class PrunedTokens(NamedTuple):
+    """What is left of a prompt. A sample with fewer than L survivors has filler on the left."""
+
+    hidden_states: Tensor
+    """[B, L, C]; a filler row is a copy of the sample's row 0, to be masked by the caller."""
+    cos: Tensor
+    """[B, L, D'], like ``hidden_states``."""
+    sin: Tensor
+    """[B, L, D'], like ``hidden_states``."""
+    position_ids: Tensor
+    """int64 [B, L] or [A, B, L]: each survivor's own ids, unchanged (arXiv 2506.21873)."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    """int64 [B, L]: the row that each survivor had before, ascending; -1 = filler."""
+    scores: Tensor
+    """float32 [B, V]: the score of each visual token, whether kept or not."""
+
+
+def prune_by_score(
+    scores: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int | Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    length: int | None = None,
+) -> PrunedTokens:
+    """Keep the best-scored visual tokens and all text, in order, every survivor with its own position ids.
+
+    A sample's survivors are:
+
+    - its ``keep`` best visual tokens: higher scores first, NaN last, ties to the lower position;
+    - every row that is neither visual nor padding;
+    - its last row, whatever it is, because the next token is predicted from it. A visual last row that isn't
+      among the ``keep`` best is one survivor more.
+
+    Args:
+        scores: float32 [B, V], one score per slot of ``visual_index``.
+        hidden_states: [B, Q, C] float32, float16, bfloat16 or float64.
+        cos: [B, Q, D'], any of those dtypes; may be expanded over the batch.
+        sin: like ``cos``.
+        position_ids: int64 [B, Q], or [A, B, Q] with any A (3 for M-RoPE); may be expanded over the batch.
+        visual_index: int64 [B, V], positions of the visual tokens, distinct, in any order; -1 = filler,
+            anywhere.
+        keep: visual tokens to keep, >= 0: an int, or an int64 tensor [B] with a count per sample. More than a
+            sample has means all.
+        attention_mask: bool [B, Q], True = a real token. Padding is dropped and never chosen, even where
+            ``visual_index`` names it.
+        length: rows of the result, L. Default: the largest number of survivors in the batch, which takes one
+            read from the device; required under ``torch.compile``, ``torch.export`` and CUDA graph capture.
+            More than needed means more filler.
+
+    Returns:
+        The survivors. Gradients flow back through ``hidden_states``, ``cos`` and ``sin``.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device. On the CPU also if a position is out of
+            range or repeated, a count negative, or ``length`` less than a sample's survivors (elsewhere,
+            where checking would need a read, the surplus on the left is lost).
+    """
+    shapes = ShapeChecker()
+    check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
+    shapes.check("scores", scores, "B V", (torch.float32,))
+    if attention_mask is not None:
+        shapes.check("attention_mask", attention_mask, "B Q", (torch.bool,))
+    return _prune(
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length
+    )
+
+
+def prune_tokens(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int | Tensor,
+    *,
+    rows: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    length: int | None = None,
+) -> PrunedTokens:
+    """Score visual tokens by attention and prune: :func:`visual_importance`, then :func:`prune_by_score`.
+
+    Args:
+        query: [B, Hq, Q, D], see :func:`visual_importance`.
+        key: [B, Hkv, S, D] with Q <= S.
+        hidden_states: [B, Q, C], see :func:`prune_by_score`, like the next arguments.
+        cos: [B, Q, D'].
+        sin: [B, Q, D'].
+        position_ids: int64 [B, Q] or [A, B, Q].
+        visual_index: int64 [B, V].
+        keep: int, or int64 [B].
+        rows: int64 [B, R], the query rows to average, see :func:`visual_importance`.
+        attention_mask: bool [B, S]; its last Q columns belong to the rows.
+        lse: float32 [B, Hq, R], see :func:`visual_importance`.
+        scale: factor of ``q k^T``; default ``D ** -0.5``.
+        length: rows of the result, see :func:`prune_by_score`.
+
+    Returns:
+        The survivors. Scores of float64 queries are rounded to float32 before the selection.
+
+    Raises:
+        ValueError: as the two functions do.
+    """
+    shapes = ShapeChecker()
+    check_importance(shapes, query, key, visual_index, rows, attention_mask, lse, scale)
+    check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
+    scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, key.shape[2] - query.shape[2] :]
+    return _prune(
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length
+    )
+
+
+def _prune(
+    shapes: ShapeChecker,
+    scores: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int | Tensor,
+    attention_mask: Tensor | None,
+    length: int | None,
+) -> PrunedTokens:
+    """Select and gather; all arguments but ``keep`` and ``length`` are checked already."""
+    count, counts = split_count("keep", keep, shapes)
+    if length is not None:
+        check_length(length, at_least=1)
+    num_rows = hidden_states.shape[1]
+    index = surviving_rows_op(
+        scores, visual_index, count, counts, attention_mask, num_rows, num_rows if length is None else length
+    )
+    if length is None:
+        survivors = read_max((index >= 0).sum(-1), "the number of rows depends on what stays")
+        index = index[:, num_rows - survivors :].contiguous()
+    hidden_states, cos, sin, position_ids = gather_rows_op(hidden_states, cos, sin, position_ids, index)
+    return PrunedTokens(hidden_states, cos, sin, position_ids, index, scores)

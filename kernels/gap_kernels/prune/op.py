@@ -1,0 +1,145 @@
+"""``gap_kernels::surviving_rows`` and ``gap_kernels::gather_rows``: registration, gradient and checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from . import reference
+
+
+@torch.library.custom_op(
+    "gap_kernels::surviving_rows",
+    mutates_args=(),
+    schema=(
+        "(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? attention_mask,"
+        " SymInt num_rows, SymInt length) -> Tensor"
+    ),
+)
+def surviving_rows_op(
+    scores: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    attention_mask: Tensor | None,
+    num_rows: int,
+    length: int,
+) -> Tensor:
+    """Return the last ``length`` surviving rows of each sample, int64 [B, length]; see ``reference.py``."""
+    if scores.is_cpu:
+        check_range("visual_index", visual_index, -1, num_rows - 1)
+        _check_distinct(visual_index, num_rows)
+        if counts is not None and bool((counts < 0).any()):
+            raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
+    index = reference.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows)
+    if scores.is_cpu and index.numel():
+        needed = int((index >= 0).sum(-1).max())
+        if length < needed:
+            raise ValueError(
+                f"length: expected at least {needed}, the most rows that stay in a sample, got {length}"
+            )
+    return F.pad(index, (length - num_rows, 0), value=-1)  # a negative amount of padding cuts columns off
+
+
+@surviving_rows_op.register_fake
+def _(
+    scores: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    attention_mask: Tensor | None,
+    num_rows: int,
+    length: int,
+) -> Tensor:
+    return visual_index.new_empty((visual_index.shape[0], length))
+
+
+@torch.library.custom_op(
+    "gap_kernels::gather_rows",
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def gather_rows_op(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy the rows ``index`` names; see ``reference.py``."""
+    return reference.gather_rows(hidden_states, cos, sin, position_ids, index)
+
+
+@gather_rows_op.register_fake
+def _(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length = index.shape
+    return (
+        hidden_states.new_empty((batch, length, hidden_states.shape[2])),
+        cos.new_empty((batch, length, cos.shape[2])),
+        sin.new_empty((batch, length, sin.shape[2])),
+        position_ids.new_empty((*position_ids.shape[:-1], length)),
+    )
+
+
+def _save_gather(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.num_rows = inputs[0].shape[1]
+    ctx.save_for_backward(inputs[4])
+
+
+def _gather_backward(
+    ctx: Any, grad_hidden: Tensor, grad_cos: Tensor, grad_sin: Tensor, grad_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Send each copy's gradient back to its source row, so that a pruned model can be trained."""
+    (index,) = ctx.saved_tensors
+    source = index.clamp(min=0)[:, :, None]
+
+    def scatter(grad: Tensor) -> Tensor:
+        rows = grad.new_zeros((grad.shape[0], ctx.num_rows, grad.shape[2]))
+        return rows.scatter_add(1, source.expand(-1, -1, grad.shape[2]), grad)
+
+    return scatter(grad_hidden), scatter(grad_cos), scatter(grad_sin), None, None
+
+
+gather_rows_op.register_autograd(_gather_backward, setup_context=_save_gather)
+
+
+def check_rows(
+    shapes: ShapeChecker,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+) -> None:
+    """Check the tensors whose rows are gathered and record their sizes in ``shapes``.
+
+    Raises:
+        ValueError: if one has another shape, dtype or device than documented.
+    """
+    shapes.check("hidden_states", hidden_states, "B Q C", FLOAT_DTYPES)
+    if hidden_states.shape[1] == 0:
+        raise ValueError(f"hidden_states: expected at least one row, got {describe(hidden_states)}")
+    shapes.check("cos", cos, "B Q D'", FLOAT_DTYPES)
+    shapes.check("sin", sin, "B Q D'", (cos.dtype,))
+    three = isinstance(position_ids, Tensor) and position_ids.dim() == 3
+    shapes.check("position_ids", position_ids, "A B Q" if three else "B Q", (torch.int64,))
+    shapes.check("visual_index", visual_index, "B V", (torch.int64,))
+
+
+def _check_distinct(visual_index: Tensor, num_rows: int) -> None:
+    """Check that no sample of a CPU ``visual_index`` [B, V] names a position twice (filler aside)."""
+    uses = visual_index.new_zeros((visual_index.shape[0], num_rows + 1))
+    uses.scatter_add_(
+        1, torch.where(visual_index >= 0, visual_index, num_rows), torch.ones_like(visual_index)
+    )
+    repeated = (uses[:, :num_rows] > 1).nonzero()
+    if len(repeated):
+        sample, position = repeated[0].tolist()
+        raise ValueError(
+            f"visual_index: expected distinct positions, got {position} twice in sample {sample}"
+        )

@@ -1,0 +1,77 @@
+"""Row selection and gather in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..select import reference as select_reference
+
+
+def surviving_rows(
+    scores: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    attention_mask: Tensor | None,
+    num_rows: int,
+) -> Tensor:
+    """Return which rows of the prompt stay, see :func:`gap_kernels.prune_by_score`.
+
+    Args:
+        scores: float32 [B, V].
+        visual_index: int64 [B, V], -1 = filler.
+        keep: visual tokens to keep in every sample; unused where ``counts`` is given.
+        counts: int64 [B] or None.
+        attention_mask: bool [B, Q] or None.
+        num_rows: Q.
+
+    Returns:
+        int64 [B, Q], ascending, filled with -1 on the left.
+    """
+    batch, num_visual = visual_index.shape
+    real = scores.new_ones((batch, num_rows), dtype=torch.bool) if attention_mask is None else attention_mask
+    candidate = (visual_index >= 0) & real.gather(1, visual_index.clamp(min=0))
+
+    # Slots in the order of their positions, so that ties go to the lower position; those that can't be chosen
+    # go last with the lowest score there is, behind a candidate whose score is NaN.
+    position, slot = torch.where(candidate, visual_index, num_rows).sort(dim=-1, stable=True)
+    ranked = torch.where(candidate, scores, float("nan")).gather(1, slot)
+    available = candidate.sum(-1)
+    budget = available.clamp(max=keep) if counts is None else torch.minimum(available, counts)
+    chosen = select_reference.topk_indices(ranked, 0, budget, num_visual)  # [B, V] slots
+    chosen = torch.where(chosen >= 0, position.gather(1, chosen.clamp(min=0)), num_rows)
+
+    # Column `num_rows` takes the writes of what is no position of this sample.
+    stays = F.pad(real, (0, 1))
+    stays.scatter_(1, torch.where(visual_index >= 0, visual_index, num_rows), False)
+    stays.scatter_(1, chosen, True)
+    stays[:, num_rows - 1] = True
+    rows = torch.arange(num_rows, device=scores.device)
+    # Sorting moves the -1 of what doesn't stay to the left, where the filler belongs.
+    return torch.where(stays[:, :num_rows], rows, -1).sort(dim=-1).values
+
+
+def gather_rows(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy the surviving rows; filler (-1) copies row 0.
+
+    Args:
+        hidden_states: [B, Q, C].
+        cos: [B, Q, D'].
+        sin: [B, Q, D'].
+        position_ids: int64 [B, Q] or [A, B, Q].
+        index: int64 [B, L], -1 = filler.
+
+    Returns:
+        ``(hidden_states, cos, sin, position_ids)``, each with L instead of Q, contiguous.
+    """
+    source = index.clamp(min=0)
+
+    def gather(tensor: Tensor) -> Tensor:
+        return tensor.gather(1, source[:, :, None].expand(-1, -1, tensor.shape[2]))
+
+    ids = position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))
+    return gather(hidden_states), gather(cos), gather(sin), ids

@@ -1,0 +1,28 @@
+"""``gap_kernels::topk_indices``: registration, fake kernel and value checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..validation import check_range
+from . import reference
+
+
+@torch.library.custom_op(
+    "gap_kernels::topk_indices",
+    mutates_args=(),
+    schema="(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
+)
+def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
+    """Run the operator; see :func:`gap_kernels.topk_indices` and ``reference.py``."""
+    if counts is not None and counts.is_cpu:
+        check_range("k", counts, 0, scores.shape[1])
+        if counts.numel() and int(counts.max()) > length:
+            raise ValueError(f"length: expected at least the largest k, {int(counts.max())}, got {length}")
+    return reference.topk_indices(scores, k, counts, length)
+
+
+@topk_indices_op.register_fake
+def _(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], length), dtype=torch.int64)

@@ -1,0 +1,29 @@
+"""Exact ordered top-k in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def topk_indices(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
+    """Select the best ``counts[b]`` (or ``k``) scores of each sample.
+
+    Args:
+        scores: float32 [B, N].
+        k: how many to select in every sample; unused where ``counts`` is given.
+        counts: int64 [B] or None.
+        length: columns of the result, at least the largest count.
+
+    Returns:
+        int64 [B, length], ascending in each row, filled with -1 on the left.
+    """
+    # `0.0 - x` turns the order around and makes one value of -0.0 and 0.0. An ascending sort puts NaN behind
+    # everything else, and a stable one leaves ties in index order.
+    order = torch.sort(0.0 - scores, dim=-1, stable=True).indices[:, :length]  # [B, min(N, length)]
+    rank = torch.arange(order.shape[1], device=scores.device)
+    limit = k if counts is None else counts[:, None]
+    # Sorting the indices moves the -1 of what isn't selected to the left, where the filler belongs.
+    selected = torch.where(rank < limit, order, -1).sort(dim=-1).values
+    return F.pad(selected, (length - selected.shape[1], 0), value=-1)

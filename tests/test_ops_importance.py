@@ -1,0 +1,229 @@
+"""Importance against a float64 loop over samples, heads, rows and keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from gap_kernels import visual_importance
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
+
+
+def oracle(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, V] and log-sum-exp [B, Hq, R] from the definition, in Python floats.
+
+    Inputs are taken as they are (a bfloat16 input means its exact value): only the computation differs.
+    """
+    batch, query_heads, num_rows, head_dim = query.shape
+    key_heads, num_keys = key.shape[1:3]
+    offset = num_keys - num_rows
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    wanted = [[num_rows - 1]] * batch if rows is None else rows.tolist()
+    scores = torch.zeros(visual_index.shape, dtype=torch.float64)
+    lse = torch.zeros(batch, query_heads, len(wanted[0]) if batch else 0, dtype=torch.float64)
+    for b in range(batch):
+        valid = [row for row in wanted[b] if row >= 0]
+        for h in range(query_heads):
+            for r, row in enumerate(wanted[b]):
+                if row < 0:
+                    continue
+                logits = {}
+                for column in range(row + offset + 1):
+                    if attention_mask is None or bool(attention_mask[b, column]):
+                        k = key[b, h // (query_heads // key_heads), column].double()
+                        logits[column] = scale * float(query[b, h, row].double() @ k)
+                total = sum(math.exp(x) for x in logits.values())
+                lse[b, h, r] = math.log(total) if total else -math.inf
+                for slot, position in enumerate(visual_index[b].tolist()):
+                    if position >= 0 and position + offset in logits:
+                        share = math.exp(logits[position + offset]) / total
+                        scores[b, slot] += share / (query_heads * len(valid))
+    return scores, lse
+
+
+def make(
+    shape: tuple[int, int, int, int, int, int], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Query [B, Hq, Q, D] and key [B, Hkv, S, D] for shape (B, Hq, Hkv, Q, S, D)."""
+    batch, query_heads, key_heads, num_rows, num_keys, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, query_heads, num_rows, head_dim, generator=generator)
+    key = torch.randn(batch, key_heads, num_keys, head_dim, generator=generator)
+    return query.to(dtype), key.to(dtype)
+
+
+def check(query: Tensor, key: Tensor, visual_index: Tensor, **kwargs: Any) -> Tensor:
+    """Compare with the oracle, with and without the log-sum-exp given, and return the scores."""
+    expected, lse = oracle(query, key, visual_index, **kwargs)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    tolerance = TOLERANCE[query.dtype]
+    for given in (None, lse.to(dtype)):
+        scores = visual_importance(query, key, visual_index, lse=given, **kwargs)
+        assert scores.dtype == dtype
+        torch.testing.assert_close(scores.double(), expected, rtol=10 * tolerance, atol=tolerance)
+    return scores
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
+def test_heads_and_dtypes(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    query, key = make((2, *heads, 7, 7, 80), dtype)
+    scores = check(query, key, torch.tensor([[1, 2, 3, 4], [5, 0, 2, 6]]))
+    assert (scores > 0).all()
+
+
+@pytest.mark.parametrize("past", [1, 6])
+def test_earlier_keys(past: int) -> None:
+    query, key = make((2, 4, 2, 5, 5 + past, 8))
+    check(query, key, torch.tensor([[0, 1, 2], [4, 3, 1]]), rows=torch.tensor([[3, 4], [0, 2]]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side: str) -> None:
+    query, key = make((3, 2, 1, 6, 8, 16))
+    real = torch.ones(3, 8, dtype=torch.bool)
+    last = torch.full((3, 1), 5)
+    if side == "left":
+        real[0, :4] = False
+        real[2, :1] = False
+    else:
+        real[0, 5:] = False
+        last[0] = 2
+    key[~real[:, None].expand(3, 1, 8)] = math.nan  # what the mask hides must not be touched by arithmetic
+    check(query, key, torch.tensor([[2, 1], [1, 2], [0, 3]]), rows=last, attention_mask=real)
+
+
+def test_filler_rows_are_left_out_of_the_mean() -> None:
+    query, key = make((2, 2, 2, 6, 6, 8))
+    visual_index = torch.tensor([[0, 1, 2], [1, -1, 3]])
+    scores = check(query, key, visual_index, rows=torch.tensor([[-1, 4, -1, 5], [3, -1, 5, 4]]))
+    compact = visual_importance(query[:1], key[:1], visual_index[:1], rows=torch.tensor([[4, 5]]))
+    torch.testing.assert_close(scores[:1], compact)
+    assert scores[1, 1] == 0
+
+
+def test_rows_see_earlier_columns_only() -> None:
+    query, key = make((1, 2, 2, 6, 6, 8))
+    scores = check(query, key, torch.tensor([[1, 2, 3, 4]]), rows=torch.tensor([[2]]))
+    assert (scores[0, :2] > 0).all()
+    assert scores[0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_a_row_that_sees_nothing_adds_zero() -> None:
+    query, key = make((2, 2, 1, 4, 4, 8))
+    real = torch.tensor([[False] * 4, [False, False, True, True]])
+    # Sample 0 sees nothing at all; in sample 1, row 1 sees nothing but counts in the mean.
+    rows = torch.tensor([[2, 3], [1, 3]])
+    scores = check(query, key, torch.tensor([[0, 1], [2, 3]]), rows=rows, attention_mask=real)
+    assert scores[0].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(scores[1].sum(), torch.tensor(0.5))
+
+
+def test_samples_without_rows_or_visual_tokens() -> None:
+    query, key = make((2, 2, 1, 4, 4, 8))
+    visual_index = torch.tensor([[0, 1], [-1, -1]])
+    scores = check(query, key, visual_index, rows=torch.tensor([[-1], [3]]))
+    assert scores.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert visual_importance(query, key, visual_index[:, :0]).shape == (2, 0)
+    assert visual_importance(query[:0], key[:0], visual_index[:0]).shape == (0, 2)
+    no_rows = torch.empty(2, 0, dtype=torch.int64)
+    assert visual_importance(query, key, visual_index, rows=no_rows).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_all_columns_of_a_row_sum_to_one() -> None:
+    query, key = make((1, 4, 2, 9, 9, 8))
+    scores = visual_importance(query, key, torch.arange(9)[None])
+    torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+def test_scale() -> None:
+    query, key = make((1, 2, 2, 5, 5, 8))
+    visual_index = torch.tensor([[0, 1, 2]])
+    scaled = check(query, key, visual_index, scale=0.9)
+    assert not torch.allclose(scaled, visual_importance(query, key, visual_index))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query, key = make((1, 2, 2, 5, 5, 8))
+    scores = visual_importance(query * 1e4, key * 1e4, torch.arange(5)[None])
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+def test_strided_inputs() -> None:
+    query, key = make((2, 4, 2, 6, 6, 8))
+    visual_index = torch.tensor([[0, 1], [2, 3]])
+    expected = visual_importance(query, key, visual_index)
+    # [B, S, H, D] storage, as attention projections leave it, and a last dimension with a stride.
+    query_t = query.transpose(1, 2).contiguous().transpose(1, 2)
+    key_t = key.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not query_t.is_contiguous()
+    assert key_t.stride(-1) != 1
+    torch.testing.assert_close(visual_importance(query_t, key_t, visual_index), expected)
+
+
+def test_lse_is_used_and_filler_entries_are_ignored() -> None:
+    query, key = make((1, 2, 2, 5, 5, 8))
+    visual_index, rows = torch.tensor([[0, 1]]), torch.tensor([[4, -1]])
+    lse = oracle(query, key, visual_index, rows)[1].float()
+    lse[:, :, 1] = math.nan
+    expected = visual_importance(query, key, visual_index, rows=rows)
+    torch.testing.assert_close(visual_importance(query, key, visual_index, rows=rows, lse=lse), expected)
+    lse[:, :, 0] += math.log(2.0)
+    torch.testing.assert_close(visual_importance(query, key, visual_index, rows=rows, lse=lse), expected / 2)
+
+
+QUERY, KEY = make((2, 4, 2, 5, 6, 8))
+VISUAL = torch.tensor([[0, 1], [2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((QUERY.int(), KEY, VISUAL), {}, "query: expected dtype torch.float32 or .*, got .*int32"),
+        ((QUERY[0], KEY, VISUAL), {}, r"query: expected 4 dimensions \[B, Hq, Q, D\], got shape \[4, 5, 8\]"),
+        ((QUERY[:, :, :0], KEY, VISUAL), {}, r"query: expected at least one row, got shape \[2, 4, 0, 8\]"),
+        ((QUERY, KEY.half(), VISUAL), {}, "key: expected dtype torch.float32, got .*float16"),
+        (
+            (QUERY, KEY[..., :4], VISUAL),
+            {},
+            r"key: expected \[B, Hkv, S, D\] with D = 8, got shape \[2, 2, 6, 4\]",
+        ),
+        ((QUERY[:, :3], KEY, VISUAL), {}, "query: expected a multiple of the 2 heads of key, got 3 heads"),
+        ((QUERY, KEY[:, :0], VISUAL), {}, "query: expected a multiple of the 0 heads of key"),
+        ((QUERY, KEY[:, :, :4], VISUAL), {}, "key: expected at least the 5 positions of query, got shape"),
+        ((QUERY, KEY, VISUAL.int()), {}, "visual_index: expected dtype torch.int64, got .*int32"),
+        ((QUERY, KEY, VISUAL + 3), {}, "visual_index: expected values in -1..4, got 5"),
+        ((QUERY, KEY, VISUAL - 2), {}, "visual_index: expected values in -1..4, got -2"),
+        ((QUERY, KEY, VISUAL), {"rows": torch.tensor([[0], [9]])}, "rows: expected values in -1..4, got 9"),
+        ((QUERY, KEY, VISUAL), {"rows": torch.tensor([4, 4])}, r"rows: expected 2 dimensions \[B, R\]"),
+        (
+            (QUERY, KEY, VISUAL),
+            {"attention_mask": torch.ones(2, 5, dtype=torch.bool)},
+            r"attention_mask: expected \[B, S\] with S = 6, got shape \[2, 5\]",
+        ),
+        (
+            (QUERY, KEY, VISUAL),
+            {"attention_mask": torch.ones(2, 6)},
+            "attention_mask: expected dtype torch.bool, got .*float32",
+        ),
+        ((QUERY, KEY, VISUAL), {"lse": torch.zeros(2, 4, 2)}, r"lse: expected \[B, Hq, R\] with R = 1"),
+        ((QUERY, KEY, VISUAL), {"lse": torch.zeros(2, 2, 1)}, r"lse: expected \[B, Hq, R\] with Hq = 4"),
+        ((QUERY, KEY, VISUAL), {"scale": "1"}, r"scale: expected a float or None, got '1' \(str\)"),
+        ((QUERY, KEY.to("meta"), VISUAL), {}, "key: expected device cpu, got .*meta"),
+    ],
+)
+def test_bad_arguments(args: tuple, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        visual_importance(*args, **kwargs)
