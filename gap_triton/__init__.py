@@ -1,1 +1,20 @@
-"""Visual token pruning that keeps position ids."""
+"""Visual token pruning for vision-language models that keeps every survivor's own position id.
+
+Importing this package registers ``attn_implementation="gap_triton"`` with transformers.
+"""
+
+from ._requirements import check_versions
+
+check_versions()
+
+from .attach import attach, configure, detach, follow_attention_name, last_selection, pruning  # noqa: E402
+from .attention import register  # noqa: E402
+from .config import GapConfig  # noqa: E402
+from .selection import Selection  # noqa: E402
+
+register()
+follow_attention_name()
+
+__version__ = "0.1.0"
+
+__all__ = ["GapConfig", "Selection", "attach", "configure", "detach", "last_selection", "pruning"]

@@ -1,0 +1,180 @@
+"""Switching pruning on and off for one model: by name, or explicitly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .attention import NAME
+from .config import GapConfig
+from .models import Parts, find_parts, is_vision_language_model, text_model_of
+from .prune import after_text, before_layer, before_owner, before_text, check_layer
+from .selection import Selection
+from .state import Attachment, recall_selection
+
+ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+
+
+def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
+    """Prune in ``model`` from now on, whatever attention implementation it was loaded with.
+
+    The text model runs under ``"gap_triton"`` until `detach`, which restores the implementation that it had. On a
+    model that is attached already this sets the configuration.
+
+    Args:
+        model: A vision-language model of transformers.
+        config: What to prune, ``GapConfig()`` if None.
+
+    Raises:
+        ValueError: The model can't be pruned, or ``config.layer`` is outside its decoder.
+    """
+    parts = find_parts(model)
+    config = _checked(config if config is not None else GapConfig(), parts)
+    attachment = _attachment_of(parts.owner)
+    if attachment is not None:
+        attachment.config = config
+        return
+    attachment = _install(parts, config)
+    previous = parts.text.config._attn_implementation
+    if previous != NAME:
+        parts.text.set_attn_implementation(NAME)
+        attachment.restore = previous
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take off everything that `attach`, or loading by name, put on ``model``.
+
+    A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
+    name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached.
+    """
+    for owner in model.modules():
+        attachment = _attachment_of(owner)
+        if attachment is None:
+            continue
+        _remove(owner, attachment)
+        if attachment.restore is not None:
+            attachment.text.set_attn_implementation(attachment.restore)
+
+
+def configure(model: PreTrainedModel, config: GapConfig) -> None:
+    """Set the configuration of a model that is attached or was loaded by name.
+
+    Raises:
+        ValueError: The model is not under ``"gap_triton"``, or ``config.layer`` is outside its decoder.
+    """
+    parts = find_parts(model)
+    attachment = _attachment_of(parts.owner)
+    if attachment is None:
+        raise ValueError(
+            f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
+            f'model.set_attn_implementation("{NAME}"), or use gap_triton.attach(model, config)'
+        )
+    attachment.config = _checked(config, parts)
+
+
+@contextmanager
+def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator[PreTrainedModel]:
+    """Prune inside the ``with`` block only; afterwards the model is what it was before.
+
+    Args:
+        model: A vision-language model, loaded with any attention implementation.
+        config: What to prune, ``GapConfig()`` if None.
+
+    Yields:
+        ``model``.
+    """
+    before = _attachment_of(find_parts(model).owner)
+    config_before = None if before is None else before.config
+    attach(model, config)
+    try:
+        yield model
+    finally:
+        if before is None:
+            detach(model)
+        else:
+            assert config_before is not None
+            before.config = config_before
+
+
+def last_selection(model: PreTrainedModel) -> Selection | None:
+    """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
+    attachment = _attachment_of(find_parts(model).owner)
+    return None if attachment is None else recall_selection(attachment)
+
+
+# --------------------------------------------------------------------------------------------- by name
+def follow_attention_name() -> None:
+    """Attach and detach whenever transformers gives a model, or takes from it, the name ``"gap_triton"``.
+
+    There are two such moments, the end of a model's construction and `set_attn_implementation`. Both methods of
+    `PreTrainedModel` are wrapped once, for all models; nothing is left on a model that runs under another name.
+    """
+    for name in ("post_init", "set_attn_implementation"):
+        method = getattr(PreTrainedModel, name)
+        if not hasattr(method, "_gap_follows"):
+            setattr(PreTrainedModel, name, _then_synchronize(method))
+
+
+def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        _synchronize(self)
+        return result
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    for owner in model.modules():
+        text = text_model_of(owner)
+        if text is None:
+            continue
+        attachment = _attachment_of(owner)
+        named = text.config._attn_implementation == NAME
+        if named and attachment is None:
+            _install(find_parts(owner), GapConfig())
+        elif attachment is not None and not named:
+            _remove(owner, attachment)
+    if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
+        find_parts(model)  # a model that can't be pruned says so now
+
+
+# --------------------------------------------------------------------------------------------- hooks
+def _install(parts: Parts, config: GapConfig) -> Attachment:
+    owner, text = parts
+    attachment = Attachment(config, text)
+    register_pre = functools.partial(_register, attachment, "register_forward_pre_hook")
+    register_pre(owner, functools.partial(before_owner, attachment=attachment))
+    register_pre(text, before_text)
+    for index, layer in enumerate(text.layers):
+        register_pre(layer, functools.partial(before_layer, index=index))
+    _register(attachment, "register_forward_hook", text, after_text)
+    object.__setattr__(owner, ATTACHMENT_ATTRIBUTE, attachment)
+    return attachment
+
+
+def _register(attachment: Attachment, method: str, module: Any, hook: Callable[..., Any]) -> None:
+    attachment.handles.append(getattr(module, method)(hook, with_kwargs=True))
+
+
+def _remove(owner: Any, attachment: Attachment) -> None:
+    for handle in attachment.handles:
+        handle.remove()
+    object.__delattr__(owner, ATTACHMENT_ATTRIBUTE)
+
+
+def _attachment_of(owner: Any) -> Attachment | None:
+    return owner.__dict__.get(ATTACHMENT_ATTRIBUTE)
+
+
+def _checked(config: GapConfig, parts: Parts) -> GapConfig:
+    if not isinstance(config, GapConfig):
+        raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
+    check_layer(config.layer, len(parts.text.layers))
+    return config

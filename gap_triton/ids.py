@@ -1,0 +1,57 @@
+"""Which position ids the survivors carry.
+
+GAP's rule needs no code: gathering position ids together with the rows keeps them. What stands here are the two
+defects that the GAP paper (arXiv 2506.21873) names, so that their effect can be measured.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def score_order(index: torch.Tensor, visual: torch.Tensor, row_score: torch.Tensor) -> torch.Tensor:
+    """Put the surviving visual rows in score order into the slots that they hold, as ``topk`` without a sort would.
+
+    Args:
+        index: [B, L] int64 surviving rows, ascending, -1 = filler.
+        visual: [B, Q] bool.
+        row_score: [B, Q] float32; read at visual rows only.
+
+    Returns:
+        [B, L] int64: ``index`` with its visual entries permuted, best first; ties and NaN by position.
+    """
+    rows = index.clamp(min=0)
+    is_visual = (index >= 0) & visual.gather(1, rows)
+    score = row_score.gather(1, rows).nan_to_num(nan=-torch.inf)
+    # Text rows get one common score, so that the stable sorts below leave them in order.
+    by_score = torch.where(is_visual, score, 0.0).argsort(dim=1, descending=True, stable=True)
+    visual_first = (~is_visual.gather(1, by_score)).to(torch.int8).argsort(dim=1, stable=True)
+    source = by_score.gather(1, visual_first)
+    slots = (~is_visual).to(torch.int8).argsort(dim=1, stable=True)
+    return torch.empty_like(index).scatter(1, slots, index.gather(1, source))
+
+
+def compact(
+    position_ids: torch.Tensor, index: torch.Tensor, real: torch.Tensor, earlier_shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the surviving rows without gaps.
+
+    Args:
+        position_ids: [B, Q] int64, the ids without pruning.
+        index: [B, L] int64 surviving rows, ascending, -1 = filler.
+        real: [B, Q] bool, False at padding.
+        earlier_shift: [B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
+
+    Returns:
+        The new ids [B, L], and by how much ids of later tokens must be lowered, [B].
+    """
+    rows = index.clamp(min=0)
+    counts = (index >= 0) & real.gather(1, rows)
+    first = position_ids.gather(1, real.to(torch.int8).argmax(dim=1, keepdim=True))  # [B, 1]
+    if earlier_shift is not None:
+        first = first - earlier_shift[:, None]
+    ids = (first + counts.cumsum(dim=1) - 1).clamp(min=0)
+    slot = torch.arange(index.shape[1], device=index.device)
+    last = torch.where(counts, slot, 0).amax(dim=1, keepdim=True)
+    shift = position_ids.gather(1, rows.gather(1, last)) - ids.gather(1, last)
+    return ids, shift[:, 0]

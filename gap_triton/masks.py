@@ -1,0 +1,87 @@
+"""Attention masks of the layers after the pruning layer, rebuilt from original positions.
+
+The model builds one mask for all layers, as if nothing were ever dropped. The later layers hold fewer columns. In the
+prefill that drops, their mask is the model's own with rows and columns taken out, so whatever structure it has
+survives. In every later step it is built from the original positions of the held columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .state import KeptTokens
+
+# transformers 5.x asks by length, 4.57 by a tensor of that length.
+_SIZES_BY_LENGTH = "query_length" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
+
+
+def column_positions(kept: KeptTokens, cache_layer: Any | None, queries: int) -> torch.Tensor:
+    """Original position of each key column that one later layer's attention is about to see.
+
+    Args:
+        kept: What the later layers hold, ``queries`` new rows included if ``kept.index`` covers them.
+        cache_layer: The layer's cache before it takes the new rows; None without a cache.
+        queries: Number of new rows.
+
+    Returns:
+        [B, K] int64; -1 = a column that nobody may attend to.
+    """
+    held = kept.index.shape[1]
+    if cache_layer is None:
+        return kept.index
+    request = queries if _SIZES_BY_LENGTH else torch.arange(queries, device=kept.index.device)
+    length, offset = cache_layer.get_mask_sizes(request)
+    column = offset + torch.arange(length, device=kept.index.device)  # in the layer's own, shorter sequence
+    covered = kept.index[:, column.clamp(max=held - 1)]
+    return torch.where(column < held, covered, kept.covered + column - held)
+
+
+def take_from_mask(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int) -> torch.Tensor:
+    """The model's own mask with only the surviving rows and columns.
+
+    Args:
+        mask: [B or 1, 1, Q, K], bool (True = attend) or additive float.
+        rows: [B, L] int64 surviving query rows, -1 = filler.
+        columns: [B, N] int64 original positions of the held columns, -1 = masked.
+        total: Number of original positions up to the end of this forward.
+
+    Returns:
+        [B, 1, L, N], of the dtype of ``mask``.
+    """
+    # A sliding layer's mask covers the last K positions only; a static cache's covers its whole buffer.
+    first = max(total - mask.shape[-1], 0)
+    rows, columns = rows.to(mask.device), columns.to(mask.device)
+    batch = rows.shape[0]
+    inside = ((columns >= first) & (columns < first + mask.shape[-1]))[:, None, None, :]
+    source = (columns - first).clamp(min=0, max=mask.shape[-1] - 1)
+    mask = mask.expand(batch, *mask.shape[1:])
+    by_row = mask.gather(
+        2, rows.clamp(min=0)[:, None, :, None].expand(batch, mask.shape[1], -1, mask.shape[3])
+    )
+    taken = by_row.gather(3, source[:, None, None, :].expand(batch, mask.shape[1], rows.shape[1], -1))
+    # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
+    filler = (rows < 0)[:, None, :, None]
+    if taken.dtype == torch.bool:
+        return (taken | filler) & inside
+    return taken.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(taken.dtype).min)
+
+
+def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
+    """[B, 1, L, N] bool causal mask between original positions.
+
+    Args:
+        query_positions: [B or 1, L] int64, -1 = filler.
+        columns: [B, N] int64, -1 = masked.
+        window: Sliding window in original positions, None = unlimited.
+    """
+    columns = columns[:, None, None, :]
+    query_positions = query_positions[:, None, :, None]
+    allowed = columns <= query_positions
+    if window is not None:
+        allowed = allowed & (columns > query_positions - window)
+    # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
+    return (allowed | (query_positions < 0)) & (columns >= 0)

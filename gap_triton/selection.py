@@ -1,0 +1,36 @@
+"""What a pruned prefill kept, for users to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that survived the last pruned prefill.
+
+    Rows count within the input of that forward, in its original order.
+
+    Attributes:
+        index: [B, L] int64, every surviving row, text and visual, ascending; -1 = filler, on the left.
+        position_ids: [B, L] (or [A, B, L] where the model has several axes) int64, the ids that the survivors carry
+            in the later layers. Entries at filler mean nothing.
+        candidates: [B, V] int64, all visual rows of the input, ascending; -1 = filler.
+        score: [B, V] float32, the score of each candidate.
+        visual: [B, Q] bool, the visual rows of the input.
+    """
+
+    index: torch.Tensor
+    position_ids: torch.Tensor
+    candidates: torch.Tensor
+    score: torch.Tensor
+    visual: torch.Tensor
+
+    @property
+    def visual_index(self) -> torch.Tensor:
+        """[B, k] int64, the surviving visual rows, ascending; -1 = filler, on the left."""
+        survives = (self.index >= 0) & self.visual.gather(1, self.index.clamp(min=0))
+        rows = torch.where(survives, self.index, -1).sort(dim=1).values
+        return rows[:, rows.shape[1] - int(survives.sum(dim=1).amax()) :] if rows.numel() else rows

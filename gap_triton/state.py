@@ -1,0 +1,147 @@
+"""The three lifetimes of pruning state: an attachment (a model), kept tokens (a cache), a forward."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import GapConfig
+from .selection import Selection
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` put on one model.
+
+    Attributes:
+        config: The configuration that the next forward reads.
+        text: The decoder stack whose layers carry the hooks.
+        handles: Removers of the installed hooks.
+        restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
+    """
+
+    config: GapConfig
+    text: PreTrainedModel
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    restore: str | None = None
+
+
+@dataclass
+class KeptTokens:
+    """What the layers after the pruning layer hold. Lives on the KV cache object, so a generation carries it along.
+
+    Attributes:
+        layer: The pruning layer: later layers are those with a larger index.
+        index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
+            that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
+        covered: Number of original positions that ``index`` accounts for. What comes after is held one to one.
+        dense: No -1 in ``index``; known without asking the device.
+        id_shift: [B] int64, how much smaller the ids of following tokens are in the later layers; None = not at all.
+        settled: A generated token has been seen since the prompt was pruned.
+    """
+
+    layer: int
+    index: torch.Tensor
+    covered: int
+    dense: bool
+    id_shift: torch.Tensor | None = None
+    settled: bool = False
+
+    def original_length(self, held: int) -> int:
+        """Number of original positions when the later layers hold ``held`` columns."""
+        return self.covered + held - self.index.shape[1]
+
+
+@dataclass
+class Plan:
+    """What one prefill will drop, decided on the host before the first layer runs.
+
+    Attributes:
+        visual: [B, Q] bool, the visual tokens.
+        real: [B, Q] bool, False at padding.
+        visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
+        keep: [B] int64, how many of them survive.
+        rows: [B, R] int64, the query rows whose attention ranks them, -1 = filler.
+        length: L, the number of rows after pruning.
+        dense: Every row after pruning is a real token, in every sample.
+    """
+
+    visual: torch.Tensor
+    real: torch.Tensor
+    visual_index: torch.Tensor
+    keep: torch.Tensor
+    rows: torch.Tensor
+    length: int
+    dense: bool
+
+
+@dataclass
+class ForwardState:
+    """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
+
+    Attributes:
+        config: The configuration, read once at the start of the forward.
+        attachment: The attachment that the forward runs under.
+        visual: [B, Q] bool visual tokens of the input, None in a decode step.
+        enabled: False in training mode, or when the model was switched to another implementation.
+        plan: What this forward drops; None where it drops nothing.
+        kept: What the later layers hold after this forward; None while nothing has been dropped.
+        past: Number of original positions in the cache before this forward.
+        padding_mask: [B, past + Q] attention mask of the caller, None = no padding.
+        query, key, scale: Left by the attention of the scoring layer.
+        slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
+        survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
+            ``ids="permuted"``.
+        memo: Tensors that several later layers share: masks, rotary embeddings.
+    """
+
+    config: GapConfig
+    attachment: Attachment
+    visual: torch.Tensor | None
+    enabled: bool = True
+    plan: Plan | None = None
+    kept: KeptTokens | None = None
+    past: int = 0
+    padding_mask: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    scale: float | None = None
+    slots: torch.Tensor | None = None
+    survivors: torch.Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def observe(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+        """Take query and key of the scoring layer; other layers and other forwards are let through."""
+        if self.plan is None or self.config.score == "random":
+            return
+        if getattr(module, "layer_idx", None) == self.config.layer:
+            self.query, self.key, self.scale = query, key, scale
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The value of ``make()``, computed for the first later layer and shared by the others."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+_selections = threading.local()
+
+
+def remember_selection(attachment: Attachment, selection: Selection) -> None:
+    """Store the selection of the forward that has just run in this thread."""
+    if not hasattr(_selections, "by_attachment"):
+        _selections.by_attachment = weakref.WeakKeyDictionary()
+    _selections.by_attachment[attachment] = selection
+
+
+def recall_selection(attachment: Attachment) -> Selection | None:
+    """The last selection made under ``attachment`` in this thread."""
+    by_attachment = getattr(_selections, "by_attachment", None)
+    return None if by_attachment is None else by_attachment.get(attachment)

@@ -1,0 +1,115 @@
+"""The oracle: nothing is ever dropped; layers after the pruning layer mask the columns that pruning would have dropped.
+
+It shares no code with the package: eager attention in float32, selection by Python loops, masks by comparing positions.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import TracebackType
+
+import torch
+from tiny import IMAGE, VIDEO
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "masking_oracle"
+_active: list[MaskingOracle] = []
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **_):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1).float() for x in (key, value))
+    logits = query.float() @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is not None:
+        logits = logits + attention_mask[..., : key.shape[2]]
+    if _active and module.config is _active[-1].text_config:
+        logits = _active[-1].mask_dropped(module.layer_idx, logits)
+    probabilities = logits.softmax(-1)
+    if _active and module.config is _active[-1].text_config:
+        _active[-1].look(module.layer_idx, probabilities)
+    return (probabilities @ value).transpose(1, 2).to(query.dtype), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+class MaskingOracle:
+    """Runs ``model`` (built with the implementation `NAME` for its text model) with dropped columns masked.
+
+    Attributes:
+        dropped: [B, T] bool, by original position, over all turns so far.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layer: int, keep: float | int, score: str = "last_token"
+    ) -> None:
+        self.layer, self.keep, self.score = layer, keep, score
+        self.owner = model.model
+        self.text_config = self.owner.language_model.config
+        self.dropped: torch.Tensor | None = None
+        self.visual: torch.Tensor | None = None
+
+    def __enter__(self) -> MaskingOracle:
+        self.handle = self.owner.register_forward_pre_hook(self._begin, with_kwargs=True)
+        _active.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.handle.remove()
+        _active.remove(self)
+
+    def _begin(self, module, args, kwargs):
+        ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is not None:
+            visual = (ids == IMAGE) | (ids == VIDEO)
+        else:
+            table = module.get_input_embeddings().weight
+            visual = (embeds == table[IMAGE]).all(-1)
+        cache = kwargs.get("past_key_values")
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        if self.past == 0:
+            self.dropped = torch.zeros(visual.shape[0], 0, dtype=torch.bool)
+        batch, queries = visual.shape
+        self.dropped = torch.cat([self.dropped, torch.zeros(batch, queries, dtype=torch.bool)], 1)
+        mask = kwargs.get("attention_mask")
+        self.real = (
+            torch.ones(batch, queries, dtype=torch.bool) if mask is None else mask[:, -queries:].bool()
+        )
+        self.visual = visual if queries > 1 else torch.zeros_like(visual)
+
+    def mask_dropped(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
+        if layer <= self.layer:
+            return logits
+        keys = logits.shape[-1]
+        columns = self.dropped[:, self.dropped.shape[1] - keys :] if keys <= self.dropped.shape[1] else None
+        assert columns is not None
+        return logits.masked_fill(columns[:, None, None, :], torch.finfo(logits.dtype).min)
+
+    def look(self, layer: int, probabilities: torch.Tensor) -> None:
+        if layer != self.layer or not self.visual.any():
+            return
+        batch, queries = self.visual.shape
+        offset = probabilities.shape[-1] - queries
+        for b in range(batch):
+            visual = [i for i in range(queries) if self.visual[b, i]]
+            if not visual:
+                continue
+            if isinstance(self.keep, int):
+                count = min(self.keep, len(visual))
+            else:
+                count = math.ceil(Fraction(str(self.keep)) * len(visual))
+            last = max(i for i in range(queries) if self.real[b, i])
+            rows = [last]
+            if self.score == "text":
+                rows = [i for i in range(visual[-1] + 1, queries) if self.real[b, i]] or rows
+            mean = probabilities[b].mean(0)
+            score = {i: sum(float(mean[r, offset + i]) for r in rows) / len(rows) for i in visual}
+            chosen = sorted(visual, key=lambda i: (-score[i], i))[:count]
+            for i in visual:
+                if i not in chosen and i != queries - 1:
+                    self.dropped[b, self.past + i] = True

@@ -1,0 +1,62 @@
+"""GapConfig validates on construction, and counts exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+from gap_triton import GapConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, r"GapConfig.keep=0.0: expected a float in \(0, 1\]"),
+        ({"keep": 1.5}, r"GapConfig.keep=1.5: expected a float in \(0, 1\]"),
+        ({"keep": float("nan")}, r"GapConfig.keep=nan: expected a float in \(0, 1\]"),
+        ({"keep": 0}, r"GapConfig.keep=0: an int counts the tokens kept and must be >= 1"),
+        ({"keep": -3}, r"GapConfig.keep=-3: an int counts"),
+        ({"keep": True}, r"GapConfig.keep=True: expected a float"),
+        ({"keep": "half"}, r"GapConfig.keep='half': expected a float"),
+        ({"layer": -2}, r"GapConfig.layer=-2: expected a decoder layer"),
+        ({"layer": 1.0}, r"GapConfig.layer=1.0: expected a decoder layer"),
+        ({"score": "cls"}, r"GapConfig.score='cls': expected one of 'last_token', 'text', 'random'"),
+        ({"ids": "shifted"}, r"GapConfig.ids='shifted': expected one of 'kept', 'compacted', 'permuted'"),
+        ({"seed": None}, r"GapConfig.seed=None: expected an int"),
+        ({"layer": -1}, r"GapConfig.score='last_token' with layer=-1: .* use score='random'"),
+    ],
+)
+def test_bad_values_name_field_value_and_what_is_allowed(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GapConfig(**options)
+
+
+def test_unknown_field() -> None:
+    with pytest.raises(TypeError, match="kept"):
+        GapConfig(kept=0.5)
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens", "expected"),
+    [
+        (0.7, 10, 7),  # 0.7 * 10 is 7.000000000000001 in binary
+        (0.1, 30, 3),
+        (0.25, 577, 145),
+        (0.5, 1, 1),
+        (1.0, 0, 0),
+        (0.5, 0, 0),
+        (1e-9, 576, 1),
+        (1.0, 576, 576),
+        (64, 576, 64),
+        (64, 10, 10),
+        (1, 576, 1),
+    ],
+)
+def test_count(keep: float | int, tokens: int, expected: int) -> None:
+    assert GapConfig(keep=keep).count(tokens) == expected
+
+
+def test_is_frozen_and_hashable() -> None:
+    config = GapConfig()
+    with pytest.raises(AttributeError):
+        config.keep = 0.1
+    assert hash(config) == hash(GapConfig())

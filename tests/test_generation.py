@@ -1,0 +1,167 @@
+"""The ways to generate: sampling, beams, several turns on one cache, threads, no cache."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from oracle import NAME as ORACLE
+from oracle import MaskingOracle
+from test_oracle import TOLERANCE, error, make_prompt
+from tiny import IMAGE, Image, build, generate, pixels, prompt
+
+import gap_triton
+from gap_triton import GapConfig
+
+CONFIG = GapConfig(keep=0.4, layer=1)
+
+
+def pair(name: str = "llava", config: GapConfig = CONFIG):
+    model = build(name, "gap_triton")
+    gap_triton.configure(model, config)
+    reference = build(name, {"text_config": ORACLE})
+    return model, reference, MaskingOracle(reference, config.layer, config.keep, config.score)
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images", "one-without-image"])
+def test_sampling(batch: str) -> None:
+    model, reference, oracle = pair()
+    inputs = make_prompt("llava", batch)
+    torch.manual_seed(7)
+    pruned = generate(model, inputs, do_sample=True, num_return_sequences=2, top_k=20)
+    torch.manual_seed(7)
+    with oracle:
+        expected = generate(reference, inputs, do_sample=True, num_return_sequences=2, top_k=20)
+    assert torch.equal(pruned.sequences, expected.sequences)
+    assert error(pruned, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("batch", ["even", "left-padded", "ragged-images"])
+def test_beams(batch: str) -> None:
+    model, reference, oracle = pair()
+    inputs = make_prompt("llava", batch)
+    pruned = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
+    with oracle:
+        expected = generate(reference, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
+    assert torch.equal(pruned.sequences, expected.sequences)
+    assert float((pruned.sequences_scores - expected.sequences_scores).abs().max()) <= TOLERANCE
+
+
+def test_without_a_cache_every_step_is_a_pruned_forward() -> None:
+    model, reference, oracle = pair()
+    inputs = make_prompt("llava", "left-padded")
+    pruned = generate(model, inputs, tokens=3, use_cache=False)
+    with oracle:
+        expected = generate(reference, inputs, tokens=3, use_cache=False)
+    assert error(pruned, expected) <= TOLERANCE
+
+
+def next_turn(sequences: torch.Tensor, mask: torch.Tensor, images: int, seed: int, pad: int = 0):
+    """The conversation so far, then words, ``images`` images each followed by a word, words; ``pad`` on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = sequences.shape[0]
+    turn = [torch.randint(5, 140, (batch, 4), generator=generator)]
+    for _ in range(images):
+        turn += [torch.full((batch, 36), IMAGE), torch.randint(5, 140, (batch, 3), generator=generator)]
+    turn = torch.cat(turn, 1)
+    new_mask = torch.ones(batch, sequences.shape[1] - mask.shape[1] + turn.shape[1], dtype=torch.long)
+    if pad:  # the first sample's turn is shorter
+        turn[0, :pad] = 0
+        new_mask[0, sequences.shape[1] - mask.shape[1] :][:pad] = 0
+    inputs = {"input_ids": torch.cat([sequences, turn], 1), "attention_mask": torch.cat([mask, new_mask], 1)}
+    if images:
+        inputs |= pixels("llava", [Image()] * images * batch, generator)
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["llava", "llava/mistral-sliding"])
+@pytest.mark.parametrize("turns", [(0, 0), (1, 0), (0, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images", "one-without-image"])
+def test_several_turns_on_one_cache(name: str, batch: str, turns: tuple[int, ...]) -> None:
+    """Images in the first turn; ``turns`` says how many come in each later one."""
+    model, reference, oracle = pair(name)
+    sequences = []
+    for candidate, context in ((model, None), (reference, oracle)):
+        cache = transformers.DynamicCache(config=candidate.config.get_text_config())
+        inputs = make_prompt(name, batch)
+        steps = []
+        if context is not None:
+            context.__enter__()
+        for turn, images in enumerate((None, *turns)):
+            if images is not None:
+                inputs = next_turn(output.sequences, inputs["attention_mask"], images, turn, pad=2)  # noqa: F821
+            output = generate(candidate, inputs, tokens=4, past_key_values=cache)
+            steps.append(output)
+        if context is not None:
+            context.__exit__(None, None, None)
+        sequences.append(steps)
+    for pruned, expected in zip(*sequences, strict=True):
+        assert torch.equal(pruned.sequences, expected.sequences)
+        assert error(pruned, expected) <= TOLERANCE
+
+
+def test_text_first_then_an_image_on_the_same_cache() -> None:
+    model, reference, oracle = pair()
+    first = prompt("llava", images=((), ()))
+    outputs = []
+    with oracle:
+        for candidate in (model, reference):
+            cache = transformers.DynamicCache(config=candidate.config.get_text_config())
+            start = generate(candidate, first, tokens=3, past_key_values=cache)
+            turn = next_turn(start.sequences, first["attention_mask"], 1, seed=5)
+            outputs.append(generate(candidate, turn, tokens=4, past_key_values=cache))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert error(*outputs) <= TOLERANCE
+
+
+def test_a_cache_that_is_reset_starts_afresh() -> None:
+    model, _, _ = pair()
+    inputs = make_prompt("llava", "left-padded")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    first = generate(model, inputs, past_key_values=cache)
+    cache.reset()
+    again = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(first.sequences, again.sequences)
+    assert error(first, again) == 0.0
+
+
+def test_threads_share_a_model() -> None:
+    model, _, _ = pair()
+    prompts = [
+        make_prompt("llava", batch, seed) for batch in ("left-padded", "ragged-images") for seed in range(4)
+    ]
+    alone = [generate(model, inputs) for inputs in prompts]
+    selections = []
+    for inputs in prompts:
+        with torch.no_grad():
+            model(**inputs)
+        selections.append(gap_triton.last_selection(model))
+
+    def work(inputs: dict[str, torch.Tensor]):
+        output = generate(model, inputs)
+        return output, gap_triton.last_selection(model)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(work, prompts))
+    for expected, selection, (output, seen) in zip(alone, selections, together, strict=True):
+        assert torch.equal(output.sequences, expected.sequences)
+        assert error(output, expected) == 0.0
+        assert torch.equal(seen.index, selection.index)
+
+
+def test_later_layers_hold_fewer_tokens() -> None:
+    model, _, _ = pair()
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    inputs = make_prompt("llava", "even")
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    full, dropped = inputs["input_ids"].shape[1], 36 - 15
+    assert [cache.get_seq_length(i) for i in range(5)] == [
+        full,
+        full,
+        full - dropped,
+        full - dropped,
+        full - dropped,
+    ]

@@ -1,0 +1,140 @@
+"""What can't be supported is refused with a sentence that says why and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from test_oracle import make_prompt
+from tiny import LAYERS, TEXT, VISION, build, generate, prompt, text_config
+
+import gap_triton
+from gap_triton import GapConfig, _requirements
+
+
+def mllama(attn_implementation: str) -> transformers.PreTrainedModel:
+    config = transformers.MllamaConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 24,
+            "patch_size": 4,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 64,
+        },
+        text_config={**TEXT, "cross_attention_layers": [1], "pad_token_id": 0},
+    )
+    return transformers.MllamaForConditionalGeneration._from_config(
+        config, attn_implementation=attn_implementation
+    )
+
+
+def test_cross_attention_by_name() -> None:
+    with pytest.raises(ValueError, match=r"can't prune Mllama.* cross-attention.*attn_implementation='sdpa'"):
+        mllama("gap_triton")
+
+
+def test_cross_attention_by_attach() -> None:
+    with pytest.raises(ValueError, match=r"can't prune Mllama.* cross-attention"):
+        gap_triton.attach(mllama("sdpa"))
+
+
+def test_a_model_type_that_is_not_checked() -> None:
+    config = transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=text_config("llama")
+    )
+    model = transformers.VipLlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    with pytest.raises(
+        ValueError, match=r"not checked on model_type='vipllava'.*Supported are llava, llava_next"
+    ):
+        gap_triton.attach(model)
+
+
+def test_a_text_model() -> None:
+    model = transformers.LlamaForCausalLM._from_config(text_config("llama"))
+    with pytest.raises(ValueError, match="found no vision-language decoder in LlamaForCausalLM"):
+        gap_triton.attach(model)
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(ValueError, match=r"model=Linear: expected a transformers PreTrainedModel"):
+        gap_triton.attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer", [LAYERS - 1, LAYERS, 99])
+def test_layer_outside_the_model(layer: int) -> None:
+    message = (
+        rf"GapConfig.layer={layer}: this model's decoder has {LAYERS} layers; expected -1 to {LAYERS - 2}"
+    )
+    with pytest.raises(ValueError, match=message):
+        gap_triton.attach(build("llava", "sdpa"), GapConfig(layer=layer))
+    with pytest.raises(ValueError, match=message):
+        gap_triton.configure(build("llava", "gap_triton"), GapConfig(layer=layer))
+
+
+def test_config_of_the_wrong_type() -> None:
+    with pytest.raises(ValueError, match=r"config=\{'keep': 0.5\}: expected a gap_triton.GapConfig"):
+        gap_triton.attach(build("llava", "sdpa"), {"keep": 0.5})
+
+
+@pytest.mark.parametrize("chunk", [8, 16, 45])
+def test_chunked_prefill(chunk: int) -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
+    with pytest.raises(ValueError, match=r"(?i)chunked prefill.*prefill_chunk_size=None"):
+        generate(model, make_prompt("llava", "even"), prefill_chunk_size=chunk)
+
+
+def test_a_batch_that_changes_on_a_pruned_cache() -> None:
+    model = build("llava", "gap_triton")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**make_prompt("llava", "even"), past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="pruned for a batch of 2 and is continued with a batch of 4"):
+            model(input_ids=torch.full((4, 1), 7), past_key_values=cache)
+
+
+def test_another_turn_with_another_layer() -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    first = prompt("llava")
+    output = generate(model, first, tokens=3, past_key_values=cache)
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=2))
+    second = prompt("llava", seed=2, padding="right")
+    ids = torch.cat([output.sequences, second["input_ids"]], 1)
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
+    with pytest.raises(ValueError, match=r"GapConfig.layer=2, but this cache was pruned after layer 1"):
+        generate(model, inputs, tokens=2, past_key_values=cache)
+
+
+def test_another_turn_after_pruning_before_the_decoder() -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=-1, score="random"))
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**make_prompt("llava", "even"), past_key_values=cache)
+        model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
+        with pytest.raises(
+            ValueError, match=r"layer=-1 prunes before the decoder, and then a cache can't take another"
+        ):
+            model(input_ids=torch.full((2, 4), 7), past_key_values=cache)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "triton"])
+def test_versions_too_old(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _requirements.version
+    monkeypatch.setattr(_requirements, "version", lambda name: "1.0" if name == package else real(name))
+    with pytest.raises(ImportError, match=rf"gap-triton needs {package} >= .*, found 1.0: pip install -U"):
+        _requirements.check_versions()
+
+
+def test_python_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_requirements.sys, "version_info", (3, 9, 0))
+    with pytest.raises(ImportError, match=r"gap-triton needs Python 3.10 to 3.13, found 3.9"):
+        _requirements.check_versions()
