@@ -1,0 +1,164 @@
+"""Seeded scenes of coloured shapes, each with an expression that names one of them and the box of the named thing.
+
+Everything is drawn by torch alone, a whole batch at once, so that a training step never waits for its data.
+
+The split is by seed. A batch is a function of one integer: training uses the seeds below ``HELD_OUT_SEED``,
+held-out scenes the seeds from it on, so no held-out scene was drawn from a training stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+GRID = 12  # visual tokens along each side
+PATCH = 8  # pixels along each side of a visual token
+IMAGE_SIZE = GRID * PATCH
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = ("red", "green", "blue", "yellow")
+RGB = ((235, 40, 40), (40, 210, 60), (60, 90, 245), (235, 220, 40))
+
+MOST_OBJECTS = 4
+SMALLEST, LARGEST = 20, 36  # side of an object in pixels: 2.5 to 4.5 patches
+GAP = 2  # pixels of background between any two boxes, at least
+NOISE = 56  # background pixels are uniform in [0, NOISE)
+
+HELD_OUT_SEED = 2**31
+LARGEST_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
+_HELD_OUT_CHUNK = 64
+_PLACEMENTS = 48  # random placements tried per object
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of ``N`` scenes, ``M = MOST_OBJECTS`` object slots each.
+
+    Attributes:
+        images: uint8 ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``, RGB.
+        colours: int64 ``[N, M]``, index into ``COLOURS``.
+        shapes: int64 ``[N, M]``, index into ``SHAPES``. No (colour, shape) pair occurs twice in a scene.
+        boxes: int64 ``[N, M, 4]``, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
+        present: bool ``[N, M]``, whether the slot holds an object. Slot 0 always does.
+        target: int64 ``[N]``, the slot that the scene's expression names.
+    """
+
+    images: Tensor
+    colours: Tensor
+    shapes: Tensor
+    boxes: Tensor
+    present: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Scenes:
+        return Scenes(
+            self.images[rows],
+            self.colours[rows],
+            self.shapes[rows],
+            self.boxes[rows],
+            self.present[rows],
+            self.target[rows],
+        )
+
+    @property
+    def target_boxes(self) -> Tensor:
+        """Box of each scene's named object: int64 ``[N, 4]``, pixels."""
+        return self.boxes[torch.arange(len(self)), self.target]
+
+    def name(self, index: int, slot: int | None = None) -> str:
+        """Colour and shape of one object, by default of the named one: ``"red triangle"``."""
+        slot = int(self.target[index]) if slot is None else slot
+        return f"{COLOURS[int(self.colours[index, slot])]} {SHAPES[int(self.shapes[index, slot])]}"
+
+    def question(self, index: int, slot: int | None = None) -> str:
+        """Expression that names one object, by default the target: ``"where is the red triangle?"``."""
+        return f"where is the {self.name(index, slot)}?"
+
+    def image(self, index: int) -> Image.Image:
+        """One scene as an RGB image of the model's native size."""
+        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy(), mode="RGB")
+
+
+def draw(count: int, seed: int, *, fewest: int = 2, most: int = MOST_OBJECTS) -> Scenes:
+    """Draw ``count`` scenes of ``fewest`` to ``most`` objects; the same arguments always give the same scenes.
+
+    An object that finds no free place in ``_PLACEMENTS`` tries is left out, so a crowded scene may hold fewer.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed is {seed}; it must be in 0..{LARGEST_SEED}")
+    if not 1 <= fewest <= most <= MOST_OBJECTS:
+        raise ValueError(
+            f"fewest, most are {fewest}, {most}; they must satisfy 1 <= fewest <= most <= {MOST_OBJECTS}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.rand(count, len(COLOURS) * len(SHAPES), generator=generator).argsort(1)[:, :MOST_OBJECTS]
+    colours, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
+    wanted = torch.randint(fewest, most + 1, (count,), generator=generator)
+    boxes, present = _place(wanted, generator)
+    images = _paint(boxes, present, colours, shapes, generator)
+    # Absent slots get no weight, so the target is uniform over the objects that are really there.
+    target = torch.multinomial(present.float(), 1, generator=generator)[:, 0]
+    return Scenes(images, colours, shapes, boxes, present, target)
+
+
+def held_out(count: int) -> Scenes:
+    """Return the first ``count`` held-out scenes. A smaller count gives a prefix of a larger one."""
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    chunks = [draw(_HELD_OUT_CHUNK, HELD_OUT_SEED + i) for i in range(-(-count // _HELD_OUT_CHUNK))]
+    fields = ("images", "colours", "shapes", "boxes", "present", "target")
+    return Scenes(*(torch.cat([getattr(chunk, field) for chunk in chunks])[:count] for field in fields))
+
+
+def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose boxes that keep ``GAP`` pixels apart: int64 ``[N, M, 4]``, and which slots got one: bool ``[N, M]``."""
+    count = len(wanted)
+    rows = torch.arange(count)
+    boxes = torch.zeros(count, MOST_OBJECTS, 4, dtype=torch.int64)
+    present = torch.zeros(count, MOST_OBJECTS, dtype=torch.bool)
+    for slot in range(MOST_OBJECTS):
+        side = torch.randint(SMALLEST, LARGEST + 1, (count, _PLACEMENTS), generator=generator)
+        corner = torch.rand(count, _PLACEMENTS, 2, generator=generator) * (IMAGE_SIZE - side + 1)[..., None]
+        low = corner.long()
+        high = low + side[..., None]
+        # Two boxes are apart when a gap separates them along x or along y.
+        apart_below = high[:, :, None] + GAP <= boxes[:, None, :slot, :2]
+        apart_above = boxes[:, None, :slot, 2:] + GAP <= low[:, :, None]
+        free = ((apart_below | apart_above).any(-1) | ~present[:, None, :slot]).all(-1)
+        first = free.int().argmax(1)
+        present[:, slot] = free.any(1) & (slot < wanted)
+        box = torch.cat([low[rows, first], high[rows, first]], 1)
+        boxes[:, slot] = box * present[:, slot, None]
+    return boxes, present
+
+
+def _paint(
+    boxes: Tensor, present: Tensor, colours: Tensor, shapes: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Paint every present object on a noisy dark background: uint8 ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+    size = (len(boxes), 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randint(0, NOISE, size, generator=generator, dtype=torch.uint8)
+    rgb = torch.tensor(RGB, dtype=torch.uint8)
+    pixel = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
+    for slot in range(MOST_OBJECTS):
+        x0, y0, x1, _ = boxes[:, slot].float().unbind(1)
+        side = (x1 - x0).clamp(min=1)[:, None]
+        u = ((pixel - x0[:, None]) / side * 2 - 1)[:, None, :]  # [N, 1, W], -1..1 inside the box
+        v = ((pixel - y0[:, None]) / side * 2 - 1)[:, :, None]  # [N, H, 1]
+        square = (u.abs() < 1) & (v.abs() < 1)
+        circle = u * u + v * v < 1
+        # Wide enough at the apex that two pixels of an even side are in: the top of the box is always touched.
+        triangle = square & (u.abs() < (v + 1) / 2 + 0.75 / side[:, :, None])
+        shape = shapes[:, slot, None, None]
+        mask = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
+        mask &= present[:, slot, None, None]
+        images = torch.where(mask[:, None], rgb[colours[:, slot]][:, :, None, None], images)
+    return images
