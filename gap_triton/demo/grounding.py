@@ -1,0 +1,107 @@
+"""Boxes, the location tokens that write them down, and the accuracy of real, greedy generation.
+
+Boxes are ``x0 y0 x1 y1`` as shares of the image's width and height, so 0..1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gap_triton.demo.scenes import IMAGE_SIZE, Scenes
+from gap_triton.demo.vocabulary import IMAGE, LOCATION_TOKENS, LOCATIONS, token_id
+
+_ANSWER = re.compile(r"\s*".join([r"<loc(\d\d)>"] * 4))
+
+
+def location_ids(boxes: Tensor) -> Tensor:
+    """Token ids that write down boxes: float ``[..., 4]`` in 0..1 to int64 ``[..., 4]``."""
+    if boxes.shape[-1:] != (4,):
+        raise ValueError(f"boxes has shape {list(boxes.shape)}; the last dimension must be 4")
+    if boxes.numel() and not (boxes.min() >= 0 and boxes.max() <= 1):
+        raise ValueError(
+            f"boxes spans {boxes.min():g}..{boxes.max():g}; it must lie in 0..1, shares of the image"
+        )
+    return (boxes * (LOCATIONS - 1)).round().long() + token_id(LOCATION_TOKENS[0])
+
+
+def boxes_from_tokens(answers: Sequence[str]) -> Tensor:
+    """Read boxes from decoded answers such as ``"<loc02> <loc05> <loc09> <loc12>"``: float32 ``[N, 4]``.
+
+    The first four location tokens in a row count. An answer without them gives NaN, whose IoU with any box is 0.
+    """
+    boxes = torch.full((len(answers), 4), float("nan"))
+    for box, answer in zip(boxes, answers, strict=True):
+        if match := _ANSWER.search(answer):
+            box.copy_(torch.tensor([int(number) for number in match.groups()]) / (LOCATIONS - 1))
+    return boxes
+
+
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of matching boxes: two float ``[..., 4]`` to ``[...]``.
+
+    A box without area, or with a NaN in it, gives 0.
+    """
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (first, second)]
+    return (shared / (areas[0] + areas[1] - shared).clamp(min=1e-12)).nan_to_num(0.0)
+
+
+def prompt(question: str) -> str:
+    """The model's prompt for one question about one image."""
+    return f"{IMAGE} {question}"
+
+
+def prepare(processor: Any, scenes: Scenes) -> Any:
+    """Model inputs for each scene's question: what the processor makes of images and prompts, padded to one length."""
+    indices = range(len(scenes))
+    return processor(
+        images=[scenes.image(i) for i in indices],
+        text=[prompt(scenes.question(i)) for i in indices],
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def answer_boxes(model: Any, processor: Any, scenes: Scenes) -> Tensor:
+    """Ask each scene's question by greedy ``generate``: the answered boxes, float32 ``[N, 4]``, NaN = no box."""
+    inputs = prepare(processor, scenes).to(model.device)
+    generated = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return boxes_from_tokens(processor.batch_decode(generated, skip_special_tokens=True))
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    scenes: Scenes,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Tensor:
+    """Compare the answers to the scenes' questions with the true boxes.
+
+    Args:
+        model: what ``AutoModelForImageTextToText.from_pretrained`` returned, pruned or not.
+        processor: what ``AutoProcessor.from_pretrained`` returned.
+        scenes: the scenes to ask about.
+        batch_size: scenes per call of ``generate``.
+        progress: called after every batch with the number of scenes in it.
+
+    Returns:
+        IoU of each answer with the true box, float32 ``[N]``; an answer that is no box counts as 0.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    ious = []
+    for start in range(0, len(scenes), batch_size):
+        part = scenes[start : start + batch_size]
+        ious.append(box_iou(answer_boxes(model, processor, part), part.target_boxes / IMAGE_SIZE))
+        progress(len(part))
+    return torch.cat(ious)

@@ -1,0 +1,23 @@
+"""The demo's words and location tokens: one list that fixes every token id.
+
+A box is written as four location tokens ``x0 y0 x1 y1``. Location ``i`` stands for the share ``i / (LOCATIONS - 1)``
+of the image's width or height, so answers do not depend on the size of the image file.
+"""
+
+from __future__ import annotations
+
+from gap_triton.demo.scenes import COLOURS, GRID, SHAPES
+
+PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
+LOCATIONS = 2 * GRID + 1  # one step is half a visual token
+LOCATION_TOKENS = tuple(f"<loc{i:02d}>" for i in range(LOCATIONS))
+TOKENS = (PAD, UNKNOWN, BOS, EOS, IMAGE, "where", "is", "the", "?", *COLOURS, *SHAPES, *LOCATION_TOKENS)
+
+_IDS = {token: index for index, token in enumerate(TOKENS)}
+
+
+def token_id(token: str) -> int:
+    """Id of one token of the vocabulary."""
+    if token not in _IDS:
+        raise ValueError(f"token is {token!r}; it must be one of {', '.join(TOKENS)}")
+    return _IDS[token]
