@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 KERNEL_PACKAGES = find_packages("kernels")
 INTEGRATION_PACKAGES = find_packages(".", include=["gap_triton", "gap_triton.*"])
 
-DEMO = ["matplotlib>=3.8", "pillow>=10.0", "rich>=13.0", "typer>=0.12"]
+DEMO = ["matplotlib>=3.8", "pillow>=10.0", "rich>=13.0", "typer>=0.19"]
 TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100"]
 
 setup(

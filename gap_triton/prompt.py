@@ -55,7 +55,7 @@ def make_plan(visual: torch.Tensor, padding_mask: torch.Tensor | None, config: G
     Returns:
         The plan, or None where nothing is to be dropped.
     """
-    batch, queries = visual.shape
+    queries = visual.shape[1]
     positions = torch.arange(queries, device=visual.device)
     if padding_mask is None:
         real = torch.ones_like(visual)

@@ -110,14 +110,13 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or state.survivors is None:
+    if state is None or state.plan is None or state.survivors is None:
         return None
     hidden_states = output[0]
+    batch, _, channels = hidden_states.shape
     survivors = state.survivors.to(hidden_states.device)
     # One more row at the end takes the filler and is cut off again.
-    full = hidden_states.new_zeros(
-        hidden_states.shape[0], state.plan.visual.shape[1] + 1, hidden_states.shape[2]
-    )  # type: ignore[union-attr]
+    full = hidden_states.new_zeros(batch, state.plan.visual.shape[1] + 1, channels)
     target = torch.where(survivors < 0, full.shape[1] - 1, survivors)
     full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
     if isinstance(output, tuple):

@@ -1,0 +1,152 @@
+"""The demo's main claim, on a small held-out subset: keeping position ids restores most of what pruning destroys."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+import gap_triton
+from gap_triton import GapConfig
+from gap_triton.cli import app
+from gap_triton.demo.grounding import evaluate
+from gap_triton.demo.run import IDS, LAYER, MODEL_PATH, demo_configs, load_embedded_model, run_demo
+from gap_triton.demo.scenes import held_out
+from gap_triton.demo.table import Row, wilson_interval
+
+SCENES = 96
+KEYS = (
+    *("method", "keep", "ids", "tokens_kept", "accuracy", "accuracy_low", "accuracy_high"),
+    *("mean_iou", "prefill_ratio", "kv_bytes"),
+)
+
+
+def test_keeping_ids_beats_renumbering_by_a_wide_margin() -> None:
+    model, processor = load_embedded_model(torch.device("cpu"))
+    scenes = held_out(SCENES)
+    accuracy = {}
+    for name, config in {
+        "unpruned": GapConfig(keep=1.0),
+        **{ids: GapConfig(keep=0.5, layer=LAYER, ids=ids) for ids in IDS},
+    }.items():
+        gap_triton.configure(model, config)
+        accuracy[name] = float((evaluate(model, processor, scenes) >= 0.5).float().mean())
+    assert accuracy["unpruned"] >= 0.75  # 0.80 on the whole set; 96 scenes leave some room for chance
+    assert accuracy["kept"] >= 3 * accuracy["compacted"]
+    assert accuracy["kept"] >= 3 * accuracy["permuted"]
+    assert accuracy["kept"] >= 0.4
+
+
+def test_keep_everything_is_the_plain_model() -> None:
+    plain = AutoModelForImageTextToText.from_pretrained(MODEL_PATH)
+    processor = AutoProcessor.from_pretrained(MODEL_PATH)
+    pruned, _ = load_embedded_model(torch.device("cpu"))
+    gap_triton.configure(pruned, GapConfig(keep=1.0))
+    image = held_out(1).image(0)
+    inputs = processor(images=image, text="<image> where is the red triangle?", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs).logits, pruned(**inputs).logits)
+
+
+def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
+    console = Console(record=True, width=80)
+    rows = run_demo(tmp_path, samples=8, console=console)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [tuple(row) for row in results["rows"]] == [KEYS] * 10
+    assert [Row(**row) for row in results["rows"]] == rows
+    assert results["versions"]["torch"] == torch.__version__
+    assert "CPU" in results["device"] or torch.cuda.is_available()
+    assert rows[0].method == "no pruning"
+    assert [(row.keep, row.ids) for row in rows[1:]] == [(c.keep, c.ids) for c in demo_configs()]
+    assert [row.tokens_kept for row in rows[::3]] == [144, 72, 36, 18]
+    assert all(row.kv_bytes < rows[0].kv_bytes for row in rows[1:])
+    assert all(row.accuracy_low <= row.accuracy <= row.accuracy_high for row in rows)
+    for name in ("overlay.png", "accuracy.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+    printed = console.export_text()
+    assert "kept (GAP)" in printed
+    assert "results.json" in printed
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 512, 0.000345, 0.01097)],
+)
+def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
+    # Values of R's prop.test(..., correct = FALSE).
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 5)])
+def test_wilson_interval_refuses(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match=f"successes={successes}, trials={trials}"):
+        wilson_interval(successes, trials)
+
+
+# --------------------------------------------------------------------------------------------- the command line
+def cli(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_run_on_an_image_file(tmp_path) -> None:
+    image, overlay = tmp_path / "scene.png", tmp_path / "overlay.png"
+    scene = held_out(1)
+    scene.image(0).resize((331, 257)).save(image)
+    arguments = ["run", "--model", "embedded", "--image", str(image), "--prompt", scene.question(0)]
+    result = cli(*arguments, "--layer", "1", "--keep", "0.25", "--overlay", str(overlay))
+    assert result.exit_code == 0, result.output
+    assert "<loc" in result.output
+    assert "kept 36 of 144 visual tokens after layer 1, ids kept" in result.output
+    with Image.open(overlay) as picture:
+        assert min(picture.size) > 200
+    result = cli(*arguments, "--keep", "1.0")
+    assert "nothing dropped" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "half"], "'half': expected a share such as 0.25 or a count such as 64"),
+        (["--keep", "0"], "GapConfig.keep=0: an int counts"),
+        (["--layer", "-1"], "layer=-1: before the first decoder layer"),
+        (["--ids", "shifted"], "shifted"),
+        (["--layer", "5"], "this model's decoder has 6 layers; expected -1 to 4"),
+    ],
+)
+def test_run_refuses(tmp_path, options: list[str], message: str) -> None:
+    image = tmp_path / "scene.png"
+    held_out(1).image(0).save(image)
+    result = cli("run", "--model", "embedded", "--image", str(image), "--prompt", "where?", *options)
+    assert result.exit_code != 0
+    assert message in " ".join((result.output + str(result.exception)).split()).replace("│ ", "").replace(
+        " │", ""
+    )
+
+
+def test_eval_writes_json_and_markdown(tmp_path) -> None:
+    result = cli(
+        *("eval", "--layers=-1,2", "--keeps", "0.5", "--samples", "4", "--output", str(tmp_path)),
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        "no pruning",
+        *["random, before the decoder"] * 3,
+        *["last_token, layer 2"] * 3,
+    ]
+    assert (tmp_path / "eval.md").read_text().count("\n") == 2 + len(rows)
+
+
+def test_info() -> None:
+    result = cli("info")
+    assert result.exit_code == 0
+    for word in ("torch", "transformers", "triton", "flash-attn", "dense attention"):
+        assert word in result.output
+    found = json.loads(cli("info", "--json").output)
+    assert found["versions"]["torch"] == torch.__version__
