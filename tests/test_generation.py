@@ -9,6 +9,7 @@ import torch
 import transformers
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle
+from packaging.version import Version
 from test_oracle import TOLERANCE, error, make_prompt
 from tiny import IMAGE, Image, build, generate, pixels, prompt
 
@@ -40,6 +41,8 @@ def test_sampling(batch: str) -> None:
 
 @pytest.mark.parametrize("batch", ["even", "left-padded", "ragged-images"])
 def test_beams(batch: str) -> None:
+    if batch == "ragged-images" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this transformers repeats images wrongly in beam search with several images per sample")
     model, reference, oracle = pair()
     inputs = make_prompt("llava", batch)
     pruned = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
@@ -122,6 +125,8 @@ def test_a_cache_that_is_reset_starts_afresh() -> None:
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     first = generate(model, inputs, past_key_values=cache)
     cache.reset()
+    if cache.get_seq_length():
+        pytest.skip("this transformers' DynamicCache.reset() zeroes the cache but keeps its length")
     again = generate(model, inputs, past_key_values=cache)
     assert torch.equal(first.sequences, again.sequences)
     assert error(first, again) == 0.0

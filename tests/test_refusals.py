@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from test_oracle import make_prompt
 from tiny import LAYERS, TEXT, VISION, build, generate, prompt, text_config
 
@@ -25,7 +26,7 @@ def mllama(attn_implementation: str) -> transformers.PreTrainedModel:
             "intermediate_layers_indices": [0],
             "vision_output_dim": 64,
         },
-        text_config={**TEXT, "cross_attention_layers": [1], "pad_token_id": 0},
+        text_config={**TEXT, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
     )
     return transformers.MllamaForConditionalGeneration._from_config(
         config, attn_implementation=attn_implementation
@@ -84,7 +85,10 @@ def test_config_of_the_wrong_type() -> None:
 def test_chunked_prefill(chunk: int) -> None:
     model = build("llava", "gap_triton")
     gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
-    with pytest.raises(ValueError, match=r"(?i)chunked prefill.*prefill_chunk_size=None"):
+    message = r"(?i)chunked prefill.*prefill_chunk_size=None"
+    if Version(transformers.__version__) < Version("5"):
+        message += "|features and image tokens do not match"  # transformers 4 can't split an image itself
+    with pytest.raises(ValueError, match=message):
         generate(model, make_prompt("llava", "even"), prefill_chunk_size=chunk)
 
 

@@ -142,8 +142,8 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
             f"{row.kv_bytes / 1024:.0f} KiB",
         )
     table.caption = (
-        f"tokens: visual tokens kept, of {rows[0].tokens_kept}; accuracy: IoU >= {IOU_THRESHOLD} of the answered box; prefill: its time, vision tower included, relative to no "
-        "pruning; KV cache: of one prompt"
+        f"tokens: visual tokens kept, of {rows[0].tokens_kept}; accuracy: IoU >= {IOU_THRESHOLD} of the answered box; "
+        "prefill: its time, vision tower included, relative to no pruning; KV cache: of one prompt"
     )
     return table
 
