@@ -161,6 +161,16 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
+def test_nan_in_a_visible_key_spoils_the_rows_that_see_it() -> None:
+    query, key = make((2, 2, 1, 5, 5, 8))
+    key[0, 0, 1] = math.nan
+    scores = visual_importance(query, key, torch.tensor([[0, 1, 3]] * 2), rows=torch.tensor([[0, 3], [0, 3]]))
+    assert scores[0].isnan().all()
+    assert scores[1].isfinite().all()
+    scores = visual_importance(query, key, torch.tensor([[0, 1, 3]] * 2), rows=torch.tensor([[0], [0]]))
+    assert scores.tolist() == [[1.0, 0.0, 0.0]] * 2
+
+
 def test_strided_inputs() -> None:
     query, key = make((2, 4, 2, 6, 6, 8))
     visual_index = torch.tensor([[0, 1], [2, 3]])

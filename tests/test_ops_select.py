@@ -38,7 +38,7 @@ def batches(draw: st.DrawFn) -> tuple[list[list[float]], list[int], int, int]:
     return scores, counts, draw(st.integers(0, n)), draw(st.integers(0, 3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(batches())
 def test_matches_a_sort(case: tuple[list[list[float]], list[int], int, int]) -> None:
     scores, counts, k, extra = case

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import use_triton
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
 from . import reference
 
@@ -31,6 +32,10 @@ def visual_importance_op(
         check_range("visual_index", visual_index, -1, query.shape[2] - 1)
         if rows is not None:
             check_range("rows", rows, -1, query.shape[2] - 1)
+    if query.dtype != torch.float64 and use_triton(query):
+        from . import kernel
+
+        return kernel.visual_importance(query, key, visual_index, rows, attention_mask, lse, scale)
     return reference.visual_importance(query, key, visual_index, rows, attention_mask, lse, scale)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import use_triton
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
 from . import reference
 
@@ -35,14 +35,21 @@ def surviving_rows_op(
         _check_distinct(visual_index, num_rows)
         if counts is not None and bool((counts < 0).any()):
             raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
-    index = reference.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows)
+    # On the CPU the result is made wide enough for every row first, so that a lack of columns can be seen.
+    width = max(length, num_rows) if scores.is_cpu else length
+    if use_triton(scores):
+        from . import kernel
+
+        index = kernel.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
+    else:
+        index = reference.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
     if scores.is_cpu and index.numel():
         needed = int((index >= 0).sum(-1).max())
         if length < needed:
             raise ValueError(
                 f"length: expected at least {needed}, the most rows that stay in a sample, got {length}"
             )
-    return F.pad(index, (length - num_rows, 0), value=-1)  # a negative amount of padding cuts columns off
+    return index[:, width - length :].contiguous()
 
 
 @surviving_rows_op.register_fake
@@ -70,6 +77,10 @@ def gather_rows_op(
     hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copy the rows ``index`` names; see ``reference.py``."""
+    if use_triton(index):
+        from . import kernel
+
+        return kernel.gather_rows(hidden_states, cos, sin, position_ids, index)
     return reference.gather_rows(hidden_states, cos, sin, position_ids, index)
 
 

@@ -16,6 +16,7 @@ def surviving_rows(
     counts: Tensor | None,
     attention_mask: Tensor | None,
     num_rows: int,
+    length: int,
 ) -> Tensor:
     """Return which rows of the prompt stay, see :func:`gap_kernels.prune_by_score`.
 
@@ -26,9 +27,10 @@ def surviving_rows(
         counts: int64 [B] or None.
         attention_mask: bool [B, Q] or None.
         num_rows: Q.
+        length: columns of the result.
 
     Returns:
-        int64 [B, Q], ascending, filled with -1 on the left.
+        int64 [B, length]: the last ``length`` survivors, ascending, filled with -1 on the left.
     """
     batch, num_visual = visual_index.shape
     real = scores.new_ones((batch, num_rows), dtype=torch.bool) if attention_mask is None else attention_mask
@@ -50,7 +52,8 @@ def surviving_rows(
     stays[:, num_rows - 1] = True
     rows = torch.arange(num_rows, device=scores.device)
     # Sorting moves the -1 of what doesn't stay to the left, where the filler belongs.
-    return torch.where(stays[:, :num_rows], rows, -1).sort(dim=-1).values
+    index = torch.where(stays[:, :num_rows], rows, -1).sort(dim=-1).values
+    return F.pad(index, (length - num_rows, 0), value=-1)  # a negative amount of padding cuts columns off
 
 
 def gather_rows(

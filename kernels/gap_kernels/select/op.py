@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import use_triton
 from ..validation import check_range
 from . import reference
 
@@ -20,6 +21,10 @@ def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) 
         check_range("k", counts, 0, scores.shape[1])
         if counts.numel() and int(counts.max()) > length:
             raise ValueError(f"length: expected at least the largest k, {int(counts.max())}, got {length}")
+    if use_triton(scores):
+        from . import kernel
+
+        return kernel.topk_indices(scores, k, counts, length)
     return reference.topk_indices(scores, k, counts, length)
 
 

@@ -1,0 +1,356 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Attention-based importance in Triton: only the wanted rows are scored, and no probability is ever stored.
+
+1. ``row_lse_kernel``: maximum and sum of each wanted row's exponentials, over a split of the keys (skipped where the
+   log-sum-exp is given);
+2. ``visual_mass_kernel``: per key head and visual tile, the sum of the probabilities over the rows of that head;
+3. ``mean_kernel``: the mean over heads and valid rows.
+
+The wanted rows of all query heads that share a key head form one axis, M = G * R (group, row), so that a key tile is
+loaded once for the group. Partial results go to plain stores and are added in a fixed order: runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import device_of, triton_is_interpreted
+
+# How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
+# sums are too.
+MIN_SPLIT_KEYS = 256
+ENOUGH_PROGRAMS = 512
+MAX_SPLITS = 64
+MEAN_BLOCK = 256
+
+
+@triton.jit
+def locate_rows(
+    query,
+    rows,
+    batch,
+    key_head,
+    start,
+    stride_b,
+    stride_h,
+    stride_s,
+    num_query,
+    num_keys,
+    num_rows,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Locate BLOCK_M of the (group, row) pairs of a key head.
+
+    Returns:
+        pointers to the query vectors and the key column of each row, -1 for filler; both [BLOCK_M].
+    """
+    m = start + tl.arange(0, BLOCK_M)
+    row = tl.full((BLOCK_M,), num_query - 1, tl.int64)
+    if rows is not None:
+        row = tl.load(rows + batch * num_rows + m % num_rows, mask=m < GROUP * num_rows, other=-1)
+    valid = (m < GROUP * num_rows) & (row >= 0) & (row < num_query)
+    head = key_head * GROUP + m // num_rows
+    pointer = query + batch * stride_b + head * stride_h + row * stride_s
+    return pointer, tl.where(valid, row + (num_keys - num_query), -1)
+
+
+@triton.jit
+def allowed_columns(mask, batch, column, usable, stride_b, stride_s):
+    """Return which of the usable columns the attention mask allows."""
+    if mask is not None:
+        usable = usable & (tl.load(mask + batch * stride_b + column * stride_s, mask=usable, other=0) != 0)
+    return usable
+
+
+@triton.jit
+def visible_logits(
+    row_pointer,
+    row_column,
+    column_pointer,
+    column,
+    usable,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return base-2 logits [BLOCK_M, BLOCK_N], -inf where a row doesn't see a column.
+
+    Vectors are read BLOCK_K elements at a time; nothing is read for filler rows and unusable columns.
+    """
+    logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        inside = (row_column >= 0)[:, None] & (d < D)[None, :]
+        q = tl.load(row_pointer[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
+        inside = usable[None, :] & (d < D)[:, None]
+        k = tl.load(column_pointer[None, :] + d[:, None], mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if UPCAST:
+            q = q.to(tl.float32)
+            k = k.to(tl.float32)
+        logits = tl.dot(q, k, logits, input_precision="ieee")
+    visible = usable[None, :] & (column[None, :] <= row_column[:, None])
+    return tl.where(visible, logits * scale_log2, -float("inf"))
+
+
+# What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
+@triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "split_keys"])
+def row_lse_kernel(
+    query,
+    key,
+    rows,
+    mask,
+    partial_max,
+    partial_sum,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    mask_stride_b,
+    mask_stride_s,
+    num_query,
+    num_keys,
+    num_rows,
+    split_keys,
+    scale_log2,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Online softmax statistics of one row tile over one split of the keys, in base 2.
+
+    Grid (B * Hkv, row tiles, splits); partial_max and partial_sum [B, Hkv, M, splits] float32.
+    """
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch = batch_head // KEY_HEADS
+    key_head = batch_head % KEY_HEADS
+    start_m = tl.program_id(1) * BLOCK_M
+    split = tl.program_id(2)
+    row_pointer, row_column = locate_rows(
+        query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
+        num_query, num_keys, num_rows, GROUP, BLOCK_M,
+    )  # fmt: skip
+    running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), tl.float32)
+    begin = split * split_keys
+    end = tl.minimum(begin + split_keys, num_keys)
+    for start in range(begin, end, BLOCK_N):
+        column = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
+        column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+        logits = visible_logits(
+            row_pointer, row_column, column_pointer, column, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        )  # fmt: skip
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        base = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: avoids inf - inf
+        running_sum = running_sum * tl.exp2(running_max - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        running_max = new_max
+    m = start_m + tl.arange(0, BLOCK_M)
+    position = (batch_head * (GROUP * num_rows) + m) * tl.num_programs(2) + split
+    tl.store(partial_max + position, running_max, mask=m < GROUP * num_rows)
+    tl.store(partial_sum + position, running_sum, mask=m < GROUP * num_rows)
+
+
+@triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "num_visual", "splits"])
+def visual_mass_kernel(
+    query,
+    key,
+    visual_index,
+    rows,
+    mask,
+    lse,
+    partial_max,
+    partial_sum,
+    mass,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    mask_stride_b,
+    mask_stride_s,
+    num_query,
+    num_keys,
+    num_rows,
+    num_visual,
+    splits,
+    scale_log2,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Probability mass that the rows of one key head give to one tile of visual tokens.
+
+    Grid (visual tiles, B * Hkv); mass [B, Hkv, V] float32. Rows come with their natural log-sum-exp ``lse``
+    [B, Hkv, M], or with the partial statistics of ``row_lse_kernel`` if that is None.
+    """
+    batch_head = tl.program_id(1).to(tl.int64)
+    batch = batch_head // KEY_HEADS
+    key_head = batch_head % KEY_HEADS
+    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
+    column = position + (num_keys - num_query)
+    usable = (position >= 0) & (position < num_query)
+    usable = allowed_columns(mask, batch, column, usable, mask_stride_b, mask_stride_s)
+    column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, GROUP * num_rows, BLOCK_M):
+        row_pointer, row_column = locate_rows(
+            query, rows, batch, key_head, start, query_stride_b, query_stride_h, query_stride_s,
+            num_query, num_keys, num_rows, GROUP, BLOCK_M,
+        )  # fmt: skip
+        logits = visible_logits(
+            row_pointer, row_column, column_pointer, column, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        )  # fmt: skip
+        m = start + tl.arange(0, BLOCK_M)
+        row_of_head = batch_head * (GROUP * num_rows) + m
+        if lse is not None:
+            row_lse = tl.load(lse + row_of_head, mask=m < GROUP * num_rows, other=0.0) * 1.4426950408889634
+        else:
+            split = tl.arange(0, BLOCK_SPLITS)
+            inside = (m < GROUP * num_rows)[:, None] & (split < splits)[None, :]
+            offset = row_of_head[:, None] * splits + split[None, :]
+            maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"))
+            part = tl.load(partial_sum + offset, mask=inside, other=0.0)
+            highest = tl.max(maximum, 1)
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            weight = tl.sum(part * tl.exp2(maximum - base[:, None]), 1)
+            row_lse = base + tl.log2(tl.where(weight == 0.0, 1.0, weight))  # nothing seen: anything finite
+        # A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or
+        # -inf (it sees nothing). NaN logits are seen: like the reference, they make NaN scores.
+        seen = logits != -float("inf")
+        total += tl.sum(tl.where(seen, tl.exp2(logits - row_lse[:, None]), 0.0), 0)
+    tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
+
+
+@triton.jit(do_not_specialize=["num_query", "num_rows", "num_visual"])
+def mean_kernel(
+    mass,
+    rows,
+    scores,
+    num_query,
+    num_rows,
+    num_visual,
+    KEY_HEADS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean over heads and valid rows: mass [B, Hkv, V] -> scores [B, V]. Grid (visual tiles, B)."""
+    batch = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for key_head in range(KEY_HEADS):
+        position = (batch * KEY_HEADS + key_head) * num_visual + slot
+        total += tl.load(mass + position, mask=slot < num_visual, other=0.0)
+    valid = tl.full((), 1, tl.int32)
+    if rows is not None:
+        valid = tl.full((), 0, tl.int32)
+        for start in range(0, num_rows, BLOCK):
+            r = start + tl.arange(0, BLOCK)
+            row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
+            valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
+    count = QUERY_HEADS * tl.maximum(valid, 1).to(tl.float32)
+    tl.store(scores + batch * num_visual + slot, total / count, mask=slot < num_visual)
+
+
+def visual_importance(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Launch the three kernels; arguments and result as in ``reference.py``, for any dtype but float64."""
+    batch, query_heads, num_query, head_dim = query.shape
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    num_visual = visual_index.shape[1]
+    num_rows = 1 if rows is None else rows.shape[1]
+    group = query_heads // key_heads
+    scores = torch.empty((batch, num_visual), dtype=torch.float32, device=query.device)
+    if num_rows == 0:
+        return scores.zero_()
+    if scores.numel() == 0:
+        return scores
+
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    visual_index = visual_index.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if mask is None else mask.stride()))
+    scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
+    tiles: dict[str, Any] = tile_options(head_dim, group * num_rows, query.dtype)
+    tiles |= {"KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, "UPCAST": triton_is_interpreted()}
+
+    mass = torch.empty((batch, key_heads, num_visual), dtype=torch.float32, device=query.device)
+    partial_max = partial_sum = None
+    splits = 0
+    with device_of(query):
+        if lse is None:
+            row_tiles = triton.cdiv(group * num_rows, tiles["BLOCK_M"])
+            split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
+            shape = (batch, key_heads, group * num_rows, splits)
+            partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
+            partial_sum = torch.empty_like(partial_max)
+            row_lse_kernel[(batch * key_heads, row_tiles, splits)](
+                query, key, rows, mask, partial_max, partial_sum, *strides,
+                num_query, num_keys, num_rows, split_keys, scale_log2, num_stages=2, **tiles,
+            )  # fmt: skip
+        else:
+            lse = lse.float().contiguous()
+        visual_mass_kernel[(triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * key_heads)](
+            query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, *strides,
+            num_query, num_keys, num_rows, num_visual, splits, scale_log2,
+            BLOCK_SPLITS=triton.next_power_of_2(max(splits, 1)),
+            # A single tile of rows leaves nothing to load ahead.
+            num_stages=1 if group * num_rows <= tiles["BLOCK_M"] else 2, **tiles,
+        )  # fmt: skip
+        mean_kernel[(triton.cdiv(num_visual, MEAN_BLOCK), batch)](
+            mass, rows, scores, num_query, num_rows, num_visual,
+            KEY_HEADS=key_heads, QUERY_HEADS=query_heads, BLOCK=MEAN_BLOCK,
+        )  # fmt: skip
+    return scores
+
+
+def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return tile sizes and launch options for M = ``num_rows`` rows per key head."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "BLOCK_M": 16 if num_rows <= 16 else 32,
+        "BLOCK_N": 64 if block_d <= 128 else 32,
+        # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
+        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 else block_d,
+        "num_warps": 4,
+    }
+
+
+def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:
+    """Return ``(keys per split, splits)`` so that few programs get more, whatever the device."""
+    wanted = min(triton.cdiv(num_keys, MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // programs), MAX_SPLITS)
+    split_keys = triton.cdiv(triton.cdiv(num_keys, wanted), block_n) * block_n
+    return split_keys, triton.cdiv(num_keys, split_keys)

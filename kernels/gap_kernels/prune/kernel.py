@@ -1,0 +1,204 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Row selection and gather in Triton: one program per sample selects, one program per output row copies."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import device_of
+from ..select.kernel import (
+    ALWAYS,
+    DROPPED,
+    score_keys,
+    select_threshold,
+    tile_options,
+    write_selected,
+)
+
+FILL_BLOCK = 1024
+COPY_BLOCK = 1024
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
+@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length"])
+def surviving_rows_kernel(
+    scores,
+    visual_index,
+    counts,
+    mask,
+    keys,
+    index,
+    keep,
+    num_visual,
+    num_rows,
+    length,
+    mask_stride_b,
+    mask_stride_q,
+    BLOCK: tl.constexpr,
+    BLOCK_FILL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Select the survivors of one sample: scores, visual_index [B, V] -> index [B, length].
+
+    Every row of the prompt gets a key in ``keys`` [B, Q], a workspace: text is selected ALWAYS, padding is DROPPED,
+    and a visual row has the key of its score. In row order, ties go to the lower position by themselves.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    keys += sample * num_rows
+    for start in range(0, num_rows, BLOCK_FILL):
+        row = start + tl.arange(0, BLOCK_FILL)
+        code = tl.full((BLOCK_FILL,), ALWAYS, tl.int32)
+        if mask is not None:
+            real = tl.load(mask + sample * mask_stride_b + row * mask_stride_q, mask=row < num_rows, other=0)
+            code = tl.where(real != 0, code, DROPPED)
+        tl.store(keys + row, code, mask=row < num_rows)
+    tl.debug_barrier()  # other threads of this program overwrite and then read these keys
+    for start in range(0, num_visual, BLOCK_FILL):
+        slot = start + tl.arange(0, BLOCK_FILL)
+        position = tl.load(visual_index + sample * num_visual + slot, mask=slot < num_visual, other=-1)
+        inside = (position >= 0) & (position < num_rows)
+        code = score_keys(tl.load(scores + sample * num_visual + slot, mask=inside, other=0.0))
+        if mask is not None:
+            real = tl.load(mask + sample * mask_stride_b + position * mask_stride_q, mask=inside, other=0)
+            code = tl.where(real != 0, code, DROPPED)
+        tl.store(keys + position, code, mask=inside)
+    tl.debug_barrier()
+
+    if counts is not None:
+        keep = tl.load(counts + sample)
+    budget = tl.minimum(keep, num_visual).to(tl.int32)
+    threshold, ties, tied, total = select_threshold(keys, num_rows, budget, BLOCK, RESIDENT, False)
+    # The last row comes last among its ties; where it isn't selected it is one survivor more.
+    last = tl.load(keys + num_rows - 1)
+    selected = (last > threshold) | ((last == threshold) & (tied <= ties))
+    total += tl.where(selected, 0, 1)
+    write_selected(
+        index + sample * length, keys, num_rows, length, threshold, ties, total, BLOCK, False, True
+    )
+
+
+@triton.jit(do_not_specialize=["length"])
+def gather_rows_kernel(
+    hidden,
+    cos,
+    sin,
+    ids,
+    index,
+    hidden_out,
+    cos_out,
+    sin_out,
+    ids_out,
+    hidden_stride_b,
+    hidden_stride_q,
+    cos_stride_b,
+    cos_stride_q,
+    sin_stride_b,
+    sin_stride_q,
+    ids_stride_a,
+    ids_stride_b,
+    ids_stride_q,
+    length,
+    channels,
+    rotary,
+    AXES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
+):
+    """Copy row ``index[b, j]`` of every input to row j of its output; filler (-1) copies row 0. Grid (L, B)."""
+    j = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    target = sample * length + j
+    source = tl.maximum(tl.load(index + target), 0)
+    hidden += sample * hidden_stride_b + source * hidden_stride_q
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        tl.store(
+            hidden_out + target * channels + c, tl.load(hidden + c, mask=c < channels), mask=c < channels
+        )
+    d = tl.arange(0, BLOCK_ROTARY)
+    inside = d < rotary
+    value = tl.load(cos + sample * cos_stride_b + source * cos_stride_q + d, mask=inside)
+    tl.store(cos_out + target * rotary + d, value, mask=inside)
+    value = tl.load(sin + sample * sin_stride_b + source * sin_stride_q + d, mask=inside)
+    tl.store(sin_out + target * rotary + d, value, mask=inside)
+    for axis in range(AXES):
+        position = tl.load(ids + axis * ids_stride_a + sample * ids_stride_b + source * ids_stride_q)
+        tl.store(ids_out + (axis * tl.num_programs(1).to(tl.int64) + sample) * length + j, position)
+
+
+def surviving_rows(
+    scores: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    attention_mask: Tensor | None,
+    num_rows: int,
+    length: int,
+) -> Tensor:
+    """Launch the selection; arguments and result as in ``reference.py``."""
+    batch, num_visual = visual_index.shape
+    index = torch.empty((batch, length), dtype=torch.int64, device=scores.device)
+    if index.numel():
+        mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+        with device_of(scores):
+            surviving_rows_kernel[(batch,)](
+                scores.contiguous(),
+                visual_index.contiguous(),
+                None if counts is None else counts.contiguous(),
+                mask,
+                torch.empty((batch, num_rows), dtype=torch.int32, device=scores.device),
+                index,
+                keep,
+                num_visual,
+                num_rows,
+                length,
+                *((0, 0) if mask is None else mask.stride()),
+                BLOCK_FILL=FILL_BLOCK,
+                **tile_options(num_rows),
+            )
+    return index
+
+
+def gather_rows(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the copy; arguments and result as in ``reference.py``."""
+    batch, length = index.shape
+    ids = position_ids if position_ids.dim() == 3 else position_ids[None]
+    outputs = (
+        hidden_states.new_empty((batch, length, hidden_states.shape[2])),
+        cos.new_empty((batch, length, cos.shape[2])),
+        sin.new_empty((batch, length, sin.shape[2])),
+        position_ids.new_empty((*position_ids.shape[:-1], length)),
+    )
+    if index.numel():
+        inputs = [_words(tensor) for tensor in (hidden_states, cos, sin)]
+        with device_of(index):
+            gather_rows_kernel[(length, batch)](
+                *inputs,
+                ids,
+                index.contiguous(),
+                *(_words(output) for output in outputs[:3]),
+                outputs[3],
+                *(stride for tensor in inputs for stride in tensor.stride()[:2]),
+                *ids.stride(),
+                length,
+                hidden_states.shape[2],
+                cos.shape[2],
+                AXES=ids.shape[0],
+                BLOCK=COPY_BLOCK,
+                BLOCK_ROTARY=triton.next_power_of_2(max(1, cos.shape[2])),
+                num_warps=4,
+            )
+    return outputs
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """View floats as integers of their size: a copy needs no arithmetic, and fewer kernels are compiled."""
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    return tensor.view(_WORD[tensor.element_size()])

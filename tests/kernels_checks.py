@@ -1,0 +1,184 @@
+"""Kernels against the reference at sizes that cross their tile boundaries.
+
+Not collected by default: ``test_ops_kernels.py`` runs this file in Triton's interpreter, see
+``kernels_interpreter.py``, beside the small cases of the other ``test_ops_*`` files; and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gap_kernels.backends import triton_is_interpreted
+from gap_kernels.importance import kernel as importance
+from gap_kernels.importance import reference as importance_reference
+from gap_kernels.prune import kernel as prune
+from gap_kernels.prune import reference as prune_reference
+from gap_kernels.select import kernel as select
+from gap_kernels.select import reference as select_reference
+from torch import Tensor
+
+DEVICE = "cpu" if triton_is_interpreted() else "cuda"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def special_scores(batch: int, n: int, generator: torch.Generator) -> Tensor:
+    """Scores of both signs with many ties, zeros of both signs, infinities and NaN."""
+    scores = (torch.randn(batch, n, generator=generator) * 4).round() / 4
+    for value in (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45):
+        scores[torch.rand(batch, n, generator=generator) < 0.03] = value
+    return scores.to(DEVICE)
+
+
+@pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8192, 8193, 20011])
+def test_select(n: int, generator: torch.Generator) -> None:
+    scores = special_scores(2, n, generator)
+    counts = torch.tensor([n, n // 5], device=DEVICE)
+    for k in {0, 1, n // 3, n - 1, n}:
+        assert torch.equal(
+            select.topk_indices(scores, k, None, k), select_reference.topk_indices(scores, k, None, k)
+        )
+    for length in (n + 300, n):
+        expected = select_reference.topk_indices(scores, 0, counts, length)
+        assert torch.equal(select.topk_indices(scores, 0, counts, length), expected)
+
+
+@pytest.mark.parametrize("n", [576, 20011])
+def test_select_of_softmax_like_and_equal_scores(n: int, generator: torch.Generator) -> None:
+    scores = torch.stack(
+        [torch.randn(n, generator=generator).softmax(0), torch.full((n,), 0.25), torch.zeros(n)]
+    )
+    expected = select_reference.topk_indices(scores, n // 4, None, n // 4)
+    assert torch.equal(select.topk_indices(scores, n // 4, None, n // 4), expected)
+
+
+def test_select_beyond_what_can_be_selected() -> None:
+    """Counts that only the CPU checks: a GPU clamps them."""
+    scores = torch.tensor([[3.0, 1.0, 2.0]] * 3, device=DEVICE)
+    index = select.topk_indices(scores, 0, torch.tensor([9, -2, 3], device=DEVICE), 2)
+    assert index.tolist() == [[0, 2], [-1, -1], [0, 2]]
+
+
+def importance_case(
+    generator: torch.Generator,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    num_rows: int | None,
+    num_visual: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Query, key, visual_index, rows and mask with filler, padding and tokens that no row sees."""
+    query = torch.randn(2, heads[0], num_query, head_dim, generator=generator)
+    key = torch.randn(2, heads[1], num_keys, head_dim, generator=generator)
+    visual_index = torch.stack(
+        [torch.randperm(num_query, generator=generator)[:num_visual] for _ in range(2)]
+    )
+    visual_index[1, ::7] = -1
+    rows = None
+    if num_rows is not None:
+        rows = torch.randint(-1, num_query, (2, num_rows), generator=generator)
+    mask = torch.rand(2, num_keys, generator=generator) < 0.9
+    rows = None if rows is None else rows.to(DEVICE)
+    return query.to(DEVICE), key.to(DEVICE), visual_index.to(DEVICE), rows, mask.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "num_query", "num_keys", "head_dim", "num_rows", "num_visual"),
+    [
+        ((2, 2), 65, 600, 128, None, 65),  # several splits of the keys
+        ((7, 1), 200, 200, 80, 9, 130),  # M = 63 rows, several tiles of rows and of visual tokens
+        ((4, 2), 70, 70, 96, 16, 63),  # head_dim that is no power of two
+        ((2, 1), 40, 300, 256, 3, 33),  # narrower key tiles
+        ((3, 3), 17, 17, 8, 1, 16),  # head_dim below the smallest tile
+    ],
+)
+def test_importance(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    num_rows: int | None,
+    num_visual: int,
+    generator: torch.Generator,
+) -> None:
+    query, key, visual_index, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    query, key = query.to(dtype), key.to(dtype)
+    # Heads beside positions in memory, as projections leave them.
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    scores = importance.visual_importance(query, key, visual_index, rows, mask, None, None)
+    exact = importance_reference.visual_importance(
+        query.double(), key.double(), visual_index, rows, mask, None, None
+    )
+    assert_accurate(scores, exact)
+    assert (scores[1, ::7] == 0).all()
+
+    again = importance.visual_importance(query, key, visual_index, rows, mask, None, None)
+    assert torch.equal(scores, again)
+
+    lse = row_lse(query, key, rows, mask)
+    scores = importance.visual_importance(query, key, visual_index, rows, mask, lse, None)
+    assert_accurate(scores, exact)
+
+
+def row_lse(query: Tensor, key: Tensor, rows: Tensor | None, mask: Tensor) -> Tensor:
+    """Log-sum-exp [B, Hq, R] in float32; NaN for filler rows, as what an attention returns there is arbitrary."""
+    batch, query_heads, num_query, head_dim = query.shape
+    rows = torch.full((batch, 1), num_query - 1, device=DEVICE) if rows is None else rows
+    key = key.repeat_interleave(query_heads // key.shape[1], 1).double()
+    logits = query.double() @ key.transpose(-1, -2) * head_dim**-0.5
+    offset = key.shape[2] - num_query
+    causal = torch.ones(num_query, key.shape[2], dtype=torch.bool, device=DEVICE).tril(offset)
+    lse = logits.masked_fill(~(causal & mask[:, None, None]), -math.inf).logsumexp(-1)
+    lse = lse.gather(2, rows.clamp(min=0)[:, None].expand(-1, query_heads, -1))
+    return lse.masked_fill((rows < 0)[:, None], math.nan).float()
+
+
+def assert_accurate(scores: Tensor, exact: Tensor) -> None:
+    """Compare with float64; sums of up to hundreds of float32 products stay well within 1e-5."""
+    assert scores.dtype == torch.float32
+    assert (exact > 0).any()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_rows", [37, 1100, 8300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_surviving_rows(num_rows: int, masked: bool, generator: torch.Generator) -> None:
+    num_visual = num_rows - 12
+    visual_index = torch.stack([torch.randperm(num_rows, generator=generator)[:num_visual] for _ in range(3)])
+    visual_index[1, ::5] = -1
+    visual_index[2] = torch.arange(num_rows)[-num_visual:]  # ends in a visual token
+    scores = special_scores(3, num_visual, generator)
+    visual_index = visual_index.to(DEVICE)
+    mask = (torch.rand(3, num_rows, generator=generator) < 0.8).to(DEVICE) if masked else None
+    ragged = torch.tensor([0, num_visual // 2, 10 * num_rows], device=DEVICE)
+    for keep, counts in ((num_rows // 3, None), (0, ragged)):
+        for length in (num_rows, num_rows // 2, num_rows + 200):
+            arguments = (scores, visual_index, keep, counts, mask, num_rows, length)
+            assert torch.equal(prune.surviving_rows(*arguments), prune_reference.surviving_rows(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("axes", [None, 3])
+def test_gather_rows(dtype: torch.dtype, axes: int | None, generator: torch.Generator) -> None:
+    hidden = torch.randn(2, 9, 1500, generator=generator).to(DEVICE, dtype)
+    hidden[0, 0, 0] = math.nan
+    cos = torch.randn(1, 9, 80, generator=generator).to(DEVICE, dtype).expand(2, -1, -1)
+    sin = torch.randn(2, 80, 9, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    ids = torch.arange(18, device=DEVICE).reshape(2, 9)
+    ids = ids if axes is None else torch.stack([ids + 100 * axis for axis in range(axes)])
+    index = torch.tensor([[-1, 0, 3, 8], [1, 2, 4, 7]], device=DEVICE)
+    expected = prune_reference.gather_rows(hidden, cos, sin, ids, index)
+    for output, wanted in zip(prune.gather_rows(hidden, cos, sin, ids, index), expected, strict=True):
+        assert output.shape == wanted.shape
+        assert output.dtype == wanted.dtype
+        assert torch.equal(output.nan_to_num(7.0), wanted.nan_to_num(7.0))
