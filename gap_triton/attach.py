@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from .attention import NAME
 from .config import GapConfig
-from .models import Parts, find_parts, is_vision_language_model, text_model_of
-from .prune import after_text, before_layer, before_owner, before_text, check_layer
+from .hooks import after_text, before_layer, before_owner, before_text
+from .models import Parts, check_layer, find_parts, is_vision_language_model, text_model_of
 from .selection import Selection
 from .state import Attachment, recall_selection
 

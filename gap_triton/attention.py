@@ -1,7 +1,7 @@
 """The attention function behind ``attn_implementation="gap_triton"``: dense attention that lets pruning look on.
 
 An attention function runs inside the residual branch of its layer. It can *score* tokens but not *drop* them, so
-it hands query and key to the state of the running forward, and `gap_triton.prune` drops before the next layer.
+it hands query and key to the state of the running forward, and `gap_triton.hooks` drops before the next layer.
 """
 
 from __future__ import annotations

@@ -9,20 +9,26 @@ from __future__ import annotations
 import torch
 
 
-def score_order(index: torch.Tensor, visual: torch.Tensor, row_score: torch.Tensor) -> torch.Tensor:
+def score_order(
+    index: torch.Tensor, visual: torch.Tensor, visual_index: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
     """Put the surviving visual rows in score order into the slots that they hold, as ``topk`` without a sort would.
 
     Args:
         index: [B, L] int64 surviving rows, ascending, -1 = filler.
         visual: [B, Q] bool.
-        row_score: [B, Q] float32; read at visual rows only.
+        visual_index: [B, V] int64, the visual rows, -1 = filler.
+        scores: [B, V] float32, their scores.
 
     Returns:
         [B, L] int64: ``index`` with its visual entries permuted, best first; ties and NaN by position.
     """
     rows = index.clamp(min=0)
     is_visual = (index >= 0) & visual.gather(1, rows)
-    score = row_score.gather(1, rows).nan_to_num(nan=-torch.inf)
+    # One more row at the end takes the scores of filler.
+    by_row = scores.new_zeros(visual.shape[0], visual.shape[1] + 1)
+    by_row = by_row.scatter(1, torch.where(visual_index < 0, visual.shape[1], visual_index), scores)
+    score = by_row.gather(1, rows).nan_to_num(nan=-torch.inf)
     # Text rows get one common score, so that the stable sorts below leave them in order.
     by_score = torch.where(is_visual, score, 0.0).argsort(dim=1, descending=True, stable=True)
     visual_first = (~is_visual.gather(1, by_score)).to(torch.int8).argsort(dim=1, stable=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -82,3 +82,23 @@ def find_parts(model: nn.Module) -> Parts:
         f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected a "
         f"module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}. {instead}"
     )
+
+
+def sliding_window(config: Any, index: int) -> int | None:
+    """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding" not in layer_types[index]:
+        return None
+    return int(window)
+
+
+def check_layer(layer: int, layers: int) -> None:
+    """Raise ValueError unless at least one of the decoder's ``layers`` layers follows the pruning layer."""
+    if layer > layers - 2:
+        raise ValueError(
+            f"GapConfig.layer={layer}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
+            "least one layer follows the pruning layer"
+        )

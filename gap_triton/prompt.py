@@ -44,6 +44,27 @@ def find_visual_tokens(
     return visual
 
 
+def padding_of(mask: Any, past: int, queries: int, batch: int) -> torch.Tensor | None:
+    """Which of the new rows are real, read from whatever mask the model was given.
+
+    Args:
+        mask: None, [B, past + Q] or a ready-made mask of four dimensions, or a dict of those by layer type.
+        past: Number of tokens before the new rows.
+        queries: Q, number of new rows.
+        batch: B.
+
+    Returns:
+        [B, >= Q] whose last Q columns are nonzero at real tokens; None = no padding.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, torch.Tensor) or mask.dim() == 2:
+        return mask
+    # A padded row may not attend to itself.
+    own = mask[:, 0, :, past : past + queries].diagonal(dim1=1, dim2=2)
+    return (own if own.dtype == torch.bool else own == 0).expand(batch, -1)
+
+
 def make_plan(visual: torch.Tensor, padding_mask: torch.Tensor | None, config: GapConfig) -> Plan | None:
     """Decide what a prefill drops, with one read from the device.
 
@@ -90,6 +111,7 @@ def make_plan(visual: torch.Tensor, padding_mask: torch.Tensor | None, config: G
         rows=_scoring_rows(real, text_after, most_text, config),
         length=length,
         dense=dense and min(lengths) == length,
+        padded=any(real_count < queries for _, real_count, *_ in facts),
     )
 
 

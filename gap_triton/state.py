@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Plan:
         rows: [B, R] int64, the query rows whose attention ranks them, -1 = filler.
         length: L, the number of rows after pruning.
         dense: Every row after pruning is a real token, in every sample.
+        padded: Some of the Q rows are padding.
     """
 
     visual: torch.Tensor
@@ -80,6 +81,18 @@ class Plan:
     rows: torch.Tensor
     length: int
     dense: bool
+    padded: bool
+
+    def to(self, device: torch.device) -> Plan:
+        """The plan with its tensors on ``device``."""
+        return replace(
+            self,
+            visual=self.visual.to(device),
+            real=self.real.to(device),
+            visual_index=self.visual_index.to(device),
+            keep=self.keep.to(device),
+            rows=self.rows.to(device),
+        )
 
 
 @dataclass
@@ -94,6 +107,7 @@ class ForwardState:
         plan: What this forward drops; None where it drops nothing.
         kept: What the later layers hold after this forward; None while nothing has been dropped.
         past: Number of original positions in the cache before this forward.
+        queries: Number of rows of this forward, Q.
         padding_mask: [B, past + Q] attention mask of the caller, None = no padding.
         query, key, scale: Left by the attention of the scoring layer.
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
@@ -109,6 +123,7 @@ class ForwardState:
     plan: Plan | None = None
     kept: KeptTokens | None = None
     past: int = 0
+    queries: int = 0
     padding_mask: torch.Tensor | None = None
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None

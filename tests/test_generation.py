@@ -52,6 +52,17 @@ def test_beams(batch: str) -> None:
     assert float((pruned.sequences_scores - expected.sequences_scores).abs().max()) <= TOLERANCE
 
 
+@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images"])
+def test_static_cache(batch: str) -> None:
+    model, _, _ = pair()
+    inputs = make_prompt("llava", batch)
+    dynamic = generate(model, inputs)
+    for _ in range(2):  # the second call reuses the buffers
+        static = generate(model, inputs, cache_implementation="static")
+        assert torch.equal(static.sequences, dynamic.sequences)
+        assert error(static, dynamic) <= TOLERANCE
+
+
 def test_without_a_cache_every_step_is_a_pruned_forward() -> None:
     model, reference, oracle = pair()
     inputs = make_prompt("llava", "left-padded")

@@ -177,9 +177,10 @@ def test_before_the_decoder_without_position_ids() -> None:
 def test_score_order_exact() -> None:
     index = torch.tensor([[-1, 0, 2, 3, 5, 6], [0, 1, 2, 3, 4, 6]])
     visual = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
-    score = torch.tensor([[9, 9, 0.1, 0.5, 8, 0.3, 9], [9, 0.2, float("nan"), 0.2, 0.4, 9, 9]])
+    visual_index = torch.tensor([[2, 3, 4, 5, -1], [1, 2, 3, 4, -1]])
+    scores = torch.tensor([[0.1, 0.5, 8, 0.3, 9], [0.2, float("nan"), 0.2, 0.4, 9]])
     expected = [[-1, 0, 3, 5, 2, 6], [0, 4, 1, 3, 2, 6]]
-    assert score_order(index, visual, score).tolist() == expected
+    assert score_order(index, visual, visual_index, scores).tolist() == expected
 
 
 def test_compact_exact() -> None:

@@ -84,7 +84,7 @@ def test_batches(batch: str, keep: float | int, score: str) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision/qwen2", "llava/mistral-sliding"])
+@pytest.mark.parametrize("name", ["llava/qwen2", "llava_next", "llava_onevision/qwen2", "llava/mistral-sliding"])
 def test_batches_of_other_models(name: str, batch: str) -> None:
     compare(name, make_prompt(name, batch), GapConfig(keep=0.4, layer=1))
 

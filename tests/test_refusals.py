@@ -92,6 +92,13 @@ def test_chunked_prefill(chunk: int) -> None:
         generate(model, make_prompt("llava", "even"), prefill_chunk_size=chunk)
 
 
+def test_assisted_decoding() -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
+    with pytest.raises(ValueError, match="assisted decoding can't be combined with pruning"):
+        generate(model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3)
+
+
 def test_a_batch_that_changes_on_a_pruned_cache() -> None:
     model = build("llava", "gap_triton")
     cache = transformers.DynamicCache(config=model.config.get_text_config())

@@ -1,0 +1,119 @@
+"""One forward of a pruned model, as the hooks see it.
+
+A decoder's loop keeps hidden states, rotary embeddings, masks and ids in local variables that nothing outside can
+rebind, so *every* layer after the pruning layer has a pre-hook that hands it the shortened ones. Dropping happens in
+the pre-hook of the first later layer, which leaves all that a model adds after the pruning layer in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .attention import NAME, STATE_KEY
+from .config import BEFORE_THE_DECODER
+from .kept import extend, kept_tokens_of, original_length, refuse_continuation, store
+from .later import shorten
+from .models import check_layer
+from .prompt import find_visual_tokens, make_plan, padding_of
+from .prune import drop
+from .state import Attachment, ForwardState
+
+logger = logging.get_logger(__name__)
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def before_owner(
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
+) -> tuple[Args, Kwargs]:
+    """Start the state of this forward where ``input_ids`` can be seen."""
+    state = ForwardState(config=attachment.config, attachment=attachment, visual=None)
+    state.enabled = attachment.text.config._attn_implementation == NAME and not owner.training
+    if owner.training:
+        logger.warning_once(
+            "gap_triton prunes at inference only: in training mode the model runs dense and unpruned. Call model.eval() "
+            "to prune."
+        )
+    if state.enabled:
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        state.visual = find_visual_tokens(owner, input_ids, kwargs.get("inputs_embeds"))
+    return args, {**kwargs, STATE_KEY: state}
+
+
+def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    """Decide what this forward drops, and find out what the cache already lacks."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None or not state.enabled:
+        return None
+    inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    batch, queries = inputs.shape[:2]
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    state.kept = kept_tokens_of(cache, batch)
+    state.past, state.queries = original_length(cache, state.kept), queries
+    state.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    if state.visual is not None:
+        state.plan = make_plan(state.visual, padding_of(mask, state.past, queries, batch), state.config)
+        if state.plan is not None:
+            check_layer(state.config.layer, len(text.layers))
+
+    if state.kept is None:
+        return None
+    if queries == 1:
+        state.kept.settled = True
+    else:
+        refuse_continuation(state.kept, state.config.layer if state.plan is not None else None, queries)
+        if state.plan is None:  # a turn that drops nothing: the later layers hold all of its rows
+            positions = state.past + torch.arange(queries, device=state.kept.index.device)
+            state.kept = extend(state, positions.expand(batch, -1), dense=False)
+            store(cache, state.kept)
+    if kwargs.get("position_ids") is None and state.kept.layer == BEFORE_THE_DECODER:
+        # The model would count from the shortened cache of its first layer.
+        position_ids = state.past + torch.arange(queries, device=inputs.device)
+        return args, {**kwargs, "position_ids": position_ids[None]}
+    return None
+
+
+def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
+    """Hand a later layer its shortened inputs; the first of them drops."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None or not state.enabled:
+        return None
+    if state.plan is not None:
+        pruning_layer = state.config.layer
+    elif state.kept is not None:
+        pruning_layer = state.kept.layer
+    else:
+        return None
+    if index <= pruning_layer:
+        return None
+    kwargs = dict(kwargs)
+    hidden_states = args[0] if args else kwargs.pop("hidden_states")
+    if state.plan is not None and index == pruning_layer + 1:
+        hidden_states = drop(state, state.plan, hidden_states, kwargs)
+    shorten(state, hidden_states, kwargs, index)
+    return (hidden_states, *args[1:]), kwargs
+
+
+def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None or state.plan is None or state.survivors is None:
+        return None
+    hidden_states = output[0]
+    batch, _, channels = hidden_states.shape
+    survivors = state.survivors.to(hidden_states.device)
+    # One more row at the end takes the filler and is cut off again.
+    full = hidden_states.new_zeros(batch, state.plan.visual.shape[1] + 1, channels)
+    target = torch.where(survivors < 0, full.shape[1] - 1, survivors)
+    full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
+    if isinstance(output, tuple):
+        return (full, *output[1:])
+    output.last_hidden_state = full
+    return output

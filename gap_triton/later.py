@@ -1,0 +1,74 @@
+"""What the layers after the pruning layer are handed: mask, position ids and rotary embeddings of fewer tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .masks import causal_mask, column_positions, take_from_mask
+from .models import sliding_window
+from .state import ForwardState, KeptTokens
+
+
+def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int) -> None:
+    """Replace, in ``kwargs``, what layer ``index`` is told about its tokens.
+
+    Args:
+        state: The running forward; tokens have been dropped in it or before it.
+        hidden_states: [B, L, C], the layer's input.
+        kwargs: The layer's keyword arguments, changed in place.
+        index: The layer's place in the decoder.
+    """
+    kept = state.kept
+    assert kept is not None
+    cache = kwargs.get("past_key_values")
+    cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    window = sliding_window(state.attachment.text.config, index)
+    mask = kwargs.get("attention_mask")
+    # The memo holds on to the model's mask as well, so that its id can't be taken over by another tensor.
+    _, kwargs["attention_mask"] = state.once(
+        ("mask", id(mask), window),
+        lambda: (mask, _later_mask(state, kept, mask, cache_layer, hidden_states, window)),
+    )
+    if state.plan is not None:
+        kwargs["position_embeddings"] = state.memo["rotary"]
+        kwargs["position_ids"] = state.memo["position_ids"]
+    elif kept.id_shift is not None:
+        unpruned, shift = kwargs["position_ids"], kept.id_shift
+        ids = state.once("position_ids", lambda: unpruned - shift.to(unpruned.device)[:, None])
+        kwargs["position_ids"] = ids
+        kwargs["position_embeddings"] = state.once(
+            "rotary", lambda: state.attachment.text.rotary_emb(hidden_states, ids)
+        )
+    if kwargs.get("cache_position") is not None and cache_layer is not None:
+        # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
+        start = int(cache_layer.get_seq_length())
+        kwargs["cache_position"] = start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+
+
+def _later_mask(
+    state: ForwardState,
+    kept: KeptTokens,
+    mask: torch.Tensor | None,
+    cache_layer: Any | None,
+    hidden_states: torch.Tensor,
+    window: int | None,
+) -> torch.Tensor | None:
+    """Mask of a later layer; None where plain causal attention, or attention to everything, is right."""
+    rows, device = hidden_states.shape[1], hidden_states.device
+    if state.plan is not None:
+        if mask is None and kept.dense:
+            return None
+        assert state.slots is not None
+        columns = column_positions(kept, cache_layer, rows)
+        if mask is None:
+            positions = torch.where(state.slots < 0, -1, state.slots + state.past)
+            return causal_mask(positions, columns, window).to(device)
+        return take_from_mask(mask, state.slots, columns, kept.covered)
+    static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
+    if rows == 1 and kept.dense and not static and (window is None or state.past + rows <= window):
+        return None
+    columns = column_positions(kept, cache_layer, rows)
+    positions = state.past + torch.arange(rows, device=columns.device)
+    return causal_mask(positions[None], columns, window).to(device)

@@ -1,0 +1,262 @@
+"""The embedded model: packing is exact, text and boxes survive the round trip, the shipped files load and answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from gap_triton.demo import curve, scenes
+from gap_triton.demo.build import build_model, save
+from gap_triton.demo.grounding import box_iou, boxes_from_tokens, evaluate, location_ids, prompt
+from gap_triton.demo.packing import ANSWER, BLOCK, IGNORED, PREDICTED, PREFIX, QUESTION, pack
+from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
+from gap_triton.demo.vocabulary import EOS, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
+
+SHIPPED = Path(curve.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model, saved: what does not depend on the weights is tested on it."""
+    path = tmp_path_factory.mktemp("model")
+    save(build_model(seed=3), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path):
+    return AutoProcessor.from_pretrained(folder)
+
+
+def test_packed_logits_equal_those_of_questions_asked_alone() -> None:
+    model = build_model(seed=1).eval()
+    # Larger weights than the initial ones, so that attention is far from uniform and a leak would show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    part = scenes.draw(2, seed=5, fewest=4)
+    packed = pack(part)
+    with torch.no_grad():
+        logits = answer_logits(model, packed).unflatten(1, (-1, PREDICTED))
+    for slot in range(scenes.MOST_OBJECTS):
+        block = packed.input_ids[:, PREFIX + slot * BLOCK : PREFIX + (slot + 1) * BLOCK]
+        alone = torch.cat([packed.input_ids[:, :PREFIX], block], 1)
+        with torch.no_grad():
+            expected = model(input_ids=alone, pixel_values=packed.pixel_values).logits[:, -PREDICTED:]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits[:, slot], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_attention_equals_sdpa() -> None:
+    model = build_model(seed=1).eval()
+    packed = pack(scenes.draw(2, seed=5))
+    with torch.no_grad():
+        expected = answer_logits(model, packed)
+        model.set_attn_implementation(ATTENTION)
+        torch.testing.assert_close(answer_logits(model, packed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_prompt_is_what_the_processor_makes(processor) -> None:
+    part = scenes.draw(2, seed=9, fewest=4)
+    packed = pack(part)
+    for slot in range(scenes.MOST_OBJECTS):
+        inputs = processor(
+            images=[part.image(i) for i in range(2)],
+            text=[prompt(part.question(i, slot)) for i in range(2)],
+            return_tensors="pt",
+        )
+        start = PREFIX + slot * BLOCK
+        question = packed.input_ids[:, start : start + QUESTION]
+        assert torch.equal(inputs["input_ids"], torch.cat([packed.input_ids[:, :PREFIX], question], 1))
+        torch.testing.assert_close(inputs["pixel_values"], packed.pixel_values)
+
+
+def test_labels_follow_the_boxes_and_leave_absent_objects_out() -> None:
+    part = scenes.draw(40, seed=2)
+    labels = pack(part).labels.unflatten(1, (-1, PREDICTED))
+    assert (labels[~part.present] == IGNORED).all()
+    assert (labels[part.present][:, ANSWER] == token_id(EOS)).all()
+    answers = labels[part.present][:, :ANSWER] - token_id(LOCATION_TOKENS[0])
+    boxes = part.boxes[part.present] / scenes.IMAGE_SIZE
+    # Half a step at each edge is the most that writing a box down may cost.
+    assert (answers / (LOCATIONS - 1) - boxes).abs().max() <= 0.5 / (LOCATIONS - 1) + 1e-6
+    assert box_iou(answers / (LOCATIONS - 1), boxes).min() > 0.6
+
+
+def test_teacher_forced_accuracy_counts_present_objects_only() -> None:
+    part = scenes.draw(20, seed=2)
+    labels = pack(part).labels.clamp(min=0)
+    perfect = torch.nn.functional.one_hot(labels, len(TOKENS)).float()
+    assert teacher_forced_accuracy(perfect, part) == 1.0
+    assert teacher_forced_accuracy(perfect.roll(1, 0), part) < 0.5
+
+
+def test_text_survives_the_round_trip(processor) -> None:
+    text = "where is the red triangle?"
+    for spelling in (text, "Where is the RED triangle ?"):
+        ids = processor.tokenizer(spelling)["input_ids"]
+        assert TOKENS[ids[0]] == "<s>"
+        assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert processor.tokenizer("where is the purple dog?")["input_ids"].count(token_id("<unk>")) == 2
+
+
+def test_every_token_has_its_id(processor) -> None:
+    assert processor.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS)))
+    with pytest.raises(ValueError, match=r"token is 'dog'; it must be one of <pad>, "):
+        token_id("dog")
+
+
+def test_boxes_survive_the_round_trip(processor) -> None:
+    boxes = torch.tensor([[0.0, 0.25, 0.5, 1.0], [1 / 24, 2 / 24, 23 / 24, 1.0]])
+    answers = processor.batch_decode(location_ids(boxes), skip_special_tokens=True)
+    assert answers[0] == "<loc00> <loc06> <loc12> <loc24>"
+    torch.testing.assert_close(boxes_from_tokens(answers), boxes)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "the red triangle", "<loc01> <loc02> <loc03>", "<loc01> <loc02> ? <loc03> <loc04>"]
+)
+def test_an_answer_without_a_box_scores_nothing(answer: str) -> None:
+    boxes = boxes_from_tokens([answer])
+    assert boxes.isnan().all()
+    assert box_iou(boxes, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((0, 0, 1, 1), (0, 0, 1, 1), 1.0),
+        ((0, 0, 0.5, 1), (0, 0, 1, 1), 0.5),
+        ((0, 0, 0.5, 0.5), (0.25, 0, 0.75, 0.5), 1 / 3),
+        ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1), 0.0),
+        ((0.5, 0.5, 0.2, 0.2), (0, 0, 1, 1), 0.0),  # corners swapped: no area
+        ((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5), 0.0),
+    ],
+)
+def test_box_iou(first: tuple[float, ...], second: tuple[float, ...], expected: float) -> None:
+    a, b = torch.tensor([first]), torch.tensor([second])
+    assert box_iou(a, b).item() == pytest.approx(expected)
+    assert box_iou(b, a).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        (torch.zeros(2, 3), r"boxes has shape \[2, 3\]; the last dimension must be 4"),
+        (torch.tensor([[0.0, 0.0, 96.0, 96.0]]), r"boxes spans 0\.\.96; it must lie in 0\.\.1"),
+    ],
+)
+def test_bad_boxes_are_named(boxes: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        location_ids(boxes)
+
+
+def test_saved_config_names_no_attention(folder: Path) -> None:
+    for path in (folder / "config.json", SHIPPED / "config.json"):
+        assert "attn" not in path.read_text()
+
+
+def test_shipped_files_are_those_of_the_code(folder: Path) -> None:
+    names = {"config.json", "generation_config.json", "preprocessor_config.json"}
+    names |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+    def content(path: Path) -> dict:
+        loaded = json.loads(path.read_text())
+        loaded.pop("transformers_version", None)
+        return loaded
+
+    for name in names - {"config.json"}:  # what a config spells out differs between versions of transformers
+        assert content(SHIPPED / name) == content(folder / name), name
+
+
+def test_shipped_weights_are_small() -> None:
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 8_000_000
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return AutoModelForImageTextToText.from_pretrained(SHIPPED).eval(), AutoProcessor.from_pretrained(SHIPPED)
+
+
+def test_shipped_model_points_at_things_in_an_image_of_any_size(shipped) -> None:
+    model, processor = shipped
+    part = scenes.held_out(8)
+    right = 0
+    for i in range(len(part)):
+        image = part.image(i).resize((333, 201), Image.Resampling.BICUBIC)
+        inputs = processor(images=image, text="<image> " + part.question(i), return_tensors="pt")
+        generated = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert generated[-1] == token_id(EOS)
+        answer = processor.decode(generated, skip_special_tokens=True)
+        right += int(box_iou(boxes_from_tokens([answer])[0], part.target_boxes[i] / scenes.IMAGE_SIZE) >= 0.5)
+    assert right >= 6
+
+
+def test_evaluate_is_right_on_held_out_scenes_and_independent_of_the_batch_size(shipped) -> None:
+    model, processor = shipped
+    part, seen = scenes.held_out(48), []
+    iou = evaluate(model, processor, part, batch_size=20, progress=seen.append)
+    assert seen == [20, 20, 8]
+    assert iou.shape == (48,)
+    assert (iou >= 0.5).float().mean() >= 0.8
+    torch.testing.assert_close(evaluate(model, processor, part[:7], batch_size=3), iou[:7])
+
+
+def test_evaluate_names_a_bad_batch_size(shipped) -> None:
+    with pytest.raises(ValueError, match=r"batch_size is 0; it must be at least 1"):
+        evaluate(*shipped, scenes.held_out(1), batch_size=0)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(whole, steps=6, batch=2)
+    train(resumed, steps=6, batch=2, stop_at=3)
+    done: list[int] = []
+    train(resumed, steps=6, batch=2, report=lambda step, row: done.append(step))
+    assert done == [4, 5, 6]
+    first, second = (
+        torch.load(path / "checkpoint.pt", weights_only=True)["model"] for path in (whole, resumed)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "model/model.safetensors").read_bytes() == (
+        resumed / "model/model.safetensors"
+    ).read_bytes()
+    logs = [
+        [{**row, "seconds": 0} for row in curve.read(path / "training.jsonl")] for path in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_refuses_the_checkpoint_of_another(tmp_path: Path) -> None:
+    train(tmp_path, steps=2, batch=1, stop_at=1)
+    with pytest.raises(ValueError, match=r"output is .*'steps': 2, .*'steps': 3, .*another folder"):
+        train(tmp_path, steps=3, batch=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0, "batch": 1}, r"steps is 0; .* 1\.\.1000000"),
+        ({"steps": 1, "batch": 0}, r"batch is 0; .* at least 1"),
+        ({"steps": 1, "batch": 1, "seed": 2147}, r"seed is 2147; .* 0\.\.2146"),
+        ({"steps": 1, "batch": 1, "stop_at": 2}, r"stop_at is 2; .* 1\.\.1"),
+    ],
+)
+def test_bad_training_arguments_are_named(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **arguments)
+
+
+def test_the_curve_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "training.jsonl"
+    for step in range(6):
+        curve.append(
+            log, {"step": step, "loss": 3.0 / (step + 1), "accuracy": step / 6, "objects": 1 + step // 3}
+        )
+    curve.plot(log, tmp_path / "figures" / "training.png")
+    assert Image.open(tmp_path / "figures" / "training.png").format == "PNG"

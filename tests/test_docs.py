@@ -1,0 +1,77 @@
+"""What the documents say is what was measured, and the packages are laid out as promised."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import gap_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/layers.md"])
+def test_tables_are_the_measured_ones(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert tables().with_tables(text) == text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p.relative_to(ROOT).as_posix() for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+)
+def test_links_between_documents_lead_somewhere(path: str) -> None:
+    document = ROOT / path
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_python_in_the_readme_parses_and_names_what_exists() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "gap_triton"
+            ):
+                assert hasattr(gap_triton, node.attr)
+            if isinstance(node, ast.ImportFrom) and node.module == "gap_kernels":
+                module = importlib.import_module("gap_kernels")
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_kernels_is_a_plain_folder() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_do_not_know_the_integration() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "gap_triton" not in {name.split(".")[0] for name in imported(source)}, path
+        assert "transformers" not in {name.split(".")[0] for name in imported(source)}, path
+
+
+def imported(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+    return names
