@@ -18,16 +18,17 @@ DOCUMENTS = ("README.md", "docs/layers.md")
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def with_tables(text: str) -> str:
-    """``text`` with every marked table made anew from its results file."""
+def with_tables(text: str, folder: Path) -> str:
+    """``text`` of a document in ``folder`` with every marked table made anew from its results file."""
 
     def table(match: re.Match[str]) -> str:
         results = json.loads((ROOT / match["file"]).read_text(encoding="utf-8"))
         rows = [Row(**row) for row in results["rows"]]
         versions = results["versions"]
+        link = (ROOT / match["file"]).relative_to(folder).as_posix()
         source = (
             f"*{results['samples']} held-out scenes; {results['device']}; torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; [{Path(match['file']).name}]({match['file']}).*"
+            f"transformers {versions['transformers']}; [{Path(match['file']).name}]({link}).*"
         )
         return f"{match[1]}{markdown_of(rows)}\n{source}\n{match[3]}"
 
@@ -37,5 +38,5 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     for name in DOCUMENTS:
         path = ROOT / name
-        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
         print(f"wrote {name}")

@@ -55,6 +55,6 @@ def environment() -> Environment:
             "dense attention": "flash-attn on CUDA in half precision, else sdpa"
             if flash and cuda
             else "sdpa",
-            "operators": "PyTorch reference",
+            "operators": "Triton on CUDA, else the PyTorch reference" if cuda else "PyTorch reference",
         },
     }

@@ -27,7 +27,7 @@ def tables():
 def test_tables_are_the_measured_ones(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in text
-    assert tables().with_tables(text) == text
+    assert tables().with_tables(text, (ROOT / name).parent) == text
 
 
 @pytest.mark.parametrize(
