@@ -98,7 +98,7 @@ def nvidia_resources(kernel: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-@pytest.mark.parametrize("n", [576, 8192, 65536])
+@pytest.mark.parametrize("n", [576, 2048, 8192, 65536])
 def test_select(compiled: list[Any], n: int) -> None:
     select.topk_indices(torch.zeros(2, n), n // 4, None, n // 4)
     select.topk_indices(torch.zeros(2, n), 0, torch.tensor([1, 2]), n // 4)
@@ -131,7 +131,7 @@ def test_importance(
     importance.visual_importance(query, key, torch.arange(64)[None], rows, mask, lse, None)
 
 
-@pytest.mark.parametrize("num_rows", [704, 16448])
+@pytest.mark.parametrize("num_rows", [704, 2048, 8192, 16448])
 def test_surviving_rows(compiled: list[Any], num_rows: int) -> None:
     visual_index = torch.arange(num_rows - 64)[None]
     mask = torch.ones(1, num_rows, dtype=torch.bool)

@@ -54,8 +54,8 @@ def visual_importance(
     columns = visual_index.clamp(min=0) + offset
     logits = wanted @ _take(key, columns).to(dtype).transpose(-1, -2)
     logits = logits.unflatten(2, (group, rows.shape[1]))  # [B, Hkv, G, R, V]
-    counted = _visible(columns, rows + offset, attention_mask)
-    counted = counted & (visual_index >= 0)[:, None, None, None, :] & (rows >= 0)[:, None, None, :, None]
+    # A filler row stands in front of the first query row: it may see earlier keys, but no visual one.
+    counted = _visible(columns, rows + offset, attention_mask) & (visual_index >= 0)[:, None, None, None, :]
     # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
     probability = torch.where(counted, (logits - lse[..., None]).exp(), 0.0)
     valid_rows = (rows >= 0).sum(-1, keepdim=True).clamp(min=1)
