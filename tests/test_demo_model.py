@@ -12,8 +12,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from gap_triton.demo import curve, scenes
 from gap_triton.demo.build import build_model, save
 from gap_triton.demo.grounding import box_iou, boxes_from_tokens, evaluate, location_ids, prompt
-from gap_triton.demo.packing import ANSWER, BLOCK, IGNORED, PREDICTED, PREFIX, QUESTION, pack
-from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
+from gap_triton.demo.naming import naming_loss
+from gap_triton.demo.packing import (
+    ANSWER,
+    BLOCK,
+    IGNORED,
+    PREDICTED,
+    PREFIX,
+    QUESTION,
+    Packed,
+    pack,
+    with_wrong_answers,
+)
+from gap_triton.demo.schedule import PEAK_RATE, STAGES, learning_rate, stage_at
+from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train, visual_features
 from gap_triton.demo.vocabulary import EOS, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
 
 SHIPPED = Path(curve.__file__).parent / "model"
@@ -32,16 +44,19 @@ def processor(folder: Path):
     return AutoProcessor.from_pretrained(folder)
 
 
+def logits_in_training(model, packed: Packed) -> Tensor:
+    with torch.no_grad():
+        return answer_logits(model, packed, visual_features(model, packed))
+
+
 def test_packed_logits_equal_those_of_questions_asked_alone() -> None:
     model = build_model(seed=1).eval()
     # Larger weights than the initial ones, so that attention is far from uniform and a leak would show.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    part = scenes.draw(2, seed=5, fewest=4)
-    packed = pack(part)
-    with torch.no_grad():
-        logits = answer_logits(model, packed).unflatten(1, (-1, PREDICTED))
+    packed = pack(scenes.draw(2, seed=5, fewest=4))
+    logits = logits_in_training(model, packed).unflatten(1, (-1, PREDICTED))
     for slot in range(scenes.MOST_OBJECTS):
         block = packed.input_ids[:, PREFIX + slot * BLOCK : PREFIX + (slot + 1) * BLOCK]
         alone = torch.cat([packed.input_ids[:, :PREFIX], block], 1)
@@ -54,10 +69,50 @@ def test_packed_logits_equal_those_of_questions_asked_alone() -> None:
 def test_training_attention_equals_sdpa() -> None:
     model = build_model(seed=1).eval()
     packed = pack(scenes.draw(2, seed=5))
-    with torch.no_grad():
-        expected = answer_logits(model, packed)
-        model.set_attn_implementation(ATTENTION)
-        torch.testing.assert_close(answer_logits(model, packed), expected, rtol=1e-4, atol=1e-5)
+    expected = logits_in_training(model, packed)
+    model.set_attn_implementation(ATTENTION)
+    torch.testing.assert_close(logits_in_training(model, packed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_answers_are_fed_in_turns_and_touch_nothing_else() -> None:
+    packed = pack(scenes.draw(4, seed=5, fewest=4))
+    right = packed.input_ids[:, PREFIX:].unflatten(1, (-1, BLOCK))
+    for step in (0, 1):
+        mixed = with_wrong_answers(packed, step)
+        assert torch.equal(mixed.labels, packed.labels)
+        assert torch.equal(mixed.input_ids[:, :PREFIX], packed.input_ids[:, :PREFIX])
+        fed = mixed.input_ids[:, PREFIX:].unflatten(1, (-1, BLOCK))
+        assert torch.equal(fed[..., :QUESTION], right[..., :QUESTION])
+        wrong = (fed != right).any(2)
+        assert torch.equal(wrong, (torch.arange(4)[:, None] + torch.arange(4) + step) % 2 == 0)
+
+
+def test_naming_is_right_where_visual_tokens_are_the_words() -> None:
+    part = scenes.draw(3, seed=5)
+    embedding = torch.eye(len(TOKENS))
+    # Row M of these tables, background, is never looked up by the loss.
+    words = [
+        torch.cat([labels + token_id(first), torch.zeros(3, 1, dtype=torch.int64)], 1).gather(
+            1, part.owners.flatten(1)
+        )
+        for first, labels in ((scenes.COLOURS[0], part.colours), (scenes.SHAPES[0], part.shapes))
+    ]
+    features = embedding[words[0]] + embedding[words[1]]
+    loss, right = naming_loss(features, embedding, part)
+    assert right == 1.0
+    assert loss < 0.01
+    assert naming_loss(features.roll(1, 0), embedding, part)[1] < 0.5
+
+
+def test_the_stages_go_from_words_to_one_object_to_several() -> None:
+    names = [stage_at(step, 1000).name for step in range(1000)]
+    assert list(dict.fromkeys(names)) == [stage.name for stage in STAGES]
+    rates = [learning_rate(step, 1000) for step in range(1000)]
+    begin = names.index(STAGES[1].name)
+    assert rates[0] < 0.02 * PEAK_RATE
+    assert rates[begin] < 0.02 * PEAK_RATE < rates[begin - 1]  # the decoder warms up too
+    assert max(rates) <= PEAK_RATE
+    assert rates[-1] < 1e-5 * PEAK_RATE
 
 
 def test_packed_prompt_is_what_the_processor_makes(processor) -> None:
@@ -79,8 +134,9 @@ def test_labels_follow_the_boxes_and_leave_absent_objects_out() -> None:
     part = scenes.draw(40, seed=2)
     labels = pack(part).labels.unflatten(1, (-1, PREDICTED))
     assert (labels[~part.present] == IGNORED).all()
-    assert (labels[part.present][:, ANSWER] == token_id(EOS)).all()
-    answers = labels[part.present][:, :ANSWER] - token_id(LOCATION_TOKENS[0])
+    assert torch.equal(labels[part.present][:, 0], part.shapes[part.present] + token_id(scenes.SHAPES[0]))
+    assert (labels[part.present][:, 1 + ANSWER] == token_id(EOS)).all()
+    answers = labels[part.present][:, 1 : 1 + ANSWER] - token_id(LOCATION_TOKENS[0])
     boxes = part.boxes[part.present] / scenes.IMAGE_SIZE
     # Half a step at each edge is the most that writing a box down may cost.
     assert (answers / (LOCATIONS - 1) - boxes).abs().max() <= 0.5 / (LOCATIONS - 1) + 1e-6
@@ -96,8 +152,8 @@ def test_teacher_forced_accuracy_counts_present_objects_only() -> None:
 
 
 def test_text_survives_the_round_trip(processor) -> None:
-    text = "where is the red triangle?"
-    for spelling in (text, "Where is the RED triangle ?"):
+    text = "where is the red triangle"
+    for spelling in (text, f"{text}?", "Where is the RED triangle ?"):
         ids = processor.tokenizer(spelling)["input_ids"]
         assert TOKENS[ids[0]] == "<s>"
         assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -118,7 +174,7 @@ def test_boxes_survive_the_round_trip(processor) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "the red triangle", "<loc01> <loc02> <loc03>", "<loc01> <loc02> ? <loc03> <loc04>"]
+    "answer", ["", "the red triangle", "<loc01> <loc02> <loc03>", "<loc01> <loc02> the <loc03> <loc04>"]
 )
 def test_an_answer_without_a_box_scores_nothing(answer: str) -> None:
     boxes = boxes_from_tokens([answer])
@@ -255,8 +311,12 @@ def test_the_curve_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     log = tmp_path / "training.jsonl"
     for step in range(6):
-        curve.append(
-            log, {"step": step, "loss": 3.0 / (step + 1), "accuracy": step / 6, "objects": 1 + step // 3}
-        )
+        row = {
+            "step": step,
+            "stage": "locate" if step > 2 else "name",
+            "loss": 3.0 / (step + 1),
+            "accuracy": step / 6,
+        }
+        curve.append(log, row)
     curve.plot(log, tmp_path / "figures" / "training.png")
     assert Image.open(tmp_path / "figures" / "training.png").format == "PNG"

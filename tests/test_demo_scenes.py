@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from gap_triton.demo import scenes
-from gap_triton.demo.scenes import GAP, HELD_OUT_SEED, IMAGE_SIZE, LARGEST, MOST_OBJECTS, NOISE, RGB, SMALLEST
+from gap_triton.demo.scenes import (
+    GAP,
+    HELD_OUT_SEED,
+    IMAGE_SIZE,
+    LARGEST,
+    MOST_OBJECTS,
+    NOISE,
+    PATCH,
+    RGB,
+    SMALLEST,
+)
 
-FIELDS = ("images", "colours", "shapes", "boxes", "present", "target")
+FIELDS = ("images", "colours", "shapes", "boxes", "present", "target", "owners")
 
 
 def equal(first: scenes.Scenes, second: scenes.Scenes) -> bool:
@@ -74,6 +84,16 @@ def test_objects_have_the_documented_sizes_and_keep_apart(batch: scenes.Scenes) 
             a, b = batch.boxes[both, first], batch.boxes[both, second]
             distance = torch.maximum(a[:, :2] - b[:, 2:], b[:, :2] - a[:, 2:]).amax(1)
             assert distance.min() >= GAP
+
+
+def test_owners_name_the_object_at_each_patch_centre(batch: scenes.Scenes) -> None:
+    centres = batch.images[:, :, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+    assert (centres.amax(1)[batch.owners == MOST_OBJECTS] < NOISE).all()
+    for slot in range(MOST_OBJECTS):
+        mine = batch.owners == slot
+        assert mine.flatten(1).any(1)[batch.present[:, slot]].all()
+        colours = torch.tensor(RGB, dtype=torch.uint8)[batch.colours[:, slot]][:, :, None, None]
+        assert (centres == colours).all(1)[mine].all()
 
 
 @pytest.mark.parametrize(("shape", "share"), [("circle", 0.785), ("square", 1.0), ("triangle", 0.5)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -21,7 +21,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from gap_triton.demo.packing import PREDICTED
+from gap_triton.demo.packing import ANSWER
 from gap_triton.demo.scenes import GRID, IMAGE_SIZE, PATCH
 from gap_triton.demo.vocabulary import BOS, EOS, IMAGE, LOCATION_TOKENS, PAD, TOKENS, UNKNOWN, token_id
 
@@ -66,21 +66,21 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=PREDICTED, **special)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=ANSWER + 1, **special)
     return model
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer: lower-case words, punctuation split off, location tokens and specials kept whole."""
+    """Build the tokenizer: lower-case words without punctuation, location tokens and specials kept whole."""
     tokenizer = Tokenizer(models.WordLevel({token: token_id(token) for token in TOKENS}, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[?!.,;:]"), " ")]
     )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, token_id(BOS))]
     )
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # spaces between words, none before a question mark
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)  # spaces between words
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True) for token in (PAD, UNKNOWN, BOS, EOS, IMAGE)]
     )
@@ -125,7 +125,7 @@ def save_processor(folder: Path) -> None:
         "padding_side": "left",  # generation goes on at the right
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": CONTEXT,
-        "clean_up_tokenization_spaces": False,  # the decoder does it
+        "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 def append(log: Path, row: Row) -> None:
@@ -33,18 +34,13 @@ def plot(log: Path, picture: Path) -> None:
     loss.plot(steps, [row["loss"] for row in rows], color="tab:blue", linewidth=1)
     accuracy.plot(steps, [row["accuracy"] for row in rows], color="tab:orange", linewidth=1)
     loss.set(xlabel="step", yscale="log")
-    loss.set_ylabel("loss (cross-entropy per answer token)", color="tab:blue")
+    loss.set_ylabel("loss (cross-entropy)", color="tab:blue")
     accuracy.set(ylim=(0, 1))
-    accuracy.set_ylabel("accuracy at IoU 0.5, teacher-forced", color="tab:orange")
-    for before, after in pairwise(rows):
-        if after["objects"] != before["objects"]:
-            loss.axvline(after["step"], color="grey", linewidth=0.8, linestyle=":")
-            loss.annotate(
-                f" up to {after['objects']} objects",
-                (after["step"], 0.98),
-                xycoords=("data", "axes fraction"),
-                va="top",
-            )
+    accuracy.set_ylabel("accuracy", color="tab:orange")
+    for before, after in pairwise([{"stage": None}, *rows]):
+        if after["stage"] != before["stage"]:
+            accuracy.axvline(after["step"], color="grey", linewidth=0.8, linestyle=":")
+            accuracy.text(after["step"], 0.02, f" {after['stage']}", rotation=90, fontsize="small")
     loss.grid(alpha=0.3)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120, metadata={"Software": None})

@@ -7,7 +7,7 @@ then computed once for all questions: several times the supervision for little m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from gap_triton.demo.vocabulary import BOS, EOS, IMAGE, token_id
 
 VISUAL = GRID * GRID
 PREFIX = 1 + VISUAL
-QUESTION = 6  # where is the COLOUR SHAPE ?
+QUESTION = 5  # where is the COLOUR SHAPE
 ANSWER = 4  # x0 y0 x1 y1; the closing eos is predicted, never fed
 BLOCK = QUESTION + ANSWER
-PREDICTED = ANSWER + 1
+PREDICTED = 1 + ANSWER + 1  # the SHAPE after its COLOUR, the answer, eos
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -54,14 +54,15 @@ def pixel_values(images: Tensor) -> Tensor:
 def pack(scenes: Scenes) -> Packed:
     """Pack one question per object slot behind each image."""
     count = len(scenes)
-    template = torch.tensor([token_id(word) for word in ("where", "is", "the", "red", "circle", "?")])
+    template = torch.tensor([token_id(word) for word in ("where", "is", "the", "red", "circle")])
     questions = template.expand(count, MOST_OBJECTS, QUESTION).clone()
     questions[..., 3] = scenes.colours + token_id(COLOURS[0])
     questions[..., 4] = scenes.shapes + token_id(SHAPES[0])
     answers = location_ids(scenes.boxes / IMAGE_SIZE)
     prefix = torch.tensor([token_id(BOS)] + [token_id(IMAGE)] * VISUAL).expand(count, PREFIX)
     blocks = torch.cat([questions, answers], 2)
-    labels = torch.cat([answers, torch.full((count, MOST_OBJECTS, 1), token_id(EOS))], 2)
+    # Which shape follows "red" is there to be seen: the shortest way to learn that words speak of visual tokens.
+    labels = torch.cat([questions[..., -1:], answers, torch.full((count, MOST_OBJECTS, 1), token_id(EOS))], 2)
     labels = labels.masked_fill(~scenes.present[..., None], IGNORED)
 
     # Block 0 is the prefix, which everyone sees; a question sees no other question.
@@ -74,7 +75,7 @@ def pack(scenes: Scenes) -> Packed:
     within = torch.arange(BLOCK).repeat(MOST_OBJECTS)
     position_ids = torch.cat([torch.arange(PREFIX), PREFIX + within])
     start = PREFIX + BLOCK * torch.arange(MOST_OBJECTS)[:, None]
-    predicting = (start + QUESTION - 1 + torch.arange(PREDICTED)).flatten()
+    predicting = (start + QUESTION - 2 + torch.arange(PREDICTED)).flatten()
     return Packed(
         torch.cat([prefix, blocks.flatten(1)], 1),
         pixel_values(scenes.images),
@@ -83,3 +84,17 @@ def pack(scenes: Scenes) -> Packed:
         predicting,
         labels.flatten(1),
     )
+
+
+def with_wrong_answers(packed: Packed, step: int) -> Packed:
+    """Feed every other question, in turns, the answer to another scene's question; the labels stay.
+
+    A model that is fed the true ``x0`` can find ``y0 x1 y1`` without the question: it looks for the object whose edge
+    is there. Then a single token of four teaches it to tell objects apart, which takes it very long. Where the fed
+    answer is wrong, only the question leads to the labels.
+    """
+    blocks = packed.input_ids[:, PREFIX:].unflatten(1, (MOST_OBJECTS, BLOCK))
+    others = torch.cat([blocks[..., :QUESTION], blocks.roll(1, 0)[..., QUESTION:]], 2)
+    turn = torch.arange(len(blocks))[:, None] + torch.arange(MOST_OBJECTS) + step
+    mixed = torch.where((turn % 2 == 0)[..., None], others, blocks)
+    return replace(packed, input_ids=torch.cat([packed.input_ids[:, :PREFIX], mixed.flatten(1)], 1))

@@ -44,6 +44,7 @@ class Scenes:
         boxes: int64 ``[N, M, 4]``, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
         present: bool ``[N, M]``, whether the slot holds an object. Slot 0 always does.
         target: int64 ``[N]``, the slot that the scene's expression names.
+        owners: int64 ``[N, GRID, GRID]``, the slot whose object covers the centre of each patch; ``M`` for none.
     """
 
     images: Tensor
@@ -52,6 +53,7 @@ class Scenes:
     boxes: Tensor
     present: Tensor
     target: Tensor
+    owners: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,6 +66,7 @@ class Scenes:
             self.boxes[rows],
             self.present[rows],
             self.target[rows],
+            self.owners[rows],
         )
 
     @property
@@ -103,10 +106,10 @@ def draw(count: int, seed: int, *, fewest: int = 2, most: int = MOST_OBJECTS) ->
     colours, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
     wanted = torch.randint(fewest, most + 1, (count,), generator=generator)
     boxes, present = _place(wanted, generator)
-    images = _paint(boxes, present, colours, shapes, generator)
+    images, owners = _paint(boxes, present, colours, shapes, generator)
     # Absent slots get no weight, so the target is uniform over the objects that are really there.
     target = torch.multinomial(present.float(), 1, generator=generator)[:, 0]
-    return Scenes(images, colours, shapes, boxes, present, target)
+    return Scenes(images, colours, shapes, boxes, present, target, owners)
 
 
 def held_out(count: int) -> Scenes:
@@ -114,7 +117,7 @@ def held_out(count: int) -> Scenes:
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
     chunks = [draw(_HELD_OUT_CHUNK, HELD_OUT_SEED + i) for i in range(-(-count // _HELD_OUT_CHUNK))]
-    fields = ("images", "colours", "shapes", "boxes", "present", "target")
+    fields = ("images", "colours", "shapes", "boxes", "present", "target", "owners")
     return Scenes(*(torch.cat([getattr(chunk, field) for chunk in chunks])[:count] for field in fields))
 
 
@@ -142,11 +145,12 @@ def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def _paint(
     boxes: Tensor, present: Tensor, colours: Tensor, shapes: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Paint every present object on a noisy dark background: uint8 ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+) -> tuple[Tensor, Tensor]:
+    """Paint every present object on a noisy dark background; returns ``images`` and ``owners`` of ``Scenes``."""
     size = (len(boxes), 3, IMAGE_SIZE, IMAGE_SIZE)
     images = torch.randint(0, NOISE, size, generator=generator, dtype=torch.uint8)
     rgb = torch.tensor(RGB, dtype=torch.uint8)
+    owners = torch.full((len(boxes), IMAGE_SIZE, IMAGE_SIZE), MOST_OBJECTS)
     pixel = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
     for slot in range(MOST_OBJECTS):
         x0, y0, x1, _ = boxes[:, slot].float().unbind(1)
@@ -160,5 +164,7 @@ def _paint(
         shape = shapes[:, slot, None, None]
         mask = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
         mask &= present[:, slot, None, None]
+        owners = owners.masked_fill(mask, slot)
         images = torch.where(mask[:, None], rgb[colours[:, slot]][:, :, None, None], images)
-    return images
+    centres = slice(PATCH // 2, None, PATCH)
+    return images, owners[:, centres, centres]

@@ -1,28 +1,59 @@
-"""What changes from step to step: how many objects a training scene holds, and how fast the model learns."""
+"""What changes from step to step: the task, and how fast the model learns.
+
+The three stages follow how large models of this kind are made: a vision tower that is aligned with words first, then
+a decoder that learns from easy to hard.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from gap_triton.demo.scenes import MOST_OBJECTS
 
 PEAK_RATE = 1.5e-3
-WARM_UP = 200  # steps
+WARM_UP = 100  # steps, at the start of a stage that trains weights for the first time
 
 
-def objects(step: int, steps: int) -> tuple[int, int]:
-    """Fewest and most objects in the scenes of one step.
+@dataclass(frozen=True)
+class Stage:
+    """What the steps of one stage learn from.
 
-    One object alone comes first: the model learns to write down where something is within a few hundred steps,
-    and only then has to learn which of several things is meant.
+    Attributes:
+        name: what the stage teaches.
+        begin: the stage's first step, as a share of all steps.
+        answers: whether the decoder answers questions; otherwise the vision tower alone learns words.
+        fewest: objects in a scene, at least.
+        most: objects in a scene, at most.
     """
-    if step < 0.05 * steps:
-        return 1, 1
-    if step < 0.1 * steps:
-        return 1, 2
-    return 2, MOST_OBJECTS
+
+    name: str
+    begin: float
+    answers: bool
+    fewest: int
+    most: int
+
+
+STAGES = (
+    # Colours and shapes as words. Without it the decoder ignores the question for thousands of steps.
+    Stage("name", 0.0, False, 2, MOST_OBJECTS),
+    # How to write down where something is, with at most one thing to tell it from.
+    Stage("locate, 1 or 2", 0.08, True, 1, 2),
+    Stage("locate, 2 to 4", 0.2, True, 2, MOST_OBJECTS),
+)
+
+
+def stage_at(step: int, steps: int) -> Stage:
+    """Stage of one step."""
+    return [stage for stage in STAGES if step >= _first(stage, steps)][-1]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """AdamW's rate at one step: linear warm-up, then half a cosine down to nothing."""
-    return PEAK_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    """AdamW's rate at one step: half a cosine down to nothing, with a warm-up for the tower and one for the decoder."""
+    decoder = _first(STAGES[1], steps)
+    warm = (step - decoder if step >= decoder else step) + 1
+    return PEAK_RATE * min(warm / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _first(stage: Stage, steps: int) -> int:
+    return math.ceil(stage.begin * steps)

@@ -22,14 +22,16 @@ from transformers.masking_utils import sdpa_mask
 from gap_triton.demo import curve
 from gap_triton.demo.build import build_model, save
 from gap_triton.demo.grounding import box_iou
-from gap_triton.demo.packing import ANSWER, PREDICTED, Packed, pack
+from gap_triton.demo.naming import naming_loss
+from gap_triton.demo.packing import ANSWER, PREDICTED, PREFIX, Packed, pack, with_wrong_answers
 from gap_triton.demo.scenes import HELD_OUT_SEED, IMAGE_SIZE, MOST_OBJECTS, Scenes, draw
-from gap_triton.demo.schedule import learning_rate, objects
+from gap_triton.demo.schedule import learning_rate, stage_at
 from gap_triton.demo.vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
 
 SEEDS_PER_RUN = 1_000_000  # a run uses one scene seed per step; runs of different seeds share none
 LOG_EVERY = 25  # steps
 SAVE_EVERY = 250  # steps
+NAMING_WEIGHT = 0.2  # of the naming loss beside the answers
 ATTENTION = "gap_demo_matmul"
 
 
@@ -57,11 +59,17 @@ AttentionInterface.register(ATTENTION, matmul_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def answer_logits(model: torch.nn.Module, packed: Packed) -> Tensor:
+def visual_features(model: Any, packed: Packed) -> Tensor:
+    """Visual tokens as the decoder gets them: ``[N, VISUAL, C]``."""
+    hidden = model.model.vision_tower(packed.pixel_values).last_hidden_state
+    return model.model.multi_modal_projector(hidden[:, 1:])  # without CLS
+
+
+def answer_logits(model: Any, packed: Packed, features: Tensor) -> Tensor:
     """Logits at the supervised positions: float32 ``[N, M * PREDICTED, vocabulary]``."""
+    words = model.get_input_embeddings()(packed.input_ids)
     output = model(
-        input_ids=packed.input_ids,
-        pixel_values=packed.pixel_values,
+        inputs_embeds=torch.cat([words[:, :1], features.to(words.dtype), words[:, PREFIX:]], 1),
         attention_mask=packed.attention_mask,
         position_ids=packed.position_ids,
         logits_to_keep=packed.predicting,
@@ -76,9 +84,9 @@ def teacher_forced_accuracy(logits: Tensor, scenes: Scenes) -> float:
     Training scenes never repeat, so before the step that learns from them they are as good as held-out ones.
     """
     first = token_id(LOCATION_TOKENS[0])
-    answers = logits.unflatten(1, (MOST_OBJECTS, PREDICTED))[:, :, :ANSWER, first : first + LOCATIONS].argmax(
-        -1
-    )
+    answers = logits.unflatten(1, (MOST_OBJECTS, PREDICTED))[
+        :, :, 1 : 1 + ANSWER, first : first + LOCATIONS
+    ].argmax(-1)
     right = box_iou(answers / (LOCATIONS - 1), scenes.boxes / IMAGE_SIZE) >= 0.5
     return right[scenes.present].float().mean().item()
 
@@ -124,12 +132,20 @@ def train(
     start, earlier = _resume(output, settings, model, optimizer)
     began = time.perf_counter()
     for step in range(start, last):
-        fewest, most = objects(step, steps)
-        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=fewest, most=most)
+        stage = stage_at(step, steps)
+        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=stage.fewest, most=stage.most)
         packed = pack(scenes)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = answer_logits(model, packed)
-        loss = F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten())
+            features = visual_features(model, packed)
+            names, accuracy = naming_loss(features, model.get_input_embeddings().weight, scenes)
+            if stage.answers:
+                logits = answer_logits(model, with_wrong_answers(packed, step), features)
+        if stage.answers:
+            answers = F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten())
+            loss = answers + NAMING_WEIGHT * names
+            accuracy = teacher_forced_accuracy(logits, scenes)
+        else:
+            answers = loss = names
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         optimizer.zero_grad()
@@ -143,9 +159,9 @@ def train(
         if step % LOG_EVERY == 0 or done == steps:
             row = {
                 "step": step,
-                "loss": round(loss.item(), 4),
-                "accuracy": round(teacher_forced_accuracy(logits, scenes), 4),
-                "objects": most,
+                "stage": stage.name,
+                "loss": round(answers.item(), 4),
+                "accuracy": round(accuracy, 4),
                 "seconds": round(seconds, 1),
             }
             curve.append(output / "training.jsonl", row)
@@ -197,7 +213,7 @@ def main(
         Path,
         typer.Option(help="Folder for the run: checkpoint.pt, training.jsonl, training.png and model/."),
     ],
-    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 7000,
+    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 6000,
     batch: Annotated[int, typer.Option(help="Scenes per step; each is asked about all of its objects.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of the training scenes.")] = 0,
 ) -> None:
@@ -224,7 +240,7 @@ def main(
             progress.update(task, completed=done)
             if row is None:
                 return
-            state = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}, {row['objects']} objects"
+            state = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f} ({row['stage']})"
             progress.update(task, state=state)
             if not console.is_terminal:
                 print(f"step {row['step']}/{steps}: {state}, {row['seconds']:.0f} s", flush=True)

@@ -2,6 +2,9 @@
 
 A box is written as four location tokens ``x0 y0 x1 y1``. Location ``i`` stands for the share ``i / (LOCATIONS - 1)``
 of the image's width or height, so answers do not depend on the size of the image file.
+
+Punctuation has no tokens. The noun is then the last word before the answer, so it is the noun itself that looks for
+the thing: a question mark in its place would first have to fetch the noun, which such a small model learns too slowly.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from gap_triton.demo.scenes import COLOURS, GRID, SHAPES
 PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
 LOCATIONS = 2 * GRID + 1  # one step is half a visual token
 LOCATION_TOKENS = tuple(f"<loc{i:02d}>" for i in range(LOCATIONS))
-TOKENS = (PAD, UNKNOWN, BOS, EOS, IMAGE, "where", "is", "the", "?", *COLOURS, *SHAPES, *LOCATION_TOKENS)
+TOKENS = (PAD, UNKNOWN, BOS, EOS, IMAGE, "where", "is", "the", *COLOURS, *SHAPES, *LOCATION_TOKENS)
 
 _IDS = {token: index for index, token in enumerate(TOKENS)}
 
