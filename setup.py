@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 KERNEL_PACKAGES = find_packages("kernels")
 INTEGRATION_PACKAGES = find_packages(".", include=["gap_triton", "gap_triton.*"])
 
-DEMO = ["matplotlib>=3.8", "pillow>=10.0", "rich>=13.0", "typer>=0.19"]
+DEMO = ["matplotlib>=3.8", "pillow>=10.0"]
 TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100"]
 
 setup(
@@ -34,11 +34,13 @@ setup(
         "transformers>=4.57",
         "numpy>=1.26",
         "packaging>=23.0",
+        "rich>=13.0",
+        "typer>=0.19",
     ],
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "demo": DEMO,
-        "bench": ["pytest>=8.0", "pytest-benchmark>=4.0", "rich>=13.0"],
+        "bench": ["pytest>=8.0", "pytest-benchmark>=4.0"],
         "test": DEMO + TEST,
         "dev": DEMO + TEST + ["mypy>=1.14", "ruff>=0.9"],
     },

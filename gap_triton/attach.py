@@ -34,7 +34,7 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
     """
     parts = find_parts(model)
     config = _checked(config if config is not None else GapConfig(), parts)
-    attachment = _attachment_of(parts.owner)
+    attachment = _attachment_of(parts.text)
     if attachment is not None:
         attachment.config = config
         return
@@ -49,25 +49,26 @@ def detach(model: PreTrainedModel) -> None:
     """Take off everything that `attach`, or loading by name, put on ``model``.
 
     A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
-    name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached.
+    name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. A cache
+    that was pruned before can't go on afterwards, and nothing is left that could say so.
     """
-    for owner in model.modules():
-        attachment = _attachment_of(owner)
+    for module in model.modules():
+        attachment = _attachment_of(module)
         if attachment is None:
             continue
-        _remove(owner, attachment)
+        _remove(attachment)
         if attachment.restore is not None:
             attachment.text.set_attn_implementation(attachment.restore)
 
 
 def configure(model: PreTrainedModel, config: GapConfig) -> None:
-    """Set the configuration of a model that is attached or was loaded by name.
+    """Set the configuration of a model that is attached or was loaded by name, for all threads that use it.
 
     Raises:
         ValueError: The model is not under ``"gap_triton"``, or ``config.layer`` is outside its decoder.
     """
     parts = find_parts(model)
-    attachment = _attachment_of(parts.owner)
+    attachment = _attachment_of(parts.text)
     if attachment is None:
         raise ValueError(
             f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
@@ -80,6 +81,8 @@ def configure(model: PreTrainedModel, config: GapConfig) -> None:
 def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator[PreTrainedModel]:
     """Prune inside the ``with`` block only; afterwards the model is what it was before.
 
+    The block changes the model for everybody: threads that share one should configure it once instead.
+
     Args:
         model: A vision-language model, loaded with any attention implementation.
         config: What to prune, ``GapConfig()`` if None.
@@ -87,7 +90,7 @@ def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator
     Yields:
         ``model``.
     """
-    before = _attachment_of(find_parts(model).owner)
+    before = _attachment_of(find_parts(model).text)
     config_before = None if before is None else before.config
     attach(model, config)
     try:
@@ -102,7 +105,7 @@ def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator
 
 def last_selection(model: PreTrainedModel) -> Selection | None:
     """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
-    attachment = _attachment_of(find_parts(model).owner)
+    attachment = _attachment_of(find_parts(model).text)
     return None if attachment is None else recall_selection(attachment)
 
 
@@ -122,8 +125,16 @@ def follow_attention_name() -> None:
 def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # Parents come before their children, and setting a parent's implementation sets its children's.
+        configs = [module.config for module in self.modules() if isinstance(module, PreTrainedModel)]
+        before = [config._attn_implementation for config in configs]
         result = method(self, *args, **kwargs)
-        _synchronize(self)
+        try:
+            _synchronize(self)
+        except ValueError:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation = implementation
+            raise
         return result
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -131,16 +142,17 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _synchronize(model: PreTrainedModel) -> None:
-    for owner in model.modules():
-        text = text_model_of(owner)
-        if text is None:
+    for module in model.modules():
+        attachment = _attachment_of(module)
+        if attachment is not None:
+            if attachment.text.config._attn_implementation != NAME:
+                _remove(attachment)
+            else:
+                attachment.restore = None  # the name was given by hand, so there is nothing to go back to
             continue
-        attachment = _attachment_of(owner)
-        named = text.config._attn_implementation == NAME
-        if named and attachment is None:
-            _install(find_parts(owner), GapConfig())
-        elif attachment is not None and not named:
-            _remove(owner, attachment)
+        text = text_model_of(module)
+        if text is not None and text.config._attn_implementation == NAME and _attachment_of(text) is None:
+            _install(find_parts(module), GapConfig())
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
         find_parts(model)  # a model that can't be pruned says so now
 
@@ -155,7 +167,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     for index, layer in enumerate(text.layers):
         register_pre(layer, functools.partial(before_layer, index=index))
     _register(attachment, "register_forward_hook", text, after_text)
-    object.__setattr__(owner, ATTACHMENT_ATTRIBUTE, attachment)
+    object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 
 
@@ -163,14 +175,14 @@ def _register(attachment: Attachment, method: str, module: Any, hook: Callable[.
     attachment.handles.append(getattr(module, method)(hook, with_kwargs=True))
 
 
-def _remove(owner: Any, attachment: Attachment) -> None:
+def _remove(attachment: Attachment) -> None:
     for handle in attachment.handles:
         handle.remove()
-    object.__delattr__(owner, ATTACHMENT_ATTRIBUTE)
+    object.__delattr__(attachment.text, ATTACHMENT_ATTRIBUTE)
 
 
-def _attachment_of(owner: Any) -> Attachment | None:
-    return owner.__dict__.get(ATTACHMENT_ATTRIBUTE)
+def _attachment_of(module: Any) -> Attachment | None:
+    return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
 
 
 def _checked(config: GapConfig, parts: Parts) -> GapConfig:

@@ -61,6 +61,11 @@ def gap_attention_forward(
     Returns:
         Attention output [B, Q, Hq, D], and None in place of attention weights.
     """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs attention sinks: '
+            "load the model with attn_implementation='eager'"
+        )
     if gap_state is not None:
         gap_state.observe(module, query, key, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import gap_triton
 from gap_triton import GapConfig
 from gap_triton.config import Ids, Score
 
@@ -91,6 +92,8 @@ def run(
     from gap_triton.single import ask
 
     config = make_config(keep=parse_keep(keep), layer=layer, score=score, ids=ids)
+    if overlay is not None and (overlay.suffix.lower() != ".png" or not overlay.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"--overlay {str(overlay)!r}: expected a .png file in a folder that exists")
     try:
         ask(model, image, prompt, config, max_new_tokens, overlay, console)
     except (
@@ -118,15 +121,26 @@ def evaluate(
     from gap_triton.demo.scenes import held_out
     from gap_triton.environment import default_device
 
+    try:
+        chosen_layers = [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--layers {layers!r}: expected comma-separated ints such as -1,0,1"
+        ) from None
     configs = []
-    for layer, score, keep, ids in product(layers.split(","), scores.split(","), keeps.split(","), IDS):
+    for layer, score, keep, ids in product(chosen_layers, scores.split(","), keeps.split(","), IDS):
         # Before the decoder there is no attention to score by.
-        used = "random" if layer.strip() == "-1" else score.strip()
-        config = make_config(keep=parse_keep(keep.strip()), layer=int(layer), score=used, ids=ids)
+        used = "random" if layer == -1 else score.strip()
+        config = make_config(keep=parse_keep(keep.strip()), layer=layer, score=used, ids=ids)
         if config not in configs:
             configs.append(config)
     device = default_device()
     model, processor = load_embedded_model(device)
+    for config in configs:
+        try:
+            gap_triton.configure(model, config)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     rows = run_table(console, model, processor, held_out(samples), configs)
     output.mkdir(parents=True, exist_ok=True)
     console.print(table_of(rows, f"Grounding on {samples} held-out scenes"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Literal, get_args
+
+import numpy as np
 
 Score = Literal["last_token", "text", "random"]
 Ids = Literal["kept", "compacted", "permuted"]
@@ -30,7 +32,7 @@ class GapConfig:
             survivor, the text after it and every generated token keep the id that they have without pruning.
             ``"compacted"`` numbers the survivors 0, 1, 2, ...; ``"permuted"`` does that with the visual survivors in
             score order. The last two are the defects that the paper names, for measuring their effect only.
-        seed: Seed of ``score="random"``.
+        seed: Seed of ``score="random"``. The draw is one of a whole batch: a sample's tokens depend on its row.
 
     Raises:
         ValueError: A field is out of range or of the wrong type; the message names the field, the value and what
@@ -51,17 +53,21 @@ class GapConfig:
             )
         for field, allowed in (("score", get_args(Score)), ("ids", get_args(Ids))):
             value = getattr(self, field)
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise ValueError(
                     f"GapConfig.{field}={value!r}: expected one of {', '.join(map(repr, allowed))}"
                 )
-        if not _is_int(self.seed):
-            raise ValueError(f"GapConfig.seed={self.seed!r}: expected an int")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"GapConfig.seed={self.seed!r}: expected an int in 0..2**63 - 1")
         if self.layer == BEFORE_THE_DECODER and self.score != "random":
             raise ValueError(
                 f"GapConfig.score={self.score!r} with layer=-1: before the first decoder layer there is no attention "
                 "to score by; use score='random', or a layer >= 0"
             )
+        # numpy's numbers are accepted; plain ones are kept. A narrow float is read as the decimal that it prints.
+        object.__setattr__(self, "keep", int(self.keep) if _is_int(self.keep) else float(str(self.keep)))
+        object.__setattr__(self, "layer", int(self.layer))
+        object.__setattr__(self, "seed", int(self.seed))
 
     def _check_keep(self) -> None:
         if _is_int(self.keep):
@@ -69,11 +75,7 @@ class GapConfig:
                 raise ValueError(
                     f"GapConfig.keep={self.keep!r}: an int counts the tokens kept and must be >= 1"
                 )
-        elif (
-            not isinstance(self.keep, Real)
-            or isinstance(self.keep, bool)
-            or not 0.0 < float(self.keep) <= 1.0
-        ):
+        elif not isinstance(self.keep, (float, np.floating)) or not 0.0 < float(self.keep) <= 1.0:
             raise ValueError(
                 f"GapConfig.keep={self.keep!r}: expected a float in (0, 1] (a share) or an int >= 1 (a count)"
             )
@@ -85,7 +87,7 @@ class GapConfig:
         """
         if _is_int(self.keep):
             return min(int(self.keep), visual_tokens)
-        return math.ceil(Fraction(repr(float(self.keep))) * visual_tokens)
+        return math.ceil(Fraction(repr(self.keep)) * visual_tokens)
 
 
 def _is_int(value: object) -> bool:

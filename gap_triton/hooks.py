@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from .attention import NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER
-from .kept import extend, kept_tokens_of, original_length, refuse_continuation, store
+from .kept import extend, kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache, store
 from .later import shorten
-from .models import check_layer
-from .prompt import find_visual_tokens, make_plan, padding_of
+from .models import check_layer, layer_type
+from .prompt import find_visual_tokens, make_plan, real_positions
 from .prune import drop
 from .state import Attachment, ForwardState
 
@@ -33,8 +33,9 @@ def before_owner(
 ) -> tuple[Args, Kwargs]:
     """Start the state of this forward where ``input_ids`` can be seen."""
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None)
-    state.enabled = attachment.text.config._attn_implementation == NAME and not owner.training
-    if owner.training:
+    training = owner.training or attachment.text.training
+    state.enabled = attachment.text.config._attn_implementation == NAME and not training
+    if training:
         logger.warning_once(
             "gap_triton prunes at inference only: in training mode the model runs dense and unpruned. Call model.eval() "
             "to prune."
@@ -49,6 +50,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     """Decide what this forward drops, and find out what the cache already lacks."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None or not state.enabled:
+        refuse_pruned_cache(kwargs.get("past_key_values"))
         return None
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
@@ -57,9 +59,13 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     state.kept = kept_tokens_of(cache, batch)
     state.past, state.queries = original_length(cache, state.kept), queries
-    state.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    state.resumed = state.kept is not None
+    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    if state.resumed or state.visual is not None:
+        state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
     if state.visual is not None:
-        state.plan = make_plan(state.visual, padding_of(mask, state.past, queries, batch), state.config)
+        new = None if state.real is None else state.real[:, state.past :]
+        state.plan = make_plan(state.visual, new, state.config)
         if state.plan is not None:
             check_layer(state.config.layer, len(text.layers))
 
@@ -68,7 +74,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if queries == 1:
         state.kept.settled = True
     else:
-        refuse_continuation(state.kept, state.config.layer if state.plan is not None else None, queries)
+        refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
         if state.plan is None:  # a turn that drops nothing: the later layers hold all of its rows
             positions = state.past + torch.arange(queries, device=state.kept.index.device)
             state.kept = extend(state, positions.expand(batch, -1), dense=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .config import BEFORE_THE_DECODER
+from .config import BEFORE_THE_DECODER, GapConfig
 from .state import ForwardState, KeptTokens
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
@@ -48,7 +48,14 @@ def original_length(cache: Any | None, kept: KeptTokens | None) -> int:
         return 0
     if kept is None:
         return int(cache.get_seq_length())
-    length = kept.original_length(int(cache.get_seq_length(kept.layer + 1)))
+    held = int(cache.get_seq_length(kept.layer + 1))
+    if held < kept.index.shape[1]:
+        raise ValueError(
+            f"past_key_values was cropped into its pruned prompt: layer {kept.layer + 1} holds {held} of "
+            f"{kept.index.shape[1]} tokens, and layers no longer agree on which. Crop generated tokens only, or start a new "
+            "cache; assisted decoding, which crops its drafts, can't be combined with pruning"
+        )
+    length = kept.original_length(held)
     if kept.layer != BEFORE_THE_DECODER and length != int(cache.get_seq_length(0)):
         raise ValueError(
             f"past_key_values holds {int(cache.get_seq_length(0))} tokens in layer 0 but stands for {length} in layer "
@@ -58,16 +65,26 @@ def original_length(cache: Any | None, kept: KeptTokens | None) -> int:
     return length
 
 
-def refuse_continuation(kept: KeptTokens, layer: int | None, queries: int) -> None:
+def refuse_pruned_cache(cache: Any | None) -> None:
+    """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
+    if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
+        raise ValueError(
+            "past_key_values was pruned, and goes on in a model that does not prune now (training mode, another attention "
+            "implementation, or a call of the decoder by itself): go on with the model that pruned it, or start a new cache"
+        )
+
+
+def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int) -> None:
     """Refuse a block of ``queries`` > 1 tokens that the cache can't take.
 
     Args:
         kept: What the cache's later layers hold.
-        layer: The layer after which this block is pruned, None where it is not.
+        config: How this block is pruned, None where it is not.
         queries: Number of tokens in the block.
 
     Raises:
-        ValueError: The pruned prompt was not complete, or the cache was pruned after another layer, or before the decoder.
+        ValueError: The pruned prompt was not complete; or the cache was pruned after another layer, by another id rule, or
+            before the decoder.
     """
     if not kept.settled:
         raise ValueError(
@@ -80,10 +97,17 @@ def refuse_continuation(kept: KeptTokens, layer: int | None, queries: int) -> No
             "GapConfig.layer=-1 prunes before the decoder, and then a cache can't take another turn: use a layer >= 0, or "
             "start a new cache with the whole conversation"
         )
-    if layer is not None and layer != kept.layer:
+    if config is None:
+        return
+    if config.layer != kept.layer:
         raise ValueError(
-            f"GapConfig.layer={layer}, but this cache was pruned after layer {kept.layer}: go on with that layer, or start "
-            "a new cache"
+            f"GapConfig.layer={config.layer}, but this cache was pruned after layer {kept.layer}: go on with that layer, or "
+            "start a new cache"
+        )
+    if config.ids != kept.ids:
+        raise ValueError(
+            f"GapConfig.ids={config.ids!r}, but this cache was pruned with {kept.ids!r}: go on with that rule, or start a "
+            "new cache"
         )
 
 
@@ -98,21 +122,20 @@ def extend(state: ForwardState, positions: torch.Tensor, dense: bool) -> KeptTok
     Returns:
         The extension of ``state.kept``, or a new record where nothing had been dropped.
     """
-    before, end = state.kept, positions
+    before = state.kept
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
-    new = torch.cat([between, end], dim=1)
-    if state.padding_mask is not None:
-        real = state.padding_mask.to(new.device) != 0
-        # A mask shorter than the conversation speaks of its end.
-        offset = state.past + state.queries - real.shape[1]
-        padding = (new >= offset) & ~real.gather(1, (new - offset).clamp(min=0))
-        new = torch.where(padding, -1, new)
+    new = torch.cat([between, positions], dim=1)
+    if state.real is not None:
+        new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
+    pruned = state.plan is not None
     return KeptTokens(
         layer=state.config.layer if before is None else before.layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
         covered=state.past + state.queries,
         # Of earlier tokens only the device knows whether they are padding.
         dense=dense and before is None and state.past == 0,
+        ids=state.config.ids if before is None else before.ids,
         id_shift=None if before is None else before.id_shift,
+        settled=not pruned,
     )

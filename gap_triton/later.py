@@ -26,10 +26,9 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = sliding_window(state.attachment.text.config, index)
     mask = kwargs.get("attention_mask")
-    # The memo holds on to the model's mask as well, so that its id can't be taken over by another tensor.
-    _, kwargs["attention_mask"] = state.once(
-        ("mask", id(mask), window),
-        lambda: (mask, _later_mask(state, kept, mask, cache_layer, hidden_states, window)),
+    # Layers of one window share one mask of the model.
+    kwargs["attention_mask"] = state.once(
+        ("mask", window), lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window)
     )
     if state.plan is not None:
         kwargs["position_embeddings"] = state.memo["rotary"]
@@ -57,18 +56,25 @@ def _later_mask(
 ) -> torch.Tensor | None:
     """Mask of a later layer; None where plain causal attention, or attention to everything, is right."""
     rows, device = hidden_states.shape[1], hidden_states.device
-    if state.plan is not None:
-        if mask is None and kept.dense:
-            return None
-        assert state.slots is not None
-        columns = column_positions(kept, cache_layer, rows)
-        if mask is None:
-            positions = torch.where(state.slots < 0, -1, state.slots + state.past)
-            return causal_mask(positions, columns, window).to(device)
-        return take_from_mask(mask, state.slots, columns, kept.covered)
     static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
-    if rows == 1 and kept.dense and not static and (window is None or state.past + rows <= window):
-        return None
+    if mask is None and kept.dense:
+        if state.plan is not None:
+            return None
+        if rows == 1 and not static and (window is None or state.past + rows <= window):
+            return None
     columns = column_positions(kept, cache_layer, rows)
-    positions = state.past + torch.arange(rows, device=columns.device)
-    return causal_mask(positions[None], columns, window).to(device)
+    if state.plan is not None:
+        assert state.slots is not None
+        own = state.slots
+    else:
+        own = torch.arange(rows, device=columns.device).expand(columns.shape[0], -1)
+    if mask is not None and (state.ready_made or not state.resumed):
+        return take_from_mask(mask, own, columns, state.past + state.queries)
+    # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
+    # its mask is of no use here.
+    allowed = causal_mask(torch.where(own < 0, -1, own + state.past), columns, window)
+    if state.real is not None:
+        total = state.past + state.queries
+        real = state.real.to(columns.device).gather(1, columns.clamp(min=0, max=total - 1))
+        allowed = allowed & real[:, None, None, :]
+    return allowed.to(device)

@@ -41,8 +41,10 @@ def text_model_of(module: nn.Module) -> PreTrainedModel | None:
 
 
 def is_vision_language_model(model: PreTrainedModel) -> bool:
-    """Whether the config has a vision part next to a text part."""
-    return getattr(model.config, "vision_config", None) is not None and model.can_generate()
+    """Whether ``model`` generates text and reads images, as far as its config tells."""
+    config = model.config
+    sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
+    return model.can_generate() and (sees or bool(visual_token_ids(config)))
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -84,15 +86,20 @@ def find_parts(model: nn.Module) -> Parts:
     )
 
 
+def layer_type(config: Any, index: int) -> str:
+    """Attention type of decoder layer ``index``: ``"full_attention"`` or ``"sliding_attention"``."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[index]
+    slides = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    return "sliding_attention" if slides else "full_attention"
+
+
 def sliding_window(config: Any, index: int) -> int | None:
     """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding" not in layer_types[index]:
-        return None
-    return int(window)
+    return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None
 
 
 def check_layer(layer: int, layers: int) -> None:

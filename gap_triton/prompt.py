@@ -44,33 +44,44 @@ def find_visual_tokens(
     return visual
 
 
-def padding_of(mask: Any, past: int, queries: int, batch: int) -> torch.Tensor | None:
-    """Which of the new rows are real, read from whatever mask the model was given.
+def real_positions(mask: Any, past: int, queries: int, batch: int, first_type: str) -> torch.Tensor | None:
+    """Which tokens are real and which padding, read from whatever mask the model was given.
 
     Args:
-        mask: None, [B, past + Q] or a ready-made mask of four dimensions, or a dict of those by layer type.
+        mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
+            of those by layer type.
         past: Number of tokens before the new rows.
         queries: Q, number of new rows.
         batch: B.
+        first_type: Type of the decoder's first layer, whose mask is sized by a cache that nothing was dropped from.
 
     Returns:
-        [B, >= Q] whose last Q columns are nonzero at real tokens; None = no padding.
+        [B, past + Q] bool; None = no padding.
     """
     if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, torch.Tensor) or mask.dim() == 2:
-        return mask
-    # A padded row may not attend to itself.
-    own = mask[:, 0, :, past : past + queries].diagonal(dim1=1, dim2=2)
-    return (own if own.dtype == torch.bool else own == 0).expand(batch, -1)
+        mask = mask.get(first_type, next(iter(mask.values())))
+    if not isinstance(mask, torch.Tensor):
+        return None
+    total = past + queries
+    if mask.dim() == 2:
+        # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
+        real = mask[:, :total] != 0
+        return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, Q, K]
+    first = max(total - mask.shape[-1], 0)  # the mask of a sliding layer covers the last K positions only
+    allowed = allowed[..., : total - first]
+    # A padded row may not attend to itself. An earlier column that no row looks at is padding, or out of reach for good.
+    own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    earlier = allowed[..., : past - first].any(dim=1)
+    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
 
 
-def make_plan(visual: torch.Tensor, padding_mask: torch.Tensor | None, config: GapConfig) -> Plan | None:
+def make_plan(visual: torch.Tensor, real: torch.Tensor | None, config: GapConfig) -> Plan | None:
     """Decide what a prefill drops, with one read from the device.
 
     Args:
         visual: [B, Q] bool.
-        padding_mask: [B, >= Q] whose last Q columns say which rows are real tokens, None = all.
+        real: [B, Q] bool, False at padding; None = no padding.
         config: What to keep.
 
     Returns:
@@ -78,11 +89,10 @@ def make_plan(visual: torch.Tensor, padding_mask: torch.Tensor | None, config: G
     """
     queries = visual.shape[1]
     positions = torch.arange(queries, device=visual.device)
-    if padding_mask is None:
+    if real is None:
         real = torch.ones_like(visual)
-    else:
-        real = padding_mask[:, -queries:] != 0
-        visual = visual & real
+    real = real.to(visual.device)
+    visual = visual & real
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
     text_after = real & ~visual & (positions > last_visual)  # [B, Q]
     facts = torch.stack(

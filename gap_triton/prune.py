@@ -87,21 +87,19 @@ def _score_and_prune(state: ForwardState, plan: Plan, tokens: tuple[torch.Tensor
         return prune_tokens(
             query, key, *tokens, rows=rows, attention_mask=columns, scale=scale, length=plan.length
         )
-    # The scoring rows see the last `window` columns only, but a row outside the window is no padding.
-    last = plan.rows.amax(dim=1, keepdim=True) + key.shape[2] - query.shape[2]
-    seen = torch.arange(key.shape[2], device=key.device) > last - window
-    seen = seen if columns is None else seen & columns
-    scores = visual_importance(query, key, plan.visual_index, rows=rows, attention_mask=seen, scale=scale)
+    # Each scoring row sees the last `window` columns up to its own. A row outside of that is no padding.
+    total = torch.zeros_like(plan.visual_index, dtype=torch.float32)
+    for row in rows.split(1, dim=1):  # [B, 1]
+        end = row + key.shape[2] - query.shape[2]
+        seen = torch.arange(key.shape[2], device=key.device) > end - window
+        seen = seen if columns is None else seen & columns
+        total += visual_importance(query, key, plan.visual_index, rows=row, attention_mask=seen, scale=scale)
+    scores = total / (rows >= 0).sum(dim=1, keepdim=True)
     return prune_by_score(scores, *tokens, attention_mask=real, length=plan.length)
 
 
 def _real_columns(state: ForwardState, plan: Plan, columns: int) -> torch.Tensor | None:
     """[B, columns] bool: the key columns, earlier ones first, that are no padding; None = all."""
-    batch, queries = plan.real.shape
-    earlier = columns - queries
-    if not plan.padded and (earlier == 0 or state.padding_mask is None):
+    if state.real is None:
         return None
-    past = plan.real.new_ones(batch, earlier)
-    if earlier and state.padding_mask is not None:
-        past = state.padding_mask[:, -columns:-queries].to(past.device) != 0
-    return torch.cat([past, plan.real], dim=1)
+    return state.real[:, -columns:].to(plan.real.device)

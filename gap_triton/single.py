@@ -59,7 +59,7 @@ def ask(
     answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
         0
     ].strip()
-    console.print(answer, markup=False, highlight=False)
+    console.print(answer, markup=False, highlight=False, soft_wrap=True)
 
     selection = gap_triton.last_selection(model)
     if selection is None:
@@ -76,7 +76,11 @@ def ask(
 
 
 def _with_image(processor: Any, prompt: str) -> str:
-    token = processor.image_token
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise ValueError(
+            f"{type(processor).__name__} of this model has no image token, so it can't take an image"
+        )
     if token in prompt:
         return prompt
     if getattr(processor, "chat_template", None):
@@ -98,6 +102,9 @@ def save_kept_tokens(
     from gap_triton.demo.pictures import Example, kept_grid, save_overlay
 
     vision = model.config.vision_config
+    clip_row = int(
+        model.config.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
+    )
     side = vision.image_size // vision.patch_size
     pixels = inputs["pixel_values"][0].float().cpu()
     while pixels.dim() > 3:  # [tiles, 3, H, W]: the overview comes first
@@ -108,4 +115,6 @@ def save_kept_tokens(
     box = boxes_from_tokens([answer])[0]
     boxes = {} if math.isnan(float(box[0])) else {"kept": box}
     shown = answer if len(answer) <= 60 else answer[:57] + "..."
-    save_overlay([Example(image, shown, kept_grid(selection, 0, side), boxes)], "kept visual tokens", path)
+    save_overlay(
+        [Example(image, shown, kept_grid(selection, 0, side, clip_row), boxes)], "kept visual tokens", path
+    )

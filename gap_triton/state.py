@@ -43,6 +43,7 @@ class KeptTokens:
             that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
         covered: Number of original positions that ``index`` accounts for. What comes after is held one to one.
         dense: No -1 in ``index``; known without asking the device.
+        ids: The id rule that the survivors follow.
         id_shift: [B] int64, how much smaller the ids of following tokens are in the later layers; None = not at all.
         settled: A generated token has been seen since the prompt was pruned.
     """
@@ -51,6 +52,7 @@ class KeptTokens:
     index: torch.Tensor
     covered: int
     dense: bool
+    ids: str
     id_shift: torch.Tensor | None = None
     settled: bool = False
 
@@ -108,7 +110,9 @@ class ForwardState:
         kept: What the later layers hold after this forward; None while nothing has been dropped.
         past: Number of original positions in the cache before this forward.
         queries: Number of rows of this forward, Q.
-        padding_mask: [B, past + Q] attention mask of the caller, None = no padding.
+        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding.
+        ready_made: The caller gave a mask of four dimensions, which says more than padding.
+        resumed: Tokens had been dropped from the cache before this forward.
         query, key, scale: Left by the attention of the scoring layer.
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
@@ -124,7 +128,9 @@ class ForwardState:
     kept: KeptTokens | None = None
     past: int = 0
     queries: int = 0
-    padding_mask: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    ready_made: bool = False
+    resumed: bool = False
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     scale: float | None = None

@@ -137,6 +137,30 @@ def test_detach_of_a_model_loaded_by_name_leaves_dense_attention() -> None:
     assert same(generate(model, inputs), generate(plain, inputs))
 
 
+def test_switching_the_text_model_alone() -> None:
+    model = build("llava", "gap_triton")
+    inputs = make_prompt("llava", "left-padded")
+    model.model.language_model.set_attn_implementation("sdpa")
+    assert hooks(model) == 0
+    with pytest.raises(ValueError, match="does not run under"):
+        gap_triton.configure(model, CONFIG)
+    gap_triton.attach(model, CONFIG)
+    generate(model, inputs, tokens=1)
+    assert gap_triton.last_selection(model) is not None
+    gap_triton.detach(model)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_a_name_given_after_attach_stays() -> None:
+    model = build("llava", "sdpa")
+    gap_triton.attach(model, CONFIG)
+    model.set_attn_implementation("gap_triton")
+    gap_triton.detach(model)
+    assert hooks(model) == 0
+    assert model.config._attn_implementation == "gap_triton"
+    assert model.config.text_config._attn_implementation == "gap_triton"
+
+
 def test_switching_away_leaves_nothing() -> None:
     model = build("llava", "gap_triton")
     model.set_attn_implementation("sdpa")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from gap_triton import GapConfig
@@ -22,6 +23,8 @@ from gap_triton import GapConfig
         ({"score": "cls"}, r"GapConfig.score='cls': expected one of 'last_token', 'text', 'random'"),
         ({"ids": "shifted"}, r"GapConfig.ids='shifted': expected one of 'kept', 'compacted', 'permuted'"),
         ({"seed": None}, r"GapConfig.seed=None: expected an int"),
+        ({"seed": 2**64}, r"GapConfig.seed=18446744073709551616: expected an int in 0..2\*\*63 - 1"),
+        ({"score": np.array(["text"])}, r"GapConfig.score=array.*: expected one of"),
         ({"layer": -1}, r"GapConfig.score='last_token' with layer=-1: .* use score='random'"),
     ],
 )
@@ -49,6 +52,8 @@ def test_unknown_field() -> None:
         (64, 576, 64),
         (64, 10, 10),
         (1, 576, 1),
+        (np.float32(0.1), 10, 1),
+        (np.int64(3), 10, 3),
     ],
 )
 def test_count(keep: float | int, tokens: int, expected: int) -> None:

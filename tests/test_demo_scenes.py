@@ -104,7 +104,8 @@ def test_shapes_fill_the_share_of_their_box_that_geometry_says(
     for row in here.nonzero()[:20, 0].tolist():
         x0, y0, x1, y1 = batch.boxes[row, 0].tolist()
         inside = batch.images[row, :, y0:y1, x0:x1].amax(0) >= NOISE
-        assert inside.float().mean().item() == pytest.approx(share, abs=0.06)
+        # The tip of a triangle is one row wider than geometry has it: up to 1 / side more.
+        assert inside.float().mean().item() == pytest.approx(share, abs=0.07)
 
 
 def test_an_expression_names_exactly_one_object(batch: scenes.Scenes) -> None:

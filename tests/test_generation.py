@@ -90,7 +90,7 @@ def next_turn(sequences: torch.Tensor, mask: torch.Tensor, images: int, seed: in
     return inputs
 
 
-@pytest.mark.parametrize("name", ["llava", "llava/mistral-sliding"])
+@pytest.mark.parametrize("name", ["llava", "llava/mistral-sliding", "llava/qwen2-ffsss", "llava/qwen2-sfsfs"])
 @pytest.mark.parametrize("turns", [(0, 0), (1, 0), (0, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("batch", ["left-padded", "ragged-images", "one-without-image"])
 def test_several_turns_on_one_cache(name: str, batch: str, turns: tuple[int, ...]) -> None:
@@ -114,6 +114,84 @@ def test_several_turns_on_one_cache(name: str, batch: str, turns: tuple[int, ...
     for pruned, expected in zip(*sequences, strict=True):
         assert torch.equal(pruned.sequences, expected.sequences)
         assert error(pruned, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava", "llava/mistral-sliding"])
+@pytest.mark.parametrize("turns", [(0, 1), (1, 0)], ids=str)
+def test_several_turns_on_a_static_cache(name: str, turns: tuple[int, ...]) -> None:
+    model, _, _ = pair(name)
+    steps: dict[str, list] = {}
+    for kind in ("dynamic", "static"):
+        text = model.config.get_text_config()
+        cache = transformers.DynamicCache(config=text)
+        if kind == "static":
+            cache = transformers.StaticCache(config=text, max_cache_len=300)
+        inputs = prompt("llava", images=((), ()))  # left-padded
+        for turn, images in enumerate((None, *turns)):
+            if images is not None:
+                start = steps["dynamic"][turn - 1].sequences
+                inputs = next_turn(start, inputs["attention_mask"], images, turn, pad=2)
+            output = generate(model, inputs, tokens=4, past_key_values=cache)
+            steps.setdefault(kind, []).append(output)
+    for dynamic, static in zip(*steps.values(), strict=True):
+        assert error(dynamic, static) <= TOLERANCE
+
+
+def test_two_text_turns_in_a_row() -> None:
+    """Blocks that drop nothing may follow one another once a pruned prompt has been answered."""
+    model, reference, oracle = pair()
+    outputs = []
+    with oracle:
+        for candidate in (model, reference):
+            cache = transformers.DynamicCache(config=candidate.config.get_text_config())
+            generate(candidate, make_prompt("llava", "even"), tokens=3, past_key_values=cache)
+            for seed in range(3):
+                block = torch.randint(5, 140, (2, 4), generator=torch.Generator().manual_seed(seed))
+                with torch.no_grad():
+                    logits = candidate(input_ids=block, past_key_values=cache).logits
+            outputs.append(logits)
+    assert float((outputs[0] - outputs[1]).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_mask_as_long_as_a_static_cache(extra: int) -> None:
+    """Columns of the mask behind the prompt belong to tokens that do not exist yet."""
+    model, _, _ = pair()
+    inputs = make_prompt("llava", "left-padded")
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = []
+    for longer in (mask, torch.cat([mask, torch.full((2, 20), extra)], 1)):
+        cache = transformers.StaticCache(
+            config=model.config.get_text_config(), max_cache_len=mask.shape[1] + 20
+        )
+        with torch.no_grad():
+            output = model(
+                **inputs | {"attention_mask": longer}, position_ids=positions, past_key_values=cache
+            )
+        logits.append(output.logits[:, -1])
+    assert torch.equal(*logits)
+
+
+def test_a_mask_that_hides_prompt_text_later() -> None:
+    model, reference, oracle = pair()
+    inputs = make_prompt("llava", "even")
+    hidden = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    hidden[:, 1:4] = 0
+    logits = []
+    with oracle:
+        for candidate in (model, reference):
+            cache = transformers.DynamicCache(config=candidate.config.get_text_config())
+            with torch.no_grad():
+                candidate(**inputs, past_key_values=cache)
+                step = candidate(
+                    input_ids=torch.full((2, 1), 7),
+                    attention_mask=hidden,
+                    position_ids=torch.full((2, 1), inputs["input_ids"].shape[1]),
+                    past_key_values=cache,
+                )
+            logits.append(step.logits)
+    assert float((logits[0] - logits[1]).abs().max()) <= TOLERANCE
 
 
 def test_text_first_then_an_image_on_the_same_cache() -> None:

@@ -84,9 +84,19 @@ def test_batches(batch: str, keep: float | int, score: str) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", ["llava/qwen2", "llava_next", "llava_onevision/qwen2", "llava/mistral-sliding"])
+@pytest.mark.parametrize(
+    "name", ["llava/qwen2", "llava_next", "llava_onevision/qwen2", "llava/mistral-sliding"]
+)
 def test_batches_of_other_models(name: str, batch: str) -> None:
     compare(name, make_prompt(name, batch), GapConfig(keep=0.4, layer=1))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("batch", ["left-padded", "right-padded", "ragged-images"])
+def test_text_score_on_a_sliding_layer(batch: str, layer: int) -> None:
+    compare(
+        "llava/mistral-sliding", make_prompt("llava", batch), GapConfig(keep=0.4, layer=layer, score="text")
+    )
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -10,7 +10,7 @@ from test_oracle import make_prompt
 from tiny import LAYERS, TEXT, VISION, build, generate, prompt, text_config
 
 import gap_triton
-from gap_triton import GapConfig, _requirements
+from gap_triton import GapConfig, _requirements, attention
 
 
 def mllama(attn_implementation: str) -> transformers.PreTrainedModel:
@@ -95,7 +95,7 @@ def test_chunked_prefill(chunk: int) -> None:
 def test_assisted_decoding() -> None:
     model = build("llava", "gap_triton")
     gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
-    with pytest.raises(ValueError, match="assisted decoding can't be combined with pruning"):
+    with pytest.raises(ValueError, match=r"assisted decoding.* can't be combined with pruning"):
         generate(model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3)
 
 
@@ -135,6 +135,66 @@ def test_another_turn_after_pruning_before_the_decoder() -> None:
             ValueError, match=r"layer=-1 prunes before the decoder, and then a cache can't take another"
         ):
             model(input_ids=torch.full((2, 4), 7), past_key_values=cache)
+
+
+def test_another_turn_with_another_id_rule() -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=1, ids="compacted"))
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    output = generate(model, prompt("llava"), tokens=3, past_key_values=cache)
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
+    second = prompt("llava", seed=2, padding="right")
+    ids = torch.cat([output.sequences, second["input_ids"]], 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": second["pixel_values"],
+    }
+    with pytest.raises(ValueError, match=r"GapConfig.ids='kept', but this cache was pruned with 'compacted'"):
+        generate(model, inputs, tokens=2, past_key_values=cache)
+
+
+def test_a_pruned_cache_in_a_model_that_does_not_prune() -> None:
+    model = build("llava", "gap_triton")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**make_prompt("llava", "even"), past_key_values=cache)
+        model.train()
+        with pytest.raises(
+            ValueError, match="past_key_values was pruned, and goes on in a model that does not prune now"
+        ):
+            model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
+        model.eval()
+        with pytest.raises(ValueError, match="a call of the decoder by itself"):
+            model.model.language_model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
+
+
+def test_a_cache_cropped_into_its_prompt() -> None:
+    model = build("llava", "gap_triton")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**make_prompt("llava", "even"), past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :-3], layer.values[:, :, :-3]
+        with pytest.raises(ValueError, match="past_key_values was cropped into its pruned prompt"):
+            model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
+
+
+def test_a_refused_name_is_not_left_behind() -> None:
+    model = mllama("sdpa")
+    with pytest.raises(ValueError, match="cross-attention"):
+        model.set_attn_implementation("gap_triton")
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_attention_sinks() -> None:
+    module = torch.nn.Module()
+    tensors = torch.zeros(3, 1, 1, 2, 4)
+    with pytest.raises(
+        ValueError, match="Module needs attention sinks: load the model with attn_implementation='eager'"
+    ):
+        attention.gap_attention_forward(module, *tensors, None, s_aux=torch.zeros(1))
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "triton"])

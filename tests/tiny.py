@@ -44,6 +44,9 @@ def text_config(kind: str) -> transformers.PreTrainedConfig:
         return transformers.Qwen2Config(**TEXT, use_sliding_window=False)
     if kind == "mistral":
         return transformers.MistralConfig(**TEXT, sliding_window=None)
+    if kind.startswith("qwen2-"):  # such as qwen2-ffsss: full attention first, then sliding
+        types = [{"f": "full_attention", "s": "sliding_attention"}[letter] for letter in kind[6:]]
+        return transformers.Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=30, layer_types=types)
     if kind == "mistral-sliding":
         return transformers.MistralConfig(**TEXT, sliding_window=30)
     raise ValueError(kind)

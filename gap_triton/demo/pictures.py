@@ -132,8 +132,8 @@ def save_bars(rows: Sequence[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def kept_grid(selection: Selection, sample: int, side: int) -> Tensor:
-    """bool [side, side]: which tokens of a sample's first ``side * side`` visual rows survived."""
-    rows = selection.candidates[sample][: side * side]
+def kept_grid(selection: Selection, sample: int, side: int, start: int = 0) -> Tensor:
+    """bool [side, side]: which of a sample's visual rows from ``start`` on survived."""
+    rows = selection.candidates[sample][start : start + side * side]
     kept = torch.isin(rows, selection.visual_index[sample])
     return (kept & (rows >= 0)).reshape(side, side).cpu()
