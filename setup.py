@@ -1,10 +1,12 @@
 """Packaging of gap-triton: two import packages, ``gap_kernels`` (torch and Triton) and ``gap_triton`` (transformers)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gap_triton" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 KERNEL_PACKAGES = find_packages("kernels")
 INTEGRATION_PACKAGES = find_packages(".", include=["gap_triton", "gap_triton.*"])
@@ -14,7 +16,7 @@ TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100"]
 
 setup(
     name="gap-triton",
-    version="0.1.0",
+    version=VERSION,
     description="Visual token pruning for vision-language models that keeps every survivor's own position id.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -109,7 +109,7 @@ def evaluate(
         str, typer.Option(help="Comma-separated decoder layers; -1 = before the decoder (random score).")
     ] = "-1,0,1,2,3,4",
     keeps: Annotated[str, typer.Option(help="Comma-separated shares or counts.")] = "0.5,0.25,0.125",
-    scores: Annotated[str, typer.Option(help="Comma-separated scores.")] = "last_token",
+    scores: Annotated[str, typer.Option(help="Comma-separated scores.")] = "text",
     samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
     output: Annotated[Path, typer.Option(help="Folder for eval.json and eval.md.")] = Path("demo-output"),
 ) -> None:

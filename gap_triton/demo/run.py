@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.config import Ids
+from gap_triton.config import Ids, Score
 from gap_triton.demo.grounding import answer_boxes
 from gap_triton.demo.pictures import Example, kept_grid, save_bars, save_overlay
 from gap_triton.demo.scenes import GRID, IMAGE_SIZE, Scenes, held_out
@@ -27,6 +27,7 @@ from gap_triton.environment import default_device, device_name, installed_versio
 MODEL_PATH = Path(__file__).parent / "model"
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
+SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
 KEEPS = (0.5, 0.25, 0.125)
 IDS: tuple[Ids, ...] = ("kept", "compacted", "permuted")
 SHOWN = 4  # scenes in the overlay: the first held-out ones, not chosen
@@ -41,7 +42,7 @@ def load_embedded_model(device: torch.device | None = None) -> tuple[Any, Any]:
 
 def demo_configs() -> list[GapConfig]:
     """The rows of the demo's table below no pruning."""
-    return [GapConfig(keep=keep, layer=LAYER, ids=ids) for keep, ids in product(KEEPS, IDS)]
+    return [GapConfig(keep=keep, layer=LAYER, score=SCORE, ids=ids) for keep, ids in product(KEEPS, IDS)]
 
 
 def run_table(
@@ -96,7 +97,7 @@ def examples(model: Any, processor: Any) -> list[Example]:
     boxes = {"truth": scenes.target_boxes / IMAGE_SIZE}
     pair: tuple[Ids, ...] = ("kept", "compacted")
     for ids in pair:
-        gap_triton.configure(model, GapConfig(keep=SHOWN_KEEP, layer=LAYER, ids=ids))
+        gap_triton.configure(model, GapConfig(keep=SHOWN_KEEP, layer=LAYER, score=SCORE, ids=ids))
         boxes[ids] = answer_boxes(model, processor, scenes)
     selection = gap_triton.last_selection(model)
     assert selection is not None

@@ -213,7 +213,7 @@ def main(
         Path,
         typer.Option(help="Folder for the run: checkpoint.pt, training.jsonl, training.png and model/."),
     ],
-    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 4500,
+    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 8000,
     batch: Annotated[int, typer.Option(help="Scenes per step; each is asked about all of its objects.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of the training scenes.")] = 0,
 ) -> None:
