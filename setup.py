@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gap_triton" / "__init__.py").read_text(encoding="utf-8"))[1]
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "gap_triton" / "__init__.py").read_text(encoding="utf-8")
+)[1]
 
 KERNEL_PACKAGES = find_packages("kernels")
 INTEGRATION_PACKAGES = find_packages(".", include=["gap_triton", "gap_triton.*"])
