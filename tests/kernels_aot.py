@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from gap_kernels.attention import kernel as attention
 from gap_kernels.importance import kernel as importance
 from gap_kernels.prune import kernel as prune
 from gap_kernels.select import kernel as select
@@ -144,3 +145,19 @@ def test_gather_rows(compiled: list[Any]) -> None:
     rows = torch.zeros(1, 32, 4096, dtype=torch.bfloat16)
     rotary = torch.zeros(1, 32, 128, dtype=torch.bfloat16)
     prune.gather_rows(rows, rotary, rotary, torch.zeros(3, 1, 32).long(), torch.zeros(1, 8).long())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "causal"),
+    [
+        *((torch.bfloat16, head_dim, True) for head_dim in (64, 72, 80, 96, 128, 256)),
+        (torch.bfloat16, 80, False),
+        (torch.float16, 128, False),
+        (torch.float32, 128, True),
+        (torch.float32, 256, True),
+    ],
+)
+def test_attention(compiled: list[Any], dtype: torch.dtype, head_dim: int, causal: bool) -> None:
+    query, key = torch.zeros(1, 4, 64, head_dim, dtype=dtype), torch.zeros(1, 2, 64, head_dim, dtype=dtype)
+    mask = torch.ones(1, 64, dtype=torch.bool) if causal else None
+    attention.attention(query, key, key, causal, mask, None, None, None)

@@ -10,6 +10,8 @@ import math
 
 import pytest
 import torch
+from gap_kernels.attention import kernel as attention
+from gap_kernels.attention import reference as attention_reference
 from gap_kernels.backends import triton_is_interpreted
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
@@ -182,3 +184,49 @@ def test_gather_rows(dtype: torch.dtype, axes: int | None, generator: torch.Gene
         assert output.shape == wanted.shape
         assert output.dtype == wanted.dtype
         assert torch.equal(output.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "num_query", "num_keys", "head_dim", "causal"),
+    [
+        ((4, 2), 150, 217, 80, True),  # several tiles of rows and keys, whole ones and those on the diagonal
+        ((2, 1), 67, 67, 256, True),  # shorter key tiles than row tiles
+        ((2, 2), 1, 130, 64, True),  # one row that sees all
+        ((3, 1), 130, 150, 8, False),  # head_dim below the smallest tile
+    ],
+)
+def test_attention(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    causal: bool,
+    generator: torch.Generator,
+) -> None:
+    num_rows, num_visual = min(num_query, 5), num_query // 2
+    query, key, columns, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    value = torch.randn(key.shape, generator=generator).to(DEVICE, dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    # Heads beside positions in memory, as projections leave them.
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    mask[1, : num_keys - num_query + 3] = False  # padding on the left, so that some rows see nothing
+    for given in (mask, None):
+        asked = (rows, columns) if causal else (None, None)
+        result = attention.attention(query, key, value, causal, given, None, *asked)
+        exact = attention_reference.attention(
+            query.double(), key.double(), value.double(), causal, given, None, *asked
+        )
+        rounding = ROUNDING[dtype]
+        torch.testing.assert_close(result[0].double(), exact[0], rtol=rounding, atol=rounding)
+        torch.testing.assert_close(result[1].double(), exact[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result[2].double(), exact[2], rtol=1e-5, atol=1e-7)
+    again = attention.attention(query, key, value, causal, None, None, *asked)
+    assert all(torch.equal(left, right) for left, right in zip(result, again, strict=True))

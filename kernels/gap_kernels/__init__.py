@@ -1,8 +1,18 @@
 """Operators for visual token pruning: a PyTorch reference and Triton kernels behind one function each."""
 
+from .attention import AttentionOutput, attention
 from .backends import backend
 from .importance import visual_importance
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .select import topk_indices
 
-__all__ = ["PrunedTokens", "backend", "prune_by_score", "prune_tokens", "topk_indices", "visual_importance"]
+__all__ = [
+    "AttentionOutput",
+    "PrunedTokens",
+    "attention",
+    "backend",
+    "prune_by_score",
+    "prune_tokens",
+    "topk_indices",
+    "visual_importance",
+]

@@ -1,0 +1,136 @@
+"""``gap_kernels::attention``: registration, fake kernel and checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import use_triton
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from . import reference
+
+MAX_HEAD_DIM = 256
+"""Kernels hold whole vectors in registers; longer ones would be spilled."""
+
+
+@torch.library.custom_op(
+    "gap_kernels::attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, bool causal, Tensor? attention_mask, float? scale,"
+        " Tensor? importance_rows, Tensor? importance_columns) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    attention_mask: Tensor | None,
+    scale: float | None,
+    importance_rows: Tensor | None,
+    importance_columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the operator; see :func:`gap_kernels.attention` and ``reference.py``."""
+    if query.is_cpu:
+        if importance_rows is not None:
+            check_range("importance_rows", importance_rows, -1, query.shape[2] - 1)
+        if importance_columns is not None:
+            check_range("importance_columns", importance_columns, -1, query.shape[2] - 1)
+    arguments = (query, key, value, causal, attention_mask, scale, importance_rows, importance_columns)
+    if query.dtype != torch.float64 and use_triton(query):
+        from . import kernel
+
+        return kernel.attention(*arguments)
+    return reference.attention(*arguments)
+
+
+@attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    attention_mask: Tensor | None,
+    scale: float | None,
+    importance_rows: Tensor | None,
+    importance_columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wanted = (query.shape[0], 0) if importance_columns is None else importance_columns.shape
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[:3], dtype=dtype),
+        query.new_empty(wanted, dtype=dtype),
+    )
+
+
+def check_heads(query: Tensor, key: Tensor) -> None:
+    """Check the number of heads and the head_dim of tensors whose shapes are checked already.
+
+    Raises:
+        ValueError: if the heads of ``query`` don't share those of ``key`` evenly, or vectors are too long.
+    """
+    query_heads, key_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
+        raise ValueError(
+            f"query: expected a multiple of the {key_heads} heads of key, got {query_heads} heads"
+            f" ({describe(query)})"
+        )
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query: expected D in 1..{MAX_HEAD_DIM}, got {describe(query)}")
+
+
+def check_options(causal: object, scale: object) -> None:
+    """Check the arguments that aren't tensors.
+
+    Raises:
+        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a number nor None.
+    """
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected a bool, got {describe(causal)}")
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    attention_mask: Tensor | None,
+    scale: float | None,
+    importance_rows: Tensor | None,
+    importance_columns: Tensor | None,
+) -> None:
+    """Check the arguments of :func:`gap_kernels.attention`.
+
+    Raises:
+        ValueError: if one has another shape, dtype or device than documented, or they don't go together.
+    """
+    shapes = ShapeChecker()
+    shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)
+    shapes.check("key", key, "B Hkv S D", (query.dtype,))
+    shapes.check("value", value, "B Hkv S D", (query.dtype,))
+    check_heads(query, key)
+    if query.shape[2] == 0:
+        raise ValueError(f"query: expected at least one row, got {describe(query)}")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"key: expected at least the {query.shape[2]} positions of query, got {describe(key)}"
+        )
+    check_options(causal, scale)
+    if attention_mask is not None:
+        shapes.check("attention_mask", attention_mask, "B S", (torch.bool,))
+    if importance_columns is None:
+        if importance_rows is not None:
+            raise ValueError("importance_rows: expected importance_columns beside it, got None")
+        return
+    if not causal:
+        raise ValueError(
+            "importance_columns: expected causal=True, as importance is defined for rows that see no later key,"
+            " got causal=False; gap_kernels.attention_received is for vision towers"
+        )
+    shapes.check("importance_columns", importance_columns, "B V", (torch.int64,))
+    if importance_rows is not None:
+        shapes.check("importance_rows", importance_rows, "B R", (torch.int64,))

@@ -1,0 +1,83 @@
+"""Attention with log-sum-exp and importance in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..importance.reference import visual_importance
+
+BLOCK_ROWS = 512
+"""Query rows that are worked on at once: logits take BLOCK_ROWS x S per head, whatever Q is."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    attention_mask: Tensor | None,
+    scale: float | None,
+    importance_rows: Tensor | None,
+    importance_columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute :func:`gap_kernels.attention`; float64 inputs make it the oracle of the other paths.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, D].
+        causal: whether a row sees no key after its own.
+        attention_mask: bool [B, S] or None.
+        scale: None = ``D ** -0.5``.
+        importance_rows: int64 [B, R], -1 = filler; None = the last row.
+        importance_columns: int64 [B, V], -1 = filler; None = no importance.
+
+    Returns:
+        output [B, Hq, Q, D] in the dtype of ``query``, lse [B, Hq, Q], importance [B, V] (V = 0 for none); the
+        last two are float64 for float64 queries, else float32.
+    """
+    batch, query_heads, num_query, head_dim = query.shape
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.unflatten(1, (key_heads, query_heads // key_heads))  # [B, Hkv, G, Q, D]
+    key_columns = key.to(dtype).transpose(-1, -2)[:, :, None]  # [B, Hkv, 1, D, S]
+    values = value.to(dtype)
+    if attention_mask is not None:
+        # A weight of 0 doesn't hide a NaN, and what the mask hides may be anything.
+        values = values.masked_fill(~attention_mask[:, None, :, None], 0.0)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+    column = torch.arange(num_keys, device=query.device)
+    for start in range(0, num_query, BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        scaled = grouped[:, :, :, block].to(dtype) * (head_dim**-0.5 if scale is None else scale)
+        logits = scaled @ key_columns  # [B, Hkv, G, rows, S]
+        # A row's own column, counted from the end of the keys, is the last that it sees.
+        last = column[num_keys - num_query :][block] if causal else column[-1:]
+        visible = column <= last[:, None]  # [rows or 1, S]
+        if attention_mask is not None:
+            visible = visible & attention_mask[:, None, None, None]
+        row_lse = logits.masked_fill(~visible, float("-inf")).logsumexp(-1)
+        # `where`, not a product: a row that sees nothing has an lse of -inf.
+        probability = torch.where(visible, (logits - row_lse[..., None]).exp(), 0.0)
+        output[:, :, block] = (probability @ values[:, :, None]).flatten(1, 2).to(query.dtype)
+        lse[:, :, block] = row_lse.flatten(1, 2)
+    if importance_columns is None:
+        return output, lse, lse.new_empty((batch, 0))
+    importance = visual_importance(
+        query, key, importance_columns, importance_rows, attention_mask, lse_at(lse, importance_rows), scale
+    )
+    return output, lse, importance
+
+
+def lse_at(lse: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the entries [B, Hq, R] of ``lse`` [B, Hq, Q] at int64 [B, R]; None = the last row.
+
+    What stands in no row (-1 = filler; on a GPU also what is out of range) gets the entry of another row, which
+    importance ignores.
+    """
+    if rows is None:
+        return lse[:, :, -1:]
+    index = rows.clamp(0, lse.shape[2] - 1)[:, None]
+    return lse.gather(2, index.expand(-1, lse.shape[1], -1))
