@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from test_oracle import make_prompt
-from tiny import LAYERS, TEXT, VISION, build, generate, prompt, text_config
+from tiny import EOS, LAYERS, TEXT, VISION, build, generate, prompt, text_config
 
 import gap_triton
 from gap_triton import GapConfig, _requirements, attention
@@ -96,7 +96,7 @@ def test_assisted_decoding() -> None:
     model = build("llava", "gap_triton")
     gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
     with pytest.raises(ValueError, match=r"assisted decoding.* can't be combined with pruning"):
-        generate(model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3)
+        generate(model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3, eos_token_id=EOS)
 
 
 def test_a_batch_that_changes_on_a_pruned_cache() -> None:
