@@ -96,7 +96,9 @@ def test_assisted_decoding() -> None:
     model = build("llava", "gap_triton")
     gap_triton.configure(model, GapConfig(keep=0.5, layer=1))
     with pytest.raises(ValueError, match=r"assisted decoding.* can't be combined with pruning"):
-        generate(model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3, eos_token_id=EOS)
+        generate(
+            model, make_prompt("llava", "single"), tokens=20, prompt_lookup_num_tokens=3, eos_token_id=EOS
+        )
 
 
 def test_a_batch_that_changes_on_a_pruned_cache() -> None:
