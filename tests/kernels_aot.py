@@ -19,6 +19,7 @@ import triton
 from gap_kernels.attention import kernel as attention
 from gap_kernels.importance import kernel as importance
 from gap_kernels.prune import kernel as prune
+from gap_kernels.received import kernel as received
 from gap_kernels.select import kernel as select
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -161,3 +162,23 @@ def test_attention(compiled: list[Any], dtype: torch.dtype, head_dim: int, causa
     query, key = torch.zeros(1, 4, 64, head_dim, dtype=dtype), torch.zeros(1, 2, 64, head_dim, dtype=dtype)
     mask = torch.ones(1, 64, dtype=torch.bool) if causal else None
     attention.attention(query, key, key, causal, mask, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "packed"),
+    [
+        (torch.bfloat16, 64, False),
+        (torch.bfloat16, 72, False),
+        (torch.bfloat16, 80, True),
+        (torch.float16, 128, False),
+        (torch.bfloat16, 128, True),
+        (torch.bfloat16, 256, True),
+        (torch.float32, 80, False),
+        (torch.float32, 256, True),
+    ],
+)
+def test_received(compiled: list[Any], dtype: torch.dtype, head_dim: int, packed: bool) -> None:
+    query, key = torch.zeros(1, 4, 64, head_dim, dtype=dtype), torch.zeros(1, 2, 64, head_dim, dtype=dtype)
+    bounds = torch.tensor([0, 32, 64], dtype=torch.int32) if packed else None
+    mask = None if packed else torch.ones(1, 64, dtype=torch.bool)
+    received.attention_received(query, key, mask, bounds, not packed, None, None)

@@ -17,6 +17,8 @@ from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import reference as prune_reference
+from gap_kernels.received import kernel as received
+from gap_kernels.received import reference as received_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
 from torch import Tensor
@@ -230,3 +232,41 @@ def test_attention(
         torch.testing.assert_close(result[2].double(), exact[2], rtol=1e-5, atol=1e-7)
     again = attention.attention(query, key, value, causal, None, None, *asked)
     assert all(torch.equal(left, right) for left, right in zip(result, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "num_tokens", "head_dim", "causal", "bounds"),
+    [
+        ((4, 2), 150, 80, False, None),  # several tiles of rows and keys
+        ((2, 2), 150, 64, True, None),
+        ((2, 1), 150, 128, False, [0, 5, 64, 64, 131, 150]),  # sequences within and across tiles
+        ((1, 1), 150, 8, True, [0, 70, 150]),
+        ((1, 1), 70, 256, False, [2, 5, 999]),  # only the CPU checks bounds: tokens in no sequence get 0
+    ],
+)
+def test_received(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_tokens: int,
+    head_dim: int,
+    causal: bool,
+    bounds: list[int] | None,
+    generator: torch.Generator,
+) -> None:
+    batch = 2 if bounds is None else 1
+    query = torch.randn(batch, num_tokens, heads[0], head_dim, generator=generator).to(DEVICE, dtype)
+    query = query.transpose(1, 2)  # heads beside positions in memory, as projections leave them
+    key = torch.randn(batch, heads[1], num_tokens, head_dim, generator=generator).to(DEVICE, dtype)
+    packed = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    mask = (torch.rand(batch, num_tokens, generator=generator) < 0.9).to(DEVICE)
+    mask[0, :66] &= bounds is not None  # a tile of padding
+    for given in (mask, None):
+        arguments = (given, packed, causal, None)
+        scores = received.attention_received(query, key, *arguments, None)
+        exact = received_reference.attention_received(query.double(), key.double(), *arguments, None)
+        assert_accurate(scores, exact)
+    assert torch.equal(scores, received.attention_received(query, key, *arguments, None))
+    if bounds is None:
+        lse = attention.attention(query, key, key, causal, None, None, None, None)[1]
+        assert_accurate(received.attention_received(query, key, *arguments, lse), exact)

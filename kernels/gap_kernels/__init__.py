@@ -4,12 +4,14 @@ from .attention import AttentionOutput, attention
 from .backends import backend
 from .importance import visual_importance
 from .prune import PrunedTokens, prune_by_score, prune_tokens
+from .received import attention_received
 from .select import topk_indices
 
 __all__ = [
     "AttentionOutput",
     "PrunedTokens",
     "attention",
+    "attention_received",
     "backend",
     "prune_by_score",
     "prune_tokens",
