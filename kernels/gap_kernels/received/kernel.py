@@ -267,5 +267,5 @@ def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": block_d, "num_warps": 8, "num_stages": 2}
