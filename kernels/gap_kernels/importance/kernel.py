@@ -102,6 +102,69 @@ def visible_logits(
     return tl.where(visible, logits * scale_log2, -float("inf"))
 
 
+@triton.jit
+def row_lse_tile(
+    query,
+    key,
+    rows,
+    mask,
+    partial_max,
+    partial_sum,
+    batch_head,
+    row_tile,
+    split,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    mask_stride_b,
+    mask_stride_s,
+    num_query,
+    num_keys,
+    num_rows,
+    split_keys,
+    splits,
+    scale_log2,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Store the online softmax statistics of one row tile over one split of the keys, in base 2."""
+    batch = batch_head // KEY_HEADS
+    key_head = batch_head % KEY_HEADS
+    start_m = row_tile * BLOCK_M
+    row_pointer, row_column = locate_rows(
+        query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
+        num_query, num_keys, num_rows, GROUP, BLOCK_M,
+    )  # fmt: skip
+    running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), tl.float32)
+    begin = split * split_keys
+    end = tl.minimum(begin + split_keys, num_keys)
+    for start in range(begin, end, BLOCK_N):
+        column = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
+        column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+        logits = visible_logits(
+            row_pointer, row_column, column_pointer, column, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        )  # fmt: skip
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        base = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: avoids inf - inf
+        running_sum = running_sum * tl.exp2(running_max - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        running_max = new_max
+    m = start_m + tl.arange(0, BLOCK_M)
+    position = (batch_head * (GROUP * num_rows) + m) * splits + split
+    tl.store(partial_max + position, running_max, mask=m < GROUP * num_rows)
+    tl.store(partial_sum + position, running_sum, mask=m < GROUP * num_rows)
+
+
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
 @triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "split_keys"])
 def row_lse_kernel(
@@ -132,39 +195,94 @@ def row_lse_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Online softmax statistics of one row tile over one split of the keys, in base 2.
+    """Grid (B * Hkv, row tiles, splits); partial_max and partial_sum [B, Hkv, M, splits] float32."""
+    row_lse_tile(
+        query, key, rows, mask, partial_max, partial_sum,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2),
+        query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
+        mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, tl.num_programs(2), scale_log2,
+        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+    )  # fmt: skip
 
-    Grid (B * Hkv, row tiles, splits); partial_max and partial_sum [B, Hkv, M, splits] float32.
+
+@triton.jit
+def visual_mass_tile(
+    query,
+    key,
+    visual_index,
+    rows,
+    mask,
+    lse,
+    partial_max,
+    partial_sum,
+    mass,
+    batch_head,
+    tile,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    mask_stride_b,
+    mask_stride_s,
+    num_query,
+    num_keys,
+    num_rows,
+    num_visual,
+    splits,
+    scale_log2,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Store the probability mass that the rows of one key head give to one tile of visual tokens.
+
+    Rows come with their natural log-sum-exp ``lse`` [B, Hkv, M], or with the partial statistics of ``row_lse_tile`` if
+    that is None.
     """
-    batch_head = tl.program_id(0).to(tl.int64)
     batch = batch_head // KEY_HEADS
     key_head = batch_head % KEY_HEADS
-    start_m = tl.program_id(1) * BLOCK_M
-    split = tl.program_id(2)
-    row_pointer, row_column = locate_rows(
-        query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
-        num_query, num_keys, num_rows, GROUP, BLOCK_M,
-    )  # fmt: skip
-    running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    running_sum = tl.zeros((BLOCK_M,), tl.float32)
-    begin = split * split_keys
-    end = tl.minimum(begin + split_keys, num_keys)
-    for start in range(begin, end, BLOCK_N):
-        column = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
-        column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+    slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
+    column = position + (num_keys - num_query)
+    usable = (position >= 0) & (position < num_query)
+    usable = allowed_columns(mask, batch, column, usable, mask_stride_b, mask_stride_s)
+    column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, GROUP * num_rows, BLOCK_M):
+        row_pointer, row_column = locate_rows(
+            query, rows, batch, key_head, start, query_stride_b, query_stride_h, query_stride_s,
+            num_query, num_keys, num_rows, GROUP, BLOCK_M,
+        )  # fmt: skip
         logits = visible_logits(
             row_pointer, row_column, column_pointer, column, usable, scale_log2,
             D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
-        new_max = tl.maximum(running_max, tl.max(logits, 1))
-        base = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: avoids inf - inf
-        running_sum = running_sum * tl.exp2(running_max - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        running_max = new_max
-    m = start_m + tl.arange(0, BLOCK_M)
-    position = (batch_head * (GROUP * num_rows) + m) * tl.num_programs(2) + split
-    tl.store(partial_max + position, running_max, mask=m < GROUP * num_rows)
-    tl.store(partial_sum + position, running_sum, mask=m < GROUP * num_rows)
+        m = start + tl.arange(0, BLOCK_M)
+        row_of_head = batch_head * (GROUP * num_rows) + m
+        if lse is not None:
+            row_lse = tl.load(lse + row_of_head, mask=m < GROUP * num_rows, other=0.0) * 1.4426950408889634
+        else:
+            split = tl.arange(0, BLOCK_SPLITS)
+            inside = (m < GROUP * num_rows)[:, None] & (split < splits)[None, :]
+            offset = row_of_head[:, None] * splits + split[None, :]
+            maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"), cache_modifier=".cg")
+            part = tl.load(partial_sum + offset, mask=inside, other=0.0, cache_modifier=".cg")
+            highest = tl.max(maximum, 1)
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            weight = tl.sum(part * tl.exp2(maximum - base[:, None]), 1)
+            row_lse = base + tl.log2(tl.where(weight == 0.0, 1.0, weight))  # nothing seen: anything finite
+        # A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or
+        # -inf (it sees nothing). NaN logits are seen: like the reference, they make NaN scores.
+        seen = logits != -float("inf")
+        total += tl.sum(tl.where(seen, tl.exp2(logits - row_lse[:, None]), 0.0), 0)
+    tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
 
 
 @triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "num_visual", "splits"])
@@ -201,49 +319,46 @@ def visual_mass_kernel(
     BLOCK_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Probability mass that the rows of one key head give to one tile of visual tokens.
+    """Grid (visual tiles, B * Hkv); mass [B, Hkv, V] float32."""
+    visual_mass_tile(
+        query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass,
+        tl.program_id(1).to(tl.int64), tl.program_id(0),
+        query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
+        mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
+        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST,
+    )  # fmt: skip
 
-    Grid (visual tiles, B * Hkv); mass [B, Hkv, V] float32. Rows come with their natural log-sum-exp ``lse``
-    [B, Hkv, M], or with the partial statistics of ``row_lse_kernel`` if that is None.
-    """
-    batch_head = tl.program_id(1).to(tl.int64)
-    batch = batch_head // KEY_HEADS
-    key_head = batch_head % KEY_HEADS
-    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
-    column = position + (num_keys - num_query)
-    usable = (position >= 0) & (position < num_query)
-    usable = allowed_columns(mask, batch, column, usable, mask_stride_b, mask_stride_s)
-    column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, GROUP * num_rows, BLOCK_M):
-        row_pointer, row_column = locate_rows(
-            query, rows, batch, key_head, start, query_stride_b, query_stride_h, query_stride_s,
-            num_query, num_keys, num_rows, GROUP, BLOCK_M,
-        )  # fmt: skip
-        logits = visible_logits(
-            row_pointer, row_column, column_pointer, column, usable, scale_log2,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
-        )  # fmt: skip
-        m = start + tl.arange(0, BLOCK_M)
-        row_of_head = batch_head * (GROUP * num_rows) + m
-        if lse is not None:
-            row_lse = tl.load(lse + row_of_head, mask=m < GROUP * num_rows, other=0.0) * 1.4426950408889634
-        else:
-            split = tl.arange(0, BLOCK_SPLITS)
-            inside = (m < GROUP * num_rows)[:, None] & (split < splits)[None, :]
-            offset = row_of_head[:, None] * splits + split[None, :]
-            maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"))
-            part = tl.load(partial_sum + offset, mask=inside, other=0.0)
-            highest = tl.max(maximum, 1)
-            base = tl.where(highest == -float("inf"), 0.0, highest)
-            weight = tl.sum(part * tl.exp2(maximum - base[:, None]), 1)
-            row_lse = base + tl.log2(tl.where(weight == 0.0, 1.0, weight))  # nothing seen: anything finite
-        # A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or
-        # -inf (it sees nothing). NaN logits are seen: like the reference, they make NaN scores.
-        seen = logits != -float("inf")
-        total += tl.sum(tl.where(seen, tl.exp2(logits - row_lse[:, None]), 0.0), 0)
-    tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
+
+@triton.jit
+def mean_tile(
+    mass,
+    rows,
+    scores,
+    batch,
+    tile,
+    num_query,
+    num_rows,
+    num_visual,
+    KEY_HEADS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the mean over heads and valid rows for one tile of visual tokens, and return it [BLOCK]."""
+    slot = tile * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for key_head in range(KEY_HEADS):
+        position = (batch * KEY_HEADS + key_head) * num_visual + slot
+        total += tl.load(mass + position, mask=slot < num_visual, other=0.0, cache_modifier=".cg")
+    valid = tl.full((), 1, tl.int32)
+    if rows is not None:
+        valid = tl.full((), 0, tl.int32)
+        for start in range(0, num_rows, BLOCK):
+            r = start + tl.arange(0, BLOCK)
+            row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
+            valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
+    mean = total / (QUERY_HEADS * tl.maximum(valid, 1).to(tl.float32))
+    tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
+    return mean
 
 
 @triton.jit(do_not_specialize=["num_query", "num_rows", "num_visual"])
@@ -259,21 +374,10 @@ def mean_kernel(
     BLOCK: tl.constexpr,
 ):
     """Mean over heads and valid rows: mass [B, Hkv, V] -> scores [B, V]. Grid (visual tiles, B)."""
-    batch = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for key_head in range(KEY_HEADS):
-        position = (batch * KEY_HEADS + key_head) * num_visual + slot
-        total += tl.load(mass + position, mask=slot < num_visual, other=0.0)
-    valid = tl.full((), 1, tl.int32)
-    if rows is not None:
-        valid = tl.full((), 0, tl.int32)
-        for start in range(0, num_rows, BLOCK):
-            r = start + tl.arange(0, BLOCK)
-            row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
-            valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
-    count = QUERY_HEADS * tl.maximum(valid, 1).to(tl.float32)
-    tl.store(scores + batch * num_visual + slot, total / count, mask=slot < num_visual)
+    mean_tile(
+        mass, rows, scores, tl.program_id(1).to(tl.int64), tl.program_id(0), num_query, num_rows, num_visual,
+        KEY_HEADS, QUERY_HEADS, BLOCK,
+    )  # fmt: skip
 
 
 def visual_importance(

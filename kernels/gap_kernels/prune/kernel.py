@@ -23,15 +23,15 @@ COPY_BLOCK = 1024
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length"])
-def surviving_rows_kernel(
+@triton.jit
+def select_survivors(
     scores,
     visual_index,
     counts,
     mask,
     keys,
     index,
+    sample,
     keep,
     num_visual,
     num_rows,
@@ -42,12 +42,11 @@ def surviving_rows_kernel(
     BLOCK_FILL: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """Select the survivors of one sample: scores, visual_index [B, V] -> index [B, length].
+    """Write the survivors of one sample: scores, visual_index [B, V] -> index [B, length].
 
     Every row of the prompt gets a key in ``keys`` [B, Q], a workspace: text is selected ALWAYS, padding is DROPPED,
     and a visual row has the key of its score. In row order, ties go to the lower position by themselves.
     """
-    sample = tl.program_id(0).to(tl.int64)
     keys += sample * num_rows
     for start in range(0, num_rows, BLOCK_FILL):
         row = start + tl.arange(0, BLOCK_FILL)
@@ -81,6 +80,82 @@ def surviving_rows_kernel(
     )
 
 
+# What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
+@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length"])
+def surviving_rows_kernel(
+    scores,
+    visual_index,
+    counts,
+    mask,
+    keys,
+    index,
+    keep,
+    num_visual,
+    num_rows,
+    length,
+    mask_stride_b,
+    mask_stride_q,
+    BLOCK: tl.constexpr,
+    BLOCK_FILL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """One program per sample."""
+    select_survivors(
+        scores, visual_index, counts, mask, keys, index, tl.program_id(0).to(tl.int64),
+        keep, num_visual, num_rows, length, mask_stride_b, mask_stride_q, BLOCK, BLOCK_FILL, RESIDENT,
+    )  # fmt: skip
+
+
+@triton.jit
+def copy_row(
+    hidden,
+    cos,
+    sin,
+    ids,
+    index,
+    hidden_out,
+    cos_out,
+    sin_out,
+    ids_out,
+    sample,
+    j,
+    batch,
+    hidden_stride_b,
+    hidden_stride_q,
+    cos_stride_b,
+    cos_stride_q,
+    sin_stride_b,
+    sin_stride_q,
+    ids_stride_a,
+    ids_stride_b,
+    ids_stride_q,
+    length,
+    channels,
+    rotary,
+    AXES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
+):
+    """Copy row ``index[b, j]`` of every input to row j of its output; filler (-1) copies row 0."""
+    target = sample * length + j
+    source = tl.maximum(tl.load(index + target, cache_modifier=".cg"), 0)
+    hidden += sample * hidden_stride_b + source * hidden_stride_q
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        tl.store(
+            hidden_out + target * channels + c, tl.load(hidden + c, mask=c < channels), mask=c < channels
+        )
+    d = tl.arange(0, BLOCK_ROTARY)
+    inside = d < rotary
+    value = tl.load(cos + sample * cos_stride_b + source * cos_stride_q + d, mask=inside)
+    tl.store(cos_out + target * rotary + d, value, mask=inside)
+    value = tl.load(sin + sample * sin_stride_b + source * sin_stride_q + d, mask=inside)
+    tl.store(sin_out + target * rotary + d, value, mask=inside)
+    for axis in range(AXES):
+        position = tl.load(ids + axis * ids_stride_a + sample * ids_stride_b + source * ids_stride_q)
+        tl.store(ids_out + (axis * batch + sample) * length + j, position)
+
+
 @triton.jit(do_not_specialize=["length"])
 def gather_rows_kernel(
     hidden,
@@ -108,26 +183,13 @@ def gather_rows_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
 ):
-    """Copy row ``index[b, j]`` of every input to row j of its output; filler (-1) copies row 0. Grid (L, B)."""
-    j = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
-    target = sample * length + j
-    source = tl.maximum(tl.load(index + target), 0)
-    hidden += sample * hidden_stride_b + source * hidden_stride_q
-    for start in range(0, channels, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        tl.store(
-            hidden_out + target * channels + c, tl.load(hidden + c, mask=c < channels), mask=c < channels
-        )
-    d = tl.arange(0, BLOCK_ROTARY)
-    inside = d < rotary
-    value = tl.load(cos + sample * cos_stride_b + source * cos_stride_q + d, mask=inside)
-    tl.store(cos_out + target * rotary + d, value, mask=inside)
-    value = tl.load(sin + sample * sin_stride_b + source * sin_stride_q + d, mask=inside)
-    tl.store(sin_out + target * rotary + d, value, mask=inside)
-    for axis in range(AXES):
-        position = tl.load(ids + axis * ids_stride_a + sample * ids_stride_b + source * ids_stride_q)
-        tl.store(ids_out + (axis * tl.num_programs(1).to(tl.int64) + sample) * length + j, position)
+    """One program per row and sample: grid (L, B)."""
+    copy_row(
+        hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
+        tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(1).to(tl.int64),
+        hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
+        ids_stride_a, ids_stride_b, ids_stride_q, length, channels, rotary, AXES, BLOCK, BLOCK_ROTARY,
+    )  # fmt: skip
 
 
 def surviving_rows(
