@@ -10,11 +10,23 @@ check_versions()
 from .attach import attach, configure, detach, follow_attention_name, last_selection, pruning  # noqa: E402
 from .attention import register  # noqa: E402
 from .config import GapConfig  # noqa: E402
+from .kept import follow_cache_methods  # noqa: E402
 from .selection import Selection  # noqa: E402
+from .static import static_cache  # noqa: E402
 
 register()
 follow_attention_name()
+follow_cache_methods()
 
 __version__ = "0.1.0"
 
-__all__ = ["GapConfig", "Selection", "attach", "configure", "detach", "last_selection", "pruning"]
+__all__ = [
+    "GapConfig",
+    "Selection",
+    "attach",
+    "configure",
+    "detach",
+    "last_selection",
+    "pruning",
+    "static_cache",
+]

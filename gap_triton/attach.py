@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention import NAME
 from .config import GapConfig
-from .hooks import after_text, before_layer, before_owner, before_text
+from .hooks import after_text, before_head, before_layer, before_owner, before_text
 from .models import Parts, check_layer, find_parts, is_vision_language_model, text_model_of
 from .selection import Selection
 from .state import Attachment, recall_selection
@@ -37,8 +37,10 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
     attachment = _attachment_of(parts.text)
     if attachment is not None:
         attachment.config = config
+        _follow_head(attachment, model)
         return
     attachment = _install(parts, config)
+    _follow_head(attachment, model)
     previous = parts.text.config._attn_implementation
     if previous != NAME:
         parts.text.set_attn_implementation(NAME)
@@ -149,10 +151,11 @@ def _synchronize(model: PreTrainedModel) -> None:
                 _remove(attachment)
             else:
                 attachment.restore = None  # the name was given by hand, so there is nothing to go back to
+                _follow_head(attachment, model)
             continue
         text = text_model_of(module)
         if text is not None and text.config._attn_implementation == NAME and _attachment_of(text) is None:
-            _install(find_parts(module), GapConfig())
+            _follow_head(_install(find_parts(module), GapConfig()), model)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
         find_parts(model)  # a model that can't be pruned says so now
 
@@ -160,7 +163,7 @@ def _synchronize(model: PreTrainedModel) -> None:
 # --------------------------------------------------------------------------------------------- hooks
 def _install(parts: Parts, config: GapConfig) -> Attachment:
     owner, text = parts
-    attachment = Attachment(config, text)
+    attachment = Attachment(config, owner, text)
     register_pre = functools.partial(_register, attachment, "register_forward_pre_hook")
     register_pre(owner, functools.partial(before_owner, attachment=attachment))
     register_pre(text, before_text)
@@ -169,6 +172,13 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     _register(attachment, "register_forward_hook", text, after_text)
     object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
+
+
+def _follow_head(attachment: Attachment, model: PreTrainedModel) -> None:
+    """Hook ``model`` too where it is the module around the owner, with the language head."""
+    if attachment.head is None and any(child is attachment.owner for child in model.children()):
+        attachment.head = model
+        _register(attachment, "register_forward_pre_hook", model, before_head)
 
 
 def _register(attachment: Attachment, method: str, module: Any, hook: Callable[..., Any]) -> None:

@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 NAME = "gap_triton"
 STATE_KEY = "gap_state"  # the keyword under which the state of one forward travels through the model
+CALL_KEY = "gap_call"  # and what the module with the language head tells it
 
 FLASH_HEAD_DIM_LIMIT = 256
 HALF_PRECISION = (torch.float16, torch.bfloat16)

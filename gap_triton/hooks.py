@@ -13,26 +13,45 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attention import NAME, STATE_KEY
+from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER
-from .kept import extend, kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache, store
+from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
 from .later import shorten
 from .models import check_layer, layer_type
 from .prompt import find_visual_tokens, make_plan, real_positions
 from .prune import drop
-from .state import Attachment, ForwardState
+from .state import Attachment, Call, ForwardState
+from .static import fit
 
 logger = logging.get_logger(__name__)
 
+IGNORED_LABEL = -100
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+def before_head(model: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Pass on what the module with the language head would keep to itself."""
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: attention weights are not computed under "
+            f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
+            "for the weights of every layer, load the model with attn_implementation='eager'"
+        )
+    logits = kwargs.get("logits_to_keep", 0)
+    # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
+    drafts = logits - 1 if isinstance(logits, int) and logits > 1 else 0
+    return args, {**kwargs, CALL_KEY: Call(drafts=drafts, labels=kwargs.get("labels"))}
 
 
 def before_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """Start the state of this forward where ``input_ids`` can be seen."""
-    state = ForwardState(config=attachment.config, attachment=attachment, visual=None)
+    kwargs = dict(kwargs)
+    call = kwargs.pop(CALL_KEY, None) or Call()
+    state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
     training = owner.training or attachment.text.training
     state.enabled = attachment.text.config._attn_implementation == NAME and not training
     if training:
@@ -43,7 +62,8 @@ def before_owner(
     if state.enabled:
         input_ids = args[0] if args else kwargs.get("input_ids")
         state.visual = find_visual_tokens(owner, input_ids, kwargs.get("inputs_embeds"))
-    return args, {**kwargs, STATE_KEY: state}
+    kwargs[STATE_KEY] = state
+    return args, kwargs
 
 
 def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -58,32 +78,46 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     batch, queries = inputs.shape[:2]
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     state.kept = kept_tokens_of(cache, batch)
-    state.past, state.queries = original_length(cache, state.kept), queries
-    state.resumed = state.kept is not None
+    state.queries = queries
+    if state.kept is not None:
+        state.resumed, state.dropped_before = True, state.kept.dropped
+    if queries == 1 and not state.resumed:
+        return None
+    state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    if state.resumed or state.visual is not None:
-        state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    if state.visual is not None:
-        new = None if state.real is None else state.real[:, state.past :]
-        state.plan = make_plan(state.visual, new, state.config)
-        if state.plan is not None:
-            check_layer(state.config.layer, len(text.layers))
+    if state.resumed and state.kept.layer == BEFORE_THE_DECODER and not (
+        isinstance(mask, torch.Tensor) and mask.dim() == 2
+    ):
+        mask = None  # sized by a first layer that lacks tokens; what was padding is known from the prompt
+        state.ready_made = False
+    state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
+    verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
+    if state.visual is not None and not verifies:
+        _plan(state, len(text.layers))
 
     if state.kept is None:
+        if state.plan is None:
+            fit(cache, None, 0, state.past)
         return None
-    if queries == 1:
-        state.kept.settled = True
-    else:
+    if queries > 1 and not (verifies and state.kept.layer != BEFORE_THE_DECODER):
         refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
-        if state.plan is None:  # a turn that drops nothing: the later layers hold all of its rows
-            positions = state.past + torch.arange(queries, device=state.kept.index.device)
-            state.kept = extend(state, positions.expand(batch, -1), dense=False)
-            store(cache, state.kept)
+    state.kept.settled = True
     if kwargs.get("position_ids") is None and state.kept.layer == BEFORE_THE_DECODER:
         # The model would count from the shortened cache of its first layer.
         position_ids = state.past + torch.arange(queries, device=inputs.device)
         return args, {**kwargs, "position_ids": position_ids[None]}
     return None
+
+
+def _plan(state: ForwardState, layers: int) -> None:
+    assert state.visual is not None and isinstance(state.past, int)
+    prompt = state.queries - state.call.drafts
+    if prompt < 1 or bool(state.visual[:, prompt:].any()):
+        prompt = state.queries  # no drafts: the caller wants the logits of the prompt itself
+    new = None if state.real is None else state.real[:, state.past :][:, :prompt]
+    state.plan = make_plan(state.visual[:, :prompt], new, state.config)
+    if state.plan is not None:
+        check_layer(state.config.layer, layers)
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -116,10 +150,27 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
     batch, _, channels = hidden_states.shape
     survivors = state.survivors.to(hidden_states.device)
     # One more row at the end takes the filler and is cut off again.
-    full = hidden_states.new_zeros(batch, state.plan.visual.shape[1] + 1, channels)
-    target = torch.where(survivors < 0, full.shape[1] - 1, survivors)
+    full = hidden_states.new_zeros(batch, state.queries + 1, channels)
+    target = torch.where(survivors < 0, state.queries, survivors)
+    _refuse_lost_labels(state, target)
     full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
     if isinstance(output, tuple):
         return (full, *output[1:])
     output.last_hidden_state = full
     return output
+
+
+def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
+    """Raise ValueError if a label is to be predicted from a row that ``rows`` [B, L] lacks; Q stands for filler."""
+    labels = state.call.labels
+    if labels is None or labels.shape != (rows.shape[0], state.queries):
+        return
+    lost = torch.ones(rows.shape[0], state.queries + 1, dtype=torch.bool, device=rows.device)
+    lost = lost.scatter(1, rows, False)[:, : state.queries - 1]
+    wanted = (labels.to(rows.device)[:, 1:] != IGNORED_LABEL) & lost
+    if bool(wanted.any()):
+        sample, row = wanted.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token and has "
+            f"no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, of padding and of the tokens right after"
+        )

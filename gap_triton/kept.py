@@ -1,10 +1,14 @@
-"""What a pruned KV cache stands for: reading, extending and storing `KeptTokens`, and refusing what can't go on."""
+"""What a pruned KV cache stands for: reading, changing and storing `KeptTokens`, and refusing what can't go on."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .config import BEFORE_THE_DECODER, GapConfig
 from .state import ForwardState, KeptTokens
@@ -25,21 +29,29 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
         ValueError: The cache was pruned for another batch size.
     """
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is None or cache is None:
-        return None
-    if int(cache.get_seq_length(kept.layer + 1)) == 0:  # the cache was reset
-        delattr(cache, CACHE_ATTRIBUTE)
-        return None
-    if kept.index.shape[0] != batch:
+    if kept is not None and kept.index.shape[0] != batch:
         raise ValueError(
             f"past_key_values was pruned for a batch of {kept.index.shape[0]} and is continued with a batch of {batch}: "
-            "expand the inputs before the prompt is run, not the cache after it"
+            "expand the inputs before the prompt is run, or the cache with its own methods (batch_repeat_interleave, "
+            "batch_select_indices, reorder_cache)"
         )
     return kept
 
 
-def original_length(cache: Any | None, kept: KeptTokens | None) -> int:
+def original_length(
+    cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None, queries: int
+) -> int | torch.Tensor:
     """Number of tokens that the cache stands for, dropped ones included.
+
+    Args:
+        cache: The KV cache of the running forward.
+        kept: What its later layers hold.
+        cache_position: [Q], original positions of the new rows, where this release of transformers passes them.
+        queries: Q, the number of new rows.
+
+    Returns:
+        An int; for one new row and a static cache an int64 tensor of no dimension, so that a decode step reads nothing
+        from the device.
 
     Raises:
         ValueError: Earlier and later layers disagree, because the cache was changed behind our back.
@@ -48,20 +60,35 @@ def original_length(cache: Any | None, kept: KeptTokens | None) -> int:
         return 0
     if kept is None:
         return int(cache.get_seq_length())
+    if is_static(cache, kept.layer + 1):
+        length = _static_length(cache, kept) if cache_position is None else cache_position[0]
+        return length if queries == 1 else int(length)
     held = int(cache.get_seq_length(kept.layer + 1))
-    if held < kept.index.shape[1]:
-        raise ValueError(
-            f"past_key_values was cropped into its pruned prompt: layer {kept.layer + 1} holds {held} of "
-            f"{kept.index.shape[1]} tokens, and layers no longer agree on which. Crop generated tokens only, or start a new "
-            "cache; assisted decoding, which crops its drafts, can't be combined with pruning"
-        )
     length = kept.original_length(held)
-    if kept.layer != BEFORE_THE_DECODER and length != int(cache.get_seq_length(0)):
+    in_first = length if kept.layer == BEFORE_THE_DECODER else int(cache.get_seq_length(0))
+    if held < kept.index.shape[1] or length != in_first:
         raise ValueError(
-            f"past_key_values holds {int(cache.get_seq_length(0))} tokens in layer 0 but stands for {length} in layer "
-            f"{kept.layer + 1}: it was cropped to an absolute length after pruning; crop by a number of tokens, or start a "
-            "new cache"
+            f"past_key_values was changed behind its own methods after it was pruned: layer 0 holds {in_first} tokens and "
+            f"layer {kept.layer + 1} {held}, where {held} stand for {length}. Use past_key_values.crop(...), which knows "
+            "what was dropped, or start a new cache"
         )
+    return length
+
+
+def is_static(cache: Any | None, layer: int) -> bool:
+    """Whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
+    return (
+        cache is not None and layer < len(cache.layers) and getattr(cache.layers[layer], "is_compileable", False)
+    )
+
+
+def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
+    length: int | torch.Tensor = 0
+    for index, layer in enumerate(cache.layers):
+        # A new tensor: the layer's own is counted up in place while the forward runs.
+        length = layer.get_seq_length() + (kept.dropped if index > kept.layer else 0)
+        if isinstance(length, int):  # sliding layers count on the host
+            break
     return length
 
 
@@ -89,13 +116,13 @@ def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int
     if not kept.settled:
         raise ValueError(
             f"{queries} more prompt tokens follow a pruned prompt with no generated token in between: the tokens were "
-            "chosen by a prompt that was not complete. Chunked prefill and assisted decoding can't be combined with "
-            "pruning: pass the whole prompt in one forward (prefill_chunk_size=None), or keep=1.0"
+            "chosen by a prompt that was not complete. Chunked prefill can't be combined with pruning: pass the whole "
+            "prompt in one forward (prefill_chunk_size=None), or keep=1.0"
         )
     if kept.layer == BEFORE_THE_DECODER:
         raise ValueError(
-            "GapConfig.layer=-1 prunes before the decoder, and then a cache can't take another turn: use a layer >= 0, or "
-            "start a new cache with the whole conversation"
+            "GapConfig.layer=-1 prunes before the decoder, and then a cache can't take another turn, nor the blocks of "
+            "assisted decoding: use a layer >= 0, or start a new cache with the whole conversation"
         )
     if config is None:
         return
@@ -112,30 +139,129 @@ def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int
 
 
 def extend(state: ForwardState, positions: torch.Tensor, dense: bool) -> KeptTokens:
-    """What the later layers hold once they have taken this forward's rows.
+    """What the later layers hold once they have taken the rows of a prompt that is pruned.
 
     Args:
         state: The running forward, with what they held before in ``state.kept``.
-        positions: [B, L] int64, original positions of the new rows, -1 = filler.
+        positions: [B, L] int64, original positions of the surviving rows, -1 = filler.
         dense: Whether all of ``positions`` are known to be real tokens.
 
     Returns:
         The extension of ``state.kept``, or a new record where nothing had been dropped.
     """
     before = state.kept
+    assert isinstance(state.past, int) and state.plan is not None
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
     new = torch.cat([between, positions], dim=1)
     if state.real is not None:
         new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
-    pruned = state.plan is not None
     return KeptTokens(
         layer=state.config.layer if before is None else before.layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
-        covered=state.past + state.queries,
+        covered=state.past + state.plan.visual.shape[1],
         # Of earlier tokens only the device knows whether they are padding.
         dense=dense and before is None and state.past == 0,
         ids=state.config.ids if before is None else before.ids,
         id_shift=None if before is None else before.id_shift,
-        settled=not pruned,
+        # Draft tokens after the prompt tell that the prompt is complete.
+        settled=state.queries > state.plan.visual.shape[1],
     )
+
+
+# --------------------------------------------------------------------------------------------- methods of a cache
+def follow_cache_methods() -> None:
+    """Let the methods of transformers' `Cache` that change its samples or its length change `KeptTokens` with it.
+
+    Each is wrapped once, for all caches; a cache that was never pruned goes straight to the method.
+    """
+    for name, follow in {
+        "reorder_cache": _then(_select),
+        "batch_select_indices": _then(_select),
+        "batch_repeat_interleave": _then(_repeat),
+        "reset": _then(lambda kept: None),
+        "crop": _crop,
+    }.items():
+        method = getattr(Cache, name)
+        if not hasattr(method, "_gap_follows"):
+            setattr(Cache, name, _following(method, follow))
+
+
+Follow = Callable[..., KeptTokens | None]
+
+
+def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
+        if kept is None:
+            return method(self, *args, **kwargs)
+        kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
+        if kept is None:
+            delattr(self, CACHE_ATTRIBUTE)
+        else:
+            store(self, kept)
+        return None
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _then(change: Follow) -> Follow:
+    """The method itself, then ``change`` of the note by the same arguments."""
+
+    def follow(cache: Cache, kept: KeptTokens, method: Callable[..., Any], *args: Any) -> KeptTokens | None:
+        method(*args)
+        return change(kept, *args)
+
+    return follow
+
+
+def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
+    if isinstance(samples, torch.Tensor):
+        samples = samples.to(kept.index.device)
+    shift = None if kept.id_shift is None else kept.id_shift[samples]
+    return replace(kept, index=kept.index[samples], id_shift=shift)
+
+
+def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
+    shift = None if kept.id_shift is None else kept.id_shift.repeat_interleave(repeats, dim=0)
+    return replace(kept, index=kept.index.repeat_interleave(repeats, dim=0), id_shift=shift)
+
+
+def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
+    """Crop earlier layers as asked, and later ones to what they hold of the positions that are left.
+
+    Raises:
+        ValueError: The crop reaches into a prompt whose tokens were renumbered.
+    """
+    held = int(cache.get_seq_length(kept.layer + 1))
+    left = _cropped(kept.original_length(held), amount)
+    if left < kept.covered:
+        if kept.id_shift is not None:
+            raise ValueError(
+                f"past_key_values.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
+                f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
+            )
+        # A column that only some samples lose stays, and nobody may attend to it there.
+        index = torch.where(kept.index < left, kept.index, -1)
+        columns = int(torch.where((index >= 0).any(dim=0), torch.arange(index.shape[1], device=index.device) + 1, 0).amax())
+        kept = replace(kept, index=index[:, :columns], covered=left, dense=False)
+    surplus = held - kept.index.shape[1] - (left - kept.covered)
+    for index, layer in enumerate(cache.layers):
+        if index <= kept.layer:
+            layer.crop(amount)
+        elif surplus:
+            layer.crop(-surplus)
+        elif amount == 0:  # shrinks a sliding window that was recording its past
+            layer.crop(0)
+    return kept if left else None
+
+
+def _cropped(length: int, amount: int) -> int:
+    """How many of ``length`` tokens `Cache.crop` leaves: by number or to a length, as this release has it."""
+    layer = DynamicLayer()
+    rows = torch.empty(1, 1, length, 1)
+    layer.update(rows, rows)
+    layer.crop(amount)
+    return 0 if layer.keys is None else layer.keys.shape[-2]

@@ -42,8 +42,7 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         )
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
-        start = int(cache_layer.get_seq_length())
-        kwargs["cache_position"] = start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - state.dropped_before
 
 
 def _later_mask(
@@ -74,7 +73,7 @@ def _later_mask(
     # its mask is of no use here.
     allowed = causal_mask(torch.where(own < 0, -1, own + state.past), columns, window)
     if state.real is not None:
-        total = state.past + state.queries
-        real = state.real.to(columns.device).gather(1, columns.clamp(min=0, max=total - 1))
+        real = state.real.to(columns.device)
+        real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
         allowed = allowed & real[:, None, None, :]
     return allowed.to(device)

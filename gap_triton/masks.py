@@ -32,28 +32,30 @@ def column_positions(kept: KeptTokens, cache_layer: Any | None, queries: int) ->
     """
     held = kept.index.shape[1]
     if cache_layer is None:
-        return kept.index
-    request = queries if _SIZES_BY_LENGTH else torch.arange(queries, device=kept.index.device)
-    length, offset = cache_layer.get_mask_sizes(request)
+        length, offset = queries, 0
+    else:
+        request = queries if _SIZES_BY_LENGTH else torch.arange(queries, device=kept.index.device)
+        length, offset = cache_layer.get_mask_sizes(request)
     column = offset + torch.arange(length, device=kept.index.device)  # in the layer's own, shorter sequence
     covered = kept.index[:, column.clamp(max=held - 1)]
     return torch.where(column < held, covered, kept.covered + column - held)
 
 
-def take_from_mask(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int) -> torch.Tensor:
+def take_from_mask(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
     """The model's own mask with only the surviving rows and columns.
 
     Args:
         mask: [B or 1, 1, Q, K], bool (True = attend) or additive float.
         rows: [B, L] int64 surviving query rows, -1 = filler.
         columns: [B, N] int64 original positions of the held columns, -1 = masked.
-        total: Number of original positions up to the end of this forward.
+        total: Number of original positions up to the end of this forward; a tensor where the mask covers a whole static
+            buffer.
 
     Returns:
         [B, 1, L, N], of the dtype of ``mask``.
     """
     # A sliding layer's mask covers the last K positions only; a static cache's covers its whole buffer.
-    first = max(total - mask.shape[-1], 0)
+    first = max(total - mask.shape[-1], 0) if isinstance(total, int) else 0
     rows, columns = rows.to(mask.device), columns.to(mask.device)
     batch = rows.shape[0]
     inside = ((columns >= first) & (columns < first + mask.shape[-1]))[:, None, None, :]

@@ -44,24 +44,30 @@ def find_visual_tokens(
     return visual
 
 
-def real_positions(mask: Any, past: int, queries: int, batch: int, first_type: str) -> torch.Tensor | None:
+def real_positions(
+    mask: Any, past: int | torch.Tensor, queries: int, batch: int, first_type: str
+) -> torch.Tensor | None:
     """Which tokens are real and which padding, read from whatever mask the model was given.
 
     Args:
         mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
             of those by layer type.
-        past: Number of tokens before the new rows.
+        past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
         queries: Q, number of new rows.
         batch: B.
         first_type: Type of the decoder's first layer, whose mask is sized by a cache that nothing was dropped from.
 
     Returns:
-        [B, past + Q] bool; None = no padding.
+        [B, past + Q] bool; None = no padding. Where ``past`` is a tensor, as wide as the mask and one column more.
     """
     if isinstance(mask, dict):
         mask = mask.get(first_type, next(iter(mask.values())))
     if not isinstance(mask, torch.Tensor):
         return None
+    if isinstance(past, torch.Tensor):
+        real = mask if mask.dim() == 2 else mask[:, 0, -1]
+        real = real if real.dtype == torch.bool else real == 0 if mask.dim() == 4 else real != 0
+        return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
     total = past + queries
     if mask.dim() == 2:
         # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.

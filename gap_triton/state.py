@@ -22,15 +22,23 @@ class Attachment:
 
     Attributes:
         config: The configuration that the next forward reads.
+        owner: The module that receives ``input_ids``.
         text: The decoder stack whose layers carry the hooks.
+        head: The module with the language head around ``owner``, where it is known.
         handles: Removers of the installed hooks.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
     """
 
     config: GapConfig
+    owner: PreTrainedModel
     text: PreTrainedModel
+    head: PreTrainedModel | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     restore: str | None = None
+
+    def modules(self) -> list[PreTrainedModel]:
+        """The modules that carry hooks for a whole forward, outermost first."""
+        return [module for module in (self.head, self.owner, self.text) if module is not None]
 
 
 @dataclass
@@ -41,7 +49,8 @@ class KeptTokens:
         layer: The pruning layer: later layers are those with a larger index.
         index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
             that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
-        covered: Number of original positions that ``index`` accounts for. What comes after is held one to one.
+        covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
+            comes after is held one to one.
         dense: No -1 in ``index``; known without asking the device.
         ids: The id rule that the survivors follow.
         id_shift: [B] int64, how much smaller the ids of following tokens are in the later layers; None = not at all.
@@ -56,14 +65,21 @@ class KeptTokens:
     id_shift: torch.Tensor | None = None
     settled: bool = False
 
+    @property
+    def dropped(self) -> int:
+        """How many columns fewer the later layers hold than the earlier ones."""
+        return self.covered - self.index.shape[1]
+
     def original_length(self, held: int) -> int:
         """Number of original positions when the later layers hold ``held`` columns."""
-        return self.covered + held - self.index.shape[1]
+        return held + self.dropped
 
 
 @dataclass
 class Plan:
     """What one prefill will drop, decided on the host before the first layer runs.
+
+    Q is the length of the prompt. Rows of the forward behind it, drafts of assisted decoding, all stay.
 
     Attributes:
         visual: [B, Q] bool, the visual tokens.
@@ -97,6 +113,19 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a forward that the module with the language head keeps to itself.
+
+    Attributes:
+        drafts: Number of last rows that are guesses to be verified, not prompt: ``logits_to_keep`` less one.
+        labels: [B, Q] int64 targets of the loss, -100 = none.
+    """
+
+    drafts: int = 0
+    labels: torch.Tensor | None = None
+
+
 @dataclass
 class ForwardState:
     """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
@@ -104,15 +133,18 @@ class ForwardState:
     Attributes:
         config: The configuration, read once at the start of the forward.
         attachment: The attachment that the forward runs under.
-        visual: [B, Q] bool visual tokens of the input, None in a decode step.
+        visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
         enabled: False in training mode, or when the model was switched to another implementation.
         plan: What this forward drops; None where it drops nothing.
         kept: What the later layers hold after this forward; None while nothing has been dropped.
-        past: Number of original positions in the cache before this forward.
+        call: What the caller asked of the model around the decoder.
+        past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
         queries: Number of rows of this forward, Q.
-        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding.
+        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
+            tensor, as wide as the mask and one column more, which stands for all positions behind it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
         resumed: Tokens had been dropped from the cache before this forward.
+        dropped_before: How many columns the later layers lacked before this forward.
         query, key, scale: Left by the attention of the scoring layer.
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
@@ -126,11 +158,13 @@ class ForwardState:
     enabled: bool = True
     plan: Plan | None = None
     kept: KeptTokens | None = None
-    past: int = 0
+    call: Call = field(default_factory=Call)
+    past: int | torch.Tensor = 0
     queries: int = 0
     real: torch.Tensor | None = None
     ready_made: bool = False
     resumed: bool = False
+    dropped_before: int = 0
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     scale: float | None = None

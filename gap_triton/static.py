@@ -1,0 +1,59 @@
+"""Static caches whose later layers are as short as pruning lets them be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, StaticCache
+
+from .kept import is_static
+from .models import find_parts
+from .state import KeptTokens
+
+LENGTH_ATTRIBUTE = "_gap_full_length"
+
+
+def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
+    """A static cache for ``model`` whose layers after the pruning layer are shorter by what the first prompt drops.
+
+    ``generate(cache_implementation="static")`` is as exact, but gives every layer a buffer of the full length.
+    The later layers' buffers are made when the prompt has been pruned. After `reset()` they are made anew if the next
+    prompt drops another number of tokens; otherwise, they stay where they are.
+
+    Args:
+        model: A vision-language model that is attached, or was loaded by name.
+        max_cache_len: Number of tokens that the cache can stand for, prompt and generated, dropped ones included.
+
+    Returns:
+        The cache, for ``past_key_values=``.
+
+    Raises:
+        ValueError: ``model`` can't be pruned, or ``max_cache_len`` is not a positive int.
+    """
+    text = find_parts(model).text
+    if not isinstance(max_cache_len, int) or isinstance(max_cache_len, bool) or max_cache_len < 1:
+        raise ValueError(f"max_cache_len={max_cache_len!r}: expected an int >= 1, the number of tokens")
+    cache = StaticCache(config=text.config, max_cache_len=max_cache_len)
+    setattr(cache, LENGTH_ATTRIBUTE, max_cache_len)
+    return cache
+
+
+def fit(cache: Any | None, kept: KeptTokens | None, dropped: int, past: int) -> None:
+    """Size the later layers of a `static_cache` that holds nothing yet.
+
+    Args:
+        cache: Any cache; only those of `static_cache` are changed.
+        kept: What the later layers will hold after this forward, None where nothing is dropped.
+        dropped: Number of rows that this forward drops.
+        past: Number of tokens that the cache stood for before this forward.
+    """
+    length = getattr(cache, LENGTH_ATTRIBUTE, None)
+    if cache is None or length is None or past:
+        return
+    for index, layer in enumerate(cache.layers):
+        if not is_static(cache, index) or getattr(layer, "is_sliding", False):
+            continue
+        size = length - dropped if kept is not None and index > kept.layer else length
+        if layer.max_cache_len != size:
+            layer.max_cache_len = size
+            layer.is_initialized = False  # the buffers are made when the layer is first written to
