@@ -255,7 +255,8 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
             layer.crop(-surplus)
         elif amount == 0:  # shrinks a sliding window that was recording its past
             layer.crop(0)
-    return kept if left else None
+    # Nobody crops between the chunks of a prompt.
+    return replace(kept, settled=True) if left else None
 
 
 def _cropped(length: int, amount: int) -> int:

@@ -5,42 +5,162 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from test_generation import CONFIG, pair
+from packaging.version import Version
+from test_generation import pair
 from test_oracle import TOLERANCE, error, make_prompt
-from tiny import BOS, EOS, IMAGE, VIDEO, build, generate, prompt
+from tiny import BOS, EOS, IMAGE, VIDEO, Image, build, generate, prompt
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import gap_triton
 from gap_triton import GapConfig
 
 MODELS = ["llava", "llava/qwen2"]
-BAD = [IMAGE, VIDEO, EOS]
+CONFIG = GapConfig(keep=0.4, layer=1)
+TOKENS = 12
+
+
+def one_prompt(name: str, batch: str) -> dict[str, torch.Tensor]:
+    if batch == "single":
+        return make_prompt(name, "single")
+    inputs = prompt(name, images=((Image(),),), before=(3,), after=(0,))
+    # Cut off the two words that follow the image.
+    return inputs | {key: inputs[key][:, :-2] for key in ("input_ids", "attention_mask")}
 
 
 def answer(model, inputs, **options):
-    """30 new tokens; assisted decoding needs a stop token, which is never written."""
-    return generate(model, inputs, tokens=30, eos_token_id=EOS, **options)
+    """Assisted decoding needs a stop token, which `generate` in tests/tiny.py never lets win."""
+    return generate(model, inputs, tokens=TOKENS, eos_token_id=EOS, **options)
 
 
-class Forwards:
-    """The number of rows of every forward of a model."""
+class Script(PromptLookupCandidateGenerator):
+    """Drafts four tokens at a time, of which as many are right as ``right`` says in turn."""
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
-        self.rows: list[int] = []
-        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
+    answer: torch.Tensor
+    right: tuple[int, ...]
+    wrong: int
+    lengths: list[int]
 
-    def count(self, module, args, kwargs) -> None:
-        self.rows.append(kwargs["input_ids"].shape[1])
+    def get_candidates(self, input_ids: torch.Tensor, **_: object):
+        done = input_ids.shape[1]
+        drafts = self.answer[:, done : min(done + 4, self.answer.shape[1] - 1)].clone()
+        drafts[:, self.right[len(self.lengths) % len(self.right)] :] = self.wrong
+        self.lengths.append(drafts.shape[1])
+        return torch.cat([input_ids, drafts], dim=1), None
 
 
-@pytest.mark.parametrize("ids", ["kept", "compacted", "permuted"])
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch):
+    """Make ``prompt_lookup_num_tokens`` follow a script instead."""
+
+    def follow(answer: torch.Tensor, right: tuple[int, ...], wrong: int) -> type[Script]:
+        Script.answer, Script.right, Script.wrong, Script.lengths = answer, right, wrong, []
+        monkeypatch.setattr(
+            transformers.generation.utils, "PromptLookupCandidateGenerator", Script, raising=True
+        )
+        return Script
+
+    return follow
+
+
+@pytest.mark.parametrize("wrong", [9, IMAGE], ids=["word", "placeholder"])
+@pytest.mark.parametrize("right", [(0,), (4,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("batch", ["single", "ends-in-image"])
 @pytest.mark.parametrize("name", MODELS)
-def test_prompt_lookup_writes_what_greedy_search_writes(name: str, ids: str) -> None:
-    model, _, _ = pair(name, GapConfig(keep=0.4, layer=1, ids=ids))
-    inputs = make_prompt(name, "single")
+def test_drafts_leave_no_trace(name: str, batch: str, right: tuple[int, ...], wrong: int, drafts) -> None:
+    model, _, _ = pair(name, CONFIG)
+    inputs = one_prompt(name, batch)
     greedy = answer(model, inputs)
-    forwards = Forwards(model)
+    kept = gap_triton.last_selection(model)
+    if wrong == IMAGE:  # before the first token a placeholder would belong to the prompt, and need its features
+        right = (4, *right)
+    script = drafts(greedy.sequences, right, wrong)
+    assisted = answer(model, inputs, prompt_lookup_num_tokens=4)
+    assert torch.equal(assisted.sequences, greedy.sequences)
+    assert error(assisted, greedy) <= TOLERANCE
+    assert torch.equal(gap_triton.last_selection(model).index, kept.index)
+    assert sum(script.lengths) > len(script.lengths)
+
+
+@pytest.mark.parametrize("ids", ["compacted", "permuted"])
+def test_drafts_with_other_id_rules(ids: str, drafts) -> None:
+    model, _, _ = pair("llava", GapConfig(keep=0.4, layer=1, ids=ids, score="text"))
+    inputs = one_prompt("llava", "single")
+    greedy = answer(model, inputs)
+    drafts(greedy.sequences, (2, 0, 3), 9)
+    assisted = answer(model, inputs, prompt_lookup_num_tokens=4)
+    assert torch.equal(assisted.sequences, greedy.sequences)
+    assert error(assisted, greedy) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava/mistral-sliding", "llava/qwen2-ffsss"])
+def test_drafts_and_sliding_windows(name: str, drafts) -> None:
+    if Version(transformers.__version__) < Version("5"):
+        pytest.skip("this transformers can't crop a cache that is longer than its sliding window")
+    model, _, _ = pair(name, CONFIG)
+    inputs = one_prompt(name, "single")
+    greedy = answer(model, inputs)
+    drafts(greedy.sequences, (2, 0, 3), 9)
+    assisted = answer(model, inputs, prompt_lookup_num_tokens=4)
+    assert torch.equal(assisted.sequences, greedy.sequences)
+    assert error(assisted, greedy) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompt_lookup(name: str) -> None:
+    model, _, _ = pair(name, CONFIG)
+    inputs = one_prompt(name, "single")
+    greedy = answer(model, inputs)
     lookup = answer(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
     assert torch.equal(lookup.sequences, greedy.sequences)
     assert error(lookup, greedy) <= TOLERANCE
-    assert max(forwards.rows[1:]) > 1, "nothing was drafted"
-    assert len(forwards.rows) < 30, "no draft was accepted"
+
+
+@pytest.mark.parametrize("pruned", ["model", "assistant", "both"])
+def test_a_model_assists_itself(pruned: str) -> None:
+    """The cheap way to draft with pruning: what the unpruned model writes, from drafts of the pruned one."""
+    inputs = one_prompt("llava", "single")
+    model = build("llava", "sdpa" if pruned == "assistant" else "gap_triton")
+    assistant = build("llava", "sdpa" if pruned == "model" else "gap_triton")
+    for candidate in (model, assistant):
+        if candidate.config.text_config._attn_implementation == "gap_triton":
+            gap_triton.configure(candidate, CONFIG)
+    assistant.generation_config.num_assistant_tokens = 3
+    greedy = answer(model, inputs)
+    assisted = answer(model, inputs, assistant_model=assistant)
+    assert torch.equal(assisted.sequences, greedy.sequences)
+    assert error(assisted, greedy) <= TOLERANCE
+
+
+def test_before_the_decoder_is_refused(drafts) -> None:
+    model = build("llava", "gap_triton")
+    gap_triton.configure(model, GapConfig(keep=0.5, layer=-1, score="random"))
+    inputs = one_prompt("llava", "single")
+    drafts(answer(model, inputs).sequences, (2,), 9)
+    with pytest.raises(ValueError, match=r"layer=-1 prunes before the decoder.*nor the blocks of assisted decoding"):
+        answer(model, inputs, prompt_lookup_num_tokens=4)
+
+
+def test_logits_of_the_last_rows_of_a_prompt_that_ends_in_words() -> None:
+    """Outside of generate() too, rows behind the first one whose logits are asked for are no part of the prompt."""
+    model, reference, oracle = pair("llava", CONFIG)
+    inputs = one_prompt("llava", "single")
+    longer = dict(inputs)
+    longer["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[7, 8, BOS]])], 1)
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    with torch.no_grad():
+        model(**inputs)
+        alone = gap_triton.last_selection(model).index
+        model(**longer, logits_to_keep=4)
+        assert torch.equal(gap_triton.last_selection(model).index, alone)
+        model(**longer, logits_to_keep=1)
+        assert not torch.equal(gap_triton.last_selection(model).index[:, :-3], alone)
+
+
+def test_logits_of_image_rows_are_logits_of_the_prompt() -> None:
+    model, reference, oracle = pair("llava", CONFIG)
+    inputs = one_prompt("llava", "single")
+    rows = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        for logits in (rows, rows - 20):
+            part = model(**inputs, logits_to_keep=logits).logits
+            assert torch.equal(part, model(**inputs).logits[:, -logits:])
