@@ -444,11 +444,14 @@ def visual_importance(
 def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes and launch options for M = ``num_rows`` rows per key head."""
     block_d = max(16, triton.next_power_of_2(head_dim))
+    # What fits the registers on every target. Vectors whose length is no power of two need masks, which take registers;
+    # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
+    exact = dtype == torch.float32
+    block_n = 32 if exact or block_d > 128 or block_d != head_dim else 64
     return {
         "BLOCK_M": 16 if num_rows <= 16 else 32,
-        "BLOCK_N": 64 if block_d <= 128 else 32,
-        # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
-        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 else block_d,
+        "BLOCK_N": 16 if exact and block_d > 128 else block_n,
+        "BLOCK_K": min(block_d, 16) if exact else block_d,
         "num_warps": 4,
     }
 
