@@ -47,11 +47,12 @@ def locate_rows(
     num_rows,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Locate BLOCK_M of the (group, row) pairs of a key head.
 
     Returns:
-        pointers to the query vectors and the key column of each row, -1 for filler; both [BLOCK_M].
+        pointers to the query vectors and the last key column that each row sees, -1 for filler; both [BLOCK_M].
     """
     m = start + tl.arange(0, BLOCK_M)
     row = tl.full((BLOCK_M,), num_query - 1, tl.int64)
@@ -60,7 +61,8 @@ def locate_rows(
     valid = (m < GROUP * num_rows) & (row >= 0) & (row < num_query)
     head = key_head * GROUP + m // num_rows
     pointer = query + batch * stride_b + head * stride_h + row * stride_s
-    return pointer, tl.where(valid, row + (num_keys - num_query), -1)
+    last = row + (num_keys - num_query) if CAUSAL else num_keys - 1
+    return pointer, tl.where(valid, last, -1)
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def allowed_columns(mask, batch, column, usable, stride_b, stride_s):
 @triton.jit
 def visible_logits(
     row_pointer,
-    row_column,
+    last_column,
     column_pointer,
     column,
     usable,
@@ -84,7 +86,6 @@ def visible_logits(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
     """Return base-2 logits [BLOCK_M, BLOCK_N], -inf where a row doesn't see a column.
 
@@ -93,7 +94,7 @@ def visible_logits(
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.static_range(0, D, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
-        inside = (row_column >= 0)[:, None] & (d < D)[None, :]
+        inside = (last_column >= 0)[:, None] & (d < D)[None, :]
         q = tl.load(row_pointer[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
         inside = usable[None, :] & (d < D)[:, None]
         k = tl.load(column_pointer[None, :] + d[:, None], mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
@@ -101,10 +102,7 @@ def visible_logits(
             q = q.to(tl.float32)
             k = k.to(tl.float32)
         logits = tl.dot(q, k, logits, input_precision="ieee")
-    if CAUSAL:
-        visible = usable[None, :] & (column[None, :] <= row_column[:, None])
-    else:
-        visible = usable[None, :] & (row_column >= 0)[:, None]
+    visible = usable[None, :] & (column[None, :] <= last_column[:, None])
     return tl.where(visible, logits * scale_log2, -float("inf"))
 
 
@@ -146,9 +144,9 @@ def row_lse_tile(
     batch = batch_head // KEY_HEADS
     key_head = batch_head % KEY_HEADS
     start_m = row_tile * BLOCK_M
-    row_pointer, row_column = locate_rows(
+    row_pointer, last_column = locate_rows(
         query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
-        num_query, num_keys, num_rows, GROUP, BLOCK_M,
+        num_query, num_keys, num_rows, GROUP, BLOCK_M, CAUSAL,
     )  # fmt: skip
     running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -159,8 +157,8 @@ def row_lse_tile(
         usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
         column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
         logits = visible_logits(
-            row_pointer, row_column, column_pointer, column, usable, scale_log2,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, CAUSAL,
+            row_pointer, last_column, column_pointer, column, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         base = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: avoids inf - inf
@@ -291,13 +289,13 @@ def visual_mass_tile(
         norm = value_norms(value_pointer, usable, DV, BLOCK_N, BLOCK_DV)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, SHARING * num_rows, BLOCK_M):
-        row_pointer, row_column = locate_rows(
+        row_pointer, last_column = locate_rows(
             query, rows, batch, head, start, query_stride_b, query_stride_h, query_stride_s,
-            num_query, num_keys, num_rows, SHARING, BLOCK_M,
+            num_query, num_keys, num_rows, SHARING, BLOCK_M, CAUSAL,
         )  # fmt: skip
         logits = visible_logits(
-            row_pointer, row_column, column_pointer, column, usable, scale_log2,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, CAUSAL,
+            row_pointer, last_column, column_pointer, column, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
         m = start + tl.arange(0, BLOCK_M)
         row_of_head = batch_head * (SHARING * num_rows) + m
@@ -494,12 +492,11 @@ def visual_importance(
         else:
             lse = lse.float().contiguous()
         tiles = tile_options(head_dim, mass_rows, query.dtype)
-        value_dim = 0 if value is None else value.shape[3]
         visual_mass_kernel[(triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads)](
             query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, *strides,
             num_query, num_keys, num_rows, num_visual, splits, scale_log2,
             value, *((0, 0, 0) if value is None else value.stride()[:3]),
-            PER_HEAD=per_head, DV=value_dim, BLOCK_DV=value_block(value_dim),
+            PER_HEAD=per_head, **value_options(value),
             BLOCK_SPLITS=triton.next_power_of_2(max(splits, 1)),
             # A single tile of rows leaves nothing to load ahead.
             num_stages=1 if mass_rows <= tiles["BLOCK_M"] else 2, **options, **tiles,
@@ -517,15 +514,20 @@ def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, 
     return {
         "BLOCK_M": 16 if num_rows <= 16 else 32,
         "BLOCK_N": 64 if block_d <= 128 else 32,
-        # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
-        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 else block_d,
+        # Registers hold only a part of each vector where an operand stays in them, as float32 isn't for tensor cores,
+        # and where vectors start at addresses so odd that every element needs a pointer of its own.
+        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 or head_dim % 16 else block_d,
         "num_warps": 4,
     }
 
 
-def value_block(value_dim: int) -> int:
-    """Return how many elements of each value vector are read at a time: whole cache lines, and few registers."""
-    return min(64, max(16, triton.next_power_of_2(max(1, value_dim))))
+def value_options(value: Tensor | None) -> dict[str, int]:
+    """Return the length of the value vectors, and how many elements of each are read at a time: 128 bytes at most."""
+    if value is None:
+        return {"DV": 0, "BLOCK_DV": 16}
+    length = value.shape[3]
+    block = max(16, triton.next_power_of_2(max(1, length)))
+    return {"DV": length, "BLOCK_DV": min(block, 128 // value.element_size())}
 
 
 def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:
