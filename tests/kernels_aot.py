@@ -141,6 +141,8 @@ def test_importance(
         (torch.bfloat16, (28, 4), 128, 128, 64, False, True, "mean"),
         (torch.bfloat16, (28, 4), 128, 128, 64, True, True, "max"),
         (torch.bfloat16, (8, 4), 256, 256, 16, False, True, "mean"),
+        (torch.bfloat16, (28, 4), 72, 72, 64, False, True, "mean"),
+        (torch.float32, (28, 4), 72, 72, 64, True, True, "mean"),
         (torch.float32, (8, 2), 128, 256, 16, False, True, "mean"),
         (torch.float32, (8, 2), 256, 80, 33, True, False, "max"),
     ],

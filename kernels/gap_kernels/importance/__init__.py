@@ -59,7 +59,7 @@ def visual_importance(
             allows. A given ``lse`` must be that of the same rule.
         value: [B, Hkv, S, Dv], same dtype as ``key``, any Dv and strides: the value vectors whose L1 norms, each in
             its own key head, weight the probabilities. The scores of a row then no longer add up to at most 1.
-            None: no weighting. Only values of visual keys that the mask allows are read.
+            None: no weighting. Values of other keys, and of those that the mask hides, are never used.
         head_reduction: what becomes of each head's mean over rows: "mean" or "max" over the Hq query heads. NaN in
             one head is NaN in both.
 

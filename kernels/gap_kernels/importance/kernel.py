@@ -511,12 +511,12 @@ def visual_importance(
 def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes and launch options for M = ``num_rows`` rows per program of the grid's head axis."""
     block_d = max(16, triton.next_power_of_2(head_dim))
+    # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
+    block_k = min(block_d, 32) if dtype == torch.float32 else block_d
     return {
         "BLOCK_M": 16 if num_rows <= 16 else 32,
         "BLOCK_N": 64 if block_d <= 128 else 32,
-        # Registers hold only a part of each vector where an operand stays in them, as float32 isn't for tensor cores,
-        # and where vectors start at addresses so odd that every element needs a pointer of its own.
-        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 or head_dim % 16 else block_d,
+        "BLOCK_K": part_of(head_dim, block_k),
         "num_warps": 4,
     }
 
@@ -527,7 +527,15 @@ def value_options(value: Tensor | None) -> dict[str, int]:
         return {"DV": 0, "BLOCK_DV": 16}
     length = value.shape[3]
     block = max(16, triton.next_power_of_2(max(1, length)))
-    return {"DV": length, "BLOCK_DV": min(block, 128 // value.element_size())}
+    return {"DV": length, "BLOCK_DV": part_of(length, min(block, 128 // value.element_size()))}
+
+
+def part_of(length: int, block: int) -> int:
+    """Return how much of each vector is read at a time: ``block`` elements, or 16 if vectors start at odd addresses.
+
+    Every element is then loaded by itself and keeps a pointer of its own in registers.
+    """
+    return 16 if length % 16 else block
 
 
 def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:
