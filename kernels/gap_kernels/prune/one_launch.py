@@ -165,7 +165,7 @@ def prune_kernel(
                 query, key, rows, mask, partial, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
                 query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
                 mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, splits, scale_log2,
-                KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+                KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, True,
             )  # fmt: skip
             announce(counter + 2 + batch_head // KEY_HEADS * of_sample + batch_head % KEY_HEADS)
     elif program < first_copy:
@@ -182,13 +182,13 @@ def prune_kernel(
             query, key, visual_index, rows, mask, lse, partial, partial_sum, mass,
             (sample * KEY_HEADS + head).to(tl.int64), tile,
             query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-            mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
-            KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST,
+            mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
+            KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
         )  # fmt: skip
         if announce(of_tiles + tile) == KEY_HEADS - 1:
             mean_tile(
                 mass, rows, scores, sample.to(tl.int64), tile, num_query, num_rows, num_visual,
-                KEY_HEADS, KEY_HEADS * GROUP, BLOCK_N,
+                KEY_HEADS, KEY_HEADS * GROUP, BLOCK_N, False,
             )  # fmt: skip
             if announce(of_tiles + tiles) == tiles - 1:
                 row_mask = mask
@@ -274,7 +274,6 @@ def prune_tokens(
     ids = position_ids if position_ids.dim() == 3 else position_ids[None]
     inputs = words(hidden_states), words(cos), words(sin)
     options = importance_options(head_dim, group * num_rows, query.dtype)
-    del options["num_warps"]
 
     row_tiles = triton.cdiv(group * num_rows, options["BLOCK_M"])
     splits = split_keys = 0
