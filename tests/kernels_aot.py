@@ -133,6 +133,41 @@ def test_importance(
     importance.visual_importance(query, key, torch.arange(64)[None], rows, mask, lse, None)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "value_dim", "num_rows", "with_lse", "causal", "head_reduction"),
+    [
+        (torch.float16, (16, 16), 64, None, None, False, False, "mean"),
+        (torch.bfloat16, (16, 16), 72, 72, 1, True, False, "max"),
+        (torch.bfloat16, (28, 4), 128, 128, 64, False, True, "mean"),
+        (torch.bfloat16, (28, 4), 128, 128, 64, True, True, "max"),
+        (torch.bfloat16, (8, 4), 256, 256, 16, False, True, "mean"),
+        (torch.bfloat16, (28, 4), 72, 72, 64, False, True, "mean"),
+        (torch.float32, (28, 4), 72, 72, 64, True, True, "mean"),
+        (torch.float32, (8, 2), 128, 256, 16, False, True, "mean"),
+        (torch.float32, (8, 2), 256, 80, 33, True, False, "max"),
+    ],
+)
+def test_importance_variants(
+    compiled: list[Any],
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    value_dim: int | None,
+    num_rows: int | None,
+    with_lse: bool,
+    causal: bool,
+    head_reduction: str,
+) -> None:
+    query = torch.zeros(1, heads[0], 128, head_dim, dtype=dtype)
+    key = torch.zeros(1, heads[1], 128, head_dim, dtype=dtype)
+    value = None if value_dim is None else torch.zeros(1, heads[1], 128, value_dim, dtype=dtype)
+    rows = None if num_rows is None else torch.arange(num_rows)[None]
+    lse = torch.zeros(1, heads[0], num_rows or 1) if with_lse else None
+    mask = torch.ones(1, 128, dtype=torch.bool)
+    index = torch.arange(64)[None]
+    importance.visual_importance(query, key, index, rows, mask, lse, None, causal, value, head_reduction)
+
+
 @pytest.mark.parametrize("num_rows", [704, 2048, 8192, 16448])
 def test_surviving_rows(compiled: list[Any], num_rows: int) -> None:
     visual_index = torch.arange(num_rows - 64)[None]

@@ -7,6 +7,7 @@ Not collected by default: ``test_ops_kernels.py`` runs this file in Triton's int
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -134,15 +135,92 @@ def test_importance(
     assert_accurate(scores, exact)
 
 
-def row_lse(query: Tensor, key: Tensor, rows: Tensor | None, mask: Tensor) -> Tensor:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_reduction", ["mean", "max"])
+@pytest.mark.parametrize(
+    ("heads", "num_query", "num_keys", "head_dim", "value_dim", "num_rows", "num_visual", "causal"),
+    [
+        ((2, 2), 65, 600, 64, 64, None, 65, False),  # one row, several splits of the keys
+        ((7, 1), 140, 140, 80, 80, 9, 130, True),  # several tiles of rows for the mean, one for the maximum
+        ((4, 2), 70, 90, 72, 200, 37, 63, False),  # several tiles of rows for either, long values
+        ((2, 1), 40, 70, 256, 3, 3, 33, True),  # values shorter than the smallest tile
+        ((4, 2), 50, 60, 96, 128, 5, 40, False),
+        ((2, 1), 40, 70, 128, None, 17, 33, False),
+    ],
+)
+def test_importance_variants(
+    dtype: torch.dtype,
+    head_reduction: str,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    value_dim: int | None,
+    num_rows: int | None,
+    num_visual: int,
+    causal: bool,
+    generator: torch.Generator,
+) -> None:
+    query, key, visual_index, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    query, key, value = query.to(dtype), key.to(dtype), None
+    if value_dim is not None:
+        # Heads beside positions in memory, as projections leave them.
+        value = torch.randn(2, num_keys, heads[1], value_dim, generator=generator).to(DEVICE, dtype)
+        value = value.transpose(1, 2)
+        value[~mask[:, None].expand(2, heads[1], num_keys)] = math.nan
+    variant = (causal, value, head_reduction)
+    scores = importance.visual_importance(query, key, visual_index, rows, mask, None, None, *variant)
+    exact = importance_reference.visual_importance(
+        query.double(), key.double(), visual_index, rows, mask, None, None,
+        causal, None if value is None else value.double(), head_reduction,
+    )  # fmt: skip
+    assert_accurate(scores, exact)
+    assert (scores[1, ::7] == 0).all()
+
+    again = importance.visual_importance(query, key, visual_index, rows, mask, None, None, *variant)
+    assert torch.equal(scores, again)
+
+    lse = row_lse(query, key, rows, mask, causal)
+    scores = importance.visual_importance(query, key, visual_index, rows, mask, lse, None, *variant)
+    assert_accurate(scores, exact)
+
+
+@pytest.mark.parametrize("head_reduction", ["mean", "max"])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_importance_launches(with_lse: bool, head_reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for name in ("row_lse_kernel", "visual_mass_kernel", "mean_kernel"):
+        monkeypatch.setattr(importance, name, CountedKernel(getattr(importance, name), launched, name))
+    query, key = torch.ones(1, 4, 3, 16, device=DEVICE), torch.ones(1, 2, 3, 16, device=DEVICE)
+    lse = torch.zeros(1, 4, 1, device=DEVICE) if with_lse else None
+    index = torch.tensor([[0, 1]], device=DEVICE)
+    importance.visual_importance(query, key, index, None, None, lse, None, False, key, head_reduction)
+    assert launched == [*([] if with_lse else ["row_lse_kernel"]), "visual_mass_kernel", "mean_kernel"]
+
+
+class CountedKernel:
+    """A kernel that writes down its launches."""
+
+    def __init__(self, kernel: Any, launched: list[str], name: str) -> None:
+        self.kernel, self.launched, self.name = kernel, launched, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+def row_lse(query: Tensor, key: Tensor, rows: Tensor | None, mask: Tensor, causal: bool = True) -> Tensor:
     """Log-sum-exp [B, Hq, R] in float32; NaN for filler rows, as what an attention returns there is arbitrary."""
     batch, query_heads, num_query, head_dim = query.shape
     rows = torch.full((batch, 1), num_query - 1, device=DEVICE) if rows is None else rows
     key = key.repeat_interleave(query_heads // key.shape[1], 1).double()
     logits = query.double() @ key.transpose(-1, -2) * head_dim**-0.5
     offset = key.shape[2] - num_query
-    causal = torch.ones(num_query, key.shape[2], dtype=torch.bool, device=DEVICE).tril(offset)
-    lse = logits.masked_fill(~(causal & mask[:, None, None]), -math.inf).logsumexp(-1)
+    visible = torch.ones(num_query, key.shape[2], dtype=torch.bool, device=DEVICE)
+    visible = visible.tril(offset) if causal else visible
+    lse = logits.masked_fill(~(visible & mask[:, None, None]), -math.inf).logsumexp(-1)
     lse = lse.gather(2, rows.clamp(min=0)[:, None].expand(-1, query_heads, -1))
     return lse.masked_fill((rows < 0)[:, None], math.nan).float()
 
@@ -221,16 +299,15 @@ def test_attention(
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     mask[1, : num_keys - num_query + 3] = False  # padding on the left, so that some rows see nothing
     for given in (mask, None):
-        asked = (rows, columns) if causal else (None, None)
-        result = attention.attention(query, key, value, causal, given, None, *asked)
+        result = attention.attention(query, key, value, causal, given, None, rows, columns)
         exact = attention_reference.attention(
-            query.double(), key.double(), value.double(), causal, given, None, *asked
+            query.double(), key.double(), value.double(), causal, given, None, rows, columns
         )
         rounding = ROUNDING[dtype]
         torch.testing.assert_close(result[0].double(), exact[0], rtol=rounding, atol=rounding)
         torch.testing.assert_close(result[1].double(), exact[1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(result[2].double(), exact[2], rtol=1e-5, atol=1e-7)
-    again = attention.attention(query, key, value, causal, None, None, *asked)
+    again = attention.attention(query, key, value, causal, None, None, rows, columns)
     assert all(torch.equal(left, right) for left, right in zip(result, again, strict=True))
 
 

@@ -64,6 +64,18 @@ class ShapeChecker:
             raise ValueError(f"{name}: expected device {self.device}, got {describe(value)}")
 
 
+def check_options(causal: object, scale: object) -> None:
+    """Check the arguments that aren't tensors.
+
+    Raises:
+        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a number nor None.
+    """
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected a bool, got {describe(causal)}")
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")
+
+
 def is_int(value: object) -> TypeGuard[int]:
     """Return whether the value is an integer (a traced one counts, a bool doesn't)."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

@@ -40,11 +40,11 @@ def attention(
     The ``Q`` query rows are the last ``Q`` of the ``S`` key positions. The kernel is FlashAttention's forward pass
     (arXiv 2205.14135, 2307.08691): an online softmax over key tiles, so that no Q x S matrix is ever written.
 
-    The importance is that of :func:`gap_kernels.visual_importance` for ``rows=importance_rows`` and
-    ``visual_index=importance_columns``. It is a second, small sweep over the R rows and V columns once their
-    log-sum-exp is final, not a part of the main loop: a probability is only known at the end of its row, so
-    the loop would have to carry R x V values along and rescale them, and every tile would pay for registers that few
-    use. The sweep costs two launches over R x V scores, little beside Q x S.
+    The importance is that of :func:`gap_kernels.visual_importance` for ``rows=importance_rows``,
+    ``visual_index=importance_columns`` and the same ``causal``. It is a second, small sweep over the R rows and V
+    columns once their log-sum-exp is final, not a part of the main loop: a probability is only known at the end of its
+    row, so the loop would have to carry R x V values along and rescale them, and every tile would pay for registers
+    that few use. The sweep costs two launches over R x V scores, little beside Q x S.
 
     This is for inference: it has no gradient, and PyTorch raises a RuntimeError in the backward pass.
 
@@ -59,8 +59,7 @@ def attention(
         scale: factor of ``q k^T``; default ``D ** -0.5``.
         importance_rows: int64 [B, R], positions within the Q rows to average; -1 = filler, left out of the mean.
             Default: the last row. Needs ``importance_columns``.
-        importance_columns: int64 [B, V], positions within the Q rows, in any order; -1 = filler, which gets 0. Needs
-            ``causal``.
+        importance_columns: int64 [B, V], positions within the Q rows, in any order; -1 = filler, which gets 0.
 
     Returns:
         The output, log-sum-exp and importance, computed in float32. For float64 queries all is float64.

@@ -235,8 +235,9 @@ def attention(
             )  # fmt: skip
     if importance_columns is None:
         return output, lse, lse.new_empty((batch, 0))
+    row_lse = lse_at(lse, importance_rows)
     importance = importance_kernel.visual_importance(
-        query, key, importance_columns, importance_rows, attention_mask, lse_at(lse, importance_rows), scale
+        query, key, importance_columns, importance_rows, attention_mask, row_lse, scale, causal
     )
     return output, lse, importance
 

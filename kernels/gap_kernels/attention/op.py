@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
 from . import reference
 
 MAX_HEAD_DIM = 256
@@ -81,18 +81,6 @@ def check_heads(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"query: expected D in 1..{MAX_HEAD_DIM}, got {describe(query)}")
 
 
-def check_options(causal: object, scale: object) -> None:
-    """Check the arguments that aren't tensors.
-
-    Raises:
-        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a number nor None.
-    """
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal: expected a bool, got {describe(causal)}")
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
-        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")
-
-
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -126,11 +114,6 @@ def check_attention(
         if importance_rows is not None:
             raise ValueError("importance_rows: expected importance_columns beside it, got None")
         return
-    if not causal:
-        raise ValueError(
-            "importance_columns: expected causal=True, as importance is defined for rows that see no later key,"
-            " got causal=False; gap_kernels.attention_received is for vision towers"
-        )
     shapes.check("importance_columns", importance_columns, "B V", (torch.int64,))
     if importance_rows is not None:
         shapes.check("importance_rows", importance_rows, "B R", (torch.int64,))

@@ -3,24 +3,26 @@
 
 1. ``row_lse_kernel``: maximum and sum of each wanted row's exponentials, over a split of the keys (skipped where the
    log-sum-exp is given);
-2. ``visual_mass_kernel``: per key head and visual tile, the sum of the probabilities over the rows of that head;
+2. ``visual_mass_kernel``: per key head and visual tile, the sum of the probabilities over the rows of that head, times
+   the norm of the value vectors where they are given;
 3. ``mean_kernel``: the mean over heads and valid rows.
 
 The wanted rows of all query heads that share a key head form one axis, M = G * R (group, row), so that a key tile is
-loaded once for the group. Partial results go to plain stores and are added in a fixed order: runs agree bit for bit.
+loaded once for the group. For the maximum over heads, 2 keeps the query heads apart instead (PER_HEAD), and 3 takes the
+largest of their means. Partial results go to plain stores and are added in a fixed order: runs agree bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import device_of, triton_is_interpreted
+from ..backends import triton_is_interpreted
+from ..launch import launch
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
 # sums are too.
@@ -28,6 +30,7 @@ MIN_SPLIT_KEYS = 256
 ENOUGH_PROGRAMS = 512
 MAX_SPLITS = 64
 MEAN_BLOCK = 256
+WARPS = 4
 
 
 @triton.jit
@@ -45,11 +48,12 @@ def locate_rows(
     num_rows,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Locate BLOCK_M of the (group, row) pairs of a key head.
 
     Returns:
-        pointers to the query vectors and the key column of each row, -1 for filler; both [BLOCK_M].
+        pointers to the query vectors and the last key column that each row sees, -1 for filler; both [BLOCK_M].
     """
     m = start + tl.arange(0, BLOCK_M)
     row = tl.full((BLOCK_M,), num_query - 1, tl.int64)
@@ -58,7 +62,8 @@ def locate_rows(
     valid = (m < GROUP * num_rows) & (row >= 0) & (row < num_query)
     head = key_head * GROUP + m // num_rows
     pointer = query + batch * stride_b + head * stride_h + row * stride_s
-    return pointer, tl.where(valid, row + (num_keys - num_query), -1)
+    last = row + (num_keys - num_query) if CAUSAL else num_keys - 1
+    return pointer, tl.where(valid, last, -1)
 
 
 @triton.jit
@@ -72,7 +77,7 @@ def allowed_columns(mask, batch, column, usable, stride_b, stride_s):
 @triton.jit
 def visible_logits(
     row_pointer,
-    row_column,
+    last_column,
     column_pointer,
     column,
     usable,
@@ -90,7 +95,7 @@ def visible_logits(
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.static_range(0, D, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
-        inside = (row_column >= 0)[:, None] & (d < D)[None, :]
+        inside = (last_column >= 0)[:, None] & (d < D)[None, :]
         q = tl.load(row_pointer[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
         inside = usable[None, :] & (d < D)[:, None]
         k = tl.load(column_pointer[None, :] + d[:, None], mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
@@ -98,7 +103,7 @@ def visible_logits(
             q = q.to(tl.float32)
             k = k.to(tl.float32)
         logits = tl.dot(q, k, logits, input_precision="ieee")
-    visible = usable[None, :] & (column[None, :] <= row_column[:, None])
+    visible = usable[None, :] & (column[None, :] <= last_column[:, None])
     return tl.where(visible, logits * scale_log2, -float("inf"))
 
 
@@ -134,14 +139,15 @@ def row_lse_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Store the online softmax statistics of one row tile over one split of the keys, in base 2."""
     batch = batch_head // KEY_HEADS
     key_head = batch_head % KEY_HEADS
     start_m = row_tile * BLOCK_M
-    row_pointer, row_column = locate_rows(
+    row_pointer, last_column = locate_rows(
         query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
-        num_query, num_keys, num_rows, GROUP, BLOCK_M,
+        num_query, num_keys, num_rows, GROUP, BLOCK_M, CAUSAL,
     )  # fmt: skip
     running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -152,7 +158,7 @@ def row_lse_tile(
         usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
         column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
         logits = visible_logits(
-            row_pointer, row_column, column_pointer, column, usable, scale_log2,
+            row_pointer, last_column, column_pointer, column, usable, scale_log2,
             D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
         new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -166,7 +172,9 @@ def row_lse_tile(
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "split_keys"])
+@triton.jit(
+    do_not_specialize=["mask_stride_b", "mask_stride_s", "num_query", "num_keys", "num_rows", "split_keys"]
+)
 def row_lse_kernel(
     query,
     key,
@@ -194,6 +202,7 @@ def row_lse_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Grid (B * Hkv, row tiles, splits); partial_max and partial_sum [B, Hkv, M, splits] float32."""
     row_lse_tile(
@@ -201,8 +210,19 @@ def row_lse_kernel(
         tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2),
         query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
         mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, tl.num_programs(2), scale_log2,
-        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, CAUSAL,
     )  # fmt: skip
+
+
+@triton.jit
+def value_norms(pointer, usable, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Return the sums of absolute values [BLOCK_N] of vectors of length DV; nothing is read for unusable ones."""
+    norm = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.static_range(0, DV, BLOCK_DV):
+        d = start + tl.arange(0, BLOCK_DV)
+        part = tl.load(pointer[:, None] + d[None, :], mask=usable[:, None] & (d < DV)[None, :], other=0.0)
+        norm += tl.sum(tl.abs(part.to(tl.float32)), 1)
+    return norm
 
 
 @triton.jit
@@ -232,6 +252,10 @@ def visual_mass_tile(
     num_visual,
     splits,
     scale_log2,
+    value,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -240,37 +264,49 @@ def visual_mass_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """Store the probability mass that the rows of one key head give to one tile of visual tokens.
 
     Rows come with their natural log-sum-exp ``lse`` [B, Hkv, M], or with the partial statistics of ``row_lse_tile`` if
-    that is None.
+    that is None. With PER_HEAD ``batch_head`` counts query heads, and the rows are those of one of them: the same
+    memory, as [B, Hkv, M] is [B, Hq, R]. With ``value`` [B, Hkv, S, DV] each probability is multiplied by the L1 norm of
+    its key's value vector.
     """
-    batch = batch_head // KEY_HEADS
-    key_head = batch_head % KEY_HEADS
+    HEADS: tl.constexpr = KEY_HEADS * GROUP if PER_HEAD else KEY_HEADS
+    SHARING: tl.constexpr = 1 if PER_HEAD else GROUP  # query heads whose rows this program has
+    batch = batch_head // HEADS
+    head = batch_head % HEADS
+    key_head = head // GROUP if PER_HEAD else head
     slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
     column = position + (num_keys - num_query)
     usable = (position >= 0) & (position < num_query)
     usable = allowed_columns(mask, batch, column, usable, mask_stride_b, mask_stride_s)
     column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+    if value is not None:
+        value_pointer = value + batch * value_stride_b + key_head * value_stride_h + column * value_stride_s
+        norm = value_norms(value_pointer, usable, DV, BLOCK_N, BLOCK_DV)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, GROUP * num_rows, BLOCK_M):
-        row_pointer, row_column = locate_rows(
-            query, rows, batch, key_head, start, query_stride_b, query_stride_h, query_stride_s,
-            num_query, num_keys, num_rows, GROUP, BLOCK_M,
+    for start in range(0, SHARING * num_rows, BLOCK_M):
+        row_pointer, last_column = locate_rows(
+            query, rows, batch, head, start, query_stride_b, query_stride_h, query_stride_s,
+            num_query, num_keys, num_rows, SHARING, BLOCK_M, CAUSAL,
         )  # fmt: skip
         logits = visible_logits(
-            row_pointer, row_column, column_pointer, column, usable, scale_log2,
+            row_pointer, last_column, column_pointer, column, usable, scale_log2,
             D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
         m = start + tl.arange(0, BLOCK_M)
-        row_of_head = batch_head * (GROUP * num_rows) + m
+        row_of_head = batch_head * (SHARING * num_rows) + m
         if lse is not None:
-            row_lse = tl.load(lse + row_of_head, mask=m < GROUP * num_rows, other=0.0) * 1.4426950408889634
+            row_lse = tl.load(lse + row_of_head, mask=m < SHARING * num_rows, other=0.0) * 1.4426950408889634
         else:
             split = tl.arange(0, BLOCK_SPLITS)
-            inside = (m < GROUP * num_rows)[:, None] & (split < splits)[None, :]
+            inside = (m < SHARING * num_rows)[:, None] & (split < splits)[None, :]
             offset = row_of_head[:, None] * splits + split[None, :]
             maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"), cache_modifier=".cg")
             part = tl.load(partial_sum + offset, mask=inside, other=0.0, cache_modifier=".cg")
@@ -281,11 +317,18 @@ def visual_mass_tile(
         # A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or
         # -inf (it sees nothing). NaN logits are seen: like the reference, they make NaN scores.
         seen = logits != -float("inf")
-        total += tl.sum(tl.where(seen, tl.exp2(logits - row_lse[:, None]), 0.0), 0)
+        probability = tl.exp2(logits - row_lse[:, None])
+        if value is not None:
+            probability *= norm[None, :]
+        total += tl.sum(tl.where(seen, probability, 0.0), 0)
     tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
 
 
-@triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "num_visual", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "mask_stride_b", "mask_stride_s", "num_query", "num_keys", "num_rows", "num_visual", "splits",
+    ]
+)  # fmt: skip
 def visual_mass_kernel(
     query,
     key,
@@ -296,12 +339,16 @@ def visual_mass_kernel(
     partial_max,
     partial_sum,
     mass,
+    value,
     query_stride_b,
     query_stride_h,
     query_stride_s,
     key_stride_b,
     key_stride_h,
     key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
     mask_stride_b,
     mask_stride_s,
     num_query,
@@ -318,14 +365,19 @@ def visual_mass_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
-    """Grid (visual tiles, B * Hkv); mass [B, Hkv, V] float32."""
+    """Grid (visual tiles, B * H); mass [B, H, V] float32: H = Hq with PER_HEAD, else Hkv."""
     visual_mass_tile(
         query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass,
         tl.program_id(1).to(tl.int64), tl.program_id(0),
         query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
         mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
-        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST,
+        value, value_stride_b, value_stride_h, value_stride_s,
+        KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, CAUSAL, PER_HEAD, DV, BLOCK_DV,
     )  # fmt: skip
 
 
@@ -342,13 +394,23 @@ def mean_tile(
     KEY_HEADS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
-    """Store the mean over heads and valid rows for one tile of visual tokens, and return it [BLOCK]."""
+    """Store the mean over heads and valid rows for one tile of visual tokens, and return it [BLOCK].
+
+    With PER_HEAD ``mass`` is [B, Hq, V], and the result is the maximum over heads of the mean over valid rows.
+    """
+    HEADS: tl.constexpr = QUERY_HEADS if PER_HEAD else KEY_HEADS
+    AVERAGED: tl.constexpr = 1 if PER_HEAD else QUERY_HEADS
     slot = tile * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for key_head in range(KEY_HEADS):
-        position = (batch * KEY_HEADS + key_head) * num_visual + slot
-        total += tl.load(mass + position, mask=slot < num_visual, other=0.0, cache_modifier=".cg")
+    for head in range(HEADS):
+        position = (batch * HEADS + head) * num_visual + slot
+        part = tl.load(mass + position, mask=slot < num_visual, other=0.0, cache_modifier=".cg")
+        if PER_HEAD:
+            total = tl.where((part > total) | (part != part), part, total)  # once NaN, always NaN
+        else:
+            total += part
     valid = tl.full((), 1, tl.int32)
     if rows is not None:
         valid = tl.full((), 0, tl.int32)
@@ -356,7 +418,7 @@ def mean_tile(
             r = start + tl.arange(0, BLOCK)
             row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
             valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
-    mean = total / (QUERY_HEADS * tl.maximum(valid, 1).to(tl.float32))
+    mean = total / (AVERAGED * tl.maximum(valid, 1).to(tl.float32))
     tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
     return mean
 
@@ -372,11 +434,12 @@ def mean_kernel(
     KEY_HEADS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
-    """Mean over heads and valid rows: mass [B, Hkv, V] -> scores [B, V]. Grid (visual tiles, B)."""
+    """Mean over valid rows, mean or maximum over heads: mass [B, H, V] -> scores [B, V]. Grid (visual tiles, B)."""
     mean_tile(
         mass, rows, scores, tl.program_id(1).to(tl.int64), tl.program_id(0), num_query, num_rows, num_visual,
-        KEY_HEADS, QUERY_HEADS, BLOCK,
+        KEY_HEADS, QUERY_HEADS, BLOCK, PER_HEAD,
     )  # fmt: skip
 
 
@@ -388,6 +451,9 @@ def visual_importance(
     attention_mask: Tensor | None,
     lse: Tensor | None,
     scale: float | None,
+    causal: bool = True,
+    value: Tensor | None = None,
+    head_reduction: str = "mean",
 ) -> Tensor:
     """Launch the three kernels; arguments and result as in ``reference.py``, for any dtype but float64."""
     batch, query_heads, num_query, head_dim = query.shape
@@ -403,54 +469,102 @@ def visual_importance(
 
     query = query if query.stride(-1) == 1 else query.contiguous()
     key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value is None or value.stride(-1) == 1 else value.contiguous()
     visual_index = visual_index.contiguous()
     rows = None if rows is None else rows.contiguous()
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
-    strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if mask is None else mask.stride()))
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    mask_strides = (0, 0) if mask is None else mask.stride()
     scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    tiles: dict[str, Any] = tile_options(head_dim, group * num_rows, query.dtype)
-    tiles |= {"KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, "UPCAST": triton_is_interpreted()}
+    heads = {"KEY_HEADS": key_heads, "GROUP": group, "D": head_dim}
+    flags = {"UPCAST": triton_is_interpreted(), "CAUSAL": causal}
+    per_head = head_reduction == "max"
+    mass_heads, mass_rows = (query_heads, num_rows) if per_head else (key_heads, group * num_rows)
 
-    mass = torch.empty((batch, key_heads, num_visual), dtype=torch.float32, device=query.device)
+    mass = torch.empty((batch, mass_heads, num_visual), dtype=torch.float32, device=query.device)
     partial_max = partial_sum = None
     splits = 0
-    with device_of(query):
-        if lse is None:
-            row_tiles = triton.cdiv(group * num_rows, tiles["BLOCK_M"])
-            split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
-            shape = (batch, key_heads, group * num_rows, splits)
-            partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
-            partial_sum = torch.empty_like(partial_max)
-            row_lse_kernel[(batch * key_heads, row_tiles, splits)](
-                query, key, rows, mask, partial_max, partial_sum, *strides,
-                num_query, num_keys, num_rows, split_keys, scale_log2, num_stages=2, **tiles,
-            )  # fmt: skip
-        else:
-            lse = lse.float().contiguous()
-        visual_mass_kernel[(triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * key_heads)](
-            query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, *strides,
-            num_query, num_keys, num_rows, num_visual, splits, scale_log2,
-            BLOCK_SPLITS=triton.next_power_of_2(max(splits, 1)),
-            # A single tile of rows leaves nothing to load ahead.
-            num_stages=1 if group * num_rows <= tiles["BLOCK_M"] else 2, **tiles,
-        )  # fmt: skip
-        mean_kernel[(triton.cdiv(num_visual, MEAN_BLOCK), batch)](
-            mass, rows, scores, num_query, num_rows, num_visual,
-            KEY_HEADS=key_heads, QUERY_HEADS=query_heads, BLOCK=MEAN_BLOCK,
-        )  # fmt: skip
+    if lse is None:
+        tiles = tile_options(head_dim, group * num_rows, query.dtype)
+        row_tiles = triton.cdiv(group * num_rows, tiles["BLOCK_M"])
+        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
+        shape = (batch, key_heads, group * num_rows, splits)
+        partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
+        partial_sum = torch.empty_like(partial_max)
+        launch(
+            row_lse_kernel,
+            (batch * key_heads, row_tiles, splits),
+            (query, key, rows, mask, partial_max, partial_sum),
+            strides,
+            (*mask_strides, num_query, num_keys, num_rows, split_keys),
+            (scale_log2,),
+            {**heads, **tiles, **flags},
+            num_warps=WARPS,
+            num_stages=2,
+        )
+    else:
+        lse = lse.float().contiguous()
+    tiles = tile_options(head_dim, mass_rows, query.dtype)
+    launch(
+        visual_mass_kernel,
+        (triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
+        (query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, value),
+        (*strides, *((0, 0, 0) if value is None else value.stride()[:3])),
+        (*mask_strides, num_query, num_keys, num_rows, num_visual, splits),
+        (scale_log2,),
+        {
+            **heads,
+            **tiles,
+            "BLOCK_SPLITS": triton.next_power_of_2(max(splits, 1)),
+            **flags,
+            "PER_HEAD": per_head,
+        }
+        | value_options(value),
+        num_warps=WARPS,
+        # A single tile of rows leaves nothing to load ahead.
+        num_stages=1 if mass_rows <= tiles["BLOCK_M"] else 2,
+    )
+    launch(
+        mean_kernel,
+        (triton.cdiv(num_visual, MEAN_BLOCK), batch),
+        (mass, rows, scores),
+        (),
+        (num_query, num_rows, num_visual),
+        (),
+        {"KEY_HEADS": key_heads, "QUERY_HEADS": query_heads, "BLOCK": MEAN_BLOCK, "PER_HEAD": per_head},
+    )
     return scores
 
 
 def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes and launch options for M = ``num_rows`` rows per key head."""
+    """Return tile sizes for M = ``num_rows`` rows per program of the grid's head axis."""
     block_d = max(16, triton.next_power_of_2(head_dim))
+    # What fits the registers on every target. Vectors whose length is no power of two need masks, which take registers;
+    # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
+    exact = dtype == torch.float32
+    block_n = 32 if exact or block_d > 128 or block_d != head_dim else 64
     return {
         "BLOCK_M": 16 if num_rows <= 16 else 32,
-        "BLOCK_N": 64 if block_d <= 128 else 32,
-        # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
-        "BLOCK_K": min(block_d, 32) if dtype == torch.float32 else block_d,
-        "num_warps": 4,
+        "BLOCK_N": 16 if exact and block_d > 128 else block_n,
+        "BLOCK_K": part_of(head_dim, min(block_d, 16) if exact else block_d),
     }
+
+
+def value_options(value: Tensor | None) -> dict[str, int]:
+    """Return the length of the value vectors, and how many elements of each are read at a time: 128 bytes at most."""
+    if value is None:
+        return {"DV": 0, "BLOCK_DV": 16}
+    length = value.shape[3]
+    block = max(16, triton.next_power_of_2(max(1, length)))
+    return {"DV": length, "BLOCK_DV": part_of(length, min(block, 128 // value.element_size()))}
+
+
+def part_of(length: int, block: int) -> int:
+    """Return how much of each vector is read at a time: ``block`` elements, or 16 if vectors start at odd addresses.
+
+    Every element is then loaded by itself and keeps a pointer of its own in registers.
+    """
+    return 16 if length % 16 else block
 
 
 def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:

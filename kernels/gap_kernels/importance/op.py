@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
 from . import reference
 
 
@@ -15,7 +15,7 @@ from . import reference
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, Tensor visual_index, Tensor? rows, Tensor? attention_mask, Tensor? lse,"
-        " float? scale) -> Tensor"
+        " float? scale, bool causal=True, Tensor? value=None, str head_reduction='mean') -> Tensor"
     ),
 )
 def visual_importance_op(
@@ -26,17 +26,21 @@ def visual_importance_op(
     attention_mask: Tensor | None,
     lse: Tensor | None,
     scale: float | None,
+    causal: bool = True,
+    value: Tensor | None = None,
+    head_reduction: str = "mean",
 ) -> Tensor:
     """Run the operator; see :func:`gap_kernels.visual_importance` and ``reference.py``."""
     if query.is_cpu:
         check_range("visual_index", visual_index, -1, query.shape[2] - 1)
         if rows is not None:
             check_range("rows", rows, -1, query.shape[2] - 1)
+    optional = (rows, attention_mask, lse, scale, causal, value, head_reduction)
     if query.dtype != torch.float64 and use_triton(query):
         from . import kernel
 
-        return kernel.visual_importance(query, key, visual_index, rows, attention_mask, lse, scale)
-    return reference.visual_importance(query, key, visual_index, rows, attention_mask, lse, scale)
+        return kernel.visual_importance(query, key, visual_index, *optional)
+    return reference.visual_importance(query, key, visual_index, *optional)
 
 
 @visual_importance_op.register_fake
@@ -48,6 +52,9 @@ def _(
     attention_mask: Tensor | None,
     lse: Tensor | None,
     scale: float | None,
+    causal: bool = True,
+    value: Tensor | None = None,
+    head_reduction: str = "mean",
 ) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(visual_index.shape, dtype=dtype)
@@ -62,6 +69,9 @@ def check_importance(
     attention_mask: Tensor | None,
     lse: Tensor | None,
     scale: float | None,
+    causal: bool = True,
+    value: Tensor | None = None,
+    head_reduction: str = "mean",
 ) -> None:
     """Check the arguments of :func:`gap_kernels.visual_importance` and record their sizes in ``shapes``.
 
@@ -89,5 +99,8 @@ def check_importance(
     if lse is not None:
         shapes.sizes.setdefault("R", 1)  # without `rows` there is one row, the last
         shapes.check("lse", lse, "B Hq R", (torch.float32, torch.float64))
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
-        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")
+    check_options(causal, scale)
+    if value is not None:
+        shapes.check("value", value, "B Hkv S Dv", (query.dtype,))
+    if head_reduction not in ("mean", "max"):
+        raise ValueError(f"head_reduction: expected 'mean' or 'max', got {describe(head_reduction)}")

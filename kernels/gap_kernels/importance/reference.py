@@ -14,6 +14,9 @@ def visual_importance(
     attention_mask: Tensor | None,
     lse: Tensor | None,
     scale: float | None,
+    causal: bool = True,
+    value: Tensor | None = None,
+    head_reduction: str = "mean",
 ) -> Tensor:
     """Compute :func:`gap_kernels.visual_importance`; float64 inputs make it the oracle of the other paths.
 
@@ -28,6 +31,9 @@ def visual_importance(
         attention_mask: bool [B, S] or None.
         lse: [B, Hq, R] or None.
         scale: None = ``D ** -0.5``.
+        causal: whether a row sees no key after its own.
+        value: [B, Hkv, S, Dv] or None.
+        head_reduction: "mean" or "max".
 
     Returns:
         [B, V], float64 for float64 queries, else float32.
@@ -46,7 +52,7 @@ def visual_importance(
         columns = torch.arange(num_keys, device=query.device).expand(batch, num_keys)
         logits = wanted @ key.to(dtype).transpose(-1, -2)
         logits = logits.unflatten(2, (group, rows.shape[1]))  # [B, Hkv, G, R, S]
-        hidden = ~_visible(columns, rows + offset, attention_mask)
+        hidden = ~_visible(columns, rows + offset, attention_mask, causal)
         lse = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
     else:
         lse = lse.to(dtype).unflatten(1, (key_heads, group))  # [B, Hkv, G, R]
@@ -54,12 +60,17 @@ def visual_importance(
     columns = visual_index.clamp(min=0) + offset
     logits = wanted @ _take(key, columns).to(dtype).transpose(-1, -2)
     logits = logits.unflatten(2, (group, rows.shape[1]))  # [B, Hkv, G, R, V]
-    # A filler row stands in front of the first query row: it may see earlier keys, but no visual one.
-    counted = _visible(columns, rows + offset, attention_mask) & (visual_index >= 0)[:, None, None, None, :]
+    real = (visual_index >= 0)[:, None, :] & (rows >= 0)[:, :, None]  # [B, R, V]
+    counted = _visible(columns, rows + offset, attention_mask, causal) & real[:, None, None]
+    weight = (logits - lse[..., None]).exp()
+    if value is not None:
+        weight = weight * _take(value, columns).to(dtype).abs().sum(-1)[:, :, None, None]
     # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
-    probability = torch.where(counted, (logits - lse[..., None]).exp(), 0.0)
+    weight = torch.where(counted, weight, 0.0)
     valid_rows = (rows >= 0).sum(-1, keepdim=True).clamp(min=1)
-    return probability.sum((1, 2, 3)) / (query_heads * valid_rows)
+    if head_reduction == "max":
+        return weight.sum(3).amax((1, 2)) / valid_rows
+    return weight.sum((1, 2, 3)) / (query_heads * valid_rows)
 
 
 def _take(tensor: Tensor, position: Tensor) -> Tensor:
@@ -68,9 +79,9 @@ def _take(tensor: Tensor, position: Tensor) -> Tensor:
     return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
-def _visible(columns: Tensor, row_columns: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _visible(columns: Tensor, row_columns: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
     """Return bool [B, 1, 1, R, P]: which of ``columns`` [B, P] the rows at ``row_columns`` [B, R] see."""
-    visible = columns[:, None, :] <= row_columns[:, :, None]
+    visible = (columns[:, None, :] <= row_columns[:, :, None]) | (not causal)
     if attention_mask is not None:
         visible = visible & attention_mask.gather(1, columns)[:, None, :]
     return visible[:, None, None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..importance.op import check_importance, visual_importance_op
 from ..validation import ShapeChecker, check_length, read_max, split_count
-from .op import check_rows, gather_rows_op, surviving_rows_op
+from .op import check_rows, gather_rows_op, prune_tokens_op, surviving_rows_op
 
 __all__ = ["PrunedTokens", "prune_by_score", "prune_tokens"]
 
@@ -128,6 +128,17 @@ def prune_tokens(
     shapes = ShapeChecker()
     check_importance(shapes, query, key, visual_index, rows, attention_mask, lse, scale)
     check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
+    differentiable = (query, key, hidden_states, cos, sin)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if length is not None and not needs_gradient:
+        check_length(length, at_least=1)
+        count, counts = split_count("keep", keep, shapes)
+        return PrunedTokens(
+            *prune_tokens_op(
+                query, key, hidden_states, cos, sin, position_ids, visual_index, count, counts, rows,
+                attention_mask, lse, scale, length,
+            )
+        )  # fmt: skip
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
     if attention_mask is not None:
         attention_mask = attention_mask[:, key.shape[2] - query.shape[2] :]

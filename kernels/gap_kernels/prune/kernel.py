@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import device_of
+from ..launch import launch
 from ..select.kernel import (
     ALWAYS,
     DROPPED,
@@ -19,7 +19,7 @@ from ..select.kernel import (
 )
 
 FILL_BLOCK = 1024
-COPY_BLOCK = 1024
+COPY_BLOCK = 4096
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -60,7 +60,8 @@ def select_survivors(
         slot = start + tl.arange(0, BLOCK_FILL)
         position = tl.load(visual_index + sample * num_visual + slot, mask=slot < num_visual, other=-1)
         inside = (position >= 0) & (position < num_rows)
-        code = score_keys(tl.load(scores + sample * num_visual + slot, mask=inside, other=0.0))
+        score = tl.load(scores + sample * num_visual + slot, mask=inside, other=0.0, cache_modifier=".cg")
+        code = score_keys(score)
         if mask is not None:
             real = tl.load(mask + sample * mask_stride_b + position * mask_stride_q, mask=inside, other=0)
             code = tl.where(real != 0, code, DROPPED)
@@ -76,12 +77,12 @@ def select_survivors(
     selected = (last > threshold) | ((last == threshold) & (tied <= ties))
     total += tl.where(selected, 0, 1)
     write_selected(
-        index + sample * length, keys, num_rows, length, threshold, ties, total, BLOCK, False, True
+        index + sample * length, keys, num_rows, length, threshold, ties, total, BLOCK_FILL, False, True
     )
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length"])
+@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length", "mask_stride_b", "mask_stride_q"])
 def surviving_rows_kernel(
     scores,
     visual_index,
@@ -126,22 +127,22 @@ def copy_row(
     cos_stride_q,
     sin_stride_b,
     sin_stride_q,
+    channels,
+    rotary,
     ids_stride_a,
     ids_stride_b,
     ids_stride_q,
     length,
-    channels,
-    rotary,
     AXES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
 ):
     """Copy row ``index[b, j]`` of every input to row j of its output; filler (-1) copies row 0."""
     target = sample * length + j
     source = tl.maximum(tl.load(index + target, cache_modifier=".cg"), 0)
     hidden += sample * hidden_stride_b + source * hidden_stride_q
-    for start in range(0, channels, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+    for start in range(0, channels, BLOCK_COPY):
+        c = start + tl.arange(0, BLOCK_COPY)
         tl.store(
             hidden_out + target * channels + c, tl.load(hidden + c, mask=c < channels), mask=c < channels
         )
@@ -156,7 +157,7 @@ def copy_row(
         tl.store(ids_out + (axis * batch + sample) * length + j, position)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["ids_stride_a", "ids_stride_b", "ids_stride_q", "length"])
 def gather_rows_kernel(
     hidden,
     cos,
@@ -173,14 +174,14 @@ def gather_rows_kernel(
     cos_stride_q,
     sin_stride_b,
     sin_stride_q,
+    channels,
+    rotary,
     ids_stride_a,
     ids_stride_b,
     ids_stride_q,
     length,
-    channels,
-    rotary,
     AXES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
 ):
     """One program per row and sample: grid (L, B)."""
@@ -188,7 +189,7 @@ def gather_rows_kernel(
         hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
         tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(1).to(tl.int64),
         hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
-        ids_stride_a, ids_stride_b, ids_stride_q, length, channels, rotary, AXES, BLOCK, BLOCK_ROTARY,
+        channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length, AXES, BLOCK_COPY, BLOCK_ROTARY,
     )  # fmt: skip
 
 
@@ -204,24 +205,23 @@ def surviving_rows(
     """Launch the selection; arguments and result as in ``reference.py``."""
     batch, num_visual = visual_index.shape
     index = torch.empty((batch, length), dtype=torch.int64, device=scores.device)
-    if index.numel():
-        mask = None if attention_mask is None else attention_mask.view(torch.uint8)
-        with device_of(scores):
-            surviving_rows_kernel[(batch,)](
-                scores.contiguous(),
-                visual_index.contiguous(),
-                None if counts is None else counts.contiguous(),
-                mask,
-                torch.empty((batch, num_rows), dtype=torch.int32, device=scores.device),
-                index,
-                keep,
-                num_visual,
-                num_rows,
-                length,
-                *((0, 0) if mask is None else mask.stride()),
-                BLOCK_FILL=FILL_BLOCK,
-                **tile_options(num_rows),
-            )
+    if index.numel() == 0:
+        return index
+    mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    tiles = tile_options(num_rows)
+    launch(
+        surviving_rows_kernel,
+        (batch,),
+        (
+            scores.contiguous(), visual_index.contiguous(), None if counts is None else counts.contiguous(), mask,
+            torch.empty((batch, num_rows), dtype=torch.int32, device=scores.device), index,
+        ),
+        (),
+        (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride())),
+        (),
+        {"BLOCK": tiles["BLOCK"], "BLOCK_FILL": FILL_BLOCK, "RESIDENT": tiles["RESIDENT"]},
+        num_warps=tiles["num_warps"],
+    )  # fmt: skip
     return index
 
 
@@ -231,35 +231,45 @@ def gather_rows(
     """Launch the copy; arguments and result as in ``reference.py``."""
     batch, length = index.shape
     ids = position_ids if position_ids.dim() == 3 else position_ids[None]
-    outputs = (
-        hidden_states.new_empty((batch, length, hidden_states.shape[2])),
+    outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
+    if index.numel() == 0:
+        return outputs
+    inputs = words(hidden_states), words(cos), words(sin)
+    launch(
+        gather_rows_kernel,
+        (length, batch),
+        (*inputs, ids, index.contiguous(), *(words(output) for output in outputs[:3]), outputs[3]),
+        (*(stride for x in inputs for stride in x.stride()[:2]), hidden_states.shape[2], cos.shape[2]),
+        (*ids.stride(), length),
+        (),
+        {"AXES": ids.shape[0]} | copy_tiles(hidden_states, cos),
+        num_warps=4,
+    )
+    return outputs
+
+
+def copy_tiles(hidden_states: Tensor, cos: Tensor) -> dict[str, int]:
+    """Return the tile sizes of ``copy_row``: one tile for a row where possible, so that all its loads go out at once."""
+    return {
+        "BLOCK_COPY": min(triton.next_power_of_2(max(hidden_states.shape[2], 1)), COPY_BLOCK),
+        "BLOCK_ROTARY": triton.next_power_of_2(max(cos.shape[2], 1)),
+    }
+
+
+def new_outputs(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate what the survivors' rows are copied to."""
+    batch, _, channels = hidden_states.shape
+    return (
+        hidden_states.new_empty((batch, length, channels)),
         cos.new_empty((batch, length, cos.shape[2])),
         sin.new_empty((batch, length, sin.shape[2])),
         position_ids.new_empty((*position_ids.shape[:-1], length)),
     )
-    if index.numel():
-        inputs = [_words(tensor) for tensor in (hidden_states, cos, sin)]
-        with device_of(index):
-            gather_rows_kernel[(length, batch)](
-                *inputs,
-                ids,
-                index.contiguous(),
-                *(_words(output) for output in outputs[:3]),
-                outputs[3],
-                *(stride for tensor in inputs for stride in tensor.stride()[:2]),
-                *ids.stride(),
-                length,
-                hidden_states.shape[2],
-                cos.shape[2],
-                AXES=ids.shape[0],
-                BLOCK=COPY_BLOCK,
-                BLOCK_ROTARY=triton.next_power_of_2(max(1, cos.shape[2])),
-                num_warps=4,
-            )
-    return outputs
 
 
-def _words(tensor: Tensor) -> Tensor:
+def words(tensor: Tensor) -> Tensor:
     """View floats as integers of their size: a copy needs no arithmetic, and fewer kernels are compiled."""
     if tensor.stride(-1) != 1:
         tensor = tensor.contiguous()

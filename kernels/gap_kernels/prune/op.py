@@ -1,4 +1,8 @@
-"""``gap_kernels::surviving_rows`` and ``gap_kernels::gather_rows``: registration, gradient and checks."""
+"""``gap_kernels::prune_tokens`` and the two operators it can be made of: registration, gradient and checks.
+
+``prune_tokens`` is one launch where that is possible. ``surviving_rows`` and ``gather_rows`` are for scores that come from
+elsewhere, for a number of rows that must be found first, and for a gather whose gradient is wanted.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,15 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
+from ..importance.op import visual_importance_op
+from ..library import fake, gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
 from . import reference
 
 
-@torch.library.custom_op(
-    "gap_kernels::surviving_rows",
-    mutates_args=(),
-    schema=(
-        "(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? attention_mask,"
-        " SymInt num_rows, SymInt length) -> Tensor"
-    ),
+@operator(
+    "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? attention_mask,"
+    " SymInt num_rows, SymInt length) -> Tensor"
 )
 def surviving_rows_op(
     scores: Tensor,
@@ -31,10 +33,7 @@ def surviving_rows_op(
 ) -> Tensor:
     """Return the last ``length`` surviving rows of each sample, int64 [B, length]; see ``reference.py``."""
     if scores.is_cpu:
-        check_range("visual_index", visual_index, -1, num_rows - 1)
-        _check_distinct(visual_index, num_rows)
-        if counts is not None and bool((counts < 0).any()):
-            raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
+        _check_values(visual_index, counts, num_rows)
     # On the CPU the result is made wide enough for every row first, so that a lack of columns can be seen.
     width = max(length, num_rows) if scores.is_cpu else length
     if use_triton(scores):
@@ -43,16 +42,12 @@ def surviving_rows_op(
         index = kernel.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
     else:
         index = reference.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
-    if scores.is_cpu and index.numel():
-        needed = int((index >= 0).sum(-1).max())
-        if length < needed:
-            raise ValueError(
-                f"length: expected at least {needed}, the most rows that stay in a sample, got {length}"
-            )
+    if scores.is_cpu:
+        _check_wide_enough(index, length)
     return index[:, width - length :].contiguous()
 
 
-@surviving_rows_op.register_fake
+@fake("surviving_rows")
 def _(
     scores: Tensor,
     visual_index: Tensor,
@@ -65,13 +60,9 @@ def _(
     return visual_index.new_empty((visual_index.shape[0], length))
 
 
-@torch.library.custom_op(
-    "gap_kernels::gather_rows",
-    mutates_args=(),
-    schema=(
-        "(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def gather_rows_op(
     hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
@@ -84,11 +75,17 @@ def gather_rows_op(
     return reference.gather_rows(hidden_states, cos, sin, position_ids, index)
 
 
-@gather_rows_op.register_fake
+@fake("gather_rows")
 def _(
     hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length = index.shape
+    return _empty_rows(hidden_states, cos, sin, position_ids, index.shape[1])
+
+
+def _empty_rows(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = hidden_states.shape[0]
     return (
         hidden_states.new_empty((batch, length, hidden_states.shape[2])),
         cos.new_empty((batch, length, cos.shape[2])),
@@ -116,7 +113,76 @@ def _gather_backward(
     return scatter(grad_hidden), scatter(grad_cos), scatter(grad_sin), None, None
 
 
-gather_rows_op.register_autograd(_gather_backward, setup_context=_save_gather)
+gradient("gather_rows", _gather_backward, _save_gather)
+
+
+@operator(
+    "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids,"
+    " Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows, Tensor? attention_mask, Tensor? lse,"
+    " float? scale, SymInt length) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def prune_tokens_op(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, select and gather without a gradient: the fields of ``PrunedTokens``, in one launch where possible."""
+    num_query = query.shape[2]
+    row_mask = None if attention_mask is None else attention_mask[:, key.shape[2] - num_query :]
+    if query.dtype != torch.float64 and use_triton(query):
+        from . import one_launch
+
+        if one_launch.applies(query, length):
+            if query.is_cpu:
+                _check_values(visual_index, counts, num_query)
+                if rows is not None:
+                    check_range("rows", rows, -1, num_query - 1)
+            result = one_launch.prune_tokens(
+                query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows,
+                attention_mask, lse, scale, length,
+            )  # fmt: skip
+            if query.is_cpu:
+                every = reference.surviving_rows(
+                    result[5], visual_index, keep, counts, row_mask, num_query, num_query
+                )
+                _check_wide_enough(every, length)
+            return result
+    scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
+    index = surviving_rows_op(scores, visual_index, keep, counts, row_mask, num_query, length)
+    return *gather_rows_op(hidden_states, cos, sin, position_ids, index), index, scores
+
+
+@fake("prune_tokens")
+def _(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    index = visual_index.new_empty((visual_index.shape[0], length))
+    scores = query.new_empty(visual_index.shape, dtype=torch.float32)
+    return *_empty_rows(hidden_states, cos, sin, position_ids, length), index, scores
 
 
 def check_rows(
@@ -140,6 +206,23 @@ def check_rows(
     three = isinstance(position_ids, Tensor) and position_ids.dim() == 3
     shapes.check("position_ids", position_ids, "A B Q" if three else "B Q", (torch.int64,))
     shapes.check("visual_index", visual_index, "B V", (torch.int64,))
+
+
+def _check_values(visual_index: Tensor, counts: Tensor | None, num_rows: int) -> None:
+    """Check what can only be checked by reading, on the CPU."""
+    check_range("visual_index", visual_index, -1, num_rows - 1)
+    _check_distinct(visual_index, num_rows)
+    if counts is not None and bool((counts < 0).any()):
+        raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
+
+
+def _check_wide_enough(index: Tensor, length: int) -> None:
+    """Check that ``length`` columns hold what stays; ``index`` has columns enough."""
+    needed = int((index >= 0).sum(-1).max()) if index.numel() else 0
+    if length < needed:
+        raise ValueError(
+            f"length: expected at least {needed}, the most rows that stay in a sample, got {length}"
+        )
 
 
 def _check_distinct(visual_index: Tensor, num_rows: int) -> None:

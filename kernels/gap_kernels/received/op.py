@@ -7,17 +7,14 @@ from torch import Tensor
 
 from ..attention.op import check_heads, check_options
 from ..backends import use_triton
+from ..library import fake, no_gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, describe
 from . import reference
 
 
-@torch.library.custom_op(
-    "gap_kernels::attention_received",
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor key, Tensor? attention_mask, Tensor? cu_seqlens, bool causal, float? scale,"
-        " Tensor? lse) -> Tensor"
-    ),
+@operator(
+    "attention_received(Tensor query, Tensor key, Tensor? attention_mask, Tensor? cu_seqlens, bool causal,"
+    " float? scale, Tensor? lse) -> Tensor"
 )
 def attention_received_op(
     query: Tensor,
@@ -38,7 +35,7 @@ def attention_received_op(
     return reference.attention_received(query, key, attention_mask, cu_seqlens, causal, scale, lse)
 
 
-@attention_received_op.register_fake
+@fake("attention_received")
 def _(
     query: Tensor,
     key: Tensor,
@@ -50,6 +47,9 @@ def _(
 ) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty((query.shape[0], query.shape[2]), dtype=dtype)
+
+
+no_gradient("attention_received")
 
 
 def check_received(

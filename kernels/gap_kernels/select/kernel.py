@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import device_of
+from ..launch import launch
 
-RESIDENT_LIMIT = 8192
+RESIDENT_LIMIT = 16384
+WRITE_BLOCK = 1024
 # By tile size, chosen so that no target's compiler spills registers; speed was not measured.
-WARPS = {128: 4, 256: 4, 512: 4, 1024: 8, 2048: 4, 4096: 8, 8192: 8}
+WARPS = {128: 4, 256: 4, 512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 8, 16384: 16}
 
 # Keys beyond those of scores: entries that are no candidates, and entries that are selected whatever k is.
 DROPPED = tl.constexpr(-(2**31))
@@ -65,6 +66,15 @@ def count_at_least(
 
 
 @triton.jit
+def extent(keys):
+    """Return the smallest and the largest candidate of a tile, its ALWAYS entries and its candidates."""
+    candidate = (keys != DROPPED) & (keys != ALWAYS)
+    lowest = tl.min(tl.where(candidate, keys, ALWAYS), 0)
+    highest = tl.max(tl.where(candidate, keys, DROPPED), 0)
+    return lowest, highest, tl.sum((keys == ALWAYS).to(tl.int32), 0), tl.sum(candidate.to(tl.int32), 0)
+
+
+@triton.jit
 def select_threshold(
     source, n, budget, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, FROM_SCORES: tl.constexpr
 ):
@@ -74,21 +84,18 @@ def select_threshold(
         ``(threshold, ties, tied, total)``: keys above the threshold are selected, and so are the first ``ties`` of
         the ``tied`` keys equal to it; ``total`` entries in all.
     """
-    lowest = tl.full((), ALWAYS, tl.int32)
-    highest = tl.full((), DROPPED, tl.int32)
-    always = tl.full((), 0, tl.int32)
-    candidates = tl.full((), 0, tl.int32)
-    for start in range(0, n, BLOCK):
+    keys = load_keys(source, 0, n, BLOCK, FROM_SCORES)
+    lowest, highest, always, candidates = extent(keys)
+    for start in range(BLOCK, n, BLOCK):  # no second tile if RESIDENT
         tile = load_keys(source, start, n, BLOCK, FROM_SCORES)
-        candidate = (tile != DROPPED) & (tile != ALWAYS)
-        lowest = tl.minimum(lowest, tl.min(tl.where(candidate, tile, ALWAYS), 0))
-        highest = tl.maximum(highest, tl.max(tl.where(candidate, tile, DROPPED), 0))
-        always += tl.sum((tile == ALWAYS).to(tl.int32), 0)
-        candidates += tl.sum(candidate.to(tl.int32), 0)
+        tile_lowest, tile_highest, tile_always, tile_candidates = extent(tile)
+        lowest = tl.minimum(lowest, tile_lowest)
+        highest = tl.maximum(highest, tile_highest)
+        always += tile_always
+        candidates += tile_candidates
     total = always + tl.maximum(tl.minimum(budget, candidates), 0)
 
     # Invariant: at least `total` keys are >= low, fewer are > high. int64, as high - low may not fit in int32.
-    keys = load_keys(source, 0, n, BLOCK, FROM_SCORES)
     low = lowest.to(tl.int64)
     high = highest.to(tl.int64)
     reached = always + candidates
@@ -150,7 +157,17 @@ def write_selected(
 
 
 @triton.jit(do_not_specialize=["k", "n", "length"])  # they change from prompt to prompt
-def topk_indices_kernel(scores, counts, index, k, n, length, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
+def topk_indices_kernel(
+    scores,
+    counts,
+    index,
+    k,
+    n,
+    length,
+    BLOCK: tl.constexpr,
+    BLOCK_WRITE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
     """Select in one sample: scores [B, N] -> index [B, length]; ``counts`` [B] or None takes precedence over k."""
     sample = tl.program_id(0).to(tl.int64)
     if counts is not None:
@@ -158,7 +175,9 @@ def topk_indices_kernel(scores, counts, index, k, n, length, BLOCK: tl.constexpr
     budget = tl.minimum(k, length)
     source = scores + sample * n
     threshold, ties, _, total = select_threshold(source, n, budget, BLOCK, RESIDENT, True)
-    write_selected(index + sample * length, source, n, length, threshold, ties, total, BLOCK, True, False)
+    write_selected(
+        index + sample * length, source, n, length, threshold, ties, total, BLOCK_WRITE, True, False
+    )
 
 
 def tile_options(n: int) -> dict[str, int | bool]:
@@ -174,14 +193,15 @@ def topk_indices(scores: Tensor, k: int, counts: Tensor | None, length: int) -> 
         return torch.full((batch, length), -1, dtype=torch.int64, device=scores.device)
     index = torch.empty((batch, length), dtype=torch.int64, device=scores.device)
     if index.numel():
-        with device_of(scores):
-            topk_indices_kernel[(batch,)](
-                scores.contiguous(),
-                None if counts is None else counts.contiguous(),
-                index,
-                k,
-                n,
-                length,
-                **tile_options(n),
-            )
+        tiles = tile_options(n)
+        launch(
+            topk_indices_kernel,
+            (batch,),
+            (scores.contiguous(), None if counts is None else counts.contiguous(), index),
+            (),
+            (k, n, length),
+            (),
+            {"BLOCK": tiles["BLOCK"], "BLOCK_WRITE": WRITE_BLOCK, "RESIDENT": tiles["RESIDENT"]},
+            num_warps=tiles["num_warps"],
+        )
     return index

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
+from ..library import fake, operator
 from ..validation import check_range
 from . import reference
 
 
-@torch.library.custom_op(
-    "gap_kernels::topk_indices",
-    mutates_args=(),
-    schema="(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
-)
+@operator("topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor")
 def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
     """Run the operator; see :func:`gap_kernels.topk_indices` and ``reference.py``."""
     if counts is not None and counts.is_cpu:
@@ -28,6 +25,6 @@ def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) 
     return reference.topk_indices(scores, k, counts, length)
 
 
-@topk_indices_op.register_fake
+@fake("topk_indices")
 def _(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
     return scores.new_empty((scores.shape[0], length), dtype=torch.int64)

@@ -1,0 +1,85 @@
+"""Launching a kernel in little host time.
+
+``kernel[grid](...)`` examines each argument at each call to find the compiled kernel that fits: for the forty arguments
+of a large kernel that takes longer than the kernel runs. Here that is done once for each class of arguments, and the
+compiled kernel is kept. The classes are those of Triton's specialisation: what a pointer points to, and whether pointers
+and strides are multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import triton_is_interpreted
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    strides: Sequence[int],
+    sizes: Sequence[int],
+    factors: Sequence[float],
+    constants: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Launch a kernel on the device and the current stream of its tensors.
+
+    The kernel's parameters come in the order of the arguments here.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        grid: one to three sizes.
+        tensors: pointers; the first isn't None.
+        strides: integers that Triton specialises on.
+        sizes: integers in the kernel's ``do_not_specialize``.
+        factors: floats.
+        constants: the kernel's ``tl.constexpr`` parameters by name, in their order.
+        **options: of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``.
+    """
+    first = tensors[0]
+    assert first is not None
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            launch(kernel, grid, tensors, strides, sizes, factors, constants, **options)
+        return
+    arguments = (*tensors, *strides, *sizes, *factors)
+    if (
+        triton_is_interpreted() or torch.version.hip
+    ):  # on AMD a pointer's class depends on its tensor's size, too
+        kernel[grid](*arguments, **constants, **options)
+        return
+    key = (
+        id(kernel),
+        first.device,
+        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
+        _classes([0 if tensor is None else tensor.data_ptr() for tensor in tensors], 1 << 64),
+        _classes(strides, 1 << 31),
+        max(sizes, default=0) >> 31,
+        *constants.values(),
+        *options.values(),
+    )
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*arguments, **constants, **options)
+        if compiled is not None:
+            _compiled[key] = compiled
+        return
+    width = (*grid, 1, 1)[:3]
+    compiled[width](*arguments, *constants.values())
+
+
+def _classes(values: Sequence[int], limit: int) -> tuple[int, ...] | None:
+    """Return how Triton specialises on each integer; None in the usual case that all are multiples of 16."""
+    merged = reduce(or_, values, 0)
+    if not merged & 15 and 0 <= merged < limit:
+        return None
+    return tuple([2 * (value >= limit) + (3 if value == 1 else value & 15 == 0) for value in values])

@@ -1,0 +1,341 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Score, select and gather in one launch.
+
+What several launches would do one after another is done by programs with different roles, told apart by their number:
+
+1. LSE (only where the log-sum-exp isn't given): ``row_lse_tile``, one row tile over one split of the keys;
+2. MASS: ``visual_mass_tile``, one key head at one tile of visual tokens. The program that finishes a tile last adds up
+   its heads, ``mean_tile``; the one that finishes a sample's tiles last selects, ``select_survivors``;
+3. GATHER: ``copy_row``, a few rows of the result.
+
+A MASS program waits for the LSE programs of its key head, a GATHER program for the selection of its sample. All waiting
+is for programs of lower number, so nothing waits for ever as long as those run: in a cooperative launch all programs
+run at once. A grid that is too large for that draws its numbers from a counter, in the order in which programs start.
+
+A finished part is announced by an atomic addition with release semantics to a counter that others read with acquire
+semantics. The last GATHER program of a sample sets its counters back to zero, for the next launch. Only counters are
+added to atomically, never a sum: results have a fixed order of summation, and agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import triton_is_interpreted
+from ..importance.kernel import mean_tile, row_lse_tile, split_of, visual_mass_tile
+from ..importance.kernel import tile_options as importance_options
+from ..launch import launch
+from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, words
+from .workspace import counters
+
+MAX_ROWS = 4096
+"""Longest prompt that is selected from inside the launch: its keys stay in the registers of one program. Above, one program
+with the few warps that suit the other roles would be slower than all the launches that it saves."""
+WARPS = 8
+MAX_REGISTERS = 128
+"""Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""
+ENOUGH_COPIES = 512
+MAX_ROWS_PER_COPY = 8
+RESET_BLOCK = 128
+
+
+@triton.jit
+def announce(counter):
+    """Add one to a counter after everything that this program has stored; return what it was before."""
+    tl.debug_barrier()  # every thread's stores come before the addition, which one thread does
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()  # and what any thread loads from here on comes after it
+    return before
+
+
+@triton.jit
+def wait(counter, wanted):
+    """Wait until a counter has reached a value."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < wanted:
+        pass
+    tl.debug_barrier()
+
+
+# What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
+@triton.jit(
+    do_not_specialize=[
+        "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
+        "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
+        "partial_size", "parts", "tiles", "copies", "first_mass", "first_copy",
+    ]
+)  # fmt: skip
+def prune_kernel(
+    query,
+    key,
+    visual_index,
+    rows,
+    mask,
+    lse,
+    hidden,
+    cos,
+    sin,
+    ids,
+    counts,
+    partial,
+    mass,
+    keys,
+    counter,
+    scores,
+    index,
+    hidden_out,
+    cos_out,
+    sin_out,
+    ids_out,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    hidden_stride_b,
+    hidden_stride_q,
+    cos_stride_b,
+    cos_stride_q,
+    sin_stride_b,
+    sin_stride_q,
+    channels,
+    rotary,
+    mask_stride_b,
+    mask_stride_s,
+    ids_stride_a,
+    ids_stride_b,
+    ids_stride_q,
+    batch,
+    num_query,
+    num_keys,
+    num_rows,
+    num_visual,
+    split_keys,
+    splits,
+    keep,
+    length,
+    partial_size,
+    parts,
+    tiles,
+    copies,
+    first_mass,
+    first_copy,
+    scale_log2,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_SELECT: tl.constexpr,
+    BLOCK_FILL: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
+    BLOCK_RESET: tl.constexpr,
+    AXES: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+    TICKET: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Prune a batch; see the module for the roles, and ``prune_tokens`` below for shapes.
+
+    ``counter`` holds two for the grid, then for each sample: parts of the log-sum-exp by key head, heads by tile, and
+    three more for finished tiles, the selection, and finished GATHER programs.
+    """
+    of_sample = KEY_HEADS + tiles + 3
+    program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
+    partial_sum = partial
+    if lse is None:
+        partial_sum = partial + partial_size
+
+    if program < first_mass:
+        if lse is None:  # the condition is known to the compiler: there is nothing to be compiled otherwise
+            batch_head = program // parts
+            part = program % parts
+            row_lse_tile(
+                query, key, rows, mask, partial, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
+                query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
+                mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, splits, scale_log2,
+                KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, True,
+            )  # fmt: skip
+            announce(counter + 2 + batch_head // KEY_HEADS * of_sample + batch_head % KEY_HEADS)
+    elif program < first_copy:
+        # Heads of one tile follow one another, so that a tile's sum is taken while other tiles are still in work.
+        part = program - first_mass
+        sample = part // (KEY_HEADS * tiles)
+        tile = part // KEY_HEADS % tiles
+        head = part % KEY_HEADS
+        of_heads = counter + 2 + sample * of_sample
+        of_tiles = of_heads + KEY_HEADS
+        if lse is None:
+            wait(of_heads + head, parts)
+        visual_mass_tile(
+            query, key, visual_index, rows, mask, lse, partial, partial_sum, mass,
+            (sample * KEY_HEADS + head).to(tl.int64), tile,
+            query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
+            mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
+            KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
+        )  # fmt: skip
+        if announce(of_tiles + tile) == KEY_HEADS - 1:
+            mean_tile(
+                mass, rows, scores, sample.to(tl.int64), tile, num_query, num_rows, num_visual,
+                KEY_HEADS, KEY_HEADS * GROUP, BLOCK_N, False,
+            )  # fmt: skip
+            if announce(of_tiles + tiles) == tiles - 1:
+                row_mask = mask
+                if mask is not None:
+                    row_mask = mask + (num_keys - num_query) * mask_stride_s
+                select_survivors(
+                    scores, visual_index, counts, row_mask, keys, index, sample.to(tl.int64),
+                    keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
+                    BLOCK_SELECT, BLOCK_FILL, True,
+                )  # fmt: skip
+                announce(of_tiles + tiles + 1)
+    else:
+        part = program - first_copy
+        sample = part // copies
+        of_heads = counter + 2 + sample * of_sample
+        selected = of_heads + KEY_HEADS + tiles + 1
+        wait(selected, 1)
+        first_row = part % copies * ROWS_PER_PROGRAM
+        for j in range(first_row, tl.minimum(first_row + ROWS_PER_PROGRAM, length)):
+            copy_row(
+                hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
+                sample.to(tl.int64), j, batch.to(tl.int64),
+                hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
+                channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
+                AXES, BLOCK_COPY, BLOCK_ROTARY,
+            )  # fmt: skip
+        if announce(selected + 1) == copies - 1:
+            for start in range(0, of_sample, BLOCK_RESET):
+                place = start + tl.arange(0, BLOCK_RESET)
+                tl.store(of_heads + place, tl.zeros((BLOCK_RESET,), tl.int32), mask=place < of_sample)
+            if TICKET:  # noqa: SIM102, the compiler must not see the condition below otherwise
+                if announce(counter + 1) == batch - 1:
+                    tl.store(counter, 0)
+                    tl.store(counter + 1, 0)
+
+
+def applies(query: Tensor, length: int) -> bool:
+    """Return whether one launch can prune this: a GPU with the memory model that the roles rely on, or the interpreter."""
+    if query.shape[2] > MAX_ROWS or query.shape[0] == 0 or length == 0:
+        return False
+    if not query.is_cuda:
+        return True  # the interpreter runs programs in the order of their numbers, so none ever waits
+    return torch.version.hip is None and _properties(query.device).major >= 8
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+def prune_tokens(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+    length: int,
+    *,
+    ticket: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernel; arguments and result as in ``reference.py``, for any dtype but float64.
+
+    ``ticket`` says whether programs draw their numbers; None = where the grid doesn't fit the device.
+    """
+    batch, query_heads, num_query, head_dim = query.shape
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    num_visual = visual_index.shape[1]
+    num_rows = 1 if rows is None else rows.shape[1]
+    group = query_heads // key_heads
+    device = query.device
+
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    ids = position_ids if position_ids.dim() == 3 else position_ids[None]
+    inputs = words(hidden_states), words(cos), words(sin)
+    options = importance_options(head_dim, group * num_rows, query.dtype)
+
+    row_tiles = triton.cdiv(group * num_rows, options["BLOCK_M"])
+    splits = split_keys = 0
+    partial = None
+    if lse is not None:
+        lse = lse.float().contiguous()
+    else:
+        if row_tiles:
+            split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, options["BLOCK_N"])
+        shape = (2, batch, key_heads, group * num_rows, splits)
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
+    rows_per_program = triton.next_power_of_2(triton.cdiv(batch * length, ENOUGH_COPIES))
+    rows_per_program = min(rows_per_program, MAX_ROWS_PER_COPY)
+
+    parts = row_tiles * splits
+    tiles = max(triton.cdiv(num_visual, options["BLOCK_N"]), 1)
+    copies = triton.cdiv(length, rows_per_program)
+    first_mass = batch * key_heads * parts
+    first_copy = first_mass + batch * key_heads * tiles
+    programs = first_copy + batch * copies
+    if ticket is None:
+        ticket = device.type != "cuda" or programs > (
+            PROGRAMS_PER_MULTIPROCESSOR * _properties(device).multi_processor_count
+        )
+
+    outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
+    scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
+    index = torch.empty((batch, length), dtype=torch.int64, device=device)
+    launch(
+        prune_kernel,
+        (programs,),
+        (
+            query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask, lse,
+            *inputs, ids, None if counts is None else counts.contiguous(),
+            partial,
+            torch.empty((batch, key_heads, num_visual), dtype=torch.float32, device=device),
+            torch.empty((batch, num_query), dtype=torch.int32, device=device),
+            counters(device, 2 + batch * (key_heads + tiles + 3)),
+            scores, index, *(words(output) for output in outputs[:3]), outputs[3],
+        ),
+        (
+            *query.stride()[:3], *key.stride()[:3], *(stride for x in inputs for stride in x.stride()[:2]),
+            hidden_states.shape[2], cos.shape[2],
+        ),
+        (
+            *((0, 0) if mask is None else mask.stride()), *ids.stride(),
+            batch, num_query, num_keys, num_rows, num_visual, split_keys, splits, keep, length,
+            batch * query_heads * num_rows * splits, parts, tiles, copies, first_mass, first_copy,
+        ),
+        ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
+        {
+            "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **options,
+            "BLOCK_SPLITS": triton.next_power_of_2(max(splits, 1)),
+            "BLOCK_SELECT": max(triton.next_power_of_2(num_query), 128),
+            "BLOCK_FILL": FILL_BLOCK,
+            **copy_tiles(hidden_states, cos),
+            "BLOCK_RESET": RESET_BLOCK, "AXES": ids.shape[0], "ROWS_PER_PROGRAM": rows_per_program,
+            "TICKET": ticket, "UPCAST": triton_is_interpreted(),
+        },
+        num_warps=WARPS,
+        num_stages=2,
+        maxnreg=MAX_REGISTERS,
+        launch_cooperative_grid=not ticket,
+    )  # fmt: skip
+    return *outputs, index, scores
