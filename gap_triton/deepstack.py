@@ -14,20 +14,37 @@ from .state import Deepstack, ForwardState
 
 
 def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``state``."""
-    features = kwargs.get("deepstack_visual_embeds")
-    if features is None:
+    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``state``.
+
+    Raises:
+        ValueError: Features belong behind the last layer, after which nothing can be added.
+    """
+    name, features, rows = _features_of(kwargs)
+    if not features:
         return kwargs
-    first = state.config.layer + 1
-    layers = len(state.attachment.text.layers)
-    if len(features) >= layers:
+    last = len(state.attachment.text.layers) - 1
+    if max(features) >= last:
         raise ValueError(
-            f"deepstack_visual_embeds has features for {len(features)} layers of a decoder of {layers}: expected at most "
-            f"{layers - 1}, since what follows the last layer can't be pruned. Use keep=1.0"
+            f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. Use "
+            "keep=1.0"
         )
-    later = {index: features[index] for index in range(first, len(features))}
-    state.deepstack = Deepstack(kwargs["visual_pos_masks"], later)
-    return {**kwargs, "deepstack_visual_embeds": features[:first]}
+    later = {layer: value for layer, value in features.items() if layer > state.config.layer}
+    state.deepstack = Deepstack(rows, later)
+    given = kwargs[name]
+    if isinstance(given, dict):
+        return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
+    return {**kwargs, name: given[: state.config.layer + 1]}
+
+
+def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:
+    """Name of the argument, features by the layer behind which they are added, and the [B, Q] mask of their rows."""
+    name = "deepstack_features"  # Granite 4 Vision: by the layer *before* which they are added, with a mask [B, Q, 1 or C]
+    if kwargs.get(name):
+        return name, {k - 1: v for k, v in kwargs[name].items()}, kwargs["vision_mask"][..., 0]
+    name = "deepstack_visual_embeds"
+    if kwargs.get(name):
+        return name, dict(enumerate(kwargs[name])), kwargs["visual_pos_masks"]
+    return name, {}, torch.empty(0)
 
 
 def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
@@ -40,5 +57,7 @@ def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> 
     source = state.survivors.to(device).clamp(min=0)
     surviving = rows.gather(1, source) & (state.survivors.to(device) >= 0)
     place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
-    features = state.deepstack.features[layer].to(device)[place.gather(1, source)[surviving]]
-    return state.attachment.text._deepstack_process(hidden_states, surviving, features)
+    features = state.deepstack.features[layer].to(device, hidden_states.dtype)
+    full = torch.zeros_like(hidden_states)
+    full[surviving] = features[place.gather(1, source)[surviving]]
+    return hidden_states + full

@@ -9,7 +9,7 @@ later layers can be handed fewer tokens without noticing:
   or remembers them: full or sliding self-attention over the layer's own keys and values;
 - layers that are told about their tokens by arguments that `gap_triton.later` knows how to shorten.
 
-Whatever falls outside is refused, in a sentence that says why. What no structure shows stands in the two tables below.
+Whatever falls outside is refused, in a sentence that says why.
 """
 
 from __future__ import annotations
@@ -26,16 +26,22 @@ TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 
-# Model types that look right and are not, with the reason.
-REFUSED = {
-    "pi0": "its action expert reads the cache of the language model, whose layers would hold different tokens",
-}
 # What each kind of layer does besides attending to its own keys and values.
 UNSAFE_LAYER_TYPES = {
     "chunked_attention": "attends in chunks of its own sequence, whose borders move when tokens are dropped",
     "linear_attention": "carries a recurrent state that every token has entered, so none can be taken out",
     "conv": "mixes neighbouring tokens by a convolution, and dropping makes others neighbours",
     "indexed_attention": "chooses by an index of its own which tokens it attends to",
+    "minimax_m3_sparse": "chooses by an index of its own which blocks of tokens it attends to",
+    "reference_sliding_attention": "slides over answers only, in a cache that counts the tokens of the prompt",
+}
+PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
+UNSAFE_PARAMETERS = {
+    "shared_kv_states": "some layers may attend to keys and values of an earlier layer, which holds other tokens once some "
+    "were dropped in between",
+    "per_layer_inputs": PER_LAYER,
+    "per_layer_input": PER_LAYER,
+    "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
 }
 SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -58,6 +64,9 @@ LAYER_PARAMETERS = frozenset(
         "output_router_logits",
     }
 )
+# What only a module that remembers tokens is told, and one that looks at others.
+REMEMBERS_TOKENS = frozenset({"past_key_value", "past_key_values", "cache_params"})
+SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
 DECODER_PARAMETERS = frozenset(
     {
         "self",
@@ -70,6 +79,8 @@ DECODER_PARAMETERS = frozenset(
         "moe_mm_token_type_ids",
         "visual_pos_masks",
         "deepstack_visual_embeds",
+        "vision_mask",
+        "deepstack_features",
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -141,8 +152,6 @@ def find_parts(model: nn.Module) -> Parts:
 
 def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
     """The condition that ``model`` does not meet, as the end of a sentence; None if it meets all."""
-    if model.config.model_type in REFUSED:
-        return REFUSED[model.config.model_type]
     # A connector may have cross-attention of its own; what counts is the decoder.
     decoder = model if parts is None else parts.text
     last_names = {name.rsplit(".", 1)[-1] for name, _ in decoder.named_modules() if "qformer" not in name}
@@ -153,15 +162,23 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
     if parts is None:
         return None
     owner, text = parts
-    return _unsafe_config(text) or _unsafe_signatures(owner, text) or _unsafe_layers(text)
+    return _second_decoder(model, owner) or _unsafe_config(text) or _unsafe_signatures(owner, text) or _unsafe_layers(text)
+
+
+def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    inside = set(owner.modules())
+    for name, module in model.named_modules():
+        layers = module._modules.get("layers")
+        if module in inside or not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if not REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])):
+            return f"a second decoder, {name} ({type(module).__name__}), reads what the first one holds of every token"
+    return None
 
 
 def _unsafe_config(text: PreTrainedModel) -> str | None:
     if getattr(text.config, "num_kv_shared_layers", None):
-        return (
-            "some of its layers attend to the keys and values of an earlier layer, which hold other tokens "
-            "once some were dropped in between"
-        )
+        return UNSAFE_PARAMETERS["shared_kv_states"]
     for index in range(len(text.layers)):
         kind = layer_type(text.config, index)
         if kind not in SAFE_LAYER_TYPES:
@@ -171,40 +188,52 @@ def _unsafe_config(text: PreTrainedModel) -> str | None:
 
 
 def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
-    for module, known in ((owner, None), (text, DECODER_PARAMETERS), (text.layers[0], LAYER_PARAMETERS)):
-        parameters = _parameters(module)
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    for module in (owner, text, text.layers[0]):
+        if not any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values()):
             return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
-        unknown = [] if known is None else _unknown(parameters, known)
-        if unknown:
-            return f"{type(module).__name__}.forward takes {', '.join(unknown)}, which may belong to tokens that get dropped"
+    return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(text, DECODER_PARAMETERS)
+
+
+def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    unknown = [n for n, p in _parameters(module).items() if n not in known and p.kind != p.VAR_KEYWORD]
+    for name in unknown:
+        if name in UNSAFE_PARAMETERS:
+            return f"{UNSAFE_PARAMETERS[name]} ({name!r} of {type(module).__name__}.forward)"
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        return f"{type(module).__name__}.forward takes {names}, which may belong to tokens that get dropped"
     return None
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
     for index, layer in enumerate(text.layers):
-        numbered = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
-        if len(numbered) != 1 or numbered[0].layer_idx != index:
-            names = ", ".join(type(m).__name__ for m in numbered) or "no such module"
-            return f"expected one attention module in decoder layer {index} and nothing else that has a cache, found {names}"
-        attention = numbered[0]
-        if INTERFACE not in inspect.unwrap(type(attention).forward).__code__.co_names:
-            return f"{type(attention).__name__} does not call transformers' attention interface"
-        unknown = _unknown(_parameters(attention), LAYER_PARAMETERS)
-        if unknown:
-            return f"{type(attention).__name__}.forward takes {', '.join(unknown)}, which may belong to tokens that get dropped"
+        inside = [m for m in layer.modules() if m is not layer]
+        own = [m for m in inside if getattr(m, "layer_idx", None) == index and _calls_interface(m)]
+        if len(own) != 1:
+            names = ", ".join(type(m).__name__ for m in own) or "none"
+            return (
+                f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
+                f"found {names}"
+            )
+        attention = own[0]
+        others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
+        if others:
+            return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
+        reason = _unsafe_parameters(attention, LAYER_PARAMETERS)
+        if reason is not None:
+            return reason
         mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
         if mixing is not None:
             return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
     return None
 
 
+def _calls_interface(module: nn.Module) -> bool:
+    return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
+
+
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
-
-
-def _unknown(parameters: dict[str, inspect.Parameter], known: frozenset[str]) -> list[str]:
-    return [repr(n) for n, p in parameters.items() if n not in known and p.kind != p.VAR_KEYWORD]
 
 
 def layer_type(config: Any, index: int) -> str:

@@ -77,20 +77,18 @@ def real_positions(mask: Any, past: int, queries: int, batch: int, first_type: s
 
 
 def position_ids_of(given: torch.Tensor | None, past: int, queries: int, device: torch.device) -> torch.Tensor:
-    """The position ids that a decoder uses: [B or 1, Q], or [A, B or 1, Q] where it has A axes (M-RoPE).
+    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
 
     Args:
-        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], [3, B, Q], or [4, B, Q] with plain
-            text ids in front, which only make masks.
+        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
+            with plain text ids in front.
         past: Number of tokens before the new rows.
         queries: Q.
         device: Where the ids are to lie if they are made here.
     """
     if given is None:
         return (past + torch.arange(queries, device=device))[None]
-    if given.dim() == 1:
-        return given[None]
-    return given[1:] if given.dim() == 3 and given.shape[0] == 4 else given
+    return given[None] if given.dim() == 1 else given
 
 
 def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:

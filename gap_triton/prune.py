@@ -42,8 +42,9 @@ def drop(
     assert state.position_ids is not None
     position_ids = state.position_ids.to(device)
     position_ids = position_ids.expand(*position_ids.shape[:-2], batch, rows).contiguous()
+    # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
     pruned = _score_and_prune(
-        state, plan, (hidden_states, cos, sin, position_ids, plan.visual_index, plan.keep)
+        state, plan, (hidden_states, cos, sin, position_ids.long(), plan.visual_index, plan.keep)
     )
 
     before = state.kept

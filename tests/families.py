@@ -8,11 +8,13 @@ output goes, so a decoder can't tell the difference. `tests/test_models_images.p
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
+from oracle import core_of
 from tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,9 +22,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-WINDOW = 10
+WINDOW = 24
 HIDDEN = 64
 GRID = (1, 6, 8)  # frames, rows, columns of patches; 2 x 2 patches make one token
+MIXED = ["full_attention", "sliding_attention"] * (LAYERS // 2) + ["full_attention"] * (LAYERS % 2)
 VISUAL = 12  # visual tokens per image
 
 TEXT_SIZES = {
@@ -146,13 +149,18 @@ def _shrink_layer_types(config: PreTrainedConfig, layers: int) -> None:
     """The kinds of layers that the config has, in turn."""
     for key in ("layer_types", "mlp_layer_types"):
         kinds = list(dict.fromkeys(getattr(config, key, None) or ()))
-        if kinds:
+        if kinds and len(getattr(config, key)) != layers:
             setattr(config, key, [kinds[i % len(kinds)] for i in range(layers)])
 
 
 def _text(config: PreTrainedConfig, **fields: Any) -> None:
     for key, value in fields.items():
         setattr(config.text_config, key, value)
+
+
+def _vision_start(config: PreTrainedConfig) -> None:
+    # The released thinkers carry it in their JSON; the default config leaves it to the model around the thinker.
+    config.vision_start_token_id, config.vision_end_token_id = VIDEO + 1, VIDEO + 2
 
 
 def _mrope(*section: int, **fields: Any) -> Callable[[PreTrainedConfig], None]:
@@ -174,14 +182,14 @@ QWEN3_VL = _mrope(2, 3, 3, mrope_interleaved=True)
 GLM = _mrope(2, 3, 3, partial_rotary_factor=1.0)
 
 # What the sizes above do not settle.
-PECULIAR: dict[str, Callable[[PreTrainedConfig], None]] = {
+PECULIAR: dict[str, Callable[[PreTrainedConfig], Any]] = {
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
-    "qwen2_5_omni_thinker": QWEN_VL,
+    "qwen2_5_omni_thinker": lambda config: (QWEN_VL(config), _vision_start(config)),
     "paddleocr_vl": QWEN_VL,
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_moe": QWEN3_VL,
-    "qwen3_omni_moe_thinker": QWEN3_VL,
+    "qwen3_omni_moe_thinker": lambda config: (QWEN3_VL(config), _vision_start(config)),
     "cosmos3_omni": QWEN3_VL,
     "cosmos3_edge": QWEN_VL,
     "glm4v": GLM,
@@ -189,6 +197,50 @@ PECULIAR: dict[str, Callable[[PreTrainedConfig], None]] = {
     "glmga": GLM,
     "glm_ocr": GLM,
     "glm4v_moe": _mrope(1, 1, 2, partial_rotary_factor=0.5),
+    "deepseek_ocr2": lambda config: _text(
+        config, mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1), num_experts_per_tok=2
+    ),
+    "ernie4_5_vl_moe": _mrope(3, 3, 2),
+    "hunyuan_vl": lambda config: (_mrope(2, 2, 2, 2)(config), _text(config, head_dim=16)),
+    "kimi_k25": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
+    "molmo2": lambda config: setattr(config, "image_patch_id", IMAGE),
+    "perception_lm": lambda config: setattr(config.vision_config, "model_args", {"embed_dim": 32}),
+    "step3p7": lambda config: _text(config, sliding_window=WINDOW, layer_types=MIXED, rope_parameters=dict.fromkeys(MIXED, PLAIN_ROPE)),
+    "minimax_m3_vl": lambda config: _text(config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]),
+}
+
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+VOCABULARY = {"<image>": IMAGE} | {f"IMGIMG{letter}Z": 160 + i for i, letter in enumerate("ABCDEFGH")}
+# Arguments without which the default config can't be made, or shrunk afterwards.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": VOCABULARY},
+    "cohere_compass": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "layer_types": MIXED,
+            "rope_parameters": {kind: PLAIN_ROPE | {"mrope_section": [2, 3, 3]} for kind in set(MIXED)},
+        }
+    },
+    "diffusion_gemma": {
+        "text_config": {"num_hidden_layers": LAYERS, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    },
+    "dots3_note": {"text_config": {"num_hidden_layers": LAYERS}},
+    "emu3": {"vocabulary_map": VOCABULARY},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-1, 2], [-1, 4]], "downsample_rate": "1/2"},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+    },
+    # Their vision towers come from timm. No vision tower runs here, so any other will do.
+    "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "perception_lm": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "gemma3n": {"vision_config": {"model_type": "siglip_vision_model"}},
 }
 
 
@@ -198,21 +250,15 @@ def config_of(model_type: str) -> PreTrainedConfig:
     return config
 
 
-# Arguments without which the default config can't be made, or shrunk afterwards.
-ARGUMENTS: dict[str, dict[str, Any]] = {}
-
-
 # --------------------------------------------------------------------------------------------- models
 def build(model_type: str) -> PreTrainedModel:
     """A tiny model of ``model_type`` in eval mode, the same weights for the same type."""
     config = config_of(model_type)
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
-    try:
-        model = getattr(transformers, name)._from_config(config, attn_implementation="sdpa")
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    # Some vision towers have eager attention only.
+    model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    with contextlib.suppress(LookupError, ValueError):
+        core_of(model)[1].set_attn_implementation("sdpa")
     return seed_weights(model)
 
 
@@ -220,19 +266,27 @@ def build(model_type: str) -> PreTrainedModel:
 def visual_features(model: PreTrainedModel) -> Iterator[None]:
     """Random features in the place of placeholder embeddings, the same for the same position."""
     table = torch.randn(4, 512, HIDDEN, generator=torch.Generator().manual_seed(3)) * 0.5
+    visual: list[torch.Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        visual[:] = [(ids == IMAGE) | (ids == VIDEO)]
 
     def fill(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        ids = args[0]
-        if ids.dim() != 2 or ids.shape[1] == 1:
+        if output.dim() != 3 or output.shape[1] == 1 or output.shape[:2] != visual[0].shape:
             return None
-        visual = (ids == IMAGE) | (ids == VIDEO)
-        return torch.where(visual[..., None], table[: ids.shape[0], : ids.shape[1]], output)
+        return torch.where(visual[0][..., None], table[: output.shape[0], : output.shape[1]], output)
 
-    handle = model.get_input_embeddings().register_forward_hook(fill)
+    # Some models look up the placeholders, others put a neutral token in their place first.
+    handles = [
+        core_of(model)[0].register_forward_pre_hook(look, with_kwargs=True),
+        model.get_input_embeddings().register_forward_hook(fill),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 # --------------------------------------------------------------------------------------------- prompts
@@ -261,5 +315,22 @@ def prompt(model: PreTrainedModel, padding: str = "left", placeholder: int = IMA
         rows.append(filler + sample if padding == "left" else sample + filler)
         masks.append([0] * gap + real if padding == "left" else real + [0] * gap)
     ids, mask = torch.tensor(rows), torch.tensor(masks)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs
+    return {"input_ids": ids, "attention_mask": mask} | _companions(model, ids)
+
+
+def _companions(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What else the model wants to know of the placeholders in ``ids``: their kind, and the grid of each image."""
+    wanted = inspect.signature(inspect.unwrap(type(core_of(model)[0]).forward)).parameters
+    images, videos = (ids == IMAGE).int(), (ids == VIDEO).int()
+    found: dict[str, torch.Tensor] = {}
+    if "mm_token_type_ids" in wanted:
+        found["mm_token_type_ids"] = images + 2 * videos
+    if "moe_mm_token_type_ids" in wanted:
+        found["moe_mm_token_type_ids"] = images | videos
+    if "token_type_ids" in wanted:
+        # PaliGemma marks the answer, of which a prompt has none; Gemma 3 marks images.
+        found["token_type_ids"] = images * (model.config.model_type != "paligemma")
+    for name, rows in (("image_grid_thw", images), ("video_grid_thw", videos)):
+        if name in wanted and rows.any():
+            found[name] = torch.tensor([GRID] * (int(rows.sum()) // VISUAL))
+    return found

@@ -44,7 +44,7 @@ def core_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
             child = getattr(module, name, None)
             if isinstance(getattr(child, "layers", None), nn.ModuleList):
                 return module, child
-    raise ValueError(type(model).__name__)
+    raise LookupError(type(model).__name__)
 
 
 class MaskingOracle:
