@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention import NAME
 from .config import GapConfig
-from .hooks import after_text, before_head, before_layer, before_owner, before_text
+from .hooks import after_owner, after_text, before_head, before_layer, before_owner, before_text
 from .models import Parts, check_layer, find_parts, is_vision_language_model, text_model_of
 from .selection import Selection
 from .state import Attachment, recall_selection
@@ -170,6 +170,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     for index, layer in enumerate(text.layers):
         register_pre(layer, functools.partial(before_layer, index=index))
     _register(attachment, "register_forward_hook", text, after_text)
+    _register(attachment, "register_forward_hook", owner, after_owner)
     object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 

@@ -15,10 +15,12 @@ from transformers.utils import logging
 
 from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER
+from .deepstack import add_behind, take_out
+from .ids import refuse_ablation
 from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
 from .later import shorten
 from .models import check_layer, layer_type
-from .prompt import find_visual_tokens, make_plan, real_positions
+from .prompt import find_visual_tokens, looks_ahead, make_plan, position_ids_of, real_positions
 from .prune import drop
 from .state import Attachment, Call, ForwardState
 from .static import fit
@@ -62,6 +64,7 @@ def before_owner(
     if state.enabled:
         input_ids = args[0] if args else kwargs.get("input_ids")
         state.visual = find_visual_tokens(owner, input_ids, kwargs.get("inputs_embeds"))
+        state.given_mask = kwargs.get("attention_mask")
     kwargs[STATE_KEY] = state
     return args, kwargs
 
@@ -72,48 +75,63 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if state is None or not state.enabled:
         refuse_pruned_cache(kwargs.get("past_key_values"))
         return None
+    state.entered = True
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     batch, queries = inputs.shape[:2]
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
+    cache, mask = kwargs.get("past_key_values"), state.given_mask
     state.kept = kept_tokens_of(cache, batch)
-    state.queries = queries
+    state.batch, state.queries = batch, queries
     if state.kept is not None:
         state.resumed, state.dropped_before = True, state.kept.dropped
     if queries == 1 and not state.resumed:
         return None
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
-    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    if state.resumed and state.kept.layer == BEFORE_THE_DECODER and not (
-        isinstance(mask, torch.Tensor) and mask.dim() == 2
-    ):
+    if state.kept is not None and state.kept.layer == BEFORE_THE_DECODER and not _is_flat(mask):
         mask = None  # sized by a first layer that lacks tokens; what was padding is known from the prompt
-        state.ready_made = False
+    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
     verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
     if state.visual is not None and not verifies:
         _plan(state, len(text.layers))
+    if state.plan is not None:
+        state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
+        refuse_ablation(state.config, text, state.position_ids)
+        kwargs = take_out(state, kwargs)
 
     if state.kept is None:
         if state.plan is None:
             fit(cache, None, 0, state.past)
-        return None
+        return args, kwargs
     if queries > 1 and not (verifies and state.kept.layer != BEFORE_THE_DECODER):
         refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
+        new = None if state.real is None else state.real[:, state.past :]
+        if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
+            raise ValueError(
+                "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
+                "turn: start a new cache with the whole conversation"
+            )
     state.kept.settled = True
     if kwargs.get("position_ids") is None and state.kept.layer == BEFORE_THE_DECODER:
         # The model would count from the shortened cache of its first layer.
         position_ids = state.past + torch.arange(queries, device=inputs.device)
         return args, {**kwargs, "position_ids": position_ids[None]}
-    return None
+    return args, kwargs
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
 
 
 def _plan(state: ForwardState, layers: int) -> None:
-    assert state.visual is not None and isinstance(state.past, int)
-    prompt = state.queries - state.call.drafts
-    if prompt < 1 or bool(state.visual[:, prompt:].any()):
-        prompt = state.queries  # no drafts: the caller wants the logits of the prompt itself
+    assert state.visual is not None
+    assert isinstance(state.past, int)
+    drafts = state.call.drafts
+    if drafts >= state.queries or (drafts and bool(state.visual[:, -drafts:].any())):
+        drafts = 0  # the caller wants the logits of the prompt itself
+    prompt = state.queries - drafts
     new = None if state.real is None else state.real[:, state.past :][:, :prompt]
     state.plan = make_plan(state.visual[:, :prompt], new, state.config)
     if state.plan is not None:
@@ -133,19 +151,31 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     if index <= pruning_layer:
         return None
+    if len(args) > 1:
+        raise RuntimeError(
+            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which gap_triton "
+            "can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
+        )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
     if state.plan is not None and index == pruning_layer + 1:
         hidden_states = drop(state, state.plan, hidden_states, kwargs)
+    elif state.plan is not None:
+        hidden_states = add_behind(state, hidden_states, index - 1)
     shorten(state, hidden_states, kwargs, index)
-    return (hidden_states, *args[1:]), kwargs
+    return (hidden_states,), kwargs
 
 
 def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or state.plan is None or state.survivors is None:
+    if state is None or state.plan is None:
         return None
+    if state.survivors is None:
+        raise RuntimeError(
+            f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )
     hidden_states = output[0]
     batch, _, channels = hidden_states.shape
     survivors = state.survivors.to(hidden_states.device)
@@ -160,6 +190,16 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
     return output
 
 
+def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:
+    """Say so if the owner kept its keyword arguments to itself: the decoder would have run unpruned without a word."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is not None and state.enabled and not state.entered:
+        raise RuntimeError(
+            f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )
+
+
 def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
     """Raise ValueError if a label is to be predicted from a row that ``rows`` [B, L] lacks; Q stands for filler."""
     labels = state.call.labels
@@ -171,6 +211,6 @@ def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
     if bool(wanted.any()):
         sample, row = wanted.nonzero()[0].tolist()
         raise ValueError(
-            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token and has "
-            f"no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, of padding and of the tokens right after"
+            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token, and "
+            f"has no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, padding and the tokens right after"
         )

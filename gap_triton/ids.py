@@ -6,7 +6,41 @@ defects that the GAP paper (arXiv 2506.21873) names, so that their effect can be
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
+
+from .config import GapConfig
+
+
+def refuse_ablation(config: GapConfig, text: Any, position_ids: torch.Tensor) -> None:
+    """Refuse ``ids`` other than ``"kept"`` where renumbering is not defined.
+
+    Args:
+        config: The configuration of this forward.
+        text: The decoder stack.
+        position_ids: Its ids without pruning.
+
+    Raises:
+        ValueError: The ids have several axes, or there is no single rotary embedding to make anew.
+    """
+    if config.ids == "kept":
+        return
+    if position_ids.dim() == 2 and hasattr(text, "rotary_emb") and not hasattr(text, "rotary_emb_local"):
+        return
+    raise ValueError(
+        f"GapConfig.ids={config.ids!r}: renumbering is defined for decoders with one rotary embedding and one id per token, "
+        f"and {type(text).__name__} has position ids of shape {tuple(position_ids.shape)}; use ids='kept'"
+    )
+
+
+def rotary_of(text: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str) -> Any:
+    """Rotary embeddings of ``position_ids`` [B, L] as a decoder layer of ``layer_type`` is handed them."""
+    rotary = text.rotary_emb
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        return rotary(hidden_states, position_ids, layer_type=layer_type)
+    return rotary(hidden_states, position_ids)
 
 
 def score_order(

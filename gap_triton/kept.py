@@ -78,7 +78,9 @@ def original_length(
 def is_static(cache: Any | None, layer: int) -> bool:
     """Whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
     return (
-        cache is not None and layer < len(cache.layers) and getattr(cache.layers[layer], "is_compileable", False)
+        cache is not None
+        and layer < len(cache.layers)
+        and getattr(cache.layers[layer], "is_compileable", False)
     )
 
 
@@ -150,7 +152,8 @@ def extend(state: ForwardState, positions: torch.Tensor, dense: bool) -> KeptTok
         The extension of ``state.kept``, or a new record where nothing had been dropped.
     """
     before = state.kept
-    assert isinstance(state.past, int) and state.plan is not None
+    assert isinstance(state.past, int)
+    assert state.plan is not None
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
     new = torch.cat([between, positions], dim=1)
@@ -245,7 +248,11 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
             )
         # A column that only some samples lose stays, and nobody may attend to it there.
         index = torch.where(kept.index < left, kept.index, -1)
-        columns = int(torch.where((index >= 0).any(dim=0), torch.arange(index.shape[1], device=index.device) + 1, 0).amax())
+        columns = int(
+            torch.where(
+                (index >= 0).any(dim=0), torch.arange(index.shape[1], device=index.device) + 1, 0
+            ).amax()
+        )
         kept = replace(kept, index=index[:, :columns], covered=left, dense=False)
     surplus = held - kept.index.shape[1] - (left - kept.covered)
     for index, layer in enumerate(cache.layers):

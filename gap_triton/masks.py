@@ -41,7 +41,9 @@ def column_positions(kept: KeptTokens, cache_layer: Any | None, queries: int) ->
     return torch.where(column < held, covered, kept.covered + column - held)
 
 
-def take_from_mask(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
+def take_from_mask(
+    mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int | torch.Tensor
+) -> torch.Tensor:
     """The model's own mask with only the surviving rows and columns.
 
     Args:

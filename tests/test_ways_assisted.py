@@ -71,7 +71,9 @@ def test_drafts_leave_no_trace(name: str, batch: str, right: tuple[int, ...], wr
     inputs = one_prompt(name, batch)
     greedy = answer(model, inputs)
     kept = gap_triton.last_selection(model)
-    if wrong == IMAGE:  # before the first token a placeholder would belong to the prompt, and need its features
+    if (
+        wrong == IMAGE
+    ):  # before the first token a placeholder would belong to the prompt, and need its features
         right = (4, *right)
     script = drafts(greedy.sequences, right, wrong)
     assisted = answer(model, inputs, prompt_lookup_num_tokens=4)
@@ -136,13 +138,15 @@ def test_before_the_decoder_is_refused(drafts) -> None:
     gap_triton.configure(model, GapConfig(keep=0.5, layer=-1, score="random"))
     inputs = one_prompt("llava", "single")
     drafts(answer(model, inputs).sequences, (2,), 9)
-    with pytest.raises(ValueError, match=r"layer=-1 prunes before the decoder.*nor the blocks of assisted decoding"):
+    with pytest.raises(
+        ValueError, match=r"layer=-1 prunes before the decoder.*nor the blocks of assisted decoding"
+    ):
         answer(model, inputs, prompt_lookup_num_tokens=4)
 
 
 def test_logits_of_the_last_rows_of_a_prompt_that_ends_in_words() -> None:
     """Outside of generate() too, rows behind the first one whose logits are asked for are no part of the prompt."""
-    model, reference, oracle = pair("llava", CONFIG)
+    model, _, _ = pair("llava", CONFIG)
     inputs = one_prompt("llava", "single")
     longer = dict(inputs)
     longer["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[7, 8, BOS]])], 1)
@@ -157,7 +161,7 @@ def test_logits_of_the_last_rows_of_a_prompt_that_ends_in_words() -> None:
 
 
 def test_logits_of_image_rows_are_logits_of_the_prompt() -> None:
-    model, reference, oracle = pair("llava", CONFIG)
+    model, _, _ = pair("llava", CONFIG)
     inputs = one_prompt("llava", "single")
     rows = inputs["input_ids"].shape[1]
     with torch.no_grad():

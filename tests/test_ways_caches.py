@@ -46,7 +46,9 @@ class Conversation:
             self.logits.append(output.logits)
 
 
-def converse(name: str, inputs: dict[str, torch.Tensor], act, config: GapConfig = CONFIG, blocks=(1, 3, 1)) -> None:
+def converse(
+    name: str, inputs: dict[str, torch.Tensor], act, config: GapConfig = CONFIG, blocks=(1, 3, 1)
+) -> None:
     """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it."""
     model, reference, oracle = pair(name, config)
     with oracle:
@@ -132,7 +134,9 @@ def test_crop_into_a_renumbered_prompt() -> None:
     talk = Conversation(model, make_prompt("llava", "even"))
     talk.go_on(1)
     talk.cache.crop(-1)
-    with pytest.raises(ValueError, match=r"crop\(-1\) reaches into a pruned prompt whose ids were renumbered"):
+    with pytest.raises(
+        ValueError, match=r"crop\(-1\) reaches into a pruned prompt whose ids were renumbered"
+    ):
         talk.cache.crop(-1)
 
 
@@ -164,7 +168,9 @@ def test_another_question_about_the_same_image() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ static caches
-@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images", "one-without-image"])
+@pytest.mark.parametrize(
+    "batch", ["even", "left-padded", "right-padded", "ragged-images", "one-without-image"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_static_cache_of_the_needed_size(name: str, batch: str) -> None:
     model, _, _ = pair(name)

@@ -95,6 +95,11 @@ def build(name: str = "llava", attn_implementation: str | dict[str, str] = "sdpa
     model = CLASSES[name.partition("/")[0]]._from_config(
         config_of(name), attn_implementation=attn_implementation
     )
+    return seed_weights(model)
+
+
+def seed_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` in eval mode with random weights, large enough for attention to be far from uniform."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
