@@ -7,16 +7,13 @@ import copy
 import pytest
 import torch
 import transformers
-from packaging.version import Version
-from test_generation import CONFIG, next_turn, pair
-from test_oracle import TOLERANCE, error, make_prompt
-from tiny import LAYERS, build, generate
+from test_generation import next_turn
+from test_oracle import TOLERANCE, error
+from tiny import LAYERS, generate
+from ways import CONFIG, MODELS, MROPE, V5, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig
-
-MODELS = ["llava"]
-V5 = Version(transformers.__version__) >= Version("5")
 
 
 class Conversation:
@@ -36,6 +33,8 @@ class Conversation:
             batch, past = self.mask.shape
             self.mask = torch.cat([self.mask, torch.ones(batch, rows, dtype=torch.long)], 1)
             position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+            if self.model.config.model_type == MROPE:
+                position_ids = position_ids.expand(3, -1, -1)
             with torch.no_grad():
                 output = self.model(
                     input_ids=words.expand(batch, -1),
@@ -85,7 +84,7 @@ def test_samples_of_a_pruned_cache(name: str, batch: str, act: str) -> None:
         getattr(talk.cache, method)(argument)
         talk.mask = expected(talk.mask)
 
-    converse(name, make_prompt(name, batch), change)
+    converse(name, make(name, batch), change)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 20, 40], ids=lambda n: f"minus-{n}")
@@ -103,7 +102,7 @@ def test_crop(name: str, batch: str, tokens: int) -> None:
         talk.mask = talk.mask[:, :left]
         assert talk.cache.get_seq_length() == left
 
-    converse(name, make_prompt(name, batch), crop)
+    converse(name, make(name, batch), crop)
 
 
 @pytest.mark.skipif(V5, reason="this transformers crops by a number of tokens only")
@@ -116,12 +115,12 @@ def test_crop_to_a_length(tokens: int) -> None:
         talk.mask = talk.mask[:, :-tokens]
         talk.cache.crop(talk.mask.shape[1])
 
-    converse("llava", make_prompt("llava", "ragged-images"), crop)
+    converse("llava", make("llava", "ragged-images"), crop)
 
 
 def test_crop_everything_starts_afresh() -> None:
     model, _, _ = pair()
-    inputs = make_prompt("llava", "left-padded")
+    inputs = make("llava", "left-padded")
     talk = Conversation(model, inputs)
     talk.cache.crop(-inputs["input_ids"].shape[1])
     with torch.no_grad():
@@ -131,7 +130,7 @@ def test_crop_everything_starts_afresh() -> None:
 
 def test_crop_into_a_renumbered_prompt() -> None:
     model, _, _ = pair(config=GapConfig(keep=0.4, layer=1, ids="compacted"))
-    talk = Conversation(model, make_prompt("llava", "even"))
+    talk = Conversation(model, make("llava", "even"))
     talk.go_on(1)
     talk.cache.crop(-1)
     with pytest.raises(
@@ -143,7 +142,7 @@ def test_crop_into_a_renumbered_prompt() -> None:
 def test_crop_of_a_cache_pruned_before_the_decoder() -> None:
     config = GapConfig(keep=0.4, layer=-1, score="random")
     model, _, _ = pair(config=config)
-    inputs = make_prompt("llava", "left-padded")
+    inputs = make("llava", "left-padded")
     once, cropped = Conversation(model, inputs), Conversation(model, inputs)
     cropped.go_on(1, 1, 1)
     cropped.cache.crop(-3)
@@ -164,7 +163,7 @@ def test_another_question_about_the_same_image() -> None:
             original.crop(-5)
             original.reorder_cache(torch.tensor([1, 0]))
 
-    converse("llava", make_prompt("llava", "ragged-images"), fork)
+    converse("llava", make("llava", "ragged-images"), fork)
 
 
 # ------------------------------------------------------------------------------------------------ static caches
@@ -174,7 +173,7 @@ def test_another_question_about_the_same_image() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_static_cache_of_the_needed_size(name: str, batch: str) -> None:
     model, _, _ = pair(name)
-    inputs = make_prompt(name, batch)
+    inputs = make(name, batch)
     dynamic = generate(model, inputs)
     rows = inputs["input_ids"].shape[1]
     kept = gap_triton.last_selection(model).index.shape[1]
@@ -191,7 +190,7 @@ def test_static_cache_of_the_needed_size(name: str, batch: str) -> None:
 
 def test_static_cache_is_sized_anew_after_a_reset() -> None:
     model, _, _ = pair()
-    inputs = make_prompt("llava", "even")
+    inputs = make("llava", "even")
     cache = gap_triton.static_cache(model, max_cache_len=100)
     for keep in (0.4, 0.4, 0.8, 1.0, 0.2):
         gap_triton.configure(model, GapConfig(keep=keep, layer=1))
@@ -213,7 +212,7 @@ def test_static_cache_takes_another_turn() -> None:
         transformers.DynamicCache(config=model.config.get_text_config()),
         gap_triton.static_cache(model, max_cache_len=200),
     ):
-        inputs = make_prompt("llava", "ragged-images")
+        inputs = make("llava", "ragged-images")
         first = generate(model, inputs, tokens=4, past_key_values=cache)
         second = next_turn(first.sequences, inputs["attention_mask"], images=1, seed=3, pad=2)
         steps.append((first, generate(model, second, tokens=4, past_key_values=cache)))
@@ -224,7 +223,7 @@ def test_static_cache_takes_another_turn() -> None:
 
 def test_static_cache_with_sliding_layers() -> None:
     model, _, _ = pair("llava/qwen2-ffsss")
-    inputs = make_prompt("llava/qwen2-ffsss", "left-padded")
+    inputs = make("llava/qwen2-ffsss", "left-padded")
     dynamic = generate(model, inputs)
     static = generate(model, inputs, past_key_values=gap_triton.static_cache(model, max_cache_len=80))
     assert error(static, dynamic) <= TOLERANCE
@@ -233,7 +232,7 @@ def test_static_cache_with_sliding_layers() -> None:
 @pytest.mark.parametrize("batch", ["even", "left-padded"])
 def test_static_cache_before_the_decoder(batch: str) -> None:
     model, _, _ = pair(config=GapConfig(keep=0.4, layer=-1, score="random"))
-    inputs = make_prompt("llava", batch)
+    inputs = make("llava", batch)
     dynamic = generate(model, inputs)
     for cache in (
         transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=80),
