@@ -22,7 +22,7 @@ from .later import shorten
 from .models import check_layer, layer_type
 from .prompt import find_visual_tokens, looks_ahead, make_plan, position_ids_of, real_positions
 from .prune import drop
-from .state import Attachment, Call, ForwardState
+from .state import Attachment, Call, ForwardState, remember_selection
 from .static import fit
 
 logger = logging.get_logger(__name__)
@@ -176,6 +176,8 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
             f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"
         )
+    if state.selection is not None:
+        remember_selection(state.attachment, state.selection)
     hidden_states = output[0]
     batch, _, channels = hidden_states.shape
     survivors = state.survivors.to(hidden_states.device)

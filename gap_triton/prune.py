@@ -14,7 +14,7 @@ from .models import sliding_window
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .prompt import looks_ahead
 from .selection import Selection
-from .state import ForwardState, Plan, remember_selection
+from .state import ForwardState, Plan
 from .static import fit
 
 
@@ -83,9 +83,7 @@ def drop(
     elif one_pair:
         state.memo[id(rotary)] = (rotary, (with_drafts(pruned.cos, cos), with_drafts(pruned.sin, sin)))
     fit(kwargs.get("past_key_values"), kept, queries - survivors.shape[1], state.past)
-    remember_selection(
-        state.attachment, Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
-    )
+    state.selection = Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
     state.query = state.key = state.mask = None
     return survivors
 

@@ -166,6 +166,7 @@ class ForwardState:
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
             ``ids="permuted"``.
+        selection: What was kept, for users to look at.
         new_ids: [B, L] int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, rotary embeddings.
     """
@@ -194,6 +195,7 @@ class ForwardState:
     scale: float | None = None
     slots: torch.Tensor | None = None
     survivors: torch.Tensor | None = None
+    selection: Selection | None = None
     new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 

@@ -1,0 +1,92 @@
+"""torch.compile: decoding as one graph, by generate() itself, and a compiled model's prefill. Only dynamo runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from test_oracle import TOLERANCE, error
+from tiny import generate
+from torch._dynamo.utils import counters
+from ways import MODELS, MROPE, V5, make, pair
+
+import gap_triton
+from gap_triton import GapConfig
+
+
+class Graphs:
+    """A back end that runs what it is given, and counts."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> object:
+        self.count += 1
+        return module.forward
+
+    @property
+    def breaks(self) -> int:
+        return sum(counters["graph_break"].values())
+
+
+def config_for(graphs: Graphs) -> transformers.CompileConfig:
+    config = transformers.CompileConfig(fullgraph=True, backend=graphs, mode=None)
+    config._compile_all_devices = True  # generate() compiles on accelerators only, unless told so
+    return config
+
+
+@pytest.mark.parametrize("shrinks", [False, True], ids=["full", "shrunk"])
+@pytest.mark.parametrize("name", MODELS)
+def test_decode_steps_are_one_graph(name: str, shrinks: bool) -> None:
+    """One graph for all steps and for all prompts of one shape, whatever tokens each of them keeps."""
+    if name == MROPE and not V5:
+        pytest.skip("this transformers breaks the graph of Qwen2.5-VL by itself")
+    model, _, _ = pair(name)
+    graphs = Graphs()
+    config = config_for(graphs)
+    cache = gap_triton.static_cache(model, max_cache_len=70)
+    kept = []
+    for seed in (1, 2, 3):
+        inputs = make(name, "left-padded", seed)
+        expected = generate(model, inputs)
+        kept.append(gap_triton.last_selection(model).index)
+        where = {"past_key_values": cache} if shrinks else {"cache_implementation": "static"}
+        compiled = generate(model, inputs, compile_config=config, **where)
+        assert torch.equal(compiled.sequences, expected.sequences)
+        assert error(compiled, expected) <= TOLERANCE
+        cache.reset()
+    assert not torch.equal(kept[0], kept[1])
+    assert (graphs.count, graphs.breaks) == (1, 0)
+
+
+def test_another_number_of_kept_tokens_is_another_graph() -> None:
+    model, _, _ = pair()
+    graphs = Graphs()
+    config = config_for(graphs)
+    inputs = make("llava", "left-padded")
+    for keep in (0.4, 0.4, 0.6):
+        gap_triton.configure(model, GapConfig(keep=keep, layer=1))
+        expected = generate(model, inputs)
+        compiled = generate(model, inputs, compile_config=config, cache_implementation="static")
+        assert error(compiled, expected) <= TOLERANCE
+    assert (graphs.count, graphs.breaks) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["llava"])
+def test_a_compiled_model_prunes_its_prompt(name: str) -> None:
+    """What survives is planned on the host, so a compiled prefill breaks there; it is not compiled anew for each image."""
+    model, _, _ = pair(name)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs)
+    made = []
+    with torch.no_grad():
+        for seed in (1, 2, 3):
+            inputs = make(name, "left-padded", seed)
+            expected = model(**inputs).logits
+            index = gap_triton.last_selection(model).index
+            assert float((compiled(**inputs).logits - expected).abs().max()) <= TOLERANCE
+            assert torch.equal(gap_triton.last_selection(model).index, index)
+            made.append(graphs.count)
+    assert made[1] == made[2]
