@@ -63,22 +63,22 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
 
 def _survivors_of(state: ForwardState, name: str, value: Any) -> Any:
     """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
+    # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
+    for known, survivors in state.taken:
+        if known is value:
+            return survivors
     if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
-        if id(value) not in state.memo:
-            # The original is kept next to the result, so that its id can't be given to another object.
-            state.memo[id(value)] = (value, type(value)(_survivors_of(state, name, x) for x in value))
-        return state.memo[id(value)][1]
-    if not isinstance(value, torch.Tensor):
+        survivors = type(value)(_survivors_of(state, name, x) for x in value)
+    elif not isinstance(value, torch.Tensor):
         return value
-    if name in TOKEN_AXIS:
-        axis = TOKEN_AXIS[name]
+    elif name in TOKEN_AXIS:
+        survivors = _take_rows(state, value, TOKEN_AXIS[name] % value.dim())
     elif value.dim() >= 2 and value.shape[0] in (1, state.batch) and value.shape[1] == state.queries:
-        axis = 1  # something that is handed through, one entry per token
+        survivors = _take_rows(state, value, 1)  # something that is handed through, one entry per token
     else:
         return value
-    if id(value) not in state.memo:
-        state.memo[id(value)] = (value, _take_rows(state, value, axis % value.dim()))
-    return state.memo[id(value)][1]
+    state.taken.append((value, survivors))
+    return survivors
 
 
 def _take_rows(state: ForwardState, value: torch.Tensor, axis: int) -> torch.Tensor:

@@ -81,7 +81,7 @@ def drop(
         new_ids, kept.id_shift = compact(prompt_ids, pruned.index, plan.real, shift)
         state.new_ids = with_drafts(new_ids, position_ids - kept.id_shift[:, None])
     elif one_pair:
-        state.memo[id(rotary)] = (rotary, (with_drafts(pruned.cos, cos), with_drafts(pruned.sin, sin)))
+        state.taken.append((rotary, (with_drafts(pruned.cos, cos), with_drafts(pruned.sin, sin))))
     fit(kwargs.get("past_key_values"), kept, queries - survivors.shape[1], state.past)
     state.selection = Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
     state.query = state.key = state.mask = None

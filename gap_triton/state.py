@@ -168,7 +168,8 @@ class ForwardState:
             ``ids="permuted"``.
         selection: What was kept, for users to look at.
         new_ids: [B, L] int64, the renumbered ids of the survivors, None for ``ids="kept"``.
-        memo: Tensors that several later layers share: masks, rotary embeddings.
+        memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
+        taken: Arguments of later layers, each with what is left of it for the surviving rows.
     """
 
     config: GapConfig
@@ -198,6 +199,7 @@ class ForwardState:
     selection: Selection | None = None
     new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    taken: list[tuple[Any, Any]] = field(default_factory=list)
 
     def observe(
         self,
