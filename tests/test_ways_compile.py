@@ -8,7 +8,7 @@ import transformers
 from test_oracle import TOLERANCE, error
 from tiny import generate
 from torch._dynamo.utils import counters
-from ways import MODELS, MROPE, V5, make, pair
+from ways import MODELS, make, pair
 
 import gap_triton
 from gap_triton import GapConfig
@@ -43,8 +43,6 @@ def config_for(graphs: Graphs) -> transformers.CompileConfig:
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_steps_are_one_graph(name: str, shrinks: bool) -> None:
     """One graph for all steps and for all prompts of one shape, whatever tokens each of them keeps."""
-    if name == MROPE and not V5:
-        pytest.skip("this transformers breaks the graph of Qwen2.5-VL by itself")
     model, _, _ = pair(name)
     graphs = Graphs()
     config = config_for(graphs)
