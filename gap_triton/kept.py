@@ -61,7 +61,11 @@ def original_length(
     if kept is None:
         return int(cache.get_seq_length())
     if is_static(cache, kept.layer + 1):
-        length = _static_length(cache, kept) if cache_position is None else cache_position[0]
+        length = _static_length(cache, kept)
+        if not isinstance(length, int) and cache_position is not None:
+            length = cache_position[
+                0
+            ]  # where it is passed, static layers guess their length from their contents
         return length if queries == 1 else int(length)
     held = int(cache.get_seq_length(kept.layer + 1))
     length = kept.original_length(held)
