@@ -69,6 +69,9 @@ def launch(
     )
     compiled = _compiled.get(key)
     if compiled is None:
+        assert kernel.arg_names[len(arguments) :] == list(
+            constants
+        )  # as they are handed over by position below
         compiled = kernel[grid](*arguments, **constants, **options)
         if compiled is not None:
             _compiled[key] = compiled
