@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends import triton_is_interpreted
 from ..importance import kernel as importance_kernel
 from ..importance.kernel import allowed_columns
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from .reference import lse_at
 
 WARPS = 8
@@ -228,7 +228,7 @@ def attention(
         tiles = tile_options(head_dim, query.dtype)
         launch(
             attention_kernel,
-            (batch * query_heads * triton.cdiv(num_query, tiles["BLOCK_M"]),),
+            (batch * query_heads * cdiv(num_query, tiles["BLOCK_M"]),),
             (query, key, value, mask, output, lse),
             (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
             (*((0, 0) if mask is None else mask.stride()), num_query, num_keys),
@@ -250,7 +250,7 @@ def attention(
 
 def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes: what fits the registers and shared memory, chosen without a timing."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
         tiles = {"BLOCK_M": 32 if block_d <= 128 else 16, "BLOCK_N": 16, "BLOCK_K": 16}

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
 # sums are too.
@@ -486,7 +486,7 @@ def visual_importance(
     splits = 0
     if lse is None:
         tiles = tile_options(head_dim, group * num_rows, query.dtype)
-        row_tiles = triton.cdiv(group * num_rows, tiles["BLOCK_M"])
+        row_tiles = cdiv(group * num_rows, tiles["BLOCK_M"])
         split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
         shape = (batch, key_heads, group * num_rows, splits)
         partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -507,7 +507,7 @@ def visual_importance(
     tiles = tile_options(head_dim, mass_rows, query.dtype)
     launch(
         visual_mass_kernel,
-        (triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
+        (cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
         (query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, value),
         (*strides, *((0, 0, 0) if value is None else value.stride()[:3])),
         (*mask_strides, num_query, num_keys, num_rows, num_visual, splits),
@@ -515,7 +515,7 @@ def visual_importance(
         {
             **heads,
             **tiles,
-            "BLOCK_SPLITS": triton.next_power_of_2(max(splits, 1)),
+            "BLOCK_SPLITS": next_power_of_2(max(splits, 1)),
             **flags,
             "PER_HEAD": per_head,
         }
@@ -526,7 +526,7 @@ def visual_importance(
     )
     launch(
         mean_kernel,
-        (triton.cdiv(num_visual, MEAN_BLOCK), batch),
+        (cdiv(num_visual, MEAN_BLOCK), batch),
         (mass, rows, scores),
         (),
         (num_query, num_rows, num_visual),
@@ -538,7 +538,7 @@ def visual_importance(
 
 def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes for M = ``num_rows`` rows per program of the grid's head axis."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     # What fits the registers on every target. Vectors whose length is no power of two need masks, which take registers;
     # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
     exact = dtype == torch.float32
@@ -555,7 +555,7 @@ def value_options(value: Tensor | None) -> dict[str, int]:
     if value is None:
         return {"DV": 0, "BLOCK_DV": 16}
     length = value.shape[3]
-    block = max(16, triton.next_power_of_2(max(1, length)))
+    block = max(16, next_power_of_2(max(1, length)))
     return {"DV": length, "BLOCK_DV": part_of(length, min(block, 128 // value.element_size()))}
 
 
@@ -569,6 +569,6 @@ def part_of(length: int, block: int) -> int:
 
 def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:
     """Return ``(keys per split, splits)`` so that few programs get more, whatever the device."""
-    wanted = min(triton.cdiv(num_keys, MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // programs), MAX_SPLITS)
-    split_keys = triton.cdiv(triton.cdiv(num_keys, wanted), block_n) * block_n
-    return split_keys, triton.cdiv(num_keys, split_keys)
+    wanted = min(cdiv(num_keys, MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // programs), MAX_SPLITS)
+    split_keys = cdiv(cdiv(num_keys, wanted), block_n) * block_n
+    return split_keys, cdiv(num_keys, split_keys)

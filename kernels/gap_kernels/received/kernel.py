@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention.kernel import load_vectors, scores_of
 from ..backends import triton_is_interpreted
 from ..importance.kernel import allowed_columns
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from .reference import rows_of_sequence, spans
 
 MEAN_BLOCK = 256
@@ -249,7 +249,7 @@ def attention_received(
         lse = torch.empty((batch, heads, num_tokens), dtype=torch.float32, device=query.device)
         launch(
             token_lse_kernel,
-            (batch * heads * triton.cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+            (batch * heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
             (query, key, mask, begin, end, lse),
             strides,
             sizes,
@@ -261,7 +261,7 @@ def attention_received(
         lse = lse.float().contiguous()
     launch(
         received_mass_kernel,
-        (batch * key_heads * triton.cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+        (batch * key_heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
         (query, key, mask, begin, end, lse, mass),
         strides,
         sizes,
@@ -271,7 +271,7 @@ def attention_received(
     )
     launch(
         received_mean_kernel,
-        (triton.cdiv(num_tokens, MEAN_BLOCK), batch),
+        (cdiv(num_tokens, MEAN_BLOCK), batch),
         (mass, rows, received),
         (),
         (num_tokens,),
@@ -289,4 +289,4 @@ def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
         return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 16, "BLOCK_K": 16}
-    return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": max(16, triton.next_power_of_2(head_dim))}
+    return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": max(16, next_power_of_2(head_dim))}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 RESIDENT_LIMIT = 16384
 WRITE_BLOCK = 1024
@@ -182,7 +182,7 @@ def topk_indices_kernel(
 
 def tile_options(n: int) -> dict[str, int | bool]:
     """Return tile size and number of warps for one program over ``n`` entries."""
-    block = min(max(triton.next_power_of_2(n), 128), RESIDENT_LIMIT)
+    block = min(max(next_power_of_2(n), 128), RESIDENT_LIMIT)
     return {"BLOCK": block, "RESIDENT": n <= block, "num_warps": WARPS[block]}
 
 
