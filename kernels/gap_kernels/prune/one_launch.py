@@ -70,7 +70,7 @@ def wait(counter, wanted):
     do_not_specialize=[
         "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
         "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
-        "partial_size", "parts", "tiles", "copies", "first_mass", "first_copy",
+        "partial_size", "mass_size", "parts", "tiles", "copies", "first_mass", "first_copy",
     ]
 )  # fmt: skip
 def prune_kernel(
@@ -85,9 +85,7 @@ def prune_kernel(
     sin,
     ids,
     counts,
-    partial,
-    mass,
-    keys,
+    workspace,
     counter,
     scores,
     index,
@@ -124,6 +122,7 @@ def prune_kernel(
     keep,
     length,
     partial_size,
+    mass_size,
     parts,
     tiles,
     copies,
@@ -154,16 +153,17 @@ def prune_kernel(
     """
     of_sample = KEY_HEADS + tiles + 3
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    partial_sum = partial
-    if lse is None:
-        partial_sum = partial + partial_size
+    # Statistics of the rows, mass of the heads, and the keys of the selection, 4 bytes each.
+    partial_sum = workspace + partial_size
+    mass = partial_sum + partial_size
+    keys = (mass + mass_size).to(tl.pointer_type(tl.int32), bitcast=True)
 
     if program < first_mass:
         if lse is None:  # the condition is known to the compiler: there is nothing to be compiled otherwise
             batch_head = program // parts
             part = program % parts
             row_lse_tile(
-                query, key, rows, mask, partial, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
+                query, key, rows, mask, workspace, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
                 query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
                 mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, splits, scale_log2,
                 KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, True,
@@ -180,7 +180,7 @@ def prune_kernel(
         if lse is None:
             wait(of_heads + head, parts)
         visual_mass_tile(
-            query, key, visual_index, rows, mask, lse, partial, partial_sum, mass,
+            query, key, visual_index, rows, mask, lse, workspace, partial_sum, mass,
             (sample * KEY_HEADS + head).to(tl.int64), tile,
             query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
             mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
@@ -351,10 +351,8 @@ def prune_tokens(
     if ticket is None:
         ticket = not fits_at_once(work.programs, device)
 
-    partial = None
-    partial_size = batch * query_heads * num_rows * work.splits
-    if lse is None:
-        partial = torch.empty((2, partial_size), dtype=torch.float32, device=device)
+    partial_size, mass_size = batch * query_heads * num_rows * work.splits, batch * key_heads * num_visual
+    workspace = 2 * partial_size + mass_size + batch * num_query
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
@@ -364,9 +362,8 @@ def prune_tokens(
         (
             query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask,
             None if lse is None else lse.float().contiguous(), *inputs, ids,
-            None if counts is None else counts.contiguous(), partial,
-            torch.empty((batch, key_heads, num_visual), dtype=torch.float32, device=device),
-            torch.empty((batch, num_query), dtype=torch.int32, device=device),
+            None if counts is None else counts.contiguous(),
+            torch.empty(workspace, dtype=torch.float32, device=device),
             counters(device, 2 + batch * (key_heads + work.tiles + 3)),
             scores, index, *outputs,
         ),
@@ -377,7 +374,7 @@ def prune_tokens(
         (
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),
             batch, num_query, num_keys, num_rows, num_visual, work.split_keys, work.splits, keep, length,
-            partial_size, work.parts, work.tiles, work.copies, work.first_mass, work.first_copy,
+            partial_size, mass_size, work.parts, work.tiles, work.copies, work.first_mass, work.first_copy,
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
         work.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
