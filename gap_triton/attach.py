@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .attention import NAME
@@ -117,6 +118,11 @@ def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator
             before.config = config_before
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether ``model``, or a part of it, runs under ``"gap_triton"``."""
+    return any(_attachment_of(module) is not None for module in model.modules())
+
+
 def last_selection(model: PreTrainedModel) -> Selection | None:
     """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
     attachment = _attachment_of(find_parts(model).text)
@@ -166,7 +172,7 @@ def let_generate_take_visual_mask() -> None:
 
     @functools.wraps(validate)
     def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
-        if any(_attachment_of(module) is not None for module in self.modules()):
+        if is_attached(self):
             model_kwargs = {key: value for key, value in model_kwargs.items() if key != VISUAL_MASK}
         validate(self, model_kwargs)
 
