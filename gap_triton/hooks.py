@@ -33,6 +33,8 @@ def before_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
+    kwargs = dict(kwargs)
+    visual_mask = kwargs.pop(VISUAL_MASK, None)
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None)
     training = owner.training or attachment.text.training
     state.enabled = attachment.text.config._attn_implementation == NAME and not training
@@ -42,25 +44,24 @@ def before_owner(
             "to prune."
         )
     if state.enabled:
-        state.visual = _visual_tokens(owner, args, kwargs, alone=owner is attachment.text)
-    return args, {**{key: value for key, value in kwargs.items() if key != VISUAL_MASK}, STATE_KEY: state}
+        input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if visual_mask is not None:
+            cache = kwargs.get("past_key_values")
+            state.visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache)
+        elif owner is not attachment.text:
+            state.visual = find_visual_tokens(owner, input_ids, embeds)
+        else:
+            _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+    kwargs[STATE_KEY] = state
+    return args, kwargs
 
 
-def _visual_tokens(owner: PreTrainedModel, args: Args, kwargs: Kwargs, alone: bool) -> torch.Tensor | None:
-    """[B, Q] bool; None for a decode step, and for a decoder ``alone`` that nobody told."""
-    input_ids = args[0] if args else kwargs.get("input_ids")
-    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get(VISUAL_MASK)
-    if mask is not None:
-        return named_visual_tokens(owner, mask, input_ids, embeds, kwargs.get("past_key_values"))
-    if not alone:
-        return find_visual_tokens(owner, input_ids, embeds)
-    inputs = embeds if input_ids is None else input_ids
+def _say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | None) -> None:
     if inputs is not None and inputs.shape[1] > 1:
         logger.warning_once(
-            f"{type(owner).__name__} got a prompt and no visual_mask, so gap_triton prunes nothing in it. Pass "
+            f"{type(decoder).__name__} got a prompt and no visual_mask, so gap_triton prunes nothing in it. Pass "
             "visual_mask, a [B, Q] bool tensor that is True at visual tokens, to forward() or generate() to prune."
         )
-    return None
 
 
 def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .kept import kept_tokens_of, original_length
 from .prompt import find_visual_tokens, visual_token_ids
 
 VISUAL_MASK = "visual_mask"  # the keyword of forward() and generate()
@@ -51,7 +50,8 @@ def named_visual_tokens(
             f"visual_mask is on {mask.device} and the input on {inputs.device}: expected the same device"
         )
     if mask.shape != (batch, queries):
-        past = original_length(cache, kept_tokens_of(cache, batch))
+        # Layer 0 holds every token, but where tokens were dropped before it, and there another turn is refused.
+        past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0 or mask.shape != (batch, past + queries):
             whole = f", or {[batch, past + queries]} with the {past} tokens in the cache" if past else ""
             raise ValueError(
