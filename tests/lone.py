@@ -8,6 +8,7 @@ import torch
 import transformers
 from oracle import MaskingOracle
 from tiny import IMAGE, build
+from torch import nn
 from transformers import PreTrainedModel
 
 DECODERS = {
@@ -47,9 +48,11 @@ class LoneOracle(MaskingOracle):
     """The masking oracle of a decoder alone. ``visual``: [B, T] bool over the whole conversation, which may grow."""
 
     def __init__(self, model: PreTrainedModel, layer: int, keep: float | int, visual: torch.Tensor) -> None:
-        self.layer, self.keep, self.score = layer, keep, "last_token"
-        self.owner, self.text_config = model.model, model.config
-        self.named = visual
+        whole = nn.Module()  # what the oracle looks for in a vision-language model
+        whole.model = nn.Module()
+        whole.model.language_model = model.model
+        super().__init__(whole, layer, keep)
+        self.owner, self.named = model.model, visual
 
     def _begin(self, module, args, kwargs):
         super()._begin(module, args, kwargs)
