@@ -7,13 +7,22 @@ from ._requirements import check_versions
 
 check_versions()
 
-from .attach import attach, configure, detach, follow_attention_name, last_selection, pruning  # noqa: E402
+from .attach import (  # noqa: E402
+    attach,
+    configure,
+    detach,
+    follow_attention_name,
+    last_selection,
+    let_generate_take_visual_mask,
+    pruning,
+)
 from .attention import register  # noqa: E402
 from .config import GapConfig  # noqa: E402
 from .selection import Selection  # noqa: E402
 
 register()
 follow_attention_name()
+let_generate_take_visual_mask()
 
 __version__ = "0.1.0"
 

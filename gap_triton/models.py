@@ -21,7 +21,8 @@ class Parts(NamedTuple):
     """The two modules that carry hooks.
 
     Attributes:
-        owner: The module that receives ``input_ids`` and whose config names the image token.
+        owner: The module that receives ``input_ids`` and whose config names the image token; ``text`` itself where the
+            model is a decoder alone, whose visual tokens the caller names (`gap_triton.visual_mask`).
         text: The decoder stack, with its layers in ``text.layers``.
     """
 
@@ -45,6 +46,15 @@ def is_vision_language_model(model: PreTrainedModel) -> bool:
     config = model.config
     sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
     return model.can_generate() and (sees or bool(visual_token_ids(config)))
+
+
+def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The decoder stack of a text model of a supported type, None for any other model."""
+    text = model.base_model
+    is_decoder = isinstance(text, PreTrainedModel) and isinstance(
+        getattr(text, "layers", None), nn.ModuleList
+    )
+    return text if is_decoder and text.config.model_type in SUPPORTED_TEXT_MODELS else None
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -80,9 +90,13 @@ def find_parts(model: nn.Module) -> Parts:
                 f"model.config of {type(model).__name__} names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
             )
         return Parts(owner, text)
+    decoder = lone_decoder_of(model)
+    if decoder is not None:
+        return Parts(decoder, decoder)
     raise ValueError(
         f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected a "
-        f"module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}. {instead}"
+        f"module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone of type "
+        f"{', '.join(SUPPORTED_TEXT_MODELS)}. {instead}"
     )
 
 

@@ -22,12 +22,14 @@ class Attachment:
 
     Attributes:
         config: The configuration that the next forward reads.
+        owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack whose layers carry the hooks.
         handles: Removers of the installed hooks.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
     """
 
     config: GapConfig
+    owner: PreTrainedModel
     text: PreTrainedModel
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     restore: str | None = None
