@@ -26,10 +26,11 @@ from ..launch import cdiv, launch, next_power_of_2
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
 # sums are too.
-MIN_SPLIT_KEYS = 256
+MIN_SPLIT_KEYS = 128
 ENOUGH_PROGRAMS = 512
 MAX_SPLITS = 64
-MEAN_BLOCK = 256
+MEAN_BLOCK = 128
+MAX_BLOCK_HEADS = tl.constexpr(32)
 WARPS = 4
 
 
@@ -382,6 +383,35 @@ def visual_mass_kernel(
 
 
 @triton.jit
+def over_heads(
+    mass, num_tokens, token, inside, HEADS: tl.constexpr, BLOCK: tl.constexpr, MAXIMUM: tl.constexpr
+):
+    """Return the sum, or the maximum, over heads of mass [HEADS, num_tokens] at tokens [BLOCK].
+
+    All heads of a block are loaded before the first is used: one after another each would cost the latency of memory.
+    """
+    BLOCK_HEADS: tl.constexpr = min(triton.next_power_of_2(HEADS), MAX_BLOCK_HEADS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    nans = tl.zeros((BLOCK,), tl.int32)
+    for start in tl.static_range(0, HEADS, BLOCK_HEADS):
+        head = start + tl.arange(0, BLOCK_HEADS)
+        part = tl.load(
+            mass + head[:, None] * num_tokens.to(tl.int64) + token[None, :],
+            mask=(head < HEADS)[:, None] & inside[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [BLOCK_HEADS, BLOCK]
+        if MAXIMUM:
+            total = tl.maximum(total, tl.max(part, 0))
+            nans += tl.sum((part != part).to(tl.int32), 0)  # a maximum may hide them
+        else:
+            total += tl.sum(part, 0)
+    if MAXIMUM:
+        total = tl.where(nans > 0, float("nan"), total)
+    return total
+
+
+@triton.jit
 def mean_tile(
     mass,
     rows,
@@ -396,21 +426,16 @@ def mean_tile(
     BLOCK: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):
-    """Store the mean over heads and valid rows for one tile of visual tokens, and return it [BLOCK].
+    """Store the mean over heads and valid rows for one tile of visual tokens.
 
     With PER_HEAD ``mass`` is [B, Hq, V], and the result is the maximum over heads of the mean over valid rows.
     """
     HEADS: tl.constexpr = QUERY_HEADS if PER_HEAD else KEY_HEADS
     AVERAGED: tl.constexpr = 1 if PER_HEAD else QUERY_HEADS
     slot = tile * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for head in range(HEADS):
-        position = (batch * HEADS + head) * num_visual + slot
-        part = tl.load(mass + position, mask=slot < num_visual, other=0.0, cache_modifier=".cg")
-        if PER_HEAD:
-            total = tl.where((part > total) | (part != part), part, total)  # once NaN, always NaN
-        else:
-            total += part
+    total = over_heads(
+        mass + batch * HEADS * num_visual, num_visual, slot, slot < num_visual, HEADS, BLOCK, PER_HEAD
+    )
     valid = tl.full((), 1, tl.int32)
     if rows is not None:
         valid = tl.full((), 0, tl.int32)
@@ -420,7 +445,6 @@ def mean_tile(
             valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
     mean = total / (AVERAGED * tl.maximum(valid, 1).to(tl.float32))
     tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
-    return mean
 
 
 @triton.jit(do_not_specialize=["num_query", "num_rows", "num_visual"])

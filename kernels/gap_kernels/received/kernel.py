@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..attention.kernel import load_vectors, scores_of
 from ..backends import triton_is_interpreted
-from ..importance.kernel import allowed_columns
+from ..importance.kernel import allowed_columns, over_heads
 from ..launch import cdiv, launch, next_power_of_2
 from .reference import rows_of_sequence, spans
 
-MEAN_BLOCK = 256
+MEAN_BLOCK = 128
 
 
 @triton.jit
@@ -198,9 +198,9 @@ def received_mean_kernel(
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < num_tokens
-    total = tl.zeros((BLOCK,), tl.float32)
-    for key_head in range(KEY_HEADS):
-        total += tl.load(mass + (batch * KEY_HEADS + key_head) * num_tokens + token, mask=inside, other=0.0)
+    total = over_heads(
+        mass + batch * KEY_HEADS * num_tokens, num_tokens, token, inside, KEY_HEADS, BLOCK, False
+    )
     if rows is None:
         count = tl.full((BLOCK,), num_tokens, tl.float32)
     else:

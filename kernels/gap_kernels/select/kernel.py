@@ -68,10 +68,14 @@ def count_at_least(
 @triton.jit
 def extent(keys):
     """Return the smallest and the largest candidate of a tile, its ALWAYS entries and its candidates."""
+    always = keys == ALWAYS
     candidate = (keys != DROPPED) & (keys != ALWAYS)
     lowest = tl.min(tl.where(candidate, keys, ALWAYS), 0)
     highest = tl.max(tl.where(candidate, keys, DROPPED), 0)
-    return lowest, highest, tl.sum((keys == ALWAYS).to(tl.int32), 0), tl.sum(candidate.to(tl.int32), 0)
+    counts = tl.sum(
+        always.to(tl.int32) + (candidate.to(tl.int32) << 16), 0
+    )  # a tile has less than 2^15 entries
+    return lowest, highest, counts & 0xFFFF, counts >> 16
 
 
 @triton.jit
