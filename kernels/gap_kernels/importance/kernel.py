@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
+from ..handover import wait
 from ..launch import cdiv, launch, next_power_of_2
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
@@ -257,6 +258,8 @@ def visual_mass_tile(
     value_stride_b,
     value_stride_h,
     value_stride_s,
+    ready,
+    parts,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -275,7 +278,7 @@ def visual_mass_tile(
     Rows come with their natural log-sum-exp ``lse`` [B, Hkv, M], or with the partial statistics of ``row_lse_tile`` if
     that is None. With PER_HEAD ``batch_head`` counts query heads, and the rows are those of one of them: the same
     memory, as [B, Hkv, M] is [B, Hq, R]. With ``value`` [B, Hkv, S, DV] each probability is multiplied by the L1 norm of
-    its key's value vector.
+    its key's value vector. With ``ready``, a counter, the statistics are there once it has reached ``parts``.
     """
     HEADS: tl.constexpr = KEY_HEADS * GROUP if PER_HEAD else KEY_HEADS
     SHARING: tl.constexpr = 1 if PER_HEAD else GROUP  # query heads whose rows this program has
@@ -306,6 +309,9 @@ def visual_mass_tile(
         if lse is not None:
             row_lse = tl.load(lse + row_of_head, mask=m < SHARING * num_rows, other=0.0) * 1.4426950408889634
         else:
+            if ready is not None:  # noqa: SIM102, known to the compiler, unlike the condition below
+                if start == 0:  # the keys have been read meanwhile
+                    wait(ready, parts)
             split = tl.arange(0, BLOCK_SPLITS)
             inside = (m < SHARING * num_rows)[:, None] & (split < splits)[None, :]
             offset = row_of_head[:, None] * splits + split[None, :]
@@ -377,7 +383,7 @@ def visual_mass_kernel(
         tl.program_id(1).to(tl.int64), tl.program_id(0),
         query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
         mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
-        value, value_stride_b, value_stride_h, value_stride_s,
+        value, value_stride_b, value_stride_h, value_stride_s, None, 0,
         KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, CAUSAL, PER_HEAD, DV, BLOCK_DV,
     )  # fmt: skip
 
@@ -568,7 +574,7 @@ def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, 
     exact = dtype == torch.float32
     block_n = 32 if exact or block_d > 128 or block_d != head_dim else 64
     return {
-        "BLOCK_M": 16 if num_rows <= 16 else 32,
+        "BLOCK_M": 16 if exact or num_rows <= 16 else 32,
         "BLOCK_N": 16 if exact and block_d > 128 else block_n,
         "BLOCK_K": part_of(head_dim, min(block_d, 16) if exact else block_d),
     }

@@ -8,9 +8,10 @@ What several launches would do one after another is done by programs with differ
    its heads, ``mean_tile``; the one that finishes a sample's tiles last selects, ``select_survivors``;
 3. GATHER: ``copy_row``, a few rows of the result.
 
-A MASS program waits for the LSE programs of its key head, a GATHER program for the selection of its sample. All waiting
-is for programs of lower number, so nothing waits for ever as long as those run: in a cooperative launch all programs
-run at once. A grid that is too large for that draws its numbers from a counter, in the order in which programs start.
+A MASS program waits for the LSE programs of its key head, after its first products, and a GATHER program for the
+selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run: in a
+cooperative launch all programs run at once. A grid that is too large for that draws its numbers from a counter, in the
+order in which programs start.
 
 A finished part is announced by an atomic addition with release semantics to a counter that others read with acquire
 semantics. The last GATHER program of a sample sets its counters back to zero, for the next launch. Only counters are
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
+from ..handover import announce, wait
 from ..importance.kernel import mean_tile, row_lse_tile, split_of, visual_mass_tile
 from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
@@ -46,23 +48,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 ENOUGH_COPIES = 512
 MAX_ROWS_PER_COPY = 8
 RESET_BLOCK = 128
-
-
-@triton.jit
-def announce(counter):
-    """Add one to a counter after everything that this program has stored; return what it was before."""
-    tl.debug_barrier()  # every thread's stores come before the addition, which one thread does
-    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()  # and what any thread loads from here on comes after it
-    return before
-
-
-@triton.jit
-def wait(counter, wanted):
-    """Wait until a counter has reached a value."""
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < wanted:
-        pass
-    tl.debug_barrier()
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
@@ -177,13 +162,12 @@ def prune_kernel(
         head = part % KEY_HEADS
         of_heads = counter + 2 + sample * of_sample
         of_tiles = of_heads + KEY_HEADS
-        if lse is None:
-            wait(of_heads + head, parts)
         visual_mass_tile(
             query, key, visual_index, rows, mask, lse, workspace, partial_sum, mass,
             (sample * KEY_HEADS + head).to(tl.int64), tile,
             query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
             mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
+            of_heads + head, parts,
             KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
         )  # fmt: skip
         if announce(of_tiles + tile) == KEY_HEADS - 1:
