@@ -7,7 +7,15 @@ from ._requirements import check_versions
 
 check_versions()
 
-from .attach import attach, configure, detach, follow_attention_name, last_selection, pruning  # noqa: E402
+from .attach import (  # noqa: E402
+    attach,
+    configure,
+    detach,
+    follow_attention_name,
+    last_selection,
+    let_generate_take_visual_mask,
+    pruning,
+)
 from .attention import register  # noqa: E402
 from .config import GapConfig  # noqa: E402
 from .kept import follow_cache_methods  # noqa: E402
@@ -17,6 +25,7 @@ from .static import static_cache  # noqa: E402
 register()
 follow_attention_name()
 follow_cache_methods()
+let_generate_take_visual_mask()
 
 __version__ = "0.1.0"
 

@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from .attention import NAME
 from .config import GapConfig
 from .hooks import after_owner, after_text, before_head, before_layer, before_owner, before_text
-from .models import Parts, check_layer, find_parts, is_vision_language_model, text_model_of
+from .models import (
+    Parts,
+    check_layer,
+    find_parts,
+    is_vision_language_model,
+    lone_decoder_of,
+    text_model_of,
+)
 from .selection import Selection
 from .state import Attachment, recall_selection
+from .visual_mask import VISUAL_MASK
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
@@ -26,7 +35,8 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
     model that is attached already this sets the configuration.
 
     Args:
-        model: A vision-language model of transformers.
+        model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
+            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens.
         config: What to prune, ``GapConfig()`` if None.
 
     Raises:
@@ -35,8 +45,15 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
     parts = find_parts(model)
     config = _checked(config if config is not None else GapConfig(), parts)
     attachment = _attachment_of(parts.text)
-    if attachment is not None:
+    if attachment is not None and _covers(attachment, parts):
         attachment.config = config
+        _follow_head(attachment, model)
+        return
+    if attachment is not None:
+        restore = attachment.restore
+        _remove(attachment)
+        attachment = _install(parts, config)
+        attachment.restore = restore
         _follow_head(attachment, model)
         return
     attachment = _install(parts, config)
@@ -105,6 +122,11 @@ def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator
             before.config = config_before
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether ``model``, or a part of it, runs under ``"gap_triton"``."""
+    return any(_attachment_of(module) is not None for module in model.modules())
+
+
 def last_selection(model: PreTrainedModel) -> Selection | None:
     """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
     attachment = _attachment_of(find_parts(model).text)
@@ -143,6 +165,25 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def let_generate_take_visual_mask() -> None:
+    """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` on to forward.
+
+    `generate` forwards keyword arguments that it does not know, but first refuses those that forward does not list.
+    """
+    validate = GenerationMixin._validate_model_kwargs
+    if hasattr(validate, "_gap_follows"):
+        return
+
+    @functools.wraps(validate)
+    def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
+        if is_attached(self):
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != VISUAL_MASK}
+        validate(self, model_kwargs)
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    GenerationMixin._validate_model_kwargs = wrapped
+
+
 def _synchronize(model: PreTrainedModel) -> None:
     for module in model.modules():
         attachment = _attachment_of(module)
@@ -156,6 +197,14 @@ def _synchronize(model: PreTrainedModel) -> None:
         text = text_model_of(module)
         if text is not None and text.config._attn_implementation == NAME and _attachment_of(text) is None:
             _follow_head(_install(find_parts(module), GapConfig()), model)
+    # Of a decoder stack alone nobody knows yet whether it will be part of a vision-language model.
+    decoder = lone_decoder_of(model) if model.can_generate() else None
+    if (
+        decoder is not None
+        and decoder.config._attn_implementation == NAME
+        and _attachment_of(decoder) is None
+    ):
+        _follow_head(_install(find_parts(model), GapConfig()), model)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
         find_parts(model)  # a model that can't be pruned says so now
 
@@ -194,6 +243,11 @@ def _remove(attachment: Attachment) -> None:
 
 def _attachment_of(module: Any) -> Attachment | None:
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+
+
+def _covers(attachment: Attachment, parts: Parts) -> bool:
+    """False if the decoder was attached alone, and is now to be attached as part of a vision-language model."""
+    return attachment.owner is not attachment.text or parts.owner is parts.text
 
 
 def _checked(config: GapConfig, parts: Parts) -> GapConfig:

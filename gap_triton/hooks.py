@@ -24,6 +24,7 @@ from .prompt import find_visual_tokens, looks_ahead, make_plan, position_ids_of,
 from .prune import drop
 from .state import Attachment, Call, ForwardState, remember_selection
 from .static import fit
+from .visual_mask import VISUAL_MASK, named_visual_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -50,8 +51,9 @@ def before_head(model: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Arg
 def before_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
-    """Start the state of this forward where ``input_ids`` can be seen."""
+    """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     kwargs = dict(kwargs)
+    visual_mask = kwargs.pop(VISUAL_MASK, None)
     call = kwargs.pop(CALL_KEY, None) or Call()
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
     training = owner.training or attachment.text.training
@@ -62,11 +64,25 @@ def before_owner(
             "to prune."
         )
     if state.enabled:
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        state.visual = find_visual_tokens(owner, input_ids, kwargs.get("inputs_embeds"))
         state.given_mask = kwargs.get("attention_mask")
+        input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if visual_mask is not None:
+            cache = kwargs.get("past_key_values")
+            state.visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache)
+        elif owner is not attachment.text:
+            state.visual = find_visual_tokens(owner, input_ids, embeds)
+        else:
+            _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
     kwargs[STATE_KEY] = state
     return args, kwargs
+
+
+def _say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | None) -> None:
+    if inputs is not None and inputs.shape[1] > 1:
+        logger.warning_once(
+            f"{type(decoder).__name__} got a prompt and no visual_mask, so gap_triton prunes nothing in it. Pass "
+            "visual_mask, a [B, Q] bool tensor that is True at visual tokens, to forward() or generate() to prune."
+        )
 
 
 def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:

@@ -22,6 +22,9 @@ from transformers import PreTrainedModel
 
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
 
+# Decoders without a vision tower, whose visual tokens the caller names.
+SUPPORTED_TEXT_MODELS = ("llama", "mistral", "qwen2")
+
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
@@ -94,7 +97,8 @@ class Parts(NamedTuple):
     """The two modules that carry hooks.
 
     Attributes:
-        owner: The module that receives ``input_ids`` and whose config names the image token.
+        owner: The module that receives ``input_ids`` and whose config names the image token; ``text`` itself where the
+            model is a decoder alone, whose visual tokens the caller names (`gap_triton.visual_mask`).
         text: The decoder stack, with its layers in ``text.layers``.
     """
 
@@ -124,6 +128,15 @@ def is_vision_language_model(model: PreTrainedModel) -> bool:
     return model.can_generate() and (sees or bool(visual_token_ids(config)))
 
 
+def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The decoder stack of a text model of a supported type, None for any other model."""
+    text = model.base_model
+    is_decoder = isinstance(text, PreTrainedModel) and isinstance(
+        getattr(text, "layers", None), nn.ModuleList
+    )
+    return text if is_decoder and text.config.model_type in SUPPORTED_TEXT_MODELS else None
+
+
 def find_parts(model: nn.Module) -> Parts:
     """Locate owner and decoder stack of ``model``.
 
@@ -141,9 +154,13 @@ def find_parts(model: nn.Module) -> Parts:
             f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. {instead}"
         )
     if parts is None:
+        decoder = lone_decoder_of(model)
+        if decoder is not None:
+            return Parts(decoder, decoder)
         raise ValueError(
             f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected "
-            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}. {instead}"
+            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone of type "
+            f"{', '.join(SUPPORTED_TEXT_MODELS)}. {instead}"
         )
     if not visual_token_ids(parts.owner.config):
         raise ValueError(

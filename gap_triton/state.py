@@ -22,7 +22,7 @@ class Attachment:
 
     Attributes:
         config: The configuration that the next forward reads.
-        owner: The module that receives ``input_ids``.
+        owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack whose layers carry the hooks.
         head: The module with the language head around ``owner``, where it is known.
         handles: Removers of the installed hooks.

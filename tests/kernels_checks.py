@@ -7,7 +7,7 @@ Not collected by default: ``test_ops_kernels.py`` runs this file in Triton's int
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,11 +17,14 @@ from gap_kernels.backends import triton_is_interpreted
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
 from gap_kernels.prune import kernel as prune
+from gap_kernels.prune import one_launch
 from gap_kernels.prune import reference as prune_reference
 from gap_kernels.received import kernel as received
 from gap_kernels.received import reference as received_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cpu" if triton_is_interpreted() else "cuda"
@@ -40,7 +43,7 @@ def special_scores(batch: int, n: int, generator: torch.Generator) -> Tensor:
     return scores.to(DEVICE)
 
 
-@pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8192, 8193, 20011])
+@pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8193, 16384, 16385, 65536])
 def test_select(n: int, generator: torch.Generator) -> None:
     scores = special_scores(2, n, generator)
     counts = torch.tensor([n, n // 5], device=DEVICE)
@@ -190,25 +193,30 @@ def test_importance_variants(
 @pytest.mark.parametrize("head_reduction", ["mean", "max"])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_importance_launches(with_lse: bool, head_reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-    for name in ("row_lse_kernel", "visual_mass_kernel", "mean_kernel"):
-        monkeypatch.setattr(importance, name, CountedKernel(getattr(importance, name), launched, name))
+    launched, launch = [], importance.launch
+    monkeypatch.setattr(
+        importance,
+        "launch",
+        lambda kernel, *rest, **options: (launched.append(kernel), launch(kernel, *rest, **options)),
+    )
     query, key = torch.ones(1, 4, 3, 16, device=DEVICE), torch.ones(1, 2, 3, 16, device=DEVICE)
     lse = torch.zeros(1, 4, 1, device=DEVICE) if with_lse else None
     index = torch.tensor([[0, 1]], device=DEVICE)
     importance.visual_importance(query, key, index, None, None, lse, None, False, key, head_reduction)
-    assert launched == [*([] if with_lse else ["row_lse_kernel"]), "visual_mass_kernel", "mean_kernel"]
+    first = [] if with_lse else [importance.row_lse_kernel]
+    assert launched == [*first, importance.visual_mass_kernel, importance.mean_kernel]
 
 
-class CountedKernel:
-    """A kernel that writes down its launches."""
-
-    def __init__(self, kernel: Any, launched: list[str], name: str) -> None:
-        self.kernel, self.launched, self.name = kernel, launched, name
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.launched.append(self.name)
-        return self.kernel[grid]
+@pytest.mark.parametrize("head_reduction", ["mean", "max"])
+def test_nan_of_one_head_among_many(head_reduction: str, generator: torch.Generator) -> None:
+    query = torch.randn(1, 40, 5, 16, generator=generator)
+    key = torch.randn(1, 40, 5, 16, generator=generator)
+    key[0, 3, 2] = math.nan
+    scores = importance.visual_importance(
+        query.to(DEVICE), key.to(DEVICE), torch.tensor([[0, 1, 2]], device=DEVICE), None, None,
+        torch.zeros(1, 40, 1, device=DEVICE), None, True, None, head_reduction,
+    )  # fmt: skip
+    assert scores.isnan().tolist() == [[False, False, True]]
 
 
 def row_lse(query: Tensor, key: Tensor, rows: Tensor | None, mask: Tensor, causal: bool = True) -> Tensor:
@@ -266,6 +274,176 @@ def test_gather_rows(dtype: torch.dtype, axes: int | None, generator: torch.Gene
         assert torch.equal(output.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
+class Prompts(NamedTuple):
+    """Arguments of ``one_launch.prune_tokens`` for two samples."""
+
+    query: Tensor
+    key: Tensor
+    hidden_states: Tensor
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor
+    visual_index: Tensor
+    keep: int
+    counts: Tensor | None
+    rows: Tensor | None
+    attention_mask: Tensor | None
+    lse: Tensor | None
+    scale: float | None
+    length: int
+
+
+def prompts(
+    generator: torch.Generator,
+    heads: tuple[int, int] = (4, 2),
+    num_query: int = 50,
+    num_keys: int = 70,
+    head_dim: int = 16,
+    num_rows: int | None = None,
+    num_visual: int = 40,
+    dtype: torch.dtype = torch.float32,
+    axes: int | None = None,
+    ragged: bool = False,
+    masked: bool = False,
+    with_lse: bool = False,
+    channels: int = 96,
+) -> Prompts:
+    """Prompts with filler, padding and more columns than survivors, as asked."""
+    query, key, visual_index, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    mask[0, : num_keys // 3] = False  # padding on the left and within
+    mask = mask if masked else torch.ones_like(mask)
+    query, key = query.to(dtype), key.to(dtype)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    ids = torch.arange(2 * num_query, device=DEVICE).reshape(2, num_query) + 7
+    return Prompts(
+        query,
+        key,
+        torch.randn(2, num_query, channels, generator=generator).to(DEVICE, dtype),
+        torch.randn(1, num_query, 20, generator=generator).to(DEVICE, dtype).expand(2, -1, -1),
+        torch.randn(2, num_query, 20, generator=generator).to(DEVICE, dtype),
+        ids if axes is None else torch.stack([ids + 1000 * axis for axis in range(axes)]),
+        visual_index,
+        num_visual // 3,
+        torch.tensor([num_visual // 2, 2 * num_query], device=DEVICE) if ragged else None,
+        rows,
+        mask if masked else None,
+        row_lse(query, key, rows, mask) if with_lse else None,
+        None,
+        num_query + 3,
+    )
+
+
+def assert_pruned(case: Prompts, result: tuple[Tensor, ...]) -> None:
+    """Compare scores with float64, and all that follows from them exactly."""
+    *rows, index, scores = result
+    exact = importance_reference.visual_importance(
+        case.query.double(),
+        case.key.double(),
+        case.visual_index,
+        case.rows,
+        case.attention_mask,
+        None,
+        case.scale,
+    )
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-7)
+    num_query, num_keys = case.query.shape[2], case.key.shape[2]
+    mask = None if case.attention_mask is None else case.attention_mask[:, num_keys - num_query :]
+    selection = (scores, case.visual_index, case.keep, case.counts, mask, num_query, case.length)
+    assert torch.equal(index, prune_reference.surviving_rows(*selection))
+    expected = prune_reference.gather_rows(case.hidden_states, case.cos, case.sin, case.position_ids, index)
+    assert all(torch.equal(row, wanted) for row, wanted in zip(rows, expected, strict=True))
+
+
+@pytest.mark.parametrize("ticket", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_query": 65, "num_keys": 600, "masked": True},  # several splits of the keys
+        {
+            "heads": (7, 1),
+            "num_query": 200,
+            "num_keys": 200,
+            "num_rows": 9,
+            "num_visual": 130,
+            "ragged": True,
+        },
+        {"heads": (2, 2), "num_rows": 16, "with_lse": True, "axes": 3, "masked": True},
+        {"heads": (3, 3), "num_query": 17, "num_keys": 17, "head_dim": 8, "num_visual": 16, "channels": 4100},
+        {"heads": (2, 1), "head_dim": 72, "num_rows": 3, "ragged": True, "masked": True, "with_lse": True},
+    ],
+    ids=lambda shape: "-".join(shape),
+)
+def test_prune_in_one_launch(
+    shape: dict[str, Any], dtype: torch.dtype, ticket: bool, generator: torch.Generator
+) -> None:
+    if ticket and DEVICE == "cpu" and dtype != torch.float32:
+        pytest.skip("the interpreter runs programs in order: drawing numbers has been tried with float32")
+    case = prompts(generator, dtype=dtype, **shape)
+    result = one_launch.prune_tokens(*case, ticket=ticket)
+    assert_pruned(case, result)
+    again = one_launch.prune_tokens(*case, ticket=ticket)
+    assert all(torch.equal(left, right) for left, right in zip(result, again, strict=True))
+
+
+@pytest.mark.parametrize("ticket", [False, True])
+def test_launches_leave_their_counters_at_zero(
+    ticket: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = torch.zeros(500, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(one_launch, "counters", lambda device, count: held)
+    for shape in ({}, {"heads": (6, 3), "num_visual": 7, "num_rows": 20}, {"with_lse": True}, {}):
+        case = prompts(generator, **shape)
+        assert_pruned(case, one_launch.prune_tokens(*case, ticket=ticket))
+        assert not held.any()
+
+
+@pytest.mark.parametrize("num_rows", [0, None])
+@pytest.mark.parametrize("num_visual", [0, 9])
+def test_prune_in_one_launch_with_nothing_to_score(
+    num_rows: int | None, num_visual: int, generator: torch.Generator
+) -> None:
+    case = prompts(generator, num_query=33, num_visual=num_visual, num_rows=num_rows, masked=True)
+    assert_pruned(case, one_launch.prune_tokens(*case))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_prune_in_one_launch_of_anything(data: st.DataObject) -> None:
+    key_heads = data.draw(st.integers(1, 3))
+    num_query = data.draw(st.integers(1, 40))
+    case = prompts(
+        torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
+        (key_heads * data.draw(st.integers(1, 3)), key_heads),
+        num_query,
+        num_query + data.draw(st.integers(0, 30)),
+        data.draw(st.sampled_from([3, 8, 16, 20])),
+        data.draw(st.none() | st.integers(0, 18)),
+        data.draw(st.integers(0, num_query)),
+        axes=data.draw(st.none() | st.integers(1, 4)),
+        ragged=data.draw(st.booleans()),
+        masked=data.draw(st.booleans()),
+        with_lse=data.draw(st.booleans()),
+        channels=data.draw(st.integers(1, 40)),
+    )
+    case = case._replace(
+        keep=data.draw(st.integers(0, 50)),
+        scale=data.draw(st.none() | st.just(0.3) if case.lse is None else st.none()),
+    )
+    assert_pruned(case, one_launch.prune_tokens(*case, ticket=data.draw(st.booleans())))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no limit of its own")
+def test_prompts_too_long_for_one_launch(generator: torch.Generator) -> None:
+    case = prompts(
+        generator, num_query=one_launch.MAX_ROWS + 1, num_keys=one_launch.MAX_ROWS + 1, num_visual=4000
+    )
+    assert not one_launch.applies(case.query, case.length)
+    assert_pruned(case, torch.ops.gap_kernels.prune_tokens(*case))
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
@@ -298,10 +476,10 @@ def test_attention(
     # Heads beside positions in memory, as projections leave them.
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     mask[1, : num_keys - num_query + 3] = False  # padding on the left, so that some rows see nothing
-    for given in (mask, None):
-        result = attention.attention(query, key, value, causal, given, None, rows, columns)
+    for chosen in (mask, None):
+        result = attention.attention(query, key, value, causal, chosen, None, rows, columns)
         exact = attention_reference.attention(
-            query.double(), key.double(), value.double(), causal, given, None, rows, columns
+            query.double(), key.double(), value.double(), causal, chosen, None, rows, columns
         )
         rounding = ROUNDING[dtype]
         torch.testing.assert_close(result[0].double(), exact[0], rtol=rounding, atol=rounding)
@@ -315,8 +493,8 @@ def test_attention(
 @pytest.mark.parametrize(
     ("heads", "num_tokens", "head_dim", "causal", "bounds"),
     [
-        ((4, 2), 150, 80, False, None),  # several tiles of rows and keys
-        ((2, 2), 150, 64, True, None),
+        ((2, 1), 100, 80, False, None),  # several tiles of rows and keys
+        ((1, 1), 150, 64, True, None),
         ((2, 1), 150, 128, False, [0, 5, 64, 64, 131, 150]),  # sequences within and across tiles
         ((1, 1), 150, 8, True, [0, 70, 150]),
         ((1, 1), 70, 256, False, [2, 5, 999]),  # only the CPU checks bounds: tokens in no sequence get 0
@@ -338,8 +516,8 @@ def test_received(
     packed = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     mask = (torch.rand(batch, num_tokens, generator=generator) < 0.9).to(DEVICE)
     mask[0, :66] &= bounds is not None  # a tile of padding
-    for given in (mask, None):
-        arguments = (given, packed, causal, None)
+    for chosen in (mask, None):
+        arguments = (chosen, packed, causal, None)
         scores = received.attention_received(query, key, *arguments, None)
         exact = received_reference.attention_received(query.double(), key.double(), *arguments, None)
         assert_accurate(scores, exact)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from test_oracle import error, make_prompt
-from tiny import CLASSES, build, generate, text_config
+from tiny import CLASSES, build, generate
 from transformers import AutoModelForImageTextToText
 
 import gap_triton
@@ -236,8 +236,8 @@ def test_training_mode_is_dense_and_says_so(warnings: pytest.LogCaptureFixture) 
 def test_an_unattached_decoder_under_the_name_says_that_it_is_dense(
     warnings: pytest.LogCaptureFixture,
 ) -> None:
-    config = text_config("llama")
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="gap_triton").eval()
+    model = build("llava", "gap_triton")
+    gap_triton.detach(model)
     model(torch.tensor([[1, 5, 6]]))
     assert "no pruning attached" in warnings.text
 

@@ -244,7 +244,7 @@ def test_blocks_of_rows_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_backward_is_refused() -> None:
     query, key, value = make_all((1, 2, 2, 5, 5, 8))
     output, _, _ = attention(query.requires_grad_(), key, value)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"gap_kernels\.attention\w* has no gradient"):
         output.sum().backward()
 
 

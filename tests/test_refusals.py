@@ -54,9 +54,12 @@ def test_a_model_type_that_is_not_checked() -> None:
         gap_triton.attach(model)
 
 
-def test_a_text_model() -> None:
-    model = transformers.LlamaForCausalLM._from_config(text_config("llama"))
-    with pytest.raises(ValueError, match="found no vision-language decoder in LlamaForCausalLM"):
+def test_a_decoder_alone_that_is_not_checked() -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9))
+    with pytest.raises(
+        ValueError,
+        match=r"found no vision-language decoder in GPT2LMHeadModel.* or a decoder alone",
+    ):
         gap_triton.attach(model)
 
 

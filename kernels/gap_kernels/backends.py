@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
@@ -74,8 +73,3 @@ def triton_is_interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(tl.sum, InterpretedFunction)
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return the context to launch a kernel in: Triton launches on the current device, not on the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -52,9 +52,8 @@ def launch(
             launch(kernel, grid, tensors, strides, sizes, factors, constants, **options)
         return
     arguments = (*tensors, *strides, *sizes, *factors)
-    if (
-        triton_is_interpreted() or torch.version.hip
-    ):  # on AMD a pointer's class depends on its tensor's size, too
+    # On AMD the class of a pointer depends on the size of its tensor, too.
+    if triton_is_interpreted() or torch.version.hip:
         kernel[grid](*arguments, **constants, **options)
         return
     key = (
@@ -63,12 +62,14 @@ def launch(
         tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
         _classes([0 if tensor is None else tensor.data_ptr() for tensor in tensors], 1 << 64),
         _classes(strides, 1 << 31),
-        max(sizes, default=0) >> 31,
+        None if max(sizes, default=0) < 1 << 31 else tuple([size >> 31 for size in sizes]),
         *constants.values(),
         *options.values(),
     )
     compiled = _compiled.get(key)
     if compiled is None:
+        # Below they are handed over by position.
+        assert list(kernel.arg_names[len(arguments) :]) == list(constants)
         compiled = kernel[grid](*arguments, **constants, **options)
         if compiled is not None:
             _compiled[key] = compiled
@@ -83,3 +84,14 @@ def _classes(values: Sequence[int], limit: int) -> tuple[int, ...] | None:
     if not merged & 15 and 0 <= merged < limit:
         return None
     return tuple([2 * (value >= limit) + (3 if value == 1 else value & 15 == 0) for value in values])
+
+
+# Triton's functions of these names also take compile-time constants, and need several microseconds a call for it.
+def cdiv(a: int, b: int) -> int:
+    """Return ``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()

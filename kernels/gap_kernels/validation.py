@@ -6,8 +6,9 @@ be traced by ``torch.compile``. Value ranges are checked inside the operators, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,7 +45,23 @@ class ShapeChecker:
         Raises:
             ValueError: if the argument isn't a tensor of that shape, dtype and device.
         """
-        names = dims.split()
+        names = _names_of(dims)
+        if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == len(names):
+            device = value.device
+            if self.device is None:
+                self.device = device
+            if device == self.device:
+                for dim, size in zip(names, value.shape, strict=True):
+                    if self.sizes.setdefault(dim, size) != size:
+                        break
+                else:
+                    return
+        self._refuse(name, value, names, dtypes)
+
+    def _refuse(
+        self, name: str, value: object, names: tuple[str, ...], dtypes: Sequence[torch.dtype]
+    ) -> NoReturn:
+        """Say what is wrong with an argument; apart from ``check``, which every call pays for."""
         shape = "[" + ", ".join(names) + "]"
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a tensor {shape}, got {describe(value)}")
@@ -53,15 +70,16 @@ class ShapeChecker:
             raise ValueError(f"{name}: expected dtype {allowed}, got {describe(value)}")
         if value.dim() != len(names):
             raise ValueError(f"{name}: expected {len(names)} dimensions {shape}, got {describe(value)}")
-        for axis, dim in enumerate(names):
-            size = value.shape[axis]
-            known = self.sizes.setdefault(dim, size)
+        for dim, size in zip(names, value.shape, strict=True):
+            known = self.sizes.get(dim, size)
             if size != known:
                 raise ValueError(f"{name}: expected {shape} with {dim} = {known}, got {describe(value)}")
-        if self.device is None:
-            self.device = value.device
-        elif value.device != self.device:
-            raise ValueError(f"{name}: expected device {self.device}, got {describe(value)}")
+        raise ValueError(f"{name}: expected device {self.device}, got {describe(value)}")
+
+
+@functools.cache
+def _names_of(dims: str) -> tuple[str, ...]:
+    return tuple(dims.split())
 
 
 def check_options(causal: object, scale: object) -> None:

@@ -18,10 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import device_of, triton_is_interpreted
+from ..backends import triton_is_interpreted
 from ..importance import kernel as importance_kernel
 from ..importance.kernel import allowed_columns
+from ..launch import cdiv, launch, next_power_of_2
 from .reference import lse_at
+
+WARPS = 8
 
 
 @triton.jit
@@ -121,7 +124,7 @@ def attend(
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["num_query", "num_keys"])
+@triton.jit(do_not_specialize=["mask_stride_b", "mask_stride_s", "num_query", "num_keys"])
 def attention_kernel(
     query,
     key,
@@ -222,17 +225,20 @@ def attention(
     if batch:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         mask = None if attention_mask is None else attention_mask.view(torch.uint8)
-        strides = (x.stride()[:3] for x in (query, key, value))
-        options = tile_options(head_dim, query.dtype)
-        with device_of(query):
-            attention_kernel[(batch * query_heads * triton.cdiv(num_query, options["BLOCK_M"]),)](
-                query, key, value, mask, output, lse,
-                *(stride for of_one in strides for stride in of_one),
-                *((0, 0) if mask is None else mask.stride()),
-                num_query, num_keys, (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
-                HEADS=query_heads, GROUP=query_heads // key_heads, CAUSAL=causal, D=head_dim,
-                UPCAST=triton_is_interpreted(), **options,
-            )  # fmt: skip
+        tiles = tile_options(head_dim, query.dtype)
+        launch(
+            attention_kernel,
+            (batch * query_heads * cdiv(num_query, tiles["BLOCK_M"]),),
+            (query, key, value, mask, output, lse),
+            (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+            (*((0, 0) if mask is None else mask.stride()), num_query, num_keys),
+            ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
+            {"HEADS": query_heads, "GROUP": query_heads // key_heads, "CAUSAL": causal, "D": head_dim}
+            | tiles
+            | {"UPCAST": triton_is_interpreted()},
+            num_warps=WARPS,
+            num_stages=1 if query.dtype == torch.float32 else 2,
+        )
     if importance_columns is None:
         return output, lse, lse.new_empty((batch, 0))
     row_lse = lse_at(lse, importance_rows)
@@ -243,15 +249,15 @@ def attention(
 
 
 def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes and launch options: what fits the registers and shared memory, chosen without a timing."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    """Return tile sizes: what fits the registers and shared memory, chosen without a timing."""
+    block_d = max(16, next_power_of_2(head_dim))
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        options = {"BLOCK_M": 32 if block_d <= 128 else 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_stages": 1}
+        tiles = {"BLOCK_M": 32 if block_d <= 128 else 16, "BLOCK_N": 16, "BLOCK_K": 16}
     elif block_d <= 64:
-        options = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": block_d, "num_stages": 2}
+        tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": block_d}
     elif block_d == 128:
-        options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_d, "num_stages": 2}
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_d}
     else:
-        options = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_d, "num_stages": 2}
-    return options | {"BLOCK_D": block_d, "num_warps": 8}
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_d}
+    return tiles | {"BLOCK_D": block_d}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
+from ..library import fake, no_gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
 from . import reference
 
@@ -13,13 +14,9 @@ MAX_HEAD_DIM = 256
 """Kernels hold whole vectors in registers; longer ones would be spilled."""
 
 
-@torch.library.custom_op(
-    "gap_kernels::attention",
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor key, Tensor value, bool causal, Tensor? attention_mask, float? scale,"
-        " Tensor? importance_rows, Tensor? importance_columns) -> (Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "attention(Tensor query, Tensor key, Tensor value, bool causal, Tensor? attention_mask, float? scale,"
+    " Tensor? importance_rows, Tensor? importance_columns) -> (Tensor, Tensor, Tensor)"
 )
 def attention_op(
     query: Tensor,
@@ -45,7 +42,7 @@ def attention_op(
     return reference.attention(*arguments)
 
 
-@attention_op.register_fake
+@fake("attention")
 def _(
     query: Tensor,
     key: Tensor,
@@ -79,6 +76,9 @@ def check_heads(query: Tensor, key: Tensor) -> None:
         )
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query: expected D in 1..{MAX_HEAD_DIM}, got {describe(query)}")
+
+
+no_gradient("attention")
 
 
 def check_attention(

@@ -33,7 +33,8 @@ def visual_importance(
 
     The ``Q`` query rows are the last ``Q`` of the ``S`` key positions. A position in ``rows`` or
     ``visual_index`` counts within those rows: position ``p`` is key column ``p + S - Q``. A row at key column
-    ``c`` sees the columns up to ``c`` that ``attention_mask`` allows; with ``causal=False`` it sees all of those.
+    ``c`` sees the columns up to ``c`` that ``attention_mask`` allows; with ``causal=False`` any row sees every
+    column that the mask allows.
 
     Variants that the field uses:
 

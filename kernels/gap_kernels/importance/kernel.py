@@ -22,14 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
-from ..launch import launch
+from ..handover import wait
+from ..launch import cdiv, launch, next_power_of_2
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
 # sums are too.
-MIN_SPLIT_KEYS = 256
+MIN_SPLIT_KEYS = 128
 ENOUGH_PROGRAMS = 512
 MAX_SPLITS = 64
-MEAN_BLOCK = 256
+MEAN_BLOCK = 128
+MAX_BLOCK_HEADS = tl.constexpr(32)
 WARPS = 4
 
 
@@ -256,6 +258,8 @@ def visual_mass_tile(
     value_stride_b,
     value_stride_h,
     value_stride_s,
+    ready,
+    parts,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -274,7 +278,7 @@ def visual_mass_tile(
     Rows come with their natural log-sum-exp ``lse`` [B, Hkv, M], or with the partial statistics of ``row_lse_tile`` if
     that is None. With PER_HEAD ``batch_head`` counts query heads, and the rows are those of one of them: the same
     memory, as [B, Hkv, M] is [B, Hq, R]. With ``value`` [B, Hkv, S, DV] each probability is multiplied by the L1 norm of
-    its key's value vector.
+    its key's value vector. With ``ready``, a counter, the statistics are there once it has reached ``parts``.
     """
     HEADS: tl.constexpr = KEY_HEADS * GROUP if PER_HEAD else KEY_HEADS
     SHARING: tl.constexpr = 1 if PER_HEAD else GROUP  # query heads whose rows this program has
@@ -305,6 +309,9 @@ def visual_mass_tile(
         if lse is not None:
             row_lse = tl.load(lse + row_of_head, mask=m < SHARING * num_rows, other=0.0) * 1.4426950408889634
         else:
+            if ready is not None:  # noqa: SIM102, known to the compiler, unlike the condition below
+                if start == 0:  # the keys have been read meanwhile
+                    wait(ready, parts)
             split = tl.arange(0, BLOCK_SPLITS)
             inside = (m < SHARING * num_rows)[:, None] & (split < splits)[None, :]
             offset = row_of_head[:, None] * splits + split[None, :]
@@ -376,9 +383,38 @@ def visual_mass_kernel(
         tl.program_id(1).to(tl.int64), tl.program_id(0),
         query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
         mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
-        value, value_stride_b, value_stride_h, value_stride_s,
+        value, value_stride_b, value_stride_h, value_stride_s, None, 0,
         KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, CAUSAL, PER_HEAD, DV, BLOCK_DV,
     )  # fmt: skip
+
+
+@triton.jit
+def over_heads(
+    mass, num_tokens, token, inside, HEADS: tl.constexpr, BLOCK: tl.constexpr, MAXIMUM: tl.constexpr
+):
+    """Return the sum, or the maximum, over heads of mass [HEADS, num_tokens] at tokens [BLOCK].
+
+    All heads of a block are loaded before the first is used: one after another each would cost the latency of memory.
+    """
+    BLOCK_HEADS: tl.constexpr = min(triton.next_power_of_2(HEADS), MAX_BLOCK_HEADS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    nans = tl.zeros((BLOCK,), tl.int32)
+    for start in tl.static_range(0, HEADS, BLOCK_HEADS):
+        head = start + tl.arange(0, BLOCK_HEADS)
+        part = tl.load(
+            mass + head[:, None] * num_tokens.to(tl.int64) + token[None, :],
+            mask=(head < HEADS)[:, None] & inside[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [BLOCK_HEADS, BLOCK]
+        if MAXIMUM:
+            total = tl.maximum(total, tl.max(part, 0))
+            nans += tl.sum((part != part).to(tl.int32), 0)  # a maximum may hide them
+        else:
+            total += tl.sum(part, 0)
+    if MAXIMUM:
+        total = tl.where(nans > 0, float("nan"), total)
+    return total
 
 
 @triton.jit
@@ -396,21 +432,16 @@ def mean_tile(
     BLOCK: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):
-    """Store the mean over heads and valid rows for one tile of visual tokens, and return it [BLOCK].
+    """Store the mean over heads and valid rows for one tile of visual tokens.
 
     With PER_HEAD ``mass`` is [B, Hq, V], and the result is the maximum over heads of the mean over valid rows.
     """
     HEADS: tl.constexpr = QUERY_HEADS if PER_HEAD else KEY_HEADS
     AVERAGED: tl.constexpr = 1 if PER_HEAD else QUERY_HEADS
     slot = tile * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for head in range(HEADS):
-        position = (batch * HEADS + head) * num_visual + slot
-        part = tl.load(mass + position, mask=slot < num_visual, other=0.0, cache_modifier=".cg")
-        if PER_HEAD:
-            total = tl.where((part > total) | (part != part), part, total)  # once NaN, always NaN
-        else:
-            total += part
+    total = over_heads(
+        mass + batch * HEADS * num_visual, num_visual, slot, slot < num_visual, HEADS, BLOCK, PER_HEAD
+    )
     valid = tl.full((), 1, tl.int32)
     if rows is not None:
         valid = tl.full((), 0, tl.int32)
@@ -420,7 +451,6 @@ def mean_tile(
             valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
     mean = total / (AVERAGED * tl.maximum(valid, 1).to(tl.float32))
     tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
-    return mean
 
 
 @triton.jit(do_not_specialize=["num_query", "num_rows", "num_visual"])
@@ -486,7 +516,7 @@ def visual_importance(
     splits = 0
     if lse is None:
         tiles = tile_options(head_dim, group * num_rows, query.dtype)
-        row_tiles = triton.cdiv(group * num_rows, tiles["BLOCK_M"])
+        row_tiles = cdiv(group * num_rows, tiles["BLOCK_M"])
         split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
         shape = (batch, key_heads, group * num_rows, splits)
         partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -507,7 +537,7 @@ def visual_importance(
     tiles = tile_options(head_dim, mass_rows, query.dtype)
     launch(
         visual_mass_kernel,
-        (triton.cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
+        (cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
         (query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, value),
         (*strides, *((0, 0, 0) if value is None else value.stride()[:3])),
         (*mask_strides, num_query, num_keys, num_rows, num_visual, splits),
@@ -515,7 +545,7 @@ def visual_importance(
         {
             **heads,
             **tiles,
-            "BLOCK_SPLITS": triton.next_power_of_2(max(splits, 1)),
+            "BLOCK_SPLITS": next_power_of_2(max(splits, 1)),
             **flags,
             "PER_HEAD": per_head,
         }
@@ -526,7 +556,7 @@ def visual_importance(
     )
     launch(
         mean_kernel,
-        (triton.cdiv(num_visual, MEAN_BLOCK), batch),
+        (cdiv(num_visual, MEAN_BLOCK), batch),
         (mass, rows, scores),
         (),
         (num_query, num_rows, num_visual),
@@ -538,13 +568,13 @@ def visual_importance(
 
 def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes for M = ``num_rows`` rows per program of the grid's head axis."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     # What fits the registers on every target. Vectors whose length is no power of two need masks, which take registers;
     # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
     exact = dtype == torch.float32
     block_n = 32 if exact or block_d > 128 or block_d != head_dim else 64
     return {
-        "BLOCK_M": 16 if num_rows <= 16 else 32,
+        "BLOCK_M": 16 if exact or num_rows <= 16 else 32,
         "BLOCK_N": 16 if exact and block_d > 128 else block_n,
         "BLOCK_K": part_of(head_dim, min(block_d, 16) if exact else block_d),
     }
@@ -555,7 +585,7 @@ def value_options(value: Tensor | None) -> dict[str, int]:
     if value is None:
         return {"DV": 0, "BLOCK_DV": 16}
     length = value.shape[3]
-    block = max(16, triton.next_power_of_2(max(1, length)))
+    block = max(16, next_power_of_2(max(1, length)))
     return {"DV": length, "BLOCK_DV": part_of(length, min(block, 128 // value.element_size()))}
 
 
@@ -569,6 +599,6 @@ def part_of(length: int, block: int) -> int:
 
 def split_of(num_keys: int, programs: int, block_n: int) -> tuple[int, int]:
     """Return ``(keys per split, splits)`` so that few programs get more, whatever the device."""
-    wanted = min(triton.cdiv(num_keys, MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // programs), MAX_SPLITS)
-    split_keys = triton.cdiv(triton.cdiv(num_keys, wanted), block_n) * block_n
-    return split_keys, triton.cdiv(num_keys, split_keys)
+    wanted = min(cdiv(num_keys, MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // programs), MAX_SPLITS)
+    split_keys = cdiv(cdiv(num_keys, wanted), block_n) * block_n
+    return split_keys, cdiv(num_keys, split_keys)

@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from ..backends import use_triton
+from ..library import fake, no_gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
 from . import reference
 
 
-@torch.library.custom_op(
-    "gap_kernels::visual_importance",
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor key, Tensor visual_index, Tensor? rows, Tensor? attention_mask, Tensor? lse,"
-        " float? scale, bool causal=True, Tensor? value=None, str head_reduction='mean') -> Tensor"
-    ),
+@operator(
+    "visual_importance(Tensor query, Tensor key, Tensor visual_index, Tensor? rows, Tensor? attention_mask,"
+    " Tensor? lse, float? scale, bool causal=True, Tensor? value=None, str head_reduction='mean') -> Tensor"
 )
 def visual_importance_op(
     query: Tensor,
@@ -43,7 +40,7 @@ def visual_importance_op(
     return reference.visual_importance(query, key, visual_index, *optional)
 
 
-@visual_importance_op.register_fake
+@fake("visual_importance")
 def _(
     query: Tensor,
     key: Tensor,
@@ -58,6 +55,9 @@ def _(
 ) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(visual_index.shape, dtype=dtype)
+
+
+no_gradient("visual_importance")
 
 
 def check_importance(

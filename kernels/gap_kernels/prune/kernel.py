@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 from ..select.kernel import (
     ALWAYS,
     DROPPED,
@@ -20,7 +20,6 @@ from ..select.kernel import (
 
 FILL_BLOCK = 1024
 COPY_BLOCK = 4096
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -234,25 +233,25 @@ def gather_rows(
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     if index.numel() == 0:
         return outputs
-    inputs = words(hidden_states), words(cos), words(sin)
+    inputs = with_whole_rows(hidden_states), with_whole_rows(cos), with_whole_rows(sin)
     launch(
         gather_rows_kernel,
         (length, batch),
-        (*inputs, ids, index.contiguous(), *(words(output) for output in outputs[:3]), outputs[3]),
+        (*inputs, ids, index.contiguous(), *outputs),
         (*(stride for x in inputs for stride in x.stride()[:2]), hidden_states.shape[2], cos.shape[2]),
         (*ids.stride(), length),
         (),
-        {"AXES": ids.shape[0]} | copy_tiles(hidden_states, cos),
+        {"AXES": ids.shape[0]} | copy_tiles(hidden_states.shape[2], cos.shape[2]),
         num_warps=4,
     )
     return outputs
 
 
-def copy_tiles(hidden_states: Tensor, cos: Tensor) -> dict[str, int]:
+def copy_tiles(channels: int, rotary: int) -> dict[str, int]:
     """Return the tile sizes of ``copy_row``: one tile for a row where possible, so that all its loads go out at once."""
     return {
-        "BLOCK_COPY": min(triton.next_power_of_2(max(hidden_states.shape[2], 1)), COPY_BLOCK),
-        "BLOCK_ROTARY": triton.next_power_of_2(max(cos.shape[2], 1)),
+        "BLOCK_COPY": min(next_power_of_2(max(channels, 1)), COPY_BLOCK),
+        "BLOCK_ROTARY": next_power_of_2(max(rotary, 1)),
     }
 
 
@@ -269,8 +268,6 @@ def new_outputs(
     )
 
 
-def words(tensor: Tensor) -> Tensor:
-    """View floats as integers of their size: a copy needs no arithmetic, and fewer kernels are compiled."""
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
-    return tensor.view(_WORD[tensor.element_size()])
+def with_whole_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of it whose rows are contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

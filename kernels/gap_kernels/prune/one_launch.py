@@ -8,9 +8,10 @@ What several launches would do one after another is done by programs with differ
    its heads, ``mean_tile``; the one that finishes a sample's tiles last selects, ``select_survivors``;
 3. GATHER: ``copy_row``, a few rows of the result.
 
-A MASS program waits for the LSE programs of its key head, a GATHER program for the selection of its sample. All waiting
-is for programs of lower number, so nothing waits for ever as long as those run: in a cooperative launch all programs
-run at once. A grid that is too large for that draws its numbers from a counter, in the order in which programs start.
+A MASS program waits for the LSE programs of its key head, after its first products, and a GATHER program for the
+selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run: in a
+cooperative launch all programs run at once. A grid that is too large for that draws its numbers from a counter, in the
+order in which programs start.
 
 A finished part is announced by an atomic addition with release semantics to a counter that others read with acquire
 semantics. The last GATHER program of a sample sets its counters back to zero, for the next launch. Only counters are
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,10 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
+from ..handover import announce, wait
 from ..importance.kernel import mean_tile, row_lse_tile, split_of, visual_mass_tile
 from ..importance.kernel import tile_options as importance_options
-from ..launch import launch
-from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, words
+from ..launch import cdiv, launch, next_power_of_2
+from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, with_whole_rows
 from .workspace import counters
 
 MAX_ROWS = 4096
@@ -47,29 +50,12 @@ MAX_ROWS_PER_COPY = 8
 RESET_BLOCK = 128
 
 
-@triton.jit
-def announce(counter):
-    """Add one to a counter after everything that this program has stored; return what it was before."""
-    tl.debug_barrier()  # every thread's stores come before the addition, which one thread does
-    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()  # and what any thread loads from here on comes after it
-    return before
-
-
-@triton.jit
-def wait(counter, wanted):
-    """Wait until a counter has reached a value."""
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < wanted:
-        pass
-    tl.debug_barrier()
-
-
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
 @triton.jit(
     do_not_specialize=[
         "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
         "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
-        "partial_size", "parts", "tiles", "copies", "first_mass", "first_copy",
+        "partial_size", "mass_size", "parts", "tiles", "copies", "first_mass", "first_copy",
     ]
 )  # fmt: skip
 def prune_kernel(
@@ -84,9 +70,7 @@ def prune_kernel(
     sin,
     ids,
     counts,
-    partial,
-    mass,
-    keys,
+    workspace,
     counter,
     scores,
     index,
@@ -123,6 +107,7 @@ def prune_kernel(
     keep,
     length,
     partial_size,
+    mass_size,
     parts,
     tiles,
     copies,
@@ -153,16 +138,17 @@ def prune_kernel(
     """
     of_sample = KEY_HEADS + tiles + 3
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    partial_sum = partial
-    if lse is None:
-        partial_sum = partial + partial_size
+    # Statistics of the rows, mass of the heads, and the keys of the selection, 4 bytes each.
+    partial_sum = workspace + partial_size
+    mass = partial_sum + partial_size
+    keys = (mass + mass_size).to(tl.pointer_type(tl.int32), bitcast=True)
 
     if program < first_mass:
         if lse is None:  # the condition is known to the compiler: there is nothing to be compiled otherwise
             batch_head = program // parts
             part = program % parts
             row_lse_tile(
-                query, key, rows, mask, partial, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
+                query, key, rows, mask, workspace, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
                 query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
                 mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, splits, scale_log2,
                 KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, True,
@@ -176,13 +162,12 @@ def prune_kernel(
         head = part % KEY_HEADS
         of_heads = counter + 2 + sample * of_sample
         of_tiles = of_heads + KEY_HEADS
-        if lse is None:
-            wait(of_heads + head, parts)
         visual_mass_tile(
-            query, key, visual_index, rows, mask, lse, partial, partial_sum, mass,
+            query, key, visual_index, rows, mask, lse, workspace, partial_sum, mass,
             (sample * KEY_HEADS + head).to(tl.int64), tile,
             query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
             mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
+            of_heads + head, parts,
             KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
         )  # fmt: skip
         if announce(of_tiles + tile) == KEY_HEADS - 1:
@@ -239,6 +224,79 @@ def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
 
 
+class Plan(NamedTuple):
+    """How a launch divides the work, as follows from sizes alone."""
+
+    split_keys: int
+    splits: int
+    parts: int
+    """LSE programs of a key head."""
+    tiles: int
+    """MASS programs of a key head."""
+    copies: int
+    """GATHER programs of a sample."""
+    first_mass: int
+    first_copy: int
+    programs: int
+    constants: dict[str, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    batch: int,
+    query_heads: int,
+    key_heads: int,
+    head_dim: int,
+    num_query: int,
+    num_keys: int,
+    num_rows: int,
+    num_visual: int,
+    length: int,
+    channels: int,
+    rotary: int,
+    axes: int,
+    dtype: torch.dtype,
+    lse_given: bool,
+) -> Plan:
+    """Divide the work; the same sizes come again and again, and host time counts."""
+    group = query_heads // key_heads
+    blocks = importance_options(head_dim, group * num_rows, dtype)
+    row_tiles = 0 if lse_given else cdiv(group * num_rows, blocks["BLOCK_M"])
+    split_keys = splits = 0
+    if row_tiles:
+        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, blocks["BLOCK_N"])
+    rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY)
+    parts = row_tiles * splits
+    tiles = max(cdiv(num_visual, blocks["BLOCK_N"]), 1)
+    copies = cdiv(length, rows_per_program)
+    first_mass = batch * key_heads * parts
+    first_copy = first_mass + batch * key_heads * tiles
+    constants = {
+        "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **blocks,
+        "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
+        "BLOCK_FILL": FILL_BLOCK, **copy_tiles(channels, rotary), "BLOCK_RESET": RESET_BLOCK,
+        "AXES": axes, "ROWS_PER_PROGRAM": rows_per_program,
+    }  # fmt: skip
+    return Plan(
+        split_keys,
+        splits,
+        parts,
+        tiles,
+        copies,
+        first_mass,
+        first_copy,
+        first_copy + batch * copies,
+        constants,
+    )
+
+
+def fits_at_once(programs: int, device: torch.device) -> bool:
+    """Return whether all programs run at the same time, as a cooperative launch demands."""
+    if device.type != "cuda":
+        return False
+    return programs <= PROGRAMS_PER_MULTIPROCESSOR * _properties(device).multi_processor_count
+
+
 def prune_tokens(
     query: Tensor,
     key: Tensor,
@@ -263,76 +321,47 @@ def prune_tokens(
     """
     batch, query_heads, num_query, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
-    num_visual = visual_index.shape[1]
+    channels, rotary, num_visual = hidden_states.shape[2], cos.shape[2], visual_index.shape[1]
     num_rows = 1 if rows is None else rows.shape[1]
-    group = query_heads // key_heads
     device = query.device
-
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    key = key if key.stride(-1) == 1 else key.contiguous()
-    mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    query, key = with_whole_rows(query), with_whole_rows(key)
+    inputs = with_whole_rows(hidden_states), with_whole_rows(cos), with_whole_rows(sin)
     ids = position_ids if position_ids.dim() == 3 else position_ids[None]
-    inputs = words(hidden_states), words(cos), words(sin)
-    options = importance_options(head_dim, group * num_rows, query.dtype)
-
-    row_tiles = triton.cdiv(group * num_rows, options["BLOCK_M"])
-    splits = split_keys = 0
-    partial = None
-    if lse is not None:
-        lse = lse.float().contiguous()
-    else:
-        if row_tiles:
-            split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, options["BLOCK_N"])
-        shape = (2, batch, key_heads, group * num_rows, splits)
-        partial = torch.empty(shape, dtype=torch.float32, device=device)
-    rows_per_program = triton.next_power_of_2(triton.cdiv(batch * length, ENOUGH_COPIES))
-    rows_per_program = min(rows_per_program, MAX_ROWS_PER_COPY)
-
-    parts = row_tiles * splits
-    tiles = max(triton.cdiv(num_visual, options["BLOCK_N"]), 1)
-    copies = triton.cdiv(length, rows_per_program)
-    first_mass = batch * key_heads * parts
-    first_copy = first_mass + batch * key_heads * tiles
-    programs = first_copy + batch * copies
+    mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    work = plan(
+        batch, query_heads, key_heads, head_dim, num_query, num_keys, num_rows, num_visual, length, channels, rotary,
+        ids.shape[0], query.dtype, lse is not None,
+    )  # fmt: skip
     if ticket is None:
-        ticket = device.type != "cuda" or programs > (
-            PROGRAMS_PER_MULTIPROCESSOR * _properties(device).multi_processor_count
-        )
+        ticket = not fits_at_once(work.programs, device)
 
+    partial_size, mass_size = batch * query_heads * num_rows * work.splits, batch * key_heads * num_visual
+    workspace = 2 * partial_size + mass_size + batch * num_query
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
     launch(
         prune_kernel,
-        (programs,),
+        (work.programs,),
         (
-            query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask, lse,
-            *inputs, ids, None if counts is None else counts.contiguous(),
-            partial,
-            torch.empty((batch, key_heads, num_visual), dtype=torch.float32, device=device),
-            torch.empty((batch, num_query), dtype=torch.int32, device=device),
-            counters(device, 2 + batch * (key_heads + tiles + 3)),
-            scores, index, *(words(output) for output in outputs[:3]), outputs[3],
+            query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask,
+            None if lse is None else lse.float().contiguous(), *inputs, ids,
+            None if counts is None else counts.contiguous(),
+            torch.empty(workspace, dtype=torch.float32, device=device),
+            counters(device, 2 + batch * (key_heads + work.tiles + 3)),
+            scores, index, *outputs,
         ),
         (
             *query.stride()[:3], *key.stride()[:3], *(stride for x in inputs for stride in x.stride()[:2]),
-            hidden_states.shape[2], cos.shape[2],
+            channels, rotary,
         ),
         (
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),
-            batch, num_query, num_keys, num_rows, num_visual, split_keys, splits, keep, length,
-            batch * query_heads * num_rows * splits, parts, tiles, copies, first_mass, first_copy,
+            batch, num_query, num_keys, num_rows, num_visual, work.split_keys, work.splits, keep, length,
+            partial_size, mass_size, work.parts, work.tiles, work.copies, work.first_mass, work.first_copy,
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
-        {
-            "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **options,
-            "BLOCK_SPLITS": triton.next_power_of_2(max(splits, 1)),
-            "BLOCK_SELECT": max(triton.next_power_of_2(num_query), 128),
-            "BLOCK_FILL": FILL_BLOCK,
-            **copy_tiles(hidden_states, cos),
-            "BLOCK_RESET": RESET_BLOCK, "AXES": ids.shape[0], "ROWS_PER_PROGRAM": rows_per_program,
-            "TICKET": ticket, "UPCAST": triton_is_interpreted(),
-        },
+        work.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
         num_warps=WARPS,
         num_stages=2,
         maxnreg=MAX_REGISTERS,

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.kernel import load_vectors, scores_of
-from ..backends import device_of, triton_is_interpreted
-from ..importance.kernel import allowed_columns
+from ..backends import triton_is_interpreted
+from ..importance.kernel import allowed_columns, over_heads
+from ..launch import cdiv, launch, next_power_of_2
 from .reference import rows_of_sequence, spans
 
-MEAN_BLOCK = 256
+MEAN_BLOCK = 128
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def seen_by(row, row_usable, column, column_usable, CAUSAL: tl.constexpr):
 
 
 # What changes from image to image isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["mask_stride_b", "mask_stride_s", "num_tokens"])
 def token_lse_kernel(
     query,
     key,
@@ -118,7 +119,7 @@ def token_lse_kernel(
     tl.store(lse + batch_head * num_tokens + row, running_max + tl.log2(total), mask=row < num_tokens)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["mask_stride_b", "mask_stride_s", "num_tokens"])
 def received_mass_kernel(
     query,
     key,
@@ -197,9 +198,9 @@ def received_mean_kernel(
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < num_tokens
-    total = tl.zeros((BLOCK,), tl.float32)
-    for key_head in range(KEY_HEADS):
-        total += tl.load(mass + (batch * KEY_HEADS + key_head) * num_tokens + token, mask=inside, other=0.0)
+    total = over_heads(
+        mass + batch * KEY_HEADS * num_tokens, num_tokens, token, inside, KEY_HEADS, BLOCK, False
+    )
     if rows is None:
         count = tl.full((BLOCK,), num_tokens, tl.float32)
     else:
@@ -232,40 +233,60 @@ def attention_received(
         rows = rows_of_sequence(attention_mask, begin, end)
         if cu_seqlens is None:
             begin = end = None
-    strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if mask is None else mask.stride()))
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    sizes = (*((0, 0) if mask is None else mask.stride()), num_tokens)
     scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
     tiles = tile_options(head_dim, query.dtype)
-    group = heads // key_heads
+    constants = {"GROUP": heads // key_heads, "CAUSAL": causal, "D": head_dim, **tiles}
+    constants["UPCAST"] = triton_is_interpreted()
+    exact = query.dtype == torch.float32
+    options = {"num_warps": 4 if exact else 8, "num_stages": 1 if exact else 2}
 
     mass = torch.empty((batch, key_heads, num_tokens), dtype=torch.float32, device=query.device)
     lse_factor = math.log2(math.e)
-    with device_of(query):
-        if lse is None:
-            lse_factor = 1.0
-            lse = torch.empty((batch, heads, num_tokens), dtype=torch.float32, device=query.device)
-            token_lse_kernel[(batch * heads * triton.cdiv(num_tokens, tiles["BLOCK_LEFT"]),)](
-                query, key, mask, begin, end, lse, *strides, num_tokens, scale_log2,
-                HEADS=heads, GROUP=group, CAUSAL=causal, D=head_dim, UPCAST=triton_is_interpreted(), **tiles,
-            )  # fmt: skip
-        else:
-            lse = lse.float().contiguous()
-        received_mass_kernel[(batch * key_heads * triton.cdiv(num_tokens, tiles["BLOCK_LEFT"]),)](
-            query, key, mask, begin, end, lse, mass, *strides, num_tokens, scale_log2, lse_factor,
-            KEY_HEADS=key_heads, GROUP=group, CAUSAL=causal, D=head_dim, UPCAST=triton_is_interpreted(), **tiles,
-        )  # fmt: skip
-        received_mean_kernel[(triton.cdiv(num_tokens, MEAN_BLOCK), batch)](
-            mass, rows, received, num_tokens, KEY_HEADS=key_heads, HEADS=heads, BLOCK=MEAN_BLOCK
+    if lse is None:
+        lse_factor = 1.0
+        lse = torch.empty((batch, heads, num_tokens), dtype=torch.float32, device=query.device)
+        launch(
+            token_lse_kernel,
+            (batch * heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+            (query, key, mask, begin, end, lse),
+            strides,
+            sizes,
+            (scale_log2,),
+            {"HEADS": heads, **constants},
+            **options,
         )
+    else:
+        lse = lse.float().contiguous()
+    launch(
+        received_mass_kernel,
+        (batch * key_heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+        (query, key, mask, begin, end, lse, mass),
+        strides,
+        sizes,
+        (scale_log2, lse_factor),
+        {"KEY_HEADS": key_heads, **constants},
+        **options,
+    )
+    launch(
+        received_mean_kernel,
+        (cdiv(num_tokens, MEAN_BLOCK), batch),
+        (mass, rows, received),
+        (),
+        (num_tokens,),
+        (),
+        {"KEY_HEADS": key_heads, "HEADS": heads, "BLOCK": MEAN_BLOCK},
+    )
     return received
 
 
 def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes and launch options: what fits the registers and shared memory, chosen without a timing.
+    """Return tile sizes: what fits the registers and shared memory, chosen without a timing.
 
     BLOCK_LEFT is the tile that stays, rows or keys, and BLOCK_RIGHT the one that goes by.
     """
-    block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": block_d, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 16, "BLOCK_K": 16}
+    return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": max(16, next_power_of_2(head_dim))}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 RESIDENT_LIMIT = 16384
 WRITE_BLOCK = 1024
@@ -68,10 +68,14 @@ def count_at_least(
 @triton.jit
 def extent(keys):
     """Return the smallest and the largest candidate of a tile, its ALWAYS entries and its candidates."""
+    always = keys == ALWAYS
     candidate = (keys != DROPPED) & (keys != ALWAYS)
     lowest = tl.min(tl.where(candidate, keys, ALWAYS), 0)
     highest = tl.max(tl.where(candidate, keys, DROPPED), 0)
-    return lowest, highest, tl.sum((keys == ALWAYS).to(tl.int32), 0), tl.sum(candidate.to(tl.int32), 0)
+    counts = tl.sum(
+        always.to(tl.int32) + (candidate.to(tl.int32) << 16), 0
+    )  # a tile has less than 2^15 entries
+    return lowest, highest, counts & 0xFFFF, counts >> 16
 
 
 @triton.jit
@@ -182,7 +186,7 @@ def topk_indices_kernel(
 
 def tile_options(n: int) -> dict[str, int | bool]:
     """Return tile size and number of warps for one program over ``n`` entries."""
-    block = min(max(triton.next_power_of_2(n), 128), RESIDENT_LIMIT)
+    block = min(max(next_power_of_2(n), 128), RESIDENT_LIMIT)
     return {"BLOCK": block, "RESIDENT": n <= block, "num_warps": WARPS[block]}
 
 
