@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .attention import NAME
 from .config import GapConfig
-from .hooks import after_text, before_layer, before_owner, before_text
+from .hooks import after_owner, after_text, before_layer, before_owner, before_text
 from .models import (
     Parts,
     check_layer,
@@ -214,6 +214,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     for index, layer in enumerate(text.layers):
         register_pre(layer, functools.partial(before_layer, index=index))
     _register(attachment, "register_forward_hook", text, after_text)
+    _register(attachment, "register_forward_hook", owner, after_owner)
     object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 

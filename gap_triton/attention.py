@@ -24,6 +24,13 @@ logger = logging.get_logger(__name__)
 NAME = "gap_triton"
 STATE_KEY = "gap_state"  # the keyword under which the state of one forward travels through the model
 
+# What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
+MORE_THAN_DENSE = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "softcap": "soft-capped attention logits",
+    "position_bias": "a position bias",
+}
 FLASH_HEAD_DIM_LIMIT = 256
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -61,13 +68,14 @@ def gap_attention_forward(
     Returns:
         Attention output [B, Q, Hq, D], and None in place of attention weights.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs attention sinks: '
-            "load the model with attn_implementation='eager'"
-        )
+    for keyword, what in MORE_THAN_DENSE.items():
+        if kwargs.get(keyword) is not None:
+            raise ValueError(
+                f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
+                "load the model with attn_implementation='eager'"
+            )
     if gap_state is not None:
-        gap_state.observe(module, query, key, kwargs.get("scaling"))
+        gap_state.observe(module, query, key, attention_mask, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '

@@ -15,10 +15,12 @@ from transformers.utils import logging
 
 from .attention import NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER
+from .deepstack import add_behind, take_out
+from .ids import refuse_ablation
 from .kept import extend, kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache, store
 from .later import shorten
 from .models import check_layer, layer_type
-from .prompt import find_visual_tokens, make_plan, real_positions
+from .prompt import find_visual_tokens, looks_ahead, make_plan, position_ids_of, real_positions
 from .prune import drop
 from .state import Attachment, ForwardState
 from .visual_mask import VISUAL_MASK, named_visual_tokens
@@ -52,6 +54,10 @@ def before_owner(
             state.visual = find_visual_tokens(owner, input_ids, embeds)
         else:
             _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+        state.given_mask = kwargs.get("attention_mask")
+        state.told_positions = any(
+            kwargs.get(name) is not None for name in ("position_ids", "cache_position")
+        )
     kwargs[STATE_KEY] = state
     return args, kwargs
 
@@ -70,13 +76,16 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if state is None or not state.enabled:
         refuse_pruned_cache(kwargs.get("past_key_values"))
         return None
+    state.entered = True
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     batch, queries = inputs.shape[:2]
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
+    cache, mask = kwargs.get("past_key_values"), state.given_mask
     state.kept = kept_tokens_of(cache, batch)
-    state.past, state.queries = original_length(cache, state.kept), queries
+    state.batch, state.queries = batch, queries
+    state.past = original_length(cache, state.kept)
     state.resumed = state.kept is not None
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     if state.resumed or state.visual is not None:
@@ -86,13 +95,24 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
         state.plan = make_plan(state.visual, new, state.config)
         if state.plan is not None:
             check_layer(state.config.layer, len(text.layers))
+            state.position_ids = position_ids_of(
+                kwargs.get("position_ids"), state.past, queries, inputs.device
+            )
+            refuse_ablation(state.config, text, state.position_ids)
+            kwargs = take_out(state, kwargs)
 
     if state.kept is None:
-        return None
+        return args, kwargs
     if queries == 1:
         state.kept.settled = True
     else:
         refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
+        new = None if state.real is None else state.real[:, state.past :]
+        if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
+            raise ValueError(
+                "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
+                "turn: start a new cache with the whole conversation"
+            )
         if state.plan is None:  # a turn that drops nothing: the later layers hold all of its rows
             positions = state.past + torch.arange(queries, device=state.kept.index.device)
             state.kept = extend(state, positions.expand(batch, -1), dense=False)
@@ -101,7 +121,12 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
         # The model would count from the shortened cache of its first layer.
         position_ids = state.past + torch.arange(queries, device=inputs.device)
         return args, {**kwargs, "position_ids": position_ids[None]}
-    return None
+    if state.kept.layer == BEFORE_THE_DECODER and not state.told_positions:
+        raise ValueError(
+            "position_ids: this model counts by its cache, which GapConfig.layer=-1 made shorter than the text: pass "
+            "position_ids, as generate() does, or use a layer >= 0"
+        )
+    return args, kwargs
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -117,19 +142,31 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     if index <= pruning_layer:
         return None
+    if len(args) > 1:
+        raise RuntimeError(
+            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which "
+            "gap_triton can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
+        )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
     if state.plan is not None and index == pruning_layer + 1:
         hidden_states = drop(state, state.plan, hidden_states, kwargs)
+    elif state.plan is not None:
+        hidden_states = add_behind(state, hidden_states, index - 1)
     shorten(state, hidden_states, kwargs, index)
-    return (hidden_states, *args[1:]), kwargs
+    return (hidden_states,), kwargs
 
 
 def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or state.plan is None or state.survivors is None:
+    if state is None or state.plan is None:
         return None
+    if state.survivors is None:
+        raise RuntimeError(
+            f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )
     hidden_states = output[0]
     batch, _, channels = hidden_states.shape
     survivors = state.survivors.to(hidden_states.device)
@@ -141,3 +178,13 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
         return (full, *output[1:])
     output.last_hidden_state = full
     return output
+
+
+def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:
+    """Say so if the owner kept its keyword arguments to itself: the decoder would have run unpruned without a word."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is not None and state.enabled and not state.entered:
+        raise RuntimeError(
+            f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )

@@ -6,7 +6,37 @@ defects that the GAP paper (arXiv 2506.21873) names, so that their effect can be
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
+
+from .config import GapConfig
+
+
+def refuse_ablation(config: GapConfig, text: Any, position_ids: torch.Tensor) -> None:
+    """Refuse ``ids`` other than ``"kept"`` where renumbering is not defined.
+
+    Args:
+        config: The configuration of this forward.
+        text: The decoder stack.
+        position_ids: Its ids without pruning.
+
+    Raises:
+        ValueError: There are several ids per token, or not one rotary embedding for all layers.
+    """
+    if config.ids == "kept":
+        return
+    rotary = getattr(text, "rotary_emb", None)
+    several = hasattr(text, "rotary_emb_local") or (
+        rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    )
+    if rotary is None or several or position_ids.dim() != 2:
+        raise ValueError(
+            f"GapConfig.ids={config.ids!r}: renumbering is defined for one id per token and one rotary embedding for all "
+            f"layers, and {type(text).__name__} has position ids of shape {tuple(position_ids.shape)}"
+            f"{' and rotary embeddings by layer type' if several else ''}; use ids='kept'"
+        )
 
 
 def score_order(

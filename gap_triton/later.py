@@ -10,6 +10,16 @@ from .masks import causal_mask, column_positions, take_from_mask
 from .models import sliding_window
 from .state import ForwardState, KeptTokens
 
+# Axis of the tokens, which follows the axis of the batch.
+TOKEN_AXIS = {
+    "position_ids": -1,  # [B, Q], or [A, B, Q] on several axes
+    "position_embeddings": -2,  # each of cos and sin [B, Q, D], or [A, B, Q, D]
+    "position_embeddings_global": -2,
+    "position_embeddings_local": -2,
+}
+# Arguments that are not cut down but made anew, or that say nothing about single tokens.
+OTHERWISE = ("attention_mask", "cache_position", "past_key_values", "past_key_value")
+
 
 def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int) -> None:
     """Replace, in ``kwargs``, what layer ``index`` is told about its tokens.
@@ -31,19 +41,55 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         ("mask", window), lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window)
     )
     if state.plan is not None:
-        kwargs["position_embeddings"] = state.memo["rotary"]
-        kwargs["position_ids"] = state.memo["position_ids"]
-    elif kept.id_shift is not None:
+        for name, value in kwargs.items():
+            if name not in OTHERWISE:
+                kwargs[name] = _survivors_of(state, name, value)
+    ids = state.new_ids
+    if state.plan is None and kept.id_shift is not None:
         unpruned, shift = kwargs["position_ids"], kept.id_shift
         ids = state.once("position_ids", lambda: unpruned - shift.to(unpruned.device)[:, None])
+    if ids is not None:
         kwargs["position_ids"] = ids
-        kwargs["position_embeddings"] = state.once(
-            "rotary", lambda: state.attachment.text.rotary_emb(hidden_states, ids)
-        )
+        if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
+            kwargs["position_embeddings"] = state.once(
+                "rotary", lambda: state.attachment.text.rotary_emb(hidden_states, ids)
+            )
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
         start = int(cache_layer.get_seq_length())
         kwargs["cache_position"] = start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+
+
+def _survivors_of(state: ForwardState, name: str, value: Any) -> Any:
+    """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
+    if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
+        if id(value) not in state.memo:
+            # The original is kept next to the result, so that its id can't be given to another object.
+            state.memo[id(value)] = (value, type(value)(_survivors_of(state, name, x) for x in value))
+        return state.memo[id(value)][1]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if name in TOKEN_AXIS:
+        axis = TOKEN_AXIS[name]
+    elif value.dim() >= 2 and value.shape[0] in (1, state.batch) and value.shape[1] == state.queries:
+        axis = 1  # something that is handed through, one entry per token
+    else:
+        return value
+    if id(value) not in state.memo:
+        state.memo[id(value)] = (value, _take_rows(state, value, axis % value.dim()))
+    return state.memo[id(value)][1]
+
+
+def _take_rows(state: ForwardState, value: torch.Tensor, axis: int) -> torch.Tensor:
+    """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
+    assert state.slots is not None
+    rows = state.slots.clamp(min=0).to(value.device)  # [B, L]
+    shape = list(value.shape)
+    shape[axis - 1] = rows.shape[0]
+    value = value.expand(shape)
+    rows = rows.view(*(rows.shape[i - axis + 1] if i in (axis - 1, axis) else 1 for i in range(value.dim())))
+    shape[axis] = rows.shape[axis]
+    return value.gather(axis, rows.expand(shape))
 
 
 def _later_mask(

@@ -1,7 +1,20 @@
-"""Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve."""
+"""Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve.
+
+There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
+later layers can be handed fewer tokens without noticing:
+
+- a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
+  unknown keyword arguments on, which is how the state of a forward gets to the layers;
+- in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
+  or remembers them: full or sliding self-attention over the layer's own keys and values;
+- layers that are told about their tokens by arguments that `gap_triton.later` knows how to shorten.
+
+Whatever falls outside is refused, in a sentence that says why.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -9,12 +22,74 @@ from transformers import PreTrainedModel
 
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
 
-# Checked against the oracle (dropping equals masking) in the tests. A model type is added here together with its test.
-SUPPORTED_MODELS = ("llava", "llava_next", "llava_onevision")
-SUPPORTED_TEXT_MODELS = ("llama", "mistral", "qwen2")
-
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
+
+# What each kind of layer does besides attending to its own keys and values.
+UNSAFE_LAYER_TYPES = {
+    "chunked_attention": "attends in chunks of its own sequence, whose borders move when tokens are dropped",
+    "linear_attention": "carries a recurrent state that every token has entered, so none can be taken out",
+    "conv": "mixes neighbouring tokens by a convolution, and dropping makes others neighbours",
+    "indexed_attention": "chooses by an index of its own which tokens it attends to",
+    "minimax_m3_sparse": "chooses by an index of its own which blocks of tokens it attends to",
+    "reference_sliding_attention": "slides over answers only, in a cache that counts the tokens of the prompt",
+}
+PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
+UNSAFE_PARAMETERS = {
+    "shared_kv_states": "some layers may attend to keys and values of an earlier layer, which holds other tokens once some "
+    "were dropped in between",
+    "per_layer_inputs": PER_LAYER,
+    "per_layer_input": PER_LAYER,
+    "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
+}
+SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# What a layer and its attention may be told; each is shortened, rebuilt, or does not depend on the tokens.
+LAYER_PARAMETERS = frozenset(
+    {
+        "self",
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "position_embeddings_global",
+        "position_embeddings_local",
+        "moe_mm_token_type_ids",
+        "past_key_value",
+        "past_key_values",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+    }
+)
+# What only a module that remembers tokens is told, and one that looks at others.
+REMEMBERS_TOKENS = frozenset({"past_key_value", "past_key_values", "cache_params"})
+SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
+DECODER_PARAMETERS = frozenset(
+    {
+        "self",
+        "input_ids",
+        "inputs_embeds",
+        "pixel_values",
+        "mm_encoder_outputs",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "cache_position",
+        "moe_mm_token_type_ids",
+        "visual_pos_masks",
+        "deepstack_visual_embeds",
+        "vision_mask",
+        "deepstack_features",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
+)
 
 
 class Parts(NamedTuple):
@@ -31,12 +106,16 @@ class Parts(NamedTuple):
 
 
 def text_model_of(module: nn.Module) -> PreTrainedModel | None:
-    """The decoder stack directly below ``module``, None where ``module`` is not the core of a VLM."""
+    """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
     if not isinstance(module, PreTrainedModel):
         return None
-    for name in TEXT_MODEL_NAMES:
-        child = module._modules.get(name)
-        if isinstance(child, PreTrainedModel) and isinstance(getattr(child, "layers", None), nn.ModuleList):
+    # Some owners hold the decoder with its language-model head around it, some as their plain "model".
+    children = [module._modules.get(name) for name in TEXT_MODEL_NAMES]
+    children += [getattr(child, "model", None) for child in children]
+    if visual_token_ids(module.config):
+        children.append(module._modules.get("model"))
+    for child in children:
+        if isinstance(child, PreTrainedModel) and isinstance(child._modules.get("layers"), nn.ModuleList):
             return child
     return None
 
@@ -49,12 +128,12 @@ def is_vision_language_model(model: PreTrainedModel) -> bool:
 
 
 def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The decoder stack of a text model of a supported type, None for any other model."""
+    """The decoder stack of a text model, None for any other model."""
     text = model.base_model
-    is_decoder = isinstance(text, PreTrainedModel) and isinstance(
-        getattr(text, "layers", None), nn.ModuleList
-    )
-    return text if is_decoder and text.config.model_type in SUPPORTED_TEXT_MODELS else None
+    layers = text._modules.get("layers")
+    if not isinstance(text, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    return None if REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])) else text
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -67,41 +146,121 @@ def find_parts(model: nn.Module) -> Parts:
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
     model_type = getattr(model.config, "model_type", None)
     instead = "Load it with attn_implementation='sdpa' to run it unpruned."
-    if any(
-        word in name.rsplit(".", 1)[-1] for name, _ in model.named_modules() for word in CROSS_ATTENTION_NAMES
-    ):
+    parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)
+    if parts is None and (decoder := lone_decoder_of(model)) is not None:
+        parts = Parts(decoder, decoder)
+    reason = _why_not(model, parts)
+    if reason is not None:
         raise ValueError(
-            f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): it reads the image through "
-            f"cross-attention, so its decoder holds no visual tokens to drop. {instead}"
+            f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. {instead}"
         )
-    for owner in model.modules():
-        text = text_model_of(owner)
-        if text is None:
-            continue
-        assert isinstance(owner, PreTrainedModel)
-        owner_type, text_type = owner.config.model_type, text.config.model_type
-        if owner_type not in SUPPORTED_MODELS or text_type not in SUPPORTED_TEXT_MODELS:
-            raise ValueError(
-                f"gap_triton is not checked on model_type={owner_type!r} with a {text_type!r} decoder. Supported are "
-                f"{', '.join(SUPPORTED_MODELS)} with one of {', '.join(SUPPORTED_TEXT_MODELS)}. {instead}"
-            )
-        if not visual_token_ids(owner.config):
-            raise ValueError(
-                f"model.config of {type(model).__name__} names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
-            )
-        return Parts(owner, text)
-    decoder = lone_decoder_of(model)
-    if decoder is not None:
-        return Parts(decoder, decoder)
-    raise ValueError(
-        f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected a "
-        f"module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone of type "
-        f"{', '.join(SUPPORTED_TEXT_MODELS)}. {instead}"
+    if parts is None:
+        raise ValueError(
+            f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected "
+            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {instead}"
+        )
+    if parts.owner is not parts.text and not visual_token_ids(parts.owner.config):
+        raise ValueError(
+            f"model.config of {type(model).__name__} names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
+        )
+    return parts
+
+
+def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
+    """The condition that ``model`` does not meet, as the end of a sentence; None if it meets all."""
+    # A connector may have cross-attention of its own; what counts is the decoder.
+    decoder = model if parts is None else parts.text
+    last_names = {name.rsplit(".", 1)[-1] for name, _ in decoder.named_modules() if "qformer" not in name}
+    if getattr(model.config, "is_encoder_decoder", False) or any(
+        word in name for name in last_names for word in CROSS_ATTENTION_NAMES
+    ):
+        return "it reads the image through cross-attention, so its decoder holds no visual tokens to drop"
+    if parts is None:
+        return None
+    owner, text = parts
+    return (
+        _second_decoder(model, owner)
+        or _unsafe_config(text)
+        or _unsafe_signatures(owner, text)
+        or _unsafe_layers(text)
     )
 
 
+def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    inside = set(owner.modules())
+    for name, module in model.named_modules():
+        layers = module._modules.get("layers")
+        if module in inside or not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if not REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])):
+            return f"a second decoder, {name} ({type(module).__name__}), reads what the first one holds of every token"
+    return None
+
+
+def _unsafe_config(text: PreTrainedModel) -> str | None:
+    if getattr(text.config, "num_kv_shared_layers", None):
+        return UNSAFE_PARAMETERS["shared_kv_states"]
+    for index in range(len(text.layers)):
+        kind = layer_type(text.config, index)
+        if kind not in SAFE_LAYER_TYPES:
+            what = UNSAFE_LAYER_TYPES.get(kind, "is none of those known to be safe")
+            return f"decoder layer {index} is {kind!r}: it {what}"
+    return None
+
+
+def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+    for module in (owner, text, text.layers[0]):
+        if not any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values()):
+            return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
+    return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
+        text, DECODER_PARAMETERS
+    )
+
+
+def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    unknown = [n for n, p in _parameters(module).items() if n not in known and p.kind != p.VAR_KEYWORD]
+    for name in unknown:
+        if name in UNSAFE_PARAMETERS:
+            return f"{UNSAFE_PARAMETERS[name]} ({name!r} of {type(module).__name__}.forward)"
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        return f"{type(module).__name__}.forward takes {names}, which may belong to tokens that get dropped"
+    return None
+
+
+def _unsafe_layers(text: PreTrainedModel) -> str | None:
+    for index, layer in enumerate(text.layers):
+        inside = [m for m in layer.modules() if m is not layer]
+        own = [m for m in inside if getattr(m, "layer_idx", None) == index and _calls_interface(m)]
+        if len(own) != 1:
+            names = ", ".join(type(m).__name__ for m in own) or "none"
+            return (
+                f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
+                f"found {names}"
+            )
+        attention = own[0]
+        others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
+        if others:
+            return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
+        reason = _unsafe_parameters(attention, LAYER_PARAMETERS)
+        if reason is not None:
+            return reason
+        mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
+        if mixing is not None:
+            return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
+    return None
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+
+
 def layer_type(config: Any, index: int) -> str:
-    """Attention type of decoder layer ``index``: ``"full_attention"`` or ``"sliding_attention"``."""
+    """Attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another model's own."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return layer_types[index]

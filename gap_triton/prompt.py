@@ -76,6 +76,44 @@ def real_positions(mask: Any, past: int, queries: int, batch: int, first_type: s
     return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
 
 
+def position_ids_of(
+    given: torch.Tensor | None, past: int, queries: int, device: torch.device
+) -> torch.Tensor:
+    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
+
+    Args:
+        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
+            with plain text ids in front.
+        past: Number of tokens before the new rows.
+        queries: Q.
+        device: Where the ids are to lie if they are made here.
+    """
+    if given is None:
+        return (past + torch.arange(queries, device=device))[None]
+    return given[None] if given.dim() == 1 else given
+
+
+def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
+    """Whether a mask lets some row see a later one, as masks for images (Gemma 3) and prefixes (PaliGemma) do. One read.
+
+    Args:
+        mask: [B or 1, 1, Q, K], bool or additive; or a dict of those. Anything else does not look ahead.
+        real: [B, Q] bool, False at padding; None = no padding.
+    """
+    if isinstance(mask, dict):
+        return any(looks_ahead(each, real) for each in mask.values())
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return False
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    # Where every row sees itself and nothing later, the last column seen moves on from row to row.
+    last = torch.where(allowed, torch.arange(mask.shape[-1], device=mask.device), -1).amax(dim=-1)
+    moves_on = last[:, 1:] > last[:, :-1]
+    if real is not None:
+        real = real.to(mask.device)
+        moves_on = moves_on | ~(real[:, 1:] & real[:, :-1])
+    return not bool(moves_on.all())
+
+
 def make_plan(visual: torch.Tensor, real: torch.Tensor | None, config: GapConfig) -> Plan | None:
     """Decide what a prefill drops, with one read from the device.
 

@@ -11,6 +11,7 @@ from .attention import NAME
 from .ids import compact, score_order
 from .kept import extend, store
 from .models import sliding_window
+from .prompt import looks_ahead
 from .selection import Selection
 from .state import ForwardState, Plan, remember_selection
 
@@ -29,13 +30,23 @@ def drop(
     Returns:
         The surviving rows, [B, L, C], filler on the left.
     """
-    batch, _, _ = hidden_states.shape
+    batch, rows, _ = hidden_states.shape
     device = hidden_states.device
     state.plan = plan = plan.to(device)
-    cos, sin = (x.to(device).expand(batch, -1, -1) for x in kwargs["position_embeddings"])
-    position_ids = kwargs["position_ids"].to(device).expand(batch, -1)
+    rotary = kwargs.get("position_embeddings")
+    # The operator gathers one cos and sin of three dimensions. Others are gathered by `later.shorten`, as the layers
+    # bring them; here an empty pair stands in.
+    cos = sin = hidden_states.new_empty(1, rows, 1)
+    one_pair = isinstance(rotary, tuple) and len(rotary) == 2 and all(x.dim() == 3 for x in rotary)
+    if isinstance(rotary, tuple) and one_pair:
+        cos, sin = rotary
+    cos, sin = (x.to(device).expand(batch, -1, -1) for x in (cos, sin))
+    assert state.position_ids is not None
+    position_ids = state.position_ids.to(device)
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch, rows).contiguous()
+    # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
     pruned = _score_and_prune(
-        state, plan, (hidden_states, cos, sin, position_ids, plan.visual_index, plan.keep)
+        state, plan, (hidden_states, cos, sin, position_ids.long(), plan.visual_index, plan.keep)
     )
 
     before = state.kept
@@ -49,19 +60,18 @@ def drop(
     new_ids, survivors = pruned.position_ids, pruned.hidden_states
     if state.config.ids == "permuted":
         state.survivors = score_order(pruned.index, plan.visual, plan.visual_index, pruned.scores)
-        rows = state.survivors.clamp(min=0)
-        survivors = hidden_states.gather(1, rows[..., None].expand_as(survivors))
+        source = state.survivors.clamp(min=0)
+        survivors = hidden_states.gather(1, source[..., None].expand_as(survivors))
     if state.config.ids != "kept":
         shift = None if before is None else before.id_shift
         new_ids, kept.id_shift = compact(position_ids, pruned.index, plan.real, shift)
-        state.memo["rotary"] = state.attachment.text.rotary_emb(survivors, new_ids)
-    else:
-        state.memo["rotary"] = (pruned.cos, pruned.sin)
-    state.memo["position_ids"] = new_ids
+        state.new_ids = new_ids
+    elif one_pair:
+        state.memo[id(rotary)] = (rotary, (pruned.cos, pruned.sin))
     remember_selection(
         state.attachment, Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
     )
-    state.query = state.key = None
+    state.query = state.key = state.mask = None
     return survivors
 
 
@@ -83,19 +93,38 @@ def _score_and_prune(state: ForwardState, plan: Plan, tokens: tuple[torch.Tensor
     columns = _real_columns(state, plan, key.shape[2])
     window = sliding_window(state.attachment.text.config, state.config.layer)
     rows, scale = plan.rows, state.scale
-    if window is None or window >= key.shape[2]:
+    # The last row sees all that comes before it, whatever the model's mask; other rows may see later ones too.
+    ahead = rows.shape[1] > 1 and looks_ahead(state.mask, plan.real)
+    if not ahead and (window is None or window >= key.shape[2]):
         return prune_tokens(
             query, key, *tokens, rows=rows, attention_mask=columns, scale=scale, length=plan.length
         )
-    # Each scoring row sees the last `window` columns up to its own. A row outside of that is no padding.
     total = torch.zeros_like(plan.visual_index, dtype=torch.float32)
     for row in rows.split(1, dim=1):  # [B, 1]
-        end = row + key.shape[2] - query.shape[2]
-        seen = torch.arange(key.shape[2], device=key.device) > end - window
+        seen = _columns_seen(state, row, key.shape[2], window)
         seen = seen if columns is None else seen & columns
-        total += visual_importance(query, key, plan.visual_index, rows=row, attention_mask=seen, scale=scale)
+        asking, where = query, row
+        if ahead:
+            # The operator shows a row the keys up to its own. In the place of the last row it sees all that `seen` says.
+            source = row.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            asking = torch.cat([query[:, :, :-1], query.gather(2, source)], dim=2)
+            where = torch.where(row < 0, -1, query.shape[2] - 1)
+        total += visual_importance(
+            asking, key, plan.visual_index, rows=where, attention_mask=seen, scale=scale
+        )
     scores = total / (rows >= 0).sum(dim=1, keepdim=True)
     return prune_by_score(scores, *tokens, attention_mask=real, length=plan.length)
+
+
+def _columns_seen(state: ForwardState, row: torch.Tensor, columns: int, window: int | None) -> torch.Tensor:
+    """[B, columns] bool: what query row ``row`` [B, 1] of each sample sees, by the model's mask or else by the window."""
+    if isinstance(state.mask, torch.Tensor):
+        mask = state.mask[:, 0, :, :columns].expand(row.shape[0], -1, -1)
+        mask = mask.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, mask.shape[2]))[:, 0]
+        return mask if mask.dtype == torch.bool else mask == 0
+    end = row + columns - state.queries
+    column = torch.arange(columns, device=row.device)
+    return (column <= end) & (column > end - (columns if window is None else window))
 
 
 def _real_columns(state: ForwardState, plan: Plan, columns: int) -> torch.Tensor | None:

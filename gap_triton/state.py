@@ -100,6 +100,19 @@ class Plan:
 
 
 @dataclass
+class Deepstack:
+    """Features of the vision tower that a model adds to its visual rows behind the first decoder layers.
+
+    Attributes:
+        rows: [B, Q] bool, the visual rows.
+        features: By decoder layer, [rows, C]: what is added to the output of that layer.
+    """
+
+    rows: torch.Tensor
+    features: dict[int, torch.Tensor]
+
+
+@dataclass
 class ForwardState:
     """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
 
@@ -108,17 +121,23 @@ class ForwardState:
         attachment: The attachment that the forward runs under.
         visual: [B, Q] bool visual tokens of the input, None in a decode step.
         enabled: False in training mode, or when the model was switched to another implementation.
+        entered: The decoder has seen this state.
         plan: What this forward drops; None where it drops nothing.
         kept: What the later layers hold after this forward; None while nothing has been dropped.
         past: Number of original positions in the cache before this forward.
-        queries: Number of rows of this forward, Q.
+        batch, queries: Number of samples and rows of this forward, B and Q.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding.
+        given_mask: The mask as the caller gave it, before the model makes its own of it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
+        told_positions: The caller said where the new rows stand, so that the model does not ask its cache.
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
+        deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
         resumed: Tokens had been dropped from the cache before this forward.
-        query, key, scale: Left by the attention of the scoring layer.
+        query, key, mask, scale: Left by the attention of the scoring layer.
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
             ``ids="permuted"``.
+        new_ids: [B, L] int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, rotary embeddings.
     """
 
@@ -126,26 +145,41 @@ class ForwardState:
     attachment: Attachment
     visual: torch.Tensor | None
     enabled: bool = True
+    entered: bool = False
     plan: Plan | None = None
     kept: KeptTokens | None = None
     past: int = 0
+    batch: int = 0
     queries: int = 0
     real: torch.Tensor | None = None
+    given_mask: Any = None
     ready_made: bool = False
+    told_positions: bool = False
+    position_ids: torch.Tensor | None = None
+    deepstack: Deepstack | None = None
     resumed: bool = False
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     scale: float | None = None
     slots: torch.Tensor | None = None
     survivors: torch.Tensor | None = None
+    new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
-    def observe(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-        """Take query and key of the scoring layer; other layers and other forwards are let through."""
+    def observe(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
         if self.plan is None or self.config.score == "random":
             return
         if getattr(module, "layer_idx", None) == self.config.layer:
-            self.query, self.key, self.scale = query, key, scale
+            self.query, self.key, self.mask, self.scale = query, key, mask, scale
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""

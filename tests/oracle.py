@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 from tiny import IMAGE, VIDEO
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -24,16 +25,27 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **_):
     logits = query.float() @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     if attention_mask is not None:
         logits = logits + attention_mask[..., : key.shape[2]]
-    if _active and module.config is _active[-1].text_config:
+    if _active and module in _active[-1].attentions:
         logits = _active[-1].mask_dropped(module.layer_idx, logits)
     probabilities = logits.softmax(-1)
-    if _active and module.config is _active[-1].text_config:
+    if _active and module in _active[-1].attentions:
         _active[-1].look(module.layer_idx, probabilities)
     return (probabilities @ value).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def core_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The module that sees ``input_ids``, and the decoder stack below it."""
+    for names in (("language_model", "text_model"), ("model",)):
+        for module in model.modules():
+            for name in names:
+                child = getattr(module, name, None)
+                if isinstance(getattr(child, "layers", None), nn.ModuleList):
+                    return module, child
+    raise LookupError(type(model).__name__)
 
 
 class MaskingOracle:
@@ -44,11 +56,18 @@ class MaskingOracle:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layer: int, keep: float | int, score: str = "last_token"
+        self,
+        model: PreTrainedModel,
+        layer: int,
+        keep: float | int,
+        score: str = "last_token",
+        chosen: torch.Tensor | None = None,
     ) -> None:
+        """With ``chosen`` [B, Q] bool, those rows of the first prompt are dropped and nothing is scored."""
+        self.chosen = chosen
         self.layer, self.keep, self.score = layer, keep, score
-        self.owner = model.model
-        self.text_config = self.owner.language_model.config
+        self.owner, text = core_of(model)
+        self.attentions = {module for module in text.modules() if hasattr(module, "layer_idx")}
         self.dropped: torch.Tensor | None = None
         self.visual: torch.Tensor | None = None
 
@@ -81,6 +100,9 @@ class MaskingOracle:
             torch.ones(batch, queries, dtype=torch.bool) if mask is None else mask[:, -queries:].bool()
         )
         self.visual = visual if queries > 1 else torch.zeros_like(visual)
+        if self.chosen is not None:
+            self.dropped[:, : self.chosen.shape[1]] = self.chosen
+            self.visual = torch.zeros_like(visual)
 
     def mask_dropped(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
         if layer <= self.layer:

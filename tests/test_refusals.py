@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from test_oracle import make_prompt
-from tiny import EOS, LAYERS, TEXT, VISION, build, generate, prompt, text_config
+from tiny import EOS, LAYERS, TEXT, build, generate, prompt, text_config
 
 import gap_triton
 from gap_triton import GapConfig, _requirements, attention
@@ -41,17 +41,6 @@ def test_cross_attention_by_name() -> None:
 def test_cross_attention_by_attach() -> None:
     with pytest.raises(ValueError, match=r"can't prune Mllama.* cross-attention"):
         gap_triton.attach(mllama("sdpa"))
-
-
-def test_a_model_type_that_is_not_checked() -> None:
-    config = transformers.VipLlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=text_config("llama")
-    )
-    model = transformers.VipLlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    with pytest.raises(
-        ValueError, match=r"not checked on model_type='vipllava'.*Supported are llava, llava_next"
-    ):
-        gap_triton.attach(model)
 
 
 def test_a_decoder_alone_that_is_not_checked() -> None:

@@ -95,6 +95,11 @@ def build(name: str = "llava", attn_implementation: str | dict[str, str] = "sdpa
     model = CLASSES[name.partition("/")[0]]._from_config(
         config_of(name), attn_implementation=attn_implementation
     )
+    return seed_weights(model)
+
+
+def seed_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` in eval mode with random weights, large enough for attention to be far from uniform."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -104,7 +109,9 @@ def build(name: str = "llava", attn_implementation: str | dict[str, str] = "sdpa
                 scale = 0.5 if "embed" in key else 1.5 / parameter.shape[-1] ** 0.5
                 parameter.copy_(noise * scale)
             else:
-                parameter.copy_(("norm" in key and key.endswith("weight")) + 0.1 * noise)
+                # Norms multiply by their weight or, Gemma's, by one more than it; a fresh model tells which.
+                ones = "norm" in key and key.endswith("weight") and bool(parameter.mean() > 0.5)
+                parameter.copy_(ones + 0.1 * noise)
     return model.eval()
 
 
