@@ -56,6 +56,11 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
         attachment.restore = restore
         _follow_head(attachment, model)
         return
+    if attachment is not None:
+        restore = attachment.restore
+        _remove(attachment)
+        _install(parts, config).restore = restore
+        return
     attachment = _install(parts, config)
     _follow_head(attachment, model)
     previous = parts.text.config._attn_implementation
@@ -228,7 +233,12 @@ def _follow_head(attachment: Attachment, model: PreTrainedModel) -> None:
     """Hook ``model`` too where it is the module around the owner, with the language head."""
     if attachment.head is None and any(child is attachment.owner for child in model.children()):
         attachment.head = model
-        _register(attachment, "register_forward_pre_hook", model, before_head)
+        _register(
+            attachment,
+            "register_forward_pre_hook",
+            model,
+            functools.partial(before_head, attachment=attachment),
+        )
 
 
 def _register(attachment: Attachment, method: str, module: Any, hook: Callable[..., Any]) -> None:

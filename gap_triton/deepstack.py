@@ -25,8 +25,8 @@ def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
     last = len(state.attachment.text.layers) - 1
     if max(features) >= last:
         raise ValueError(
-            f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. Use "
-            "keep=1.0"
+            f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. "
+            "Use keep=1.0"
         )
     later = {layer: value for layer, value in features.items() if layer > state.config.layer}
     state.deepstack = Deepstack(rows, later)

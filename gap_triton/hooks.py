@@ -34,9 +34,15 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def before_head(model: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def before_head(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
+) -> tuple[Args, Kwargs]:
     """Pass on what the module with the language head would keep to itself."""
-    if kwargs.get("output_attentions"):
+    return args, {**kwargs, CALL_KEY: _call_of(kwargs, attachment)}
+
+
+def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
+    if kwargs.get("output_attentions") and attachment.text.config._attn_implementation == NAME:
         raise ValueError(
             "output_attentions=True: attention weights are not computed under "
             f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
@@ -45,7 +51,7 @@ def before_head(model: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Arg
     logits = kwargs.get("logits_to_keep", 0)
     # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
     drafts = logits - 1 if isinstance(logits, int) and logits > 1 else 0
-    return args, {**kwargs, CALL_KEY: Call(drafts=drafts, labels=kwargs.get("labels"))}
+    return Call(drafts=drafts, labels=kwargs.get("labels"))
 
 
 def before_owner(
@@ -54,7 +60,7 @@ def before_owner(
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     kwargs = dict(kwargs)
     visual_mask = kwargs.pop(VISUAL_MASK, None)
-    call = kwargs.pop(CALL_KEY, None) or Call()
+    call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
     training = owner.training or attachment.text.training
     state.enabled = attachment.text.config._attn_implementation == NAME and not training
@@ -64,7 +70,6 @@ def before_owner(
             "to prune."
         )
     if state.enabled:
-        state.given_mask = kwargs.get("attention_mask")
         input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if visual_mask is not None:
             cache = kwargs.get("past_key_values")
@@ -73,6 +78,10 @@ def before_owner(
             state.visual = find_visual_tokens(owner, input_ids, embeds)
         else:
             _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+        state.given_mask = kwargs.get("attention_mask")
+        state.told_positions = any(
+            kwargs.get(name) is not None for name in ("position_ids", "cache_position")
+        )
     kwargs[STATE_KEY] = state
     return args, kwargs
 
@@ -102,7 +111,8 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     state.batch, state.queries = batch, queries
     if state.kept is not None:
         state.resumed, state.dropped_before = True, state.kept.dropped
-    if queries == 1 and not state.resumed:
+    elif queries == 1:
+        fit(cache, None)
         return None
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     if state.kept is not None and state.kept.layer == BEFORE_THE_DECODER and not _is_flat(mask):
@@ -113,13 +123,14 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if state.visual is not None and not verifies:
         _plan(state, len(text.layers))
     if state.plan is not None:
+        assert isinstance(state.past, int)
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
         refuse_ablation(state.config, text, state.position_ids)
         kwargs = take_out(state, kwargs)
 
     if state.kept is None:
         if state.plan is None:
-            fit(cache, None, 0, state.past)
+            fit(cache, None)
         return args, kwargs
     if queries > 1 and not (verifies and state.kept.layer != BEFORE_THE_DECODER):
         refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
@@ -134,6 +145,11 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
         # The model would count from the shortened cache of its first layer.
         position_ids = state.past + torch.arange(queries, device=inputs.device)
         return args, {**kwargs, "position_ids": position_ids[None]}
+    if state.kept.layer == BEFORE_THE_DECODER and not state.told_positions:
+        raise ValueError(
+            "position_ids: this model counts by its cache, which GapConfig.layer=-1 made shorter than the text: pass "
+            "position_ids, as generate() does, or use a layer >= 0"
+        )
     return args, kwargs
 
 
@@ -169,8 +185,8 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     if len(args) > 1:
         raise RuntimeError(
-            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which gap_triton "
-            "can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
+            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which "
+            "gap_triton can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
@@ -229,6 +245,6 @@ def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
     if bool(wanted.any()):
         sample, row = wanted.nonzero()[0].tolist()
         raise ValueError(
-            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token, and "
+            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token and "
             f"has no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, padding and the tokens right after"
         )

@@ -23,24 +23,20 @@ def refuse_ablation(config: GapConfig, text: Any, position_ids: torch.Tensor) ->
         position_ids: Its ids without pruning.
 
     Raises:
-        ValueError: The ids have several axes, or there is no single rotary embedding to make anew.
+        ValueError: There are several ids per token, or not one rotary embedding for all layers.
     """
     if config.ids == "kept":
         return
-    if position_ids.dim() == 2 and hasattr(text, "rotary_emb") and not hasattr(text, "rotary_emb_local"):
-        return
-    raise ValueError(
-        f"GapConfig.ids={config.ids!r}: renumbering is defined for decoders with one rotary embedding and one id per token, "
-        f"and {type(text).__name__} has position ids of shape {tuple(position_ids.shape)}; use ids='kept'"
+    rotary = getattr(text, "rotary_emb", None)
+    several = hasattr(text, "rotary_emb_local") or (
+        rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
     )
-
-
-def rotary_of(text: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str) -> Any:
-    """Rotary embeddings of ``position_ids`` [B, L] as a decoder layer of ``layer_type`` is handed them."""
-    rotary = text.rotary_emb
-    if "layer_type" in inspect.signature(rotary.forward).parameters:
-        return rotary(hidden_states, position_ids, layer_type=layer_type)
-    return rotary(hidden_states, position_ids)
+    if rotary is None or several or position_ids.dim() != 2:
+        raise ValueError(
+            f"GapConfig.ids={config.ids!r}: renumbering is defined for one id per token and one rotary embedding for all "
+            f"layers, and {type(text).__name__} has position ids of shape {tuple(position_ids.shape)}"
+            f"{' and rotary embeddings by layer type' if several else ''}; use ids='kept'"
+        )
 
 
 def score_order(

@@ -259,8 +259,8 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
         )
         kept = replace(kept, index=index[:, :columns], covered=left, dense=False)
     surplus = held - kept.index.shape[1] - (left - kept.covered)
-    for index, layer in enumerate(cache.layers):
-        if index <= kept.layer:
+    for number, layer in enumerate(cache.layers):
+        if number <= kept.layer:
             layer.crop(amount)
         elif surplus:
             layer.crop(-surplus)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from .ids import rotary_of
 from .masks import causal_mask, column_positions, take_from_mask
-from .models import layer_type, sliding_window
+from .models import sliding_window
 from .state import ForwardState, KeptTokens
 
 # Axis of the tokens, which follows the axis of the batch.
@@ -50,11 +49,10 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         unpruned, shift = kwargs["position_ids"], kept.id_shift
         ids = state.once("position_ids", lambda: unpruned - shift.to(unpruned.device)[:, None])
     if ids is not None:
-        text, kind = state.attachment.text, layer_type(state.attachment.text.config, index)
         kwargs["position_ids"] = ids
         if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
             kwargs["position_embeddings"] = state.once(
-                ("rotary", kind), lambda: rotary_of(text, hidden_states, ids, kind)
+                "rotary", lambda: state.attachment.text.rotary_emb(hidden_states, ids)
             )
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.

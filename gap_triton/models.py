@@ -3,7 +3,7 @@
 There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
 later layers can be handed fewer tokens without noticing:
 
-- a stack ``language_model.layers`` or ``text_model.layers`` under a module that sees ``input_ids``, each of them handing
+- a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
   unknown keyword arguments on, which is how the state of a forward gets to the layers;
 - in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
   or remembers them: full or sliding self-attention over the layer's own keys and values;
@@ -21,9 +21,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
-
-# Decoders without a vision tower, whose visual tokens the caller names.
-SUPPORTED_TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
@@ -75,6 +72,8 @@ DECODER_PARAMETERS = frozenset(
         "self",
         "input_ids",
         "inputs_embeds",
+        "pixel_values",
+        "mm_encoder_outputs",
         "attention_mask",
         "position_ids",
         "past_key_values",
@@ -110,14 +109,14 @@ def text_model_of(module: nn.Module) -> PreTrainedModel | None:
     """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
     if not isinstance(module, PreTrainedModel):
         return None
-    for name in TEXT_MODEL_NAMES:
-        child = module._modules.get(name)
-        # Some owners hold the decoder with its language-model head around it.
-        for stack in (child, getattr(child, "model", None)):
-            if isinstance(stack, PreTrainedModel) and isinstance(
-                getattr(stack, "layers", None), nn.ModuleList
-            ):
-                return stack
+    # Some owners hold the decoder with its language-model head around it, some as their plain "model".
+    children = [module._modules.get(name) for name in TEXT_MODEL_NAMES]
+    children += [getattr(child, "model", None) for child in children]
+    if visual_token_ids(module.config):
+        children.append(module._modules.get("model"))
+    for child in children:
+        if isinstance(child, PreTrainedModel) and isinstance(child._modules.get("layers"), nn.ModuleList):
+            return child
     return None
 
 
@@ -129,12 +128,12 @@ def is_vision_language_model(model: PreTrainedModel) -> bool:
 
 
 def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The decoder stack of a text model of a supported type, None for any other model."""
+    """The decoder stack of a text model, None for any other model."""
     text = model.base_model
-    is_decoder = isinstance(text, PreTrainedModel) and isinstance(
-        getattr(text, "layers", None), nn.ModuleList
-    )
-    return text if is_decoder and text.config.model_type in SUPPORTED_TEXT_MODELS else None
+    layers = text._modules.get("layers")
+    if not isinstance(text, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    return None if REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])) else text
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -147,22 +146,20 @@ def find_parts(model: nn.Module) -> Parts:
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
     model_type = getattr(model.config, "model_type", None)
     instead = "Load it with attn_implementation='sdpa' to run it unpruned."
-    parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)  # type: ignore[arg-type]
+    parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)
+    if parts is None and (decoder := lone_decoder_of(model)) is not None:
+        parts = Parts(decoder, decoder)
     reason = _why_not(model, parts)
     if reason is not None:
         raise ValueError(
             f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. {instead}"
         )
     if parts is None:
-        decoder = lone_decoder_of(model)
-        if decoder is not None:
-            return Parts(decoder, decoder)
         raise ValueError(
             f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected "
-            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone of type "
-            f"{', '.join(SUPPORTED_TEXT_MODELS)}. {instead}"
+            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {instead}"
         )
-    if not visual_token_ids(parts.owner.config):
+    if parts.owner is not parts.text and not visual_token_ids(parts.owner.config):
         raise ValueError(
             f"model.config of {type(model).__name__} names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
         )

@@ -38,9 +38,11 @@ def drop(
     rotary = kwargs.get("position_embeddings")
     # The operator gathers one cos and sin of three dimensions. Others are gathered by `later.shorten`, as the layers
     # bring them; here an empty pair stands in.
+    cos = sin = hidden_states.new_empty(1, queries, 1)
     one_pair = isinstance(rotary, tuple) and len(rotary) == 2 and all(x.dim() == 3 for x in rotary)
-    pair = rotary if one_pair else (hidden_states.new_empty(1, queries, 1),) * 2
-    cos, sin = (x.to(device).expand(batch, -1, -1) for x in pair)
+    if isinstance(rotary, tuple) and one_pair:
+        cos, sin = rotary
+    cos, sin = (x.to(device).expand(batch, -1, -1) for x in (cos, sin))
     assert state.position_ids is not None
     position_ids = state.position_ids.to(device)
     position_ids = position_ids.expand(*position_ids.shape[:-2], batch, queries).contiguous()
@@ -82,7 +84,8 @@ def drop(
         state.new_ids = with_drafts(new_ids, position_ids - kept.id_shift[:, None])
     elif one_pair:
         state.taken.append((rotary, (with_drafts(pruned.cos, cos), with_drafts(pruned.sin, sin))))
-    fit(kwargs.get("past_key_values"), kept, queries - survivors.shape[1], state.past)
+    if state.past == 0:
+        fit(kwargs.get("past_key_values"), kept)
     state.selection = Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
     state.query = state.key = state.mask = None
     return survivors

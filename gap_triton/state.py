@@ -158,6 +158,7 @@ class ForwardState:
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
         given_mask: The mask as the caller gave it, before the model makes its own of it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
+        told_positions: The caller said where the new rows stand, so that the model does not ask its cache.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
         deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
         resumed: Tokens had been dropped from the cache before this forward.
@@ -186,6 +187,7 @@ class ForwardState:
     real: torch.Tensor | None = None
     given_mask: Any = None
     ready_made: bool = False
+    told_positions: bool = False
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
     resumed: bool = False

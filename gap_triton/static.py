@@ -38,22 +38,20 @@ def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
     return cache
 
 
-def fit(cache: Any | None, kept: KeptTokens | None, dropped: int, past: int) -> None:
-    """Size the later layers of a `static_cache` that holds nothing yet.
+def fit(cache: Any | None, kept: KeptTokens | None) -> None:
+    """Size the layers of a `static_cache` from which nothing has been dropped yet.
 
     Args:
-        cache: Any cache; only those of `static_cache` are changed.
-        kept: What the later layers will hold after this forward, None where nothing is dropped.
-        dropped: Number of rows that this forward drops.
-        past: Number of tokens that the cache stood for before this forward.
+        cache: Any cache; only those of `static_cache` are changed, and only where a size is not right yet.
+        kept: What the later layers will hold of the first prompt, None where nothing is dropped.
     """
     length = getattr(cache, LENGTH_ATTRIBUTE, None)
-    if cache is None or length is None or past:
+    if cache is None or length is None:
         return
     for index, layer in enumerate(cache.layers):
         if not is_static(cache, index) or getattr(layer, "is_sliding", False):
             continue
-        size = length - dropped if kept is not None and index > kept.layer else length
+        size = length - kept.dropped if kept is not None and index > kept.layer else length
         if layer.max_cache_len != size:
             layer.max_cache_len = size
             layer.is_initialized = False  # the buffers are made when the layer is first written to

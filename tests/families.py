@@ -17,7 +17,7 @@ import transformers
 from oracle import core_of
 from tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -26,7 +26,6 @@ WINDOW = 24
 HIDDEN = 64
 GRID = (1, 6, 8)  # frames, rows, columns of patches; 2 x 2 patches make one token
 MIXED = ["full_attention", "sliding_attention"] * (LAYERS // 2) + ["full_attention"] * (LAYERS % 2)
-VISUAL = 12  # visual tokens per image
 
 TEXT_SIZES = {
     "vocab_size": 200,
@@ -47,7 +46,11 @@ TEXT_SIZES = {
     "eos_token_id": EOS,
     # experts
     "moe_intermediate_size": 32,
+    "moe_hidden_size": 32,
     "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "dense_intermediate_size": 32,
+    "intermediate_size_mlp": 32,
     "shared_expert_intermediate_size": 32,
     "num_experts": 4,
     "num_local_experts": 4,
@@ -90,9 +93,15 @@ VISION_SIZES = {
     "patch_size": 4,
     "num_channels": 3,
     "out_hidden_size": HIDDEN,
+    "projection_dim": HIDDEN,
+    "projection_hidden_dim": 32,
+    "image_token_embed_dim": 32,
+    "num_embeddings": 64,
+    "codebook_size": 64,
+    "base_channels": 32,
     "vocab_size": 200,
-    "mm_tokens_per_image": 9,
 }
+OUTER_SIZES = {"projection_dim": HIDDEN, "projector_hidden_size": HIDDEN, "mm_tokens_per_image": 9}
 TEXT_NAMES = ("text_config", "language_config", "llm_config", "decoder_config")
 IMAGE_FIELDS = ("image_token_id", "image_token_index")
 VIDEO_FIELDS = ("video_token_id", "video_token_index")
@@ -114,11 +123,11 @@ SPECIAL_FIELDS = (
 
 
 # --------------------------------------------------------------------------------------------- configs
-def shrink(config: PreTrainedConfig, name: str | None = None) -> PreTrainedConfig:
+def shrink(config: PretrainedConfig, name: str | None = None) -> PretrainedConfig:
     """Make ``config`` and the configs in it tiny, in place; ``name`` is the field that holds it, None for the whole."""
-    inner = {key: value for key, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+    inner = {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
     text = name in TEXT_NAMES or (name is None and not any(key in TEXT_NAMES for key in inner))
-    sizes = TEXT_SIZES if text else {"projection_dim": HIDDEN} if name is None else VISION_SIZES
+    sizes = TEXT_SIZES if text else OUTER_SIZES if name is None else VISION_SIZES
     for key, value in sizes.items():
         _replace(config, key, value)
     _shrink_layer_types(config, LAYERS if text else 2)
@@ -136,7 +145,7 @@ def shrink(config: PreTrainedConfig, name: str | None = None) -> PreTrainedConfi
     return config
 
 
-def _replace(config: PreTrainedConfig, key: str, value: int, only: type = object) -> None:
+def _replace(config: PretrainedConfig, key: str, value: int, only: type = object) -> None:
     # Configs refuse some fields in their own ways: read-only properties, values that differ by layer.
     with contextlib.suppress(Exception):
         current = getattr(config, key)
@@ -145,7 +154,7 @@ def _replace(config: PreTrainedConfig, key: str, value: int, only: type = object
             setattr(config, key, type(current)([value] * len(current)) if many else value)
 
 
-def _shrink_layer_types(config: PreTrainedConfig, layers: int) -> None:
+def _shrink_layer_types(config: PretrainedConfig, layers: int) -> None:
     """The kinds of layers that the config has, in turn."""
     for key in ("layer_types", "mlp_layer_types"):
         kinds = list(dict.fromkeys(getattr(config, key, None) or ()))
@@ -153,20 +162,20 @@ def _shrink_layer_types(config: PreTrainedConfig, layers: int) -> None:
             setattr(config, key, [kinds[i % len(kinds)] for i in range(layers)])
 
 
-def _text(config: PreTrainedConfig, **fields: Any) -> None:
+def _text(config: PretrainedConfig, **fields: Any) -> None:
     for key, value in fields.items():
         setattr(config.text_config, key, value)
 
 
-def _vision_start(config: PreTrainedConfig) -> None:
+def _vision_start(config: PretrainedConfig) -> None:
     # The released thinkers carry it in their JSON; the default config leaves it to the model around the thinker.
     config.vision_start_token_id, config.vision_end_token_id = VIDEO + 1, VIDEO + 2
 
 
-def _mrope(*section: int, **fields: Any) -> Callable[[PreTrainedConfig], None]:
+def _mrope(*section: int, **fields: Any) -> Callable[[PretrainedConfig], None]:
     """Rotary frequencies of a head of 16 split over the axes as ``section``."""
 
-    def set_rope(config: PreTrainedConfig) -> None:
+    def set_rope(config: PretrainedConfig) -> None:
         text = config.text_config
         rope = {"rope_type": "default", "mrope_section": list(section), **fields}
         if hasattr(text, "rope_parameters"):
@@ -178,19 +187,25 @@ def _mrope(*section: int, **fields: Any) -> Callable[[PreTrainedConfig], None]:
 
 
 QWEN_VL = _mrope(2, 3, 3)
-QWEN3_VL = _mrope(2, 3, 3, mrope_interleaved=True)
+
+
+def _qwen3_vl(config: PretrainedConfig) -> None:
+    _mrope(2, 3, 3, mrope_interleaved=True)(config)
+    config.vision_config.deepstack_visual_indexes = [0, 1]  # each layer of the vision tower
+
+
 GLM = _mrope(2, 3, 3, partial_rotary_factor=1.0)
 
 # What the sizes above do not settle.
-PECULIAR: dict[str, Callable[[PreTrainedConfig], Any]] = {
-    "qwen2_vl": QWEN_VL,
+PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
+    "qwen2_vl": lambda config: (QWEN_VL(config), setattr(config.vision_config, "hidden_size", HIDDEN)),
     "qwen2_5_vl": QWEN_VL,
     "qwen2_5_omni_thinker": lambda config: (QWEN_VL(config), _vision_start(config)),
     "paddleocr_vl": QWEN_VL,
-    "qwen3_vl": QWEN3_VL,
-    "qwen3_vl_moe": QWEN3_VL,
-    "qwen3_omni_moe_thinker": lambda config: (QWEN3_VL(config), _vision_start(config)),
-    "cosmos3_omni": QWEN3_VL,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl,
+    "qwen3_omni_moe_thinker": lambda config: (_qwen3_vl(config), _vision_start(config)),
+    "cosmos3_omni": _qwen3_vl,
     "cosmos3_edge": QWEN_VL,
     "glm4v": GLM,
     "glm46v": GLM,
@@ -201,12 +216,23 @@ PECULIAR: dict[str, Callable[[PreTrainedConfig], Any]] = {
         config, mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1), num_experts_per_tok=2
     ),
     "ernie4_5_vl_moe": _mrope(3, 3, 2),
+    "cohere_compass": lambda config: setattr(config.vision_config, "deepstack_visual_indexes", [0, 1]),
     "hunyuan_vl": lambda config: (_mrope(2, 2, 2, 2)(config), _text(config, head_dim=16)),
     "kimi_k25": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
     "molmo2": lambda config: setattr(config, "image_patch_id", IMAGE),
     "perception_lm": lambda config: setattr(config.vision_config, "model_args", {"embed_dim": 32}),
-    "step3p7": lambda config: _text(config, sliding_window=WINDOW, layer_types=MIXED, rope_parameters=dict.fromkeys(MIXED, PLAIN_ROPE)),
-    "minimax_m3_vl": lambda config: _text(config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]),
+    "vipllava": lambda config: setattr(config, "vision_feature_layers", [-1, -2]),
+    "step3p7": lambda config: _text(
+        config,
+        sliding_window=WINDOW,
+        layer_types=MIXED,
+        rope_parameters=dict.fromkeys(MIXED, PLAIN_ROPE),
+    ),
+    # As released; the default config names none of these layers.
+    "lfm2_vl": lambda config: _text(config, layer_types=["conv", *["full_attention"] * (LAYERS - 1)]),
+    "minimax_m3_vl": lambda config: _text(
+        config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
+    ),
 }
 
 
@@ -223,7 +249,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         }
     },
     "diffusion_gemma": {
-        "text_config": {"num_hidden_layers": LAYERS, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        }
     },
     "dots3_note": {"text_config": {"num_hidden_layers": LAYERS}},
     "emu3": {"vocabulary_map": VOCABULARY},
@@ -237,14 +268,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "indexer_compress_ratio": 2,
         }
     },
+    "vision-encoder-decoder": {
+        "encoder": {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "decoder": {"model_type": "trocr", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2},
+    },
     # Their vision towers come from timm. No vision tower runs here, so any other will do.
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
     "perception_lm": {"vision_config": {"model_type": "siglip_vision_model"}},
-    "gemma3n": {"vision_config": {"model_type": "siglip_vision_model"}},
 }
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
+def config_of(model_type: str) -> PretrainedConfig:
     config = shrink(CONFIG_MAPPING[model_type](**ARGUMENTS.get(model_type, {})))
     PECULIAR.get(model_type, lambda config: None)(config)
     return config
@@ -290,15 +324,23 @@ def visual_features(model: PreTrainedModel) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------- prompts
-def prompt(model: PreTrainedModel, padding: str = "left", placeholder: int = IMAGE) -> dict[str, torch.Tensor]:
-    """Two samples, one image in the first and two in the second, padded to one length."""
+def visual_tokens(model_type: str) -> int:
+    """Placeholders of one image of `GRID`: one per token; HunYuan ends each row of them with one more."""
+    rows, columns = GRID[1] // 2, GRID[2] // 2
+    return rows * (columns + (model_type == "hunyuan_vl"))
+
+
+def prompt(
+    model: PreTrainedModel, padding: str = "left", placeholder: int = IMAGE, tokens: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Two samples, one image in the first and two in the second, padded to one length; ``tokens`` for each image."""
     generator = torch.Generator().manual_seed(1)
 
     def words(count: int) -> list[int]:
         return torch.randint(5, 140, (count,), generator=generator).tolist()
 
-    image = [placeholder] * VISUAL
     config = model.config
+    image = [placeholder] * (tokens or visual_tokens(config.model_type))
     start = getattr(config, "vision_start_token_id", None) or getattr(config, "image_start_token_id", None)
     end = getattr(config, "vision_end_token_id", None) or getattr(config, "image_end_token_id", None)
     if start is not None and end is not None:
@@ -332,5 +374,52 @@ def _companions(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Te
         found["token_type_ids"] = images * (model.config.model_type != "paligemma")
     for name, rows in (("image_grid_thw", images), ("video_grid_thw", videos)):
         if name in wanted and rows.any():
-            found[name] = torch.tensor([GRID] * (int(rows.sum()) // VISUAL))
+            found[name] = torch.tensor([GRID] * (int(rows.sum()) // visual_tokens(model.config.model_type)))
+    if videos.any() and model.config.model_type == "ernie4_5_vl_moe":
+        found["video_grid_thw"][:, 0] *= 2  # it merges frames two by two
+    for name in ("video_second_per_grid", "second_per_grid_ts"):
+        if name in wanted and videos.any():
+            found[name] = torch.full((len(found["video_grid_thw"]),), 0.5)
     return found
+
+
+def pixels(layout: str, seed: int = 7) -> dict[str, torch.Tensor]:
+    """Three images, one for the first sample and two for the second, in one of the layouts that processors make."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    patches = 3 * GRID[1] * GRID[2]
+    if layout == "images":
+        return {"pixel_values": noise(3, 3, 24, 24)}
+    if layout == "images and sizes":
+        return {"pixel_values": noise(3, 3, 24, 24), "image_sizes": torch.tensor([[24, 24]] * 3)}
+    if layout == "tiles":
+        return {"pixel_values": noise(3, 1, 3, 24, 24)}
+    if layout == "images by sample":
+        values = noise(2, 2, 3, 24, 24)
+        values[0, 1] = 0  # no second image
+        return {"pixel_values": values, "pixel_attention_mask": torch.ones(2, 2, 24, 24, dtype=torch.bool)}
+    grid = {"image_grid_thw": torch.tensor([GRID] * 3)}
+    if layout == "patches of two frames":
+        return {"pixel_values": noise(patches, 3 * 2 * 4 * 4), **grid}
+    if layout == "patches":
+        return {"pixel_values": noise(patches, 3 * 4 * 4), **grid}
+    if layout == "square patches":
+        return {"pixel_values": noise(patches, 3, 4, 4), **grid}
+    if layout == "patches and merge sizes":
+        return {"pixel_values": noise(patches, 3 * 4 * 4), "image_merge_sizes": torch.tensor([2] * 3), **grid}
+    raise ValueError(layout)
+
+
+def prompt_with_pixels(model: PreTrainedModel, layout: str) -> dict[str, torch.Tensor]:
+    """A prompt whose placeholders are filled by the model's own vision tower."""
+    images = pixels(layout)
+    with torch.no_grad():
+        output = core_of(model)[0].get_image_features(**images)
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, (tuple, list)) and not isinstance(features[0], torch.Tensor):
+        features = features[0]  # transformers 4: with deepstack features behind
+    if isinstance(features, (tuple, list)):
+        features = torch.cat([each.flatten(0, -2) for each in features])
+    return prompt(model, tokens=features.flatten(0, -2).shape[0] // 3) | images

@@ -39,11 +39,12 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 def core_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The module that sees ``input_ids``, and the decoder stack below it."""
-    for module in model.modules():
-        for name in ("language_model", "text_model"):
-            child = getattr(module, name, None)
-            if isinstance(getattr(child, "layers", None), nn.ModuleList):
-                return module, child
+    for names in (("language_model", "text_model"), ("model",)):
+        for module in model.modules():
+            for name in names:
+                child = getattr(module, name, None)
+                if isinstance(getattr(child, "layers", None), nn.ModuleList):
+                    return module, child
     raise LookupError(type(model).__name__)
 
 
@@ -55,8 +56,15 @@ class MaskingOracle:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layer: int, keep: float | int, score: str = "last_token"
+        self,
+        model: PreTrainedModel,
+        layer: int,
+        keep: float | int,
+        score: str = "last_token",
+        chosen: torch.Tensor | None = None,
     ) -> None:
+        """With ``chosen`` [B, Q] bool, those rows of the first prompt are dropped and nothing is scored."""
+        self.chosen = chosen
         self.layer, self.keep, self.score = layer, keep, score
         self.owner, text = core_of(model)
         self.attentions = {module for module in text.modules() if hasattr(module, "layer_idx")}
@@ -92,6 +100,9 @@ class MaskingOracle:
             torch.ones(batch, queries, dtype=torch.bool) if mask is None else mask[:, -queries:].bool()
         )
         self.visual = visual if queries > 1 else torch.zeros_like(visual)
+        if self.chosen is not None:
+            self.dropped[:, : self.chosen.shape[1]] = self.chosen
+            self.visual = torch.zeros_like(visual)
 
     def mask_dropped(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
         if layer <= self.layer:

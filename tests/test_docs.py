@@ -7,15 +7,17 @@ import importlib.util
 import re
 from pathlib import Path
 
+import model_types
 import pytest
+import transformers
 
 import gap_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +29,17 @@ def tables():
 def test_tables_are_the_measured_ones(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in text
-    assert tables().with_tables(text, (ROOT / name).parent) == text
+    assert script("tables").with_tables(text, (ROOT / name).parent) == text
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith(model_types.NEWEST),
+    reason=f"the table was made with transformers {model_types.NEWEST}",
+)
+def test_the_table_of_models_is_what_the_tests_establish() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert script("models").with_table(text) == text
+    assert len(model_types.EXACT) >= 50
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from test_oracle import make_prompt
-from tiny import LAYERS, TEXT, VISION, build, generate, prompt, text_config
+from tiny import LAYERS, TEXT, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig, _requirements, attention
@@ -41,17 +41,6 @@ def test_cross_attention_by_name() -> None:
 def test_cross_attention_by_attach() -> None:
     with pytest.raises(ValueError, match=r"can't prune Mllama.* cross-attention"):
         gap_triton.attach(mllama("sdpa"))
-
-
-def test_a_model_type_that_is_not_checked() -> None:
-    config = transformers.VipLlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=text_config("llama")
-    )
-    model = transformers.VipLlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    with pytest.raises(
-        ValueError, match=r"not checked on model_type='vipllava'.*Supported are llava, llava_next"
-    ):
-        gap_triton.attach(model)
 
 
 def test_a_decoder_alone_that_is_not_checked() -> None:
@@ -103,7 +92,8 @@ def test_a_batch_that_is_changed_by_hand_on_a_pruned_cache() -> None:
         for layer in cache.layers:
             layer.batch_repeat_interleave(2)
         with pytest.raises(
-            ValueError, match=r"pruned for a batch of 2 and is continued with a batch of 4: .*batch_repeat_int"
+            ValueError,
+            match=r"pruned for a batch of 2 and is continued with a batch of 4: .*batch_repeat_int",
         ):
             model(input_ids=torch.full((4, 1), 7), past_key_values=cache)
 
@@ -175,7 +165,9 @@ def test_a_cache_that_is_cropped_by_hand() -> None:
         model(**make_prompt("llava", "even"), past_key_values=cache)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, :-3], layer.values[:, :, :-3]
-        with pytest.raises(ValueError, match=r"changed behind its own methods after it was pruned: layer 0 holds 46.*crop\("):
+        with pytest.raises(
+            ValueError, match=r"changed behind its own methods after it was pruned: layer 0 holds 46.*crop\("
+        ):
             model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
 
 

@@ -109,7 +109,9 @@ def seed_weights(model: PreTrainedModel) -> PreTrainedModel:
                 scale = 0.5 if "embed" in key else 1.5 / parameter.shape[-1] ** 0.5
                 parameter.copy_(noise * scale)
             else:
-                parameter.copy_(("norm" in key and key.endswith("weight")) + 0.1 * noise)
+                # Norms multiply by their weight or, Gemma's, by one more than it; a fresh model tells which.
+                ones = "norm" in key and key.endswith("weight") and bool(parameter.mean() > 0.5)
+                parameter.copy_(ones + 0.1 * noise)
     return model.eval()
 
 

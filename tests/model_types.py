@@ -1,0 +1,159 @@
+"""What the tests establish of each model type; `docs/models.md` is made from this."""
+
+from __future__ import annotations
+
+NEWEST = "5.23"  # the release of transformers that these tables were filled with; older ones lack some types
+
+# Checked against the oracle, one by one.
+_EXACT = """
+    aria aya_vision chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
+    deepseek_vl_hybrid emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 glm46v glm4v glm4v_moe glm_ocr glmga
+    got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 internvl janus
+    kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 molmo2 muse_glimmer muse_spark
+    ovis2 paddleocr_vl paligemma perception_lm pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl
+    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe shieldgemma2 smolvlm step3p7 video_llama_3 video_llava vipllava
+"""
+# Those of them that have a placeholder of its own for videos.
+_VIDEOS = """
+    cohere_compass cosmos3_edge cosmos3_omni ernie4_5_vl_moe exaone4_5 glm46v glm4v glm4v_moe glm_ocr glmga
+    hyperclovax_vision_v2 kimi_k25 llava_next_video llava_onevision muse_glimmer muse_spark paddleocr_vl perception_lm
+    qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe video_llama_3 video_llava
+"""
+EXACT, VIDEOS = tuple(_EXACT.split()), tuple(_VIDEOS.split())
+# Refused, with a part of the sentence that says why.
+CROSS_ATTENTION = "reads the image through cross-attention"
+NO_STACK = "found no vision-language decoder"
+SECOND = "a second decoder"
+RECURRENT = "carries a recurrent state"
+REFUSED = {
+    "blip": CROSS_ATTENTION,
+    "blip-2": NO_STACK,
+    "diffusion_gemma": SECOND,
+    "dots3_note": "index of its own",
+    "evolla": NO_STACK,
+    "florence2": CROSS_ATTENTION,
+    "gemma4": "share of every token's input",
+    "gemma4_unified": "keys and values of an earlier layer",
+    "git": NO_STACK,
+    "glm5_next": RECURRENT,
+    "idefics": CROSS_ATTENTION,
+    "inkling2": "hybrid_sliding",
+    "instructblip": NO_STACK,
+    "instructblipvideo": NO_STACK,
+    "kosmos-2": "encoder_hidden_states|found no",
+    "kosmos-2.5": "puts image features in by itself|found no",
+    "lfm2_vl": "mixes neighbouring tokens",
+    "lfm3_vl": "mixes neighbouring tokens",
+    "llama4": "attends in chunks",
+    "minicpm_ocr": RECURRENT,
+    "minicpmv4_6": RECURRENT,
+    "minicpmv4_7": RECURRENT,
+    "minimax_m3_vl": "which blocks of tokens",
+    "mistral4": NO_STACK,
+    "mistral_large4": "index of its own",
+    "mllama": CROSS_ATTENTION,
+    "nemotron_h_omni": RECURRENT,
+    "pi0": SECOND,
+    "pix2struct": CROSS_ATTENTION,
+    "pp_formulanet": CROSS_ATTENTION,
+    "qwen3_5": RECURRENT,
+    "qwen3_5_moe": RECURRENT,
+    "qwen4_exp": RECURRENT,
+    "t5gemma2": CROSS_ATTENTION,
+    "udop": CROSS_ATTENTION,
+    "unlimited_ocr": "slides over answers only",
+    "vision-encoder-decoder": CROSS_ATTENTION,
+}
+# Not built in these tests, and why.
+NOT_BUILT = {
+    "gemma3n": "its vision tower needs timm",
+    "inkling_mm_model": "it needs scipy",
+    "pixtral": "transformers 4 lists it, and it is a vision tower without a decoder",
+}
+
+# Exact types on which more is tested.
+SEVERAL_AXES = (
+    "cohere_compass",
+    "ernie4_5_vl_moe",
+    "glm4v",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl",
+)
+DEEPSTACK = (
+    "cohere_compass",
+    "cosmos3_omni",
+    "granite4_vision",
+    "granite_docling",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
+BEFORE_THE_DECODER = (
+    "cohere2_vision",
+    "ernie4_5_vl_moe",
+    "gemma3",
+    "glm4v",
+    "llava",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+STATIC_CACHE = ("cohere2_vision", "exaone4_5", "gemma3", "glm4v", "qwen2_5_vl", "qwen3_vl")
+EMBEDDINGS = ("gemma3", "idefics3", "internvl", "mistral3", "molmo2", "qwen2_5_vl")
+SEVERAL_TURNS = (
+    "cohere2_vision",
+    "gemma3",
+    "glm4v",
+    "internvl",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+# Types whose tiny vision tower runs too, by the layout of their pixel values.
+IMAGES = {
+    "aya_vision": "images",
+    "cohere2_vision": "images",
+    "cohere_compass": "patches of two frames",
+    "cosmos3_edge": "patches",
+    "cosmos3_omni": "patches of two frames",
+    "deepseek_vl": "images",
+    "ernie4_5_vl_moe": "patches",
+    "exaone4_5": "patches of two frames",
+    "gemma3": "images",
+    "glm46v": "patches of two frames",
+    "glm4v": "patches of two frames",
+    "glm4v_moe": "patches of two frames",
+    "glm_ocr": "patches of two frames",
+    "glmga": "patches of two frames",
+    "got_ocr2": "images",
+    "hyperclovax_vision_v2": "patches of two frames",
+    "idefics3": "images by sample",
+    "internvl": "images",
+    "janus": "images",
+    "lighton_ocr": "images and sizes",
+    "llava": "images",
+    "mistral3": "images and sizes",
+    "ovis2": "images",
+    "paddleocr_vl": "square patches",
+    "paligemma": "images",
+    "perception_lm": "tiles",
+    "pp_chart2table": "images",
+    "qianfan_ocr": "images",
+    "qwen2_5_omni_thinker": "patches of two frames",
+    "qwen2_5_vl": "patches of two frames",
+    "qwen2_vl": "patches of two frames",
+    "qwen3_omni_moe_thinker": "patches of two frames",
+    "qwen3_vl": "patches of two frames",
+    "qwen3_vl_moe": "patches of two frames",
+    "shieldgemma2": "images",
+    "smolvlm": "images by sample",
+    "step3p7": "images",
+    "video_llama_3": "patches and merge sizes",
+    "video_llava": "images",
+    "vipllava": "images",
+}
+# Releases before these call the vision tower in other ways.
+IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}

@@ -1,0 +1,231 @@
+"""What decides whether a model that nobody has named runs: its structure, looked at when it is attached or when it runs."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+import transformers
+from oracle import core_of
+from test_models import tiny
+from test_oracle import make_prompt
+from tiny import build, generate
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.llava import modeling_llava
+
+import gap_triton
+from gap_triton import GapConfig, attention
+
+
+def test_a_type_that_nobody_has_named_runs_if_its_structure_is_safe() -> None:
+    model, inputs = build("llava", "sdpa"), make_prompt("llava", "left-padded")
+    with gap_triton.pruning(model, GapConfig(keep=0.4, layer=1)):
+        expected = generate(model, inputs)
+    for config in (model.config, model.config.text_config, model.model.language_model.config):
+        config.__class__ = type(config.__class__.__name__, (config.__class__,), {"model_type": "someday"})
+    with gap_triton.pruning(model, GapConfig(keep=0.4, layer=1)):
+        output = generate(model, inputs)
+        assert gap_triton.last_selection(model).visual_index.shape[1] == 15
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+class ExtraArgumentLayer(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, token_weights=None, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+class DeafLayer(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None):
+        return super().forward(hidden_states, attention_mask, position_ids)
+
+
+class OwnAttention(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        return hidden_states, None
+
+
+class RememberingMlp(modeling_llama.LlamaMLP):
+    def forward(self, x, past_key_values=None):
+        return super().forward(x)
+
+
+class DeafOwner(modeling_llava.LlavaModel):
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None):
+        return super().forward(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+
+
+class SilentOwner(modeling_llava.LlavaModel):
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **kwargs):
+        return super().forward(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+
+
+class SilentDecoder(modeling_llama.LlamaModel):
+    def forward(
+        self, inputs_embeds=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs
+    ):
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+
+
+def change(model, what: str) -> None:
+    core = model.model
+    layer = core.language_model.layers[2]
+    if what == "owner":
+        core.__class__ = DeafOwner
+    elif what == "argument":
+        for each in core.language_model.layers:
+            each.__class__ = ExtraArgumentLayer
+    elif what == "deaf layer":
+        for each in core.language_model.layers:
+            each.__class__ = DeafLayer
+    elif what == "attention":
+        layer.self_attn.__class__ = OwnAttention
+    elif what == "index":
+        layer.self_attn.layer_idx = 0
+    elif what == "memory":
+        layer.mlp.__class__ = RememberingMlp
+    elif what == "convolution":
+        layer.smear = nn.Conv1d(64, 64, 3)
+    elif what == "shared":
+        core.language_model.config.num_kv_shared_layers = 2
+    elif what == "kind":
+        core.language_model.config.layer_types = ["full_attention", "novel_attention"] * 3
+    elif what == "decoder":
+        model.expert = modeling_llama.LlamaModel(core.language_model.config)
+    else:
+        core.config.__dict__["image_token_index"] = None
+
+
+REASONS = {
+    "owner": "DeafOwner.forward takes no further keyword arguments",
+    "argument": r"ExtraArgumentLayer.forward takes 'token_weights', which may belong to tokens that get dropped",
+    "deaf layer": "DeafLayer.forward takes no further keyword arguments",
+    "attention": "one attention module in decoder layer 2 that calls transformers' attention interface, found none",
+    "index": "one attention module in decoder layer 2 .* found none",
+    "memory": "decoder layer 2 holds a RememberingMlp, which looks at other tokens or remembers them",
+    "convolution": "decoder layer 2 holds a Conv1d, which mixes neighbouring tokens",
+    "shared": "keys and values of an earlier layer",
+    "kind": "decoder layer 1 is 'novel_attention': it is none of those known to be safe",
+    "decoder": r"a second decoder, expert \(LlamaModel\), reads what the first one holds",
+    "token": "names no image token; expected one of image_token_id",
+}
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_a_structure_that_is_not_safe_is_refused(what: str) -> None:
+    model = build("llava", "sdpa")
+    change(model, what)
+    with pytest.raises(ValueError, match=REASONS[what]):
+        gap_triton.attach(model)
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("silent", ["owner", "decoder"])
+def test_a_module_that_keeps_its_arguments_to_itself(silent: str) -> None:
+    """It can't be told by its signature; without a check the model would run unpruned, or half pruned."""
+    model, inputs = build("llava", "sdpa"), make_prompt("llava", "even")
+    if silent == "owner":
+        model.model.__class__ = SilentOwner
+    else:
+        model.model.language_model.__class__ = SilentDecoder
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
+    with pytest.raises(
+        RuntimeError, match=r"Silent\w+ does not hand its keyword arguments to its .* nothing was dropped"
+    ):
+        model(**inputs)
+
+
+def test_positional_arguments_of_a_layer() -> None:
+    model, inputs = build("llava", "sdpa"), make_prompt("llava", "even")
+
+    def add(module, args, kwargs):
+        return (*args, torch.zeros(1)), kwargs
+
+    model.model.language_model.layers[3].register_forward_pre_hook(add, with_kwargs=True)
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
+    with pytest.raises(
+        RuntimeError, match="LlamaDecoderLayer was handed 1 positional arguments besides hidden_states"
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "sinks", "softcap", "position_bias"])
+def test_attention_that_is_more_than_dense(keyword: str) -> None:
+    tensors = torch.zeros(3, 1, 1, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"is plain dense attention, and Module needs .*attn_implementation='eager'"
+    ):
+        attention.gap_attention_forward(nn.Module(), *tensors, None, **{keyword: torch.ones(1)})
+
+
+def test_a_tensor_handed_through_to_a_layer_is_cut_to_the_survivors() -> None:
+    """Undeclared keyword arguments with one entry per token follow the tokens; others stay."""
+    model, inputs = build("llava", "sdpa"), make_prompt("llava", "even")
+    rows = torch.arange(inputs["input_ids"].shape[1])[None]
+    other = torch.zeros(2, 3)
+    seen = {}
+    model.model.language_model.layers[3].self_attn.register_forward_pre_hook(
+        lambda m, a, k: seen.update(k), with_kwargs=True
+    )
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
+    with torch.no_grad():
+        model(**inputs, row_of_token=rows, something_else=other)
+    assert torch.equal(seen["row_of_token"], gap_triton.last_selection(model).index)
+    assert seen["something_else"] is other
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("ids", ["compacted", "permuted"])
+def test_renumbering_is_refused_where_it_is_not_defined(model_type: str, ids: str) -> None:
+    model = tiny(model_type)
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
+    with pytest.raises(
+        ValueError, match=rf"GapConfig.ids='{ids}': renumbering is defined for one id per token"
+    ):
+        model(**families.prompt(model))
+
+
+def test_another_turn_in_which_tokens_see_later_ones() -> None:
+    """A mask of the model that is not causal, on a cache that was pruned: later layers could only be given a causal one."""
+    model, inputs = build("llava", "sdpa"), make_prompt("llava", "left-padded")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+    past = inputs["input_ids"].shape[1] + 1
+
+    def look_both_ways(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": torch.ones(2, 1, 4, past + 4, dtype=torch.bool)}
+
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        model(input_ids=torch.full((2, 1), 7), attention_mask=mask[:, :past], past_key_values=cache)
+        gap_triton.detach(model)
+        model.model.language_model.register_forward_pre_hook(look_both_ways, with_kwargs=True)
+        gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
+        with pytest.raises(ValueError, match="this model lets prompt tokens see later ones"):
+            model(input_ids=torch.full((2, 4), 8), attention_mask=mask, past_key_values=cache)
+
+
+def test_a_model_that_counts_by_a_cache_pruned_before_the_decoder() -> None:
+    model = tiny("qwen2_5_vl")
+    inputs = families.prompt(model)
+    gap_triton.attach(model, GapConfig(keep=0.4, layer=-1, score="random"))
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="position_ids: this model counts by its cache"):
+            model(input_ids=torch.full((2, 1), 7), past_key_values=cache, use_cache=True)
+
+
+def test_a_released_decoder_of_another_kind_inside_a_known_owner() -> None:
+    """The decoder decides, not the type of the model around it: LLaVA with layers that slide in chunks, say."""
+    model = build("llava/qwen2", "sdpa")
+    text = core_of(model)[1]
+    text.config.layer_types = ["full_attention"] * 4 + ["chunked_attention"]
+    with pytest.raises(ValueError, match=r"decoder layer 4 is 'chunked_attention': it attends in chunks"):
+        gap_triton.attach(model)
