@@ -40,10 +40,10 @@ MORE_TESTS = {
 
 def with_table(text: str) -> str:
     """``text`` of the document with its table made anew."""
-    types = sorted((*model_types.EXACT, *model_types.REFUSED, *model_types.NOT_BUILT))
+    types = sorted((*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT))
     rows = [row for name in types if name in families.TYPES for row in (_row(name),)]
     summary = (
-        f"{len(model_types.EXACT)} types are exact and {len(model_types.REFUSED)} are refused, of the {len(rows)} that "
+        f"{len(model_types.EXACT) + len(model_types.ALONE)} types are exact and {len(model_types.REFUSED)} are refused, of the {len(rows)} that "
         f"transformers {model_types.NEWEST} lists."
     )
     table = "\n".join([summary, "", HEADER, *rows])
@@ -56,6 +56,9 @@ def _row(name: str) -> str:
     model = families.build(name)
     if name in model_types.REFUSED:
         return f"| {name} | | refused: {_reason(model)} | | |"
+    if name in model_types.ALONE:
+        find_parts(model)
+        return f"| {name} | 1-D RoPE | exact, as a decoder alone | `visual_mask` | |"
     owner, text = core_of(model)
     more = ", ".join(test for test, names in MORE_TESTS.items() if name in names)
     return f"| {name} | {_position_ids(owner, text)} | exact | {_placeholders(model.config)} | {more} |"

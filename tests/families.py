@@ -219,6 +219,7 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "cohere_compass": lambda config: setattr(config.vision_config, "deepstack_visual_indexes", [0, 1]),
     "hunyuan_vl": lambda config: (_mrope(2, 2, 2, 2)(config), _text(config, head_dim=16)),
     "kimi_k25": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
+    "mistral4": lambda config: setattr(config, "num_key_value_heads", 4),
     "molmo2": lambda config: setattr(config, "image_patch_id", IMAGE),
     "perception_lm": lambda config: setattr(config.vision_config, "model_args", {"embed_dim": 32}),
     "vipllava": lambda config: setattr(config, "vision_feature_layers", [-1, -2]),
@@ -291,7 +292,7 @@ def build(model_type: str) -> PreTrainedModel:
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
     # Some vision towers have eager attention only.
     model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
-    with contextlib.suppress(LookupError, ValueError):
+    with contextlib.suppress(LookupError, ValueError, AttributeError):
         core_of(model)[1].set_attn_implementation("sdpa")
     return seed_weights(model)
 

@@ -20,6 +20,8 @@ _VIDEOS = """
     qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe video_llama_3 video_llava
 """
 EXACT, VIDEOS = tuple(_EXACT.split()), tuple(_VIDEOS.split())
+# Exact with visual_mask: decoders alone, in whose prompts nothing says which tokens are visual.
+ALONE = ("mistral4",)
 # Refused, with a part of the sentence that says why.
 CROSS_ATTENTION = "reads the image through cross-attention"
 NO_STACK = "found no vision-language decoder"
@@ -30,7 +32,7 @@ REFUSED = {
     "blip-2": NO_STACK,
     "diffusion_gemma": SECOND,
     "dots3_note": "index of its own",
-    "evolla": NO_STACK,
+    "evolla": "EvollaDecoderLayer.forward takes|found no",
     "florence2": CROSS_ATTENTION,
     "gemma4": "share of every token's input",
     "gemma4_unified": "keys and values of an earlier layer",
@@ -49,7 +51,6 @@ REFUSED = {
     "minicpmv4_6": RECURRENT,
     "minicpmv4_7": RECURRENT,
     "minimax_m3_vl": "which blocks of tokens",
-    "mistral4": NO_STACK,
     "mistral_large4": "index of its own",
     "mllama": CROSS_ATTENTION,
     "nemotron_h_omni": RECURRENT,

@@ -9,6 +9,7 @@ import model_types
 import pytest
 import torch
 import transformers
+from lone import LoneOracle
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle, core_of
 from packaging.version import Version
@@ -60,7 +61,7 @@ def pruned_by(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def test_every_type_is_accounted_for() -> None:
-    known = {*model_types.EXACT, *model_types.REFUSED, *model_types.NOT_BUILT}
+    known = {*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT}
     assert not set(families.TYPES) - known
     if Version(transformers.__version__) >= Version(model_types.NEWEST):
         assert known - set(families.TYPES) <= {"pixtral"}
@@ -83,6 +84,26 @@ def test_dropping_equals_masking(model_type: str) -> None:
         assert torch.equal(pruned.sequences, expected.sequences)
         assert error(pruned, expected) <= TOLERANCE
         # Guards the line above: a model that drops nothing, next to an oracle whose mask is ignored, would agree too.
+        assert error(pruned, dense) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", model_types.ALONE)
+def test_a_decoder_alone_with_a_visual_mask(model_type: str) -> None:
+    model, reference = tiny(model_type), tiny(model_type)
+    reference.model.set_attn_implementation(ORACLE)
+    inputs = families.prompt(model)
+    visual = inputs.pop("input_ids") == families.IMAGE
+    generator = torch.Generator().manual_seed(3)
+    inputs["inputs_embeds"] = torch.randn(*visual.shape, families.HIDDEN, generator=generator) * 0.5
+    dense = generate(model, inputs, tokens=TOKENS)
+    for layer in (0, 1, LAYERS - 2):
+        with gap_triton.pruning(model, GapConfig(keep=0.4, layer=layer)):
+            pruned = generate(model, inputs | {"visual_mask": visual}, tokens=TOKENS)
+        with LoneOracle(reference, layer, 0.4, visual) as oracle:
+            expected = generate(reference, inputs, tokens=TOKENS)
+        assert oracle.dropped.any()
+        assert torch.equal(pruned.sequences, expected.sequences)
+        assert error(pruned, expected) <= TOLERANCE
         assert error(pruned, dense) > 100 * TOLERANCE
 
 
