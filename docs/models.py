@@ -43,8 +43,8 @@ def with_table(text: str) -> str:
     types = sorted((*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT))
     rows = [row for name in types if name in families.TYPES for row in (_row(name),)]
     summary = (
-        f"{len(model_types.EXACT) + len(model_types.ALONE)} types are exact and {len(model_types.REFUSED)} are refused, of the {len(rows)} that "
-        f"transformers {model_types.NEWEST} lists."
+        f"{len(model_types.EXACT) + len(model_types.ALONE)} types are exact and {len(model_types.REFUSED)} are refused, of "
+        f"the {len(rows)} that transformers {model_types.NEWEST} lists."
     )
     table = "\n".join([summary, "", HEADER, *rows])
     return PLACE.sub(lambda place: f"{place[1]}{table}\n{place[2]}", text)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from test_oracle import make_prompt
-from tiny import EOS, LAYERS, TEXT, build, generate, prompt, text_config
+from tiny import EOS, LAYERS, TEXT, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig, _requirements, attention
