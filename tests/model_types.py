@@ -77,6 +77,7 @@ SEVERAL_AXES = (
     "cohere_compass",
     "ernie4_5_vl_moe",
     "glm4v",
+    "glm4v_moe",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_omni_moe_thinker",

@@ -183,9 +183,13 @@ def test_ids_on_several_axes_are_those_without_pruning(model_type: str) -> None:
     for hook in hooks:
         hook.remove()
     gap_triton.attach(model, GapConfig(keep=0.4, layer=1))
-    hook = text.layers[-1].register_forward_pre_hook(
-        lambda m, a, k: seen.append(k["position_embeddings"]), with_kwargs=True
-    )
+    handed: list[torch.Tensor | None] = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs["position_embeddings"])
+        handed.append(kwargs.get("position_ids"))
+
+    hook = text.layers[-1].register_forward_pre_hook(look, with_kwargs=True)
     with families.visual_features(model):
         generate(model, inputs, tokens=TOKENS)
     hook.remove()
@@ -197,6 +201,10 @@ def test_ids_on_several_axes_are_those_without_pruning(model_type: str) -> None:
     assert not torch.equal(axes[1], axes[2])
     for a in range(len(selection.position_ids)):
         assert torch.equal(selection.position_ids[a][alive], ids[0][a].gather(1, rows)[alive].long())
+    if handed[0] is not None:  # text ids, or those on several axes
+        source = ids[0][-3:] if handed[0].dim() == 3 else ids[0][:1]
+        for a, own in enumerate(handed[0].view(-1, *rows.shape)):
+            assert torch.equal(own[alive], source[a].gather(1, rows)[alive])
     # cos and sin are [B, Q, D], or [3, B, Q, D] in transformers 4.
     for full, cut in zip(unpruned[0], seen[0], strict=True):
         full, cut = (x.movedim(-3, 0).movedim(-2, 1) for x in (full, cut))  # batch and tokens first

@@ -16,6 +16,7 @@ from transformers.models.llava import modeling_llava
 
 import gap_triton
 from gap_triton import GapConfig, attention
+from gap_triton.prompt import looks_ahead
 
 
 def test_a_type_that_nobody_has_named_runs_if_its_structure_is_safe() -> None:
@@ -188,6 +189,26 @@ def test_renumbering_is_refused_where_it_is_not_defined(model_type: str, ids: st
         ValueError, match=rf"GapConfig.ids='{ids}': renumbering is defined for one id per token"
     ):
         model(**families.prompt(model))
+
+
+def test_looks_ahead() -> None:
+    causal = torch.ones(4, 7, dtype=torch.bool).tril(3)[None, None]
+    right = torch.tensor([[True, True, False, False]])
+    padded = causal & torch.tensor([True] * 5 + [False] * 2)  # columns
+    both_ways = causal.clone()
+    both_ways[..., 1, 5] = True
+    additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    assert not looks_ahead(None, None)
+    assert not looks_ahead(causal[0, 0], None)
+    assert not looks_ahead(causal, None)
+    assert not looks_ahead(additive, None)
+    assert not looks_ahead({"full_attention": causal, "sliding_attention": None}, None)
+    assert not looks_ahead(padded, right)
+    assert looks_ahead(padded, None)
+    assert looks_ahead(both_ways, None)
+    assert looks_ahead(torch.where(both_ways, 0.0, -1e30), None)
+    assert looks_ahead({"full_attention": causal, "sliding_attention": both_ways}, None)
+    assert looks_ahead(torch.ones(1, 1, 4, 7, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))
 
 
 def test_another_turn_in_which_tokens_see_later_ones() -> None:
