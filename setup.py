@@ -14,7 +14,7 @@ KERNEL_PACKAGES = find_packages("kernels")
 INTEGRATION_PACKAGES = find_packages(".", include=["gap_triton", "gap_triton.*"])
 
 DEMO = ["matplotlib>=3.8", "pillow>=10.0"]
-TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100"]
+TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100", "accelerate>=1.1"]
 
 setup(
     name="gap-triton",
