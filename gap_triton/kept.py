@@ -171,8 +171,6 @@ def extend(state: ForwardState, positions: torch.Tensor, dense: bool) -> KeptTok
         dense=dense and before is None and state.past == 0,
         ids=state.config.ids if before is None else before.ids,
         id_shift=None if before is None else before.id_shift,
-        # Draft tokens after the prompt tell that the prompt is complete.
-        settled=state.queries > state.plan.visual.shape[1],
     )
 
 

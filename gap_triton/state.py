@@ -54,7 +54,7 @@ class KeptTokens:
         dense: No -1 in ``index``; known without asking the device.
         ids: The id rule that the survivors follow.
         id_shift: [B] int64, how much smaller the ids of following tokens are in the later layers; None = not at all.
-        settled: The pruned prompt is known to have been complete: a generated token, a draft or a crop followed it.
+        settled: The pruned prompt is known to have been complete: generated tokens or a crop followed it.
     """
 
     layer: int

@@ -20,10 +20,11 @@ class Graphs:
     def __init__(self) -> None:
         torch._dynamo.reset()
         counters.clear()
-        self.count = 0
+        self.count = self.reads = 0
 
         def backend(module: torch.fx.GraphModule, inputs: list) -> object:
             self.count += 1
+            self.reads += sum(node.target == "item" for node in module.graph.nodes)
             return module.forward
 
         self.backend = backend  # a function: generate() copies its configuration
@@ -58,7 +59,7 @@ def test_decode_steps_are_one_graph(name: str, shrinks: bool) -> None:
         assert error(compiled, expected) <= TOLERANCE
         cache.reset()
     assert not torch.equal(kept[0], kept[1])
-    assert (graphs.count, graphs.breaks) == (1, 0)
+    assert (graphs.count, graphs.breaks, graphs.reads) == (1, 0, 0)
 
 
 def test_another_number_of_kept_tokens_is_another_graph() -> None:
