@@ -46,7 +46,8 @@ SEARCH = {
 @pytest.mark.parametrize("batch", ["left-padded", "ragged-images"])
 @pytest.mark.parametrize("name", MODELS)
 def test_search(name: str, batch: str, search: str) -> None:
-    if "beams" in search and batch == "ragged-images" and Version(transformers.__version__) < Version("5.23"):
+    wrong = name == "llava" and Version(transformers.__version__) < Version("5.23")
+    if wrong and "beams" in search and batch == "ragged-images":
         pytest.skip("this transformers repeats images wrongly in beam search with several images per sample")
     compare(name, make(name, batch), **SEARCH[search])
 
