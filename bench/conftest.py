@@ -13,7 +13,7 @@ from bench import record, shapes, table
 from bench.harness import Bench
 from gap_triton.environment import default_device, device_name
 
-CPU_SHAPES = "llava-1.5,qwen2.5-vl-1k,clip-336"
+CPU_SHAPES = "llava-1.5,clip-336"
 GPU_SHAPES = ",".join(shape.name for shape in (*shapes.DECODERS, *shapes.TOWERS))
 
 BENCH = pytest.StashKey[Bench]()
@@ -24,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", help="Device to measure; default: the first GPU, else the CPU.")
     group.addoption("--csv", type=Path, default=record.CSV, help="File that rows are added to.")
     group.addoption("--budget", type=float, default=0.25, help="Seconds that one measurement may take.")
-    group.addoption("--shapes", help=f"Comma-separated, of: {', '.join(shapes.SHAPES)}. Default: all; few on a CPU.")
+    group.addoption(
+        "--shapes", help=f"Comma-separated, of: {', '.join(shapes.SHAPES)}. Default: all; few on a CPU."
+    )
     group.addoption("--batches", help="Comma-separated batch sizes. Default: 1,8; 1 on a CPU.")
 
 
@@ -36,7 +38,9 @@ def device_of(config: pytest.Config) -> torch.device:
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our table says the same per call, with floors and rivals
     device = device_of(config)
-    config.stash[BENCH] = Bench(device, config.getoption("budget"), config.getoption("csv"), record.machine(device))
+    config.stash[BENCH] = Bench(
+        device, config.getoption("budget"), config.getoption("csv"), record.machine(device)
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,7 +55,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     except ValueError as error:
         raise pytest.UsageError(f"--shapes: {error}") from None
     cases = [
-        shapes.Case(shape, int(batch)) for shape in wanted if shape in metafunc.module.SHAPES for batch in batches
+        shapes.Case(shape, int(batch))
+        for shape in wanted
+        if shape in metafunc.module.SHAPES
+        for batch in batches
     ]
     metafunc.parametrize("case", cases, ids=str, scope="module")
 

@@ -98,15 +98,28 @@ def received_work(case: Case, dtype: torch.dtype) -> Work:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure copy bandwidth, matrix rate and launch, on random data."""
     on_cuda = cuda.is_cuda(device)
-    copied, side = (2**30, 8192) if on_cuda else (2**26, 1024)
-    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_us = timing.quantiles(timing.eager([lambda: target.copy_(source)], device)).median
-    del source, target
-    left, right = torch.randn(2, side, side, device=device).to(dtype)
-    product_us = timing.quantiles(timing.eager([lambda: left @ right], device)).median
+    copied, side = (2**30, 8192) if on_cuda else (2**26, 512)
     cell = torch.zeros(1, device=device)
-    launch = {"eager": timing.quantiles(timing.eager([cell.zero_], device)).median}
+    launch = {"eager": _median(cell.zero_, device)}
     if on_cuda:
         launch["graph"] = timing.quantiles(timing.graph([cell.zero_], device)).median
-    return Rates(2 * copied / copy_us, 2 * side**3 / product_us, launch)
+    return Rates(
+        2 * copied / _copy_us(copied, device), 2 * side**3 / _product_us(side, dtype, device), launch
+    )
+
+
+def _median(function: timing.Function, device: torch.device) -> float:
+    return timing.quantiles(timing.eager([function], device)).median
+
+
+def _copy_us(size: int, device: torch.device) -> float:
+    """Time to copy ``size`` bytes."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _median(lambda: target.copy_(source), device)
+
+
+def _product_us(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Time of a product of two square matrices."""
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    return _median(lambda: left @ right, device)

@@ -38,8 +38,8 @@ def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def prune_by_score(x: Inputs) -> Result:
-    """Prune by given scores."""
-    return tuple(gap_kernels.prune_by_score(x.scores, *_rows(x), x.keep, length=x.length))
+    """Prune by given scores, which come back as they are and so are no part of the result."""
+    return tuple(gap_kernels.prune_by_score(x.scores, *_rows(x), x.keep, length=x.length))[:5]
 
 
 def prune_tokens(x: Inputs) -> Result:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import gap_triton
+from bench import ROOT
 from gap_triton.environment import device_name, installed_versions
 
-ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "bench" / "results" / "microbenchmarks.csv"
 
 

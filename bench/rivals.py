@@ -35,7 +35,9 @@ def eager_weights(x: Inputs, causal: bool) -> Tensor:
     key = x.key.repeat_interleave(group, dim=1) if group > 1 else x.key
     weights = (x.query @ key.transpose(-1, -2)).mul_(x.query.shape[3] ** -0.5)
     if causal:
-        weights += torch.full(weights.shape[-2:], float("-inf"), dtype=weights.dtype, device=weights.device).triu_(1)
+        weights += torch.full(
+            weights.shape[-2:], float("-inf"), dtype=weights.dtype, device=weights.device
+        ).triu_(1)
     return weights.softmax(-1)
 
 
@@ -77,7 +79,9 @@ def flash_attention() -> Call | None:
         return None
 
     def call(x: Inputs) -> Result:
-        output = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (x.query, x.key, x.value)), causal=True)
+        output = flash_attn_func(
+            *(tensor.transpose(1, 2) for tensor in (x.query, x.key, x.value)), causal=True
+        )
         return (output.transpose(1, 2),)
 
     return call

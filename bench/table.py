@@ -51,7 +51,9 @@ def summary(rows: Sequence[Row], device: str, on_gpu: bool) -> Table:
             f"{ours.floor_us:.1f}",
             f"{ours.ratio:.2f}",
             ", ".join(
-                f"{row.implementation} {row.median_us / ours.median_us:.2f}" for row in group if row is not ours
+                f"{row.implementation} {row.median_us / ours.median_us:.2f}"
+                for row in group
+                if row is not ours
             ),
         )
     return table

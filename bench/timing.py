@@ -16,7 +16,7 @@ from bench import cuda
 BUDGET_S = 0.25
 """What one measurement may take, more or less; MIN_ROUNDS are made in any case."""
 
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
 BURST_US = 2000.0
 """A round on a GPU is a burst of calls about this long, of MAX_BURST calls at most, and one synchronisation."""
 
@@ -114,7 +114,9 @@ def graph(functions: Sequence[Function], device: torch.device, budget_s: float =
     return times
 
 
-def host(functions: Sequence[Function], device: torch.device, bursts: int = 20, burst: int = 25) -> list[float]:
+def host(
+    functions: Sequence[Function], device: torch.device, bursts: int = 20, burst: int = 25
+) -> list[float]:
     """Time per call until the host has control again, without waiting for the device.
 
     Bursts are short, and start at an idle device, so that the queue never fills and makes the host wait.
