@@ -20,7 +20,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, in under 8 minutes: results, races, graphs, times (ARGS=--help)"
-	@echo "make compat  kernel tests on the oldest torch that is supported here, core tests on three transformers"
+	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo

@@ -29,6 +29,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release(device: torch.device) -> None:
+    """Hand unused memory back, so that another process finds it."""
+    if is_cuda(device):
+        torch.cuda.empty_cache()
+
+
 def new_stream(device: torch.device) -> AbstractContextManager[object]:
     """A context whose work goes to a stream of its own; on a CPU, nothing."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if is_cuda(device) else nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import re
 import time
@@ -32,7 +33,15 @@ BENCHMARK_ARGUMENTS = (
     "0.1",
 )
 
-TESTS_LIMIT_S, SANITIZER_LIMIT_S = 150.0, 60.0
+LIMITS_S = {
+    "kernel-tests": 150.0,
+    "gpu-tests": 90.0,
+    "benchmarks": 180.0,
+    "memcheck": 90.0,
+    "racecheck": 90.0,
+}
+"""Seconds for each step that starts a program, where the budget leaves as many."""
+
 RESERVE_S = 5.0
 """Left for the report when a step is given what remains of the budget."""
 
@@ -62,7 +71,8 @@ def all_steps(
     settings: Settings,
     csv: Path,
     remaining_s: Callable[[], float],
-    tests: Sequence[Sequence[str]] = outside.TESTS,
+    kernel_tests: Sequence[str] = outside.KERNEL_TESTS,
+    gpu_tests: Sequence[str] = outside.GPU_TESTS,
     benchmark_arguments: Sequence[str] = BENCHMARK_ARGUMENTS,
 ) -> dict[str, Step]:
     """The steps by name, in order.
@@ -71,35 +81,38 @@ def all_steps(
         settings: How much is done.
         csv: Where the microbenchmarks add their rows.
         remaining_s: Seconds left; steps that start programs are ended in time.
-        tests: Arguments of pytest, one run each.
+        kernel_tests: Arguments of pytest.
+        gpu_tests: Likewise.
         benchmark_arguments: Further arguments of the microbenchmarks.
     """
 
-    def limit(seconds: float) -> float:
-        return min(seconds, remaining_s() - RESERVE_S)
+    def limit(name: str) -> float:
+        left = remaining_s() - RESERVE_S
+        if left < RESERVE_S:
+            raise outside.NotAvailable("no time is left; raise --budget")
+        return min(LIMITS_S[name], left)
 
     def on(step: Callable[[Settings], Found]) -> Step:
         return functools.partial(step, settings)
 
-    device = ("--device", str(settings.device))
+    timed = ("--device", str(settings.device), *benchmark_arguments)
     return {
         "machine": on(steps.measure_machine),
         "float64": on(steps.compare_with_float64),
-        "tests": lambda: outside.run_tests(tests, limit(TESTS_LIMIT_S)),
+        "kernel-tests": lambda: outside.run_tests(kernel_tests, limit("kernel-tests")),
+        "gpu-tests": lambda: outside.run_tests(gpu_tests, limit("gpu-tests")),
         "relaunch": on(steps.relaunch),
         "streams": on(steps.run_on_streams),
         "graphs": on(steps.replay_graphs),
-        "memcheck": lambda: outside.sanitize("memcheck", limit(SANITIZER_LIMIT_S)),
-        "racecheck": lambda: outside.sanitize("racecheck", limit(SANITIZER_LIMIT_S)),
         "host": on(steps.time_the_host),
-        "benchmarks": lambda: outside.run_benchmarks(
-            (*device, *benchmark_arguments), csv, limit(float("inf"))
-        ),
+        "benchmarks": lambda: outside.run_benchmarks(timed, csv, limit("benchmarks")),
+        "memcheck": lambda: outside.sanitize("memcheck", limit("memcheck")),
+        "racecheck": lambda: outside.sanitize("racecheck", limit("racecheck")),
     }
 
 
-def attempt(name: str, step: Step) -> Outcome:
-    """Run one step; whatever it raises is its outcome."""
+def attempt(name: str, step: Step, device: torch.device) -> Outcome:
+    """Run one step; whatever it raises is its outcome. Its memory is handed back, for the programs that others start."""
     start = time.perf_counter()
     status, message, found = "passed", "", {}
     try:
@@ -110,6 +123,8 @@ def attempt(name: str, step: Step) -> Outcome:
         status, message, found = "failed", str(error), error.found
     except Exception as error:  # the other steps still have something to say
         status, message = "failed", f"{type(error).__name__}: {error}"
+    gc.collect()
+    cuda.release(device)
     return Outcome(name, status, time.perf_counter() - start, message, found)
 
 
@@ -186,7 +201,7 @@ def check(
     outcomes: list[Outcome] = []
     for number, (name, step) in enumerate(steps_by_name.items(), start=1):
         print(f"[{number}/{len(steps_by_name)}] {name} ...", flush=True)
-        outcome = attempt(name, step)
+        outcome = attempt(name, step, device)
         outcomes.append(outcome)
         print(f"    {outcome.status} in {outcome.seconds:.1f} s: {brief(outcome)}", flush=True)
         write_report(output, device, outcomes, complete=len(outcomes) == len(steps_by_name))
@@ -213,7 +228,7 @@ def main(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(min=1, help="Seconds for everything; the microbenchmarks get what the rest leaves."),
+        typer.Option(min=1, help="Seconds for everything; what no time is left for is skipped."),
     ] = 450.0,
     relaunches: Annotated[
         int, typer.Option(min=1, help="How often prune_tokens is launched again.")
@@ -229,13 +244,13 @@ def main(
 ) -> None:
     """Check the kernels on this GPU, time them, and hold the times against the goals.
 
-    Ten steps, each timed and reported; a step that fails doesn't stop the others, and the exit status is 1 if any did.
-    A step that can't be done here is reported as skipped, never as passed. Goals are reported, never asserted.
+    Each step is timed and reported; one that fails doesn't stop the others, and the exit status is 1 if any did. A step
+    that can't be done here is reported as skipped, never as passed. Goals are reported, never asserted.
 
-    machine: copy bandwidth, matrix rate, launch. float64: every operator at every named shape. tests: those of the
-    kernels and those marked gpu. relaunch: prune_tokens thousands of times, same bits. streams: several threads, a stream
-    each. graphs: capture, replay on new values, two graphs on two streams. memcheck, racecheck: compute-sanitizer. host:
-    time until the host has control again. benchmarks: a part of make bench, and the goals.
+    machine: copy bandwidth, matrix rate, launch. float64: every operator at every named shape. kernel-tests, gpu-tests:
+    tests/kernels_checks.py, and the tests marked gpu. relaunch: prune_tokens thousands of times, same bits. streams:
+    several threads, a stream each. graphs: capture, replay on new values, two graphs on two streams. host: time until the
+    host has control again. benchmarks: a part of make bench, and the goals. memcheck, racecheck: compute-sanitizer.
 
     Without a GPU the steps run on the PyTorch reference, where they can: that tries the script, and shows nothing about
     the kernels; add --quick.

@@ -121,7 +121,7 @@ class Bench:
         try:
             self._measure(benchmark, subject, case, contender)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            cuda.release(self.device)
             self.skip(subject, case, contender, "out of memory")
 
     def why_not(self, case: Case, contender: Contender) -> str:

@@ -18,12 +18,9 @@ from bench import PATHS, ROOT, goals, record
 from bench.small_calls import DONE
 from bench.steps import Found, StepFailed
 
-TESTS = (
-    ("--noconftest", "tests/kernels_checks.py"),
-    # The kernel checks are that test's whole content, and have just run.
-    ("-m", "gpu", "--deselect", "tests/test_ops_kernels.py::test_results_on_a_gpu", "tests"),
-)
-"""Arguments of pytest, one run each. A kernel that corrupts memory ends its own process, not this one."""
+KERNEL_TESTS = ("--noconftest", "tests/kernels_checks.py")
+# That test's whole content is the kernel checks, which have just run.
+GPU_TESTS = ("-m", "gpu", "--deselect", "tests/test_ops_kernels.py::test_results_on_a_gpu", "tests")
 
 LINES = 6
 """Lines of a failing test's message that are reported."""
@@ -59,38 +56,28 @@ def run(command: Sequence[str], limit_s: float, **environment: str) -> tuple[int
     return result.returncode, result.stdout
 
 
-def run_tests(argument_lists: Sequence[Sequence[str]], limit_s: float) -> Found:
-    """The tests of the kernels and those marked ``gpu``, counted, with the names and messages of those that fail."""
-    runs: list[Found] = []
-    for arguments in argument_lists:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={report}",
-                *arguments,
-            ]
-            code, output = run(command, limit_s, TRITON_INTERPRET="0")
-            counted = read_junit(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
-        summary: Found = {"arguments": " ".join(arguments), "exit": code, **counted}
-        if code is None:
-            summary["problem"] = f"ran past {limit_s:.0f} s"
-        elif code != 0 and not summary["failed"]:
-            summary["problem"] = "\n".join(output.strip().splitlines()[-LINES:])
-        elif not summary["passed"]:
-            summary["problem"] = "nothing ran"
-        runs.append(summary)
-    totals = {name: sum(one[name] for one in runs) for name in ("passed", "failed", "skipped")}
-    found: Found = {**totals, "runs": runs}
-    wrong = [f"{one['arguments']}: {one['problem']}" for one in runs if "problem" in one]
-    wrong += [test["name"] for one in runs for test in one.get("failing", [])]
-    if wrong:
-        raise StepFailed("; ".join(wrong), found)
+def run_tests(arguments: Sequence[str], limit_s: float) -> Found:
+    """Run pytest, and count; with the names of tests that fail, and what they say.
+
+    In a process of its own: a kernel that corrupts memory, or a test that hangs, ends that and not this one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        code, output = run([*command, *arguments], limit_s, TRITON_INTERPRET="0")
+        found: Found = {"passed": 0, "failed": 0, "skipped": 0, "failing": []}
+        if report.exists():
+            found = read_junit(report)
+    found["exit"] = code
+    last_lines = "\n".join(output.strip().splitlines()[-LINES:])
+    if code is None:
+        raise StepFailed(f"ran past {limit_s:.0f} s: {last_lines}", found)
+    if found["failing"]:
+        raise StepFailed("; ".join(test["name"] for test in found["failing"]), found)
+    if code != 0:
+        raise StepFailed(last_lines, found)
+    if not found["passed"]:
+        raise StepFailed("nothing ran", found)
     return found
 
 

@@ -21,6 +21,9 @@ BURST_US = 2000.0
 """A round on a GPU is a burst of calls about this long, of MAX_BURST calls at most, and one synchronisation."""
 
 MAX_BURST = 20
+GRAPH_US = 20000.0
+"""A graph holds calls that take about this long together, GRAPH_CALLS at most."""
+
 GRAPH_CALLS = 20
 
 Function = Callable[[], object]
@@ -89,13 +92,15 @@ def eager(functions: Sequence[Function], device: torch.device, budget_s: float =
 
 
 def graph(functions: Sequence[Function], device: torch.device, budget_s: float = BUDGET_S) -> list[float]:
-    """Time per call of each replay of a graph that holds every function, several times if they are few.
+    """Time per call of each replay of a graph that holds the functions one after another, round and round.
 
     Between two events on the device, so the host's part and the launch of the graph itself are left out.
     """
     cuda.require_cuda(device, "a CUDA graph")
-    repeats = -(-GRAPH_CALLS // len(functions))
-    calls = [*functions] * repeats
+    for function in functions:
+        function()
+    slowest = max(timed(function, device) for function in functions) * 1e6
+    calls = list(islice(cycle(functions), min(max(int(GRAPH_US / slowest), 1), GRAPH_CALLS)))
 
     def all_calls() -> None:
         for function in calls:
@@ -135,13 +140,13 @@ def host(
     return times
 
 
-LAUNCH_CALLS = 4
+LAUNCH_CALLS = 3
 
 
-def launches(function: Function, device: torch.device) -> float:
+def launches(function: Function, device: torch.device) -> float | None:
     """Kernels, copies and fills that the device runs for one call, counted by the profiler.
 
-    A whole number unless calls differ, or the profiler lost an event.
+    A whole number unless calls differ, or the profiler lost an event. None if it saw nothing: then it doesn't work here.
     """
     cuda.require_cuda(device, "counting launches")
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -152,7 +157,7 @@ def launches(function: Function, device: torch.device) -> float:
             for _ in range(LAUNCH_CALLS):
                 function()
             cuda.synchronize(device)
-    return device_events(profile.events()) / LAUNCH_CALLS
+    return device_events(profile.events()) / LAUNCH_CALLS or None
 
 
 def device_events(events: Iterable[Any]) -> int:

@@ -382,7 +382,8 @@ def test_gpu_check_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         steps.tiny(CPU),
         tmp_path / "rows.csv",
         lambda: 200.0,
-        tests=[("--noconftest", str(tmp_path / "test_made.py"))],
+        kernel_tests=("--noconftest", str(tmp_path / "test_made.py")),
+        gpu_tests=("--noconftest", str(tmp_path / "test_made.py"), "-k", "right"),
         benchmark_arguments=("-k", "topk and not compiled", "--shapes", "tiny", "--budget", "0.001"),
     )
     path = tmp_path / "out" / "report.json"
@@ -392,22 +393,23 @@ def test_gpu_check_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert status == {
         "machine": "passed",
         "float64": "passed",
-        "tests": "failed",
+        "kernel-tests": "failed",
+        "gpu-tests": "passed",
         "relaunch": "passed",
         "streams": "passed",
         "graphs": "skipped",
-        "memcheck": "skipped",
-        "racecheck": "skipped",
         "host": "passed",
         "benchmarks": "passed",
+        "memcheck": "skipped",
+        "racecheck": "skipped",
     }
     assert report["complete"]
-    assert report["failed"] == ["tests"]
+    assert report["failed"] == ["kernel-tests"]
     assert report["commit"]
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["torch"] == torch.__version__
     found = {step["name"]: step["found"] for step in report["steps"]}
-    assert (found["tests"]["passed"], found["tests"]["failed"], found["tests"]["skipped"]) == (1, 1, 1)
-    (failing,) = found["tests"]["runs"][0]["failing"]
+    assert [found["kernel-tests"][kind] for kind in ("passed", "failed", "skipped")] == [1, 1, 1]
+    (failing,) = found["kernel-tests"]["failing"]
     assert failing["name"].endswith("::test_wrong")
     assert "one is not two" in failing["message"]
     assert found["relaunch"]["launches"] == 25
@@ -418,7 +420,7 @@ def test_gpu_check_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "torch.topk + sort",
     }
     assert {goal["status"] for goal in found["benchmarks"]["goals"]} == {"not measured"}
-    assert "[10/10] benchmarks ..." in capsys.readouterr().out
+    assert "[11/11] racecheck ..." in capsys.readouterr().out
     assert len(gpu_check.tables(outcomes, "title")) == 2
 
 
@@ -439,6 +441,9 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(
     report = json.loads((tmp_path / "r.json").read_text())
     assert [step["status"] for step in report["steps"]] == ["failed", "passed"]
     assert run([*options[:3], "--only", "relaunch"]).exit_code == 0
+    assert run([*options[:3], "--only", "memcheck", "--budget", "1"]).exit_code == 0
+    (step,) = json.loads((tmp_path / "r.json").read_text())["steps"]
+    assert (step["status"], step["message"]) == ("skipped", "no time is left; raise --budget")
     result = run(["--only", "graph"])
     assert result.exit_code == 2
     assert "expected one of machine, float64" in " ".join(result.output.replace("│", " ").split())
@@ -487,9 +492,9 @@ def test_pytest_that_breaks_or_runs_nothing_has_not_passed(tmp_path: Path) -> No
     made = tmp_path / "test_made.py"
     made.write_text("import pytest\n\n@pytest.mark.skip\ndef test(): pass\n")
     with pytest.raises(steps.StepFailed, match="nothing ran"):
-        outside.run_tests([("--noconftest", str(made))], 60)
+        outside.run_tests(("--noconftest", str(made)), 60)
     with pytest.raises(steps.StepFailed, match="nowhere"):
-        outside.run_tests([("--noconftest", str(tmp_path / "nowhere.py"))], 60)
+        outside.run_tests(("--noconftest", str(tmp_path / "nowhere.py")), 60)
 
 
 INTERPRETED = """
