@@ -32,6 +32,7 @@ BENCHMARK_ARGUMENTS = (
     "--budget",
     "0.1",
 )
+TINY_BENCHMARK_ARGUMENTS = ("-k", "not compiled", "--shapes", "tiny,tiny-tower", "--budget", "0.01")
 
 LIMITS_S = {
     "kernel-tests": 150.0,
@@ -109,6 +110,12 @@ def all_steps(
         "memcheck": lambda: outside.sanitize("memcheck", limit("memcheck")),
         "racecheck": lambda: outside.sanitize("racecheck", limit("racecheck")),
     }
+
+
+def needs_cuda(device: torch.device) -> Found:
+    """Stands for a step that has nothing to do on a CPU."""
+    cuda.require_cuda(device, "each of these tests")
+    return {}
 
 
 def attempt(name: str, step: Step, device: torch.device) -> Outcome:
@@ -219,7 +226,7 @@ def main(
         Path | None,
         typer.Option(
             envvar="GPU_CHECK_OUTPUT",
-            help="JSON report. Default: bench/results/gpu-check-DEVICE.json. Rows of the microbenchmarks are added to"
+            help="JSON report. Default: bench/results/gpu-check-DEVICE.json. Rows of a GPU are added to"
             " microbenchmarks.csv beside it.",
         ),
     ] = None,
@@ -237,10 +244,6 @@ def main(
         list[str] | None,
         typer.Option(help=f"Run this step only; may be repeated. Of: {', '.join(STEP_NAMES)}."),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Tiny shapes and few repeats: tries the script, and measures nothing."),
-    ] = False,
 ) -> None:
     """Check the kernels on this GPU, time them, and hold the times against the goals.
 
@@ -252,35 +255,28 @@ def main(
     several threads, a stream each. graphs: capture, replay on new values, two graphs on two streams. host: time until the
     host has control again. benchmarks: a part of make bench, and the goals. memcheck, racecheck: compute-sanitizer.
 
-    Without a GPU the steps run on the PyTorch reference, where they can: that tries the script, and shows nothing about
-    the kernels; add --quick.
+    Without a GPU the steps that can run do so on the PyTorch reference and tiny shapes: that tries the script, and shows
+    nothing about the kernels.
     """
     start = time.perf_counter()
     unknown = sorted(set(only or ()) - set(STEP_NAMES))
     if unknown:
         raise typer.BadParameter(f"--only {unknown[0]}: expected one of {', '.join(STEP_NAMES)}")
     chosen = torch.device(device) if device else default_device()
-    settings = steps.tiny(chosen) if quick else replace(Settings(chosen), relaunches=relaunches)
+    on_gpu = cuda.is_cuda(chosen)
+    settings = replace(Settings(chosen) if on_gpu else steps.tiny(chosen), relaunches=relaunches)
     name = re.sub(r"[^a-z0-9]+", "-", record.machine(chosen).device.lower()).strip("-")
     path = output or ROOT / "bench" / "results" / f"gpu-check-{name}.json"
-    arguments = BENCHMARK_ARGUMENTS
-    if quick:
-        arguments = (
-            "-k",
-            "not compiled",
-            "--shapes",
-            "tiny,tiny-tower",
-            "--batches",
-            "1",
-            "--budget",
-            "0.01",
-        )
     planned = all_steps(
         settings,
-        path.with_name("microbenchmarks.csv"),
+        path.with_name(record.CSV.name) if on_gpu else path.with_suffix(".csv"),
         lambda: budget - (time.perf_counter() - start),
-        benchmark_arguments=arguments,
+        benchmark_arguments=BENCHMARK_ARGUMENTS if on_gpu else TINY_BENCHMARK_ARGUMENTS,
     )
+    if not on_gpu:
+        for tests in ("kernel-tests", "gpu-tests"):
+            planned[tests] = functools.partial(needs_cuda, chosen)
+        print("No GPU: tiny shapes on the PyTorch reference, to try the script. No kernel runs.", flush=True)
     outcomes = check(
         {name: step for name, step in planned.items() if name in (only or planned)}, chosen, path
     )

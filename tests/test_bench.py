@@ -431,7 +431,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(
         raise RuntimeError("a launch failed")
 
     monkeypatch.setattr(steps, "measure_machine", broken)
-    options = ["--quick", "--device", "cpu", "--only", "machine", "--only", "relaunch"]
+    options = ["--device", "cpu", "--relaunches", "20", "--only", "machine", "--only", "relaunch"]
     run = functools.partial(
         CliRunner().invoke, gpu_check.app, env={"GPU_CHECK_OUTPUT": str(tmp_path / "r.json")}
     )
@@ -440,8 +440,8 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(
     assert "RuntimeError: a launch failed" in result.output
     report = json.loads((tmp_path / "r.json").read_text())
     assert [step["status"] for step in report["steps"]] == ["failed", "passed"]
-    assert run([*options[:3], "--only", "relaunch"]).exit_code == 0
-    assert run([*options[:3], "--only", "memcheck", "--budget", "1"]).exit_code == 0
+    assert run([*options[:4], "--only", "relaunch", "--only", "gpu-tests"]).exit_code == 0
+    assert run([*options[:4], "--only", "memcheck", "--budget", "1"]).exit_code == 0
     (step,) = json.loads((tmp_path / "r.json").read_text())["steps"]
     assert (step["status"], step["message"]) == ("skipped", "no time is left; raise --budget")
     result = run(["--only", "graph"])
