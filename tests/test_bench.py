@@ -9,6 +9,7 @@ import csv
 import functools
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,9 @@ def test_eager_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "is_cuda", lambda device: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert plan(functions, CPU, 0.001).burst == 20
-    assert all(0 < microseconds < 1000 for microseconds in eager(functions, CPU, 0.001))
+    sleeps = [functools.partial(time.sleep, 400e-6)]
+    assert 1 < plan(sleeps, CPU, 0.001).burst <= 5
+    assert 400 < min(eager(sleeps, CPU, 0.001)) < 790  # two calls take 800 us and more
 
 
 def test_quantiles() -> None:
