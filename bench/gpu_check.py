@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import json
@@ -45,6 +46,10 @@ LIMITS_S = {
 
 RESERVE_S = 5.0
 """Left for the report when a step is given what remains of the budget."""
+
+HANG_S = 240.0
+"""Seconds after which a step counts as hung: the process says where, and ends. Programs that wait for each other on a GPU
+can do so for ever, and nothing from outside can interrupt the call that waits for them."""
 
 Step = Callable[[], Found]
 
@@ -122,6 +127,7 @@ def attempt(name: str, step: Step, device: torch.device) -> Outcome:
     """Run one step; whatever it raises is its outcome. Its memory is handed back, for the programs that others start."""
     start = time.perf_counter()
     status, message, found = "passed", "", {}
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
     try:
         found = step()
     except (cuda.NeedsCuda, outside.NotAvailable) as error:
@@ -130,17 +136,26 @@ def attempt(name: str, step: Step, device: torch.device) -> Outcome:
         status, message, found = "failed", str(error), error.found
     except Exception as error:  # the other steps still have something to say
         status, message = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     gc.collect()
     cuda.release(device)
     return Outcome(name, status, time.perf_counter() - start, message, found)
 
 
-def write_report(path: Path, device: torch.device, outcomes: Sequence[Outcome], complete: bool) -> None:
+def write_report(
+    path: Path,
+    device: torch.device,
+    outcomes: Sequence[Outcome],
+    running: str | None = None,
+    complete: bool = False,
+) -> None:
     """Write what is known so far, so that a run that is cut off leaves something."""
     report: dict[str, Any] = {
         **asdict(record.machine(device)),
         "versions": installed_versions(),
         "complete": complete,
+        "running": running,
         "failed": [outcome.name for outcome in outcomes if outcome.status == "failed"],
         "steps": [asdict(outcome) for outcome in outcomes],
     }
@@ -208,6 +223,7 @@ def check(
     outcomes: list[Outcome] = []
     for number, (name, step) in enumerate(steps_by_name.items(), start=1):
         print(f"[{number}/{len(steps_by_name)}] {name} ...", flush=True)
+        write_report(output, device, outcomes, running=name)
         outcome = attempt(name, step, device)
         outcomes.append(outcome)
         print(f"    {outcome.status} in {outcome.seconds:.1f} s: {brief(outcome)}", flush=True)
