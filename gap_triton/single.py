@@ -86,8 +86,8 @@ def check_overlay(model: Any) -> None:
     """Raise ValueError unless the visual tokens of ``model`` begin with one square grid over the whole image."""
     if model.config.model_type not in OVERLAY_TYPES:
         raise ValueError(
-            f"overlay: kept tokens can be drawn for {', '.join(OVERLAY_TYPES)}, whose visual tokens begin with a square grid "
-            f"over the whole image, and this is a model_type={model.config.model_type!r}; leave the overlay out"
+            f"overlay: kept tokens can be drawn for {', '.join(OVERLAY_TYPES)}, whose visual tokens begin with a square "
+            f"grid over the whole image, and this is a model_type={model.config.model_type!r}; leave the overlay out"
         )
 
 
