@@ -61,7 +61,12 @@ def _row(name: str) -> str:
         return f"| {name} | 1-D RoPE | exact, as a decoder alone | `visual_mask` | |"
     owner, text = core_of(model)
     more = ", ".join(test for test, names in MORE_TESTS.items() if name in names)
-    return f"| {name} | {_position_ids(owner, text)} | exact | {_placeholders(model.config)} | {more} |"
+    status = (
+        'exact, loaded with `{"text_config": "gap_triton"}`'
+        if name in model_types.TEXT_CONFIG_ONLY
+        else "exact"
+    )
+    return f"| {name} | {_position_ids(owner, text)} | {status} | {_placeholders(model.config)} | {more} |"
 
 
 def _reason(model: object) -> str:

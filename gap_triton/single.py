@@ -15,6 +15,8 @@ import gap_triton
 from gap_triton import GapConfig
 from gap_triton.environment import default_device
 
+OVERLAY_TYPES = ("llava", "llava_next", "llava_onevision")
+
 
 def ask(
     model_path: str,
@@ -39,6 +41,9 @@ def ask(
 
     Returns:
         The answer.
+
+    Raises:
+        ValueError: The model can't be pruned, or ``overlay`` is given and its tokens can't be drawn.
     """
     if model_path == "embedded":
         from gap_triton.demo.run import MODEL_PATH
@@ -49,6 +54,8 @@ def ask(
     model = AutoModelForImageTextToText.from_pretrained(
         model_path, dtype=dtype, attn_implementation="gap_triton"
     )
+    if overlay is not None:
+        check_overlay(model)
     model = model.to(device)
     gap_triton.configure(model, config)
     processor = AutoProcessor.from_pretrained(model_path)
@@ -73,6 +80,15 @@ def ask(
         save_kept_tokens(model, processor, inputs, selection, answer, overlay)
         console.print(f"wrote {overlay}", highlight=False, soft_wrap=True)
     return answer
+
+
+def check_overlay(model: Any) -> None:
+    """Raise ValueError unless the visual tokens of ``model`` begin with one square grid over the whole image."""
+    if model.config.model_type not in OVERLAY_TYPES:
+        raise ValueError(
+            f"overlay: kept tokens can be drawn for {', '.join(OVERLAY_TYPES)}, whose visual tokens begin with a square "
+            f"grid over the whole image, and this is a model_type={model.config.model_type!r}; leave the overlay out"
+        )
 
 
 def _with_image(processor: Any, prompt: str) -> str:

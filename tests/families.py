@@ -286,14 +286,18 @@ def config_of(model_type: str) -> PretrainedConfig:
 
 
 # --------------------------------------------------------------------------------------------- models
-def build(model_type: str) -> PreTrainedModel:
-    """A tiny model of ``model_type`` in eval mode, the same weights for the same type."""
-    config = config_of(model_type)
+def build(model_type: str, attn_implementation: str | dict[str, str] | None = None) -> PreTrainedModel:
+    """A tiny model of ``model_type`` in eval mode, the same weights for the same type.
+
+    With ``attn_implementation`` None the decoder has sdpa, and the rest eager attention, which every vision tower has.
+    """
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
-    # Some vision towers have eager attention only.
-    model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
-    with contextlib.suppress(LookupError, ValueError, AttributeError):
-        core_of(model)[1].set_attn_implementation("sdpa")
+    model = getattr(transformers, name)._from_config(
+        config_of(model_type), attn_implementation=attn_implementation or "eager"
+    )
+    if attn_implementation is None:
+        with contextlib.suppress(LookupError, ValueError, AttributeError):
+            core_of(model)[1].set_attn_implementation("sdpa")
     return seed_weights(model)
 
 

@@ -23,12 +23,14 @@ from gap_triton.prompt import visual_token_ids
 TOKENS = 4
 
 
-def tiny(model_type: str) -> transformers.PreTrainedModel:
+def tiny(
+    model_type: str, attn_implementation: str | dict[str, str] | None = None
+) -> transformers.PreTrainedModel:
     """A tiny model, or the reason why this machine or this transformers has none."""
     if model_type not in families.TYPES:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     try:
-        return families.build(model_type)
+        return families.build(model_type, attn_implementation)
     except Exception as problem:
         if Version(transformers.__version__) >= Version(model_types.NEWEST):
             raise
@@ -85,6 +87,28 @@ def test_dropping_equals_masking(model_type: str) -> None:
         assert error(pruned, expected) <= TOLERANCE
         # Guards the line above: a model that drops nothing, next to an oracle whose mask is ignored, would agree too.
         assert error(pruned, dense) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", model_types.EXACT)
+def test_by_name(model_type: str) -> None:
+    """Loaded under the name, vision tower included, a model prunes as it does when it is attached."""
+    if model_type in model_types.TEXT_CONFIG_ONLY:
+        if model_type in families.TYPES:
+            with pytest.raises(KeyError):  # from transformers
+                families.build(model_type, "gap_triton")
+        named = tiny(model_type, {"text_config": "gap_triton"})
+    else:
+        named = tiny(model_type, "gap_triton")
+    model, config = tiny(model_type), GapConfig(keep=0.4, layer=1)
+    layout = None if model_type in model_types.IMAGES_SINCE else model_types.IMAGES.get(model_type)
+    inputs = families.prompt(model) if layout is None else families.prompt_with_pixels(model, layout)
+    gap_triton.configure(named, config)
+    by_name = generate(named, inputs, tokens=TOKENS)
+    with gap_triton.pruning(model, config):
+        attached = generate(model, inputs, tokens=TOKENS)
+    assert torch.equal(by_name.sequences, attached.sequences)
+    assert error(by_name, attached) <= TOLERANCE
+    assert gap_triton.last_selection(named) is not None
 
 
 @pytest.mark.parametrize("model_type", model_types.ALONE)

@@ -17,6 +17,7 @@ from transformers.models.llava import modeling_llava
 import gap_triton
 from gap_triton import GapConfig, attention
 from gap_triton.prompt import looks_ahead
+from gap_triton.single import check_overlay
 
 
 def test_a_type_that_nobody_has_named_runs_if_its_structure_is_safe() -> None:
@@ -250,3 +251,40 @@ def test_a_released_decoder_of_another_kind_inside_a_known_owner() -> None:
     text.config.layer_types = ["full_attention"] * 4 + ["chunked_attention"]
     with pytest.raises(ValueError, match=r"decoder layer 4 is 'chunked_attention': it attends in chunks"):
         gap_triton.attach(model)
+
+
+def test_gemma3n_whose_vision_tower_needs_timm() -> None:
+    """Its decoder alone tells as much: layers share keys and values, and each is handed inputs of its own."""
+    sizes = {
+        key: families.TEXT_SIZES[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    }
+    config = transformers.Gemma3nTextConfig(
+        **sizes,
+        vocab_size_per_layer_input=200,
+        hidden_size_per_layer_input=8,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        layer_types=[
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        activation_sparsity_pattern=[0.0] * 5,
+        laurel_rank=4,
+    )
+    model = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="sdpa")
+    with pytest.raises(
+        ValueError, match=r"can't prune Gemma3nForCausalLM.* keys and values of an earlier layer"
+    ):
+        gap_triton.attach(model)
+
+
+def test_an_overlay_of_tokens_that_are_no_square_grid() -> None:
+    check_overlay(build("llava_next", "sdpa"))
+    with pytest.raises(ValueError, match=r"overlay: .* .* model_type='qwen2_5_vl'; leave the overlay out"):
+        check_overlay(tiny("qwen2_5_vl"))
