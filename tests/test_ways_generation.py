@@ -14,7 +14,7 @@ from test_generation import next_turn
 from test_oracle import TOLERANCE, error
 from tiny import LAYERS, generate
 from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
-from ways import CONFIG, MODELS, MROPE, as_mrope, build, make, pair
+from ways import CONFIG, MODELS, MROPE, V5, as_mrope, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig
@@ -54,7 +54,7 @@ def test_search(name: str, batch: str, search: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_new_image_in_a_later_turn(name: str) -> None:
-    """By forwards with position ids: generate() of an M-RoPE model computes those of a later turn wrongly, pruned or not."""
+    """By forwards with position ids: generate() of Qwen2.5-VL fails at a later turn, or miscounts it, pruned or not."""
     model, reference, oracle = pair(name)
     first = make(name, "left-padded")
     turn = next_turn(first["input_ids"], first["attention_mask"], images=2, seed=3, pad=2)
@@ -231,9 +231,10 @@ def test_save_and_load(name: str, tmp_path) -> None:
     assert error(generate(plain, inputs), expected) > TOLERANCE
 
 
-def test_eight_threads_at_once() -> None:
-    """M-RoPE models keep something of their last prompt on the model itself, so threads can't share one, pruned or not."""
-    name = "llava"
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_threads_at_once(name: str) -> None:
+    if name == MROPE and not V5:
+        pytest.skip("this transformers keeps part of the last prompt of an M-RoPE model on the model itself")
     model, _, _ = pair(name)
     batches = ["left-padded", "ragged-images"]
     jobs = [(make(name, batch, seed), beams) for batch in batches for seed in (1, 2) for beams in (1, 2)]
