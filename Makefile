@@ -4,13 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench gpu-check compat clean
+
+# `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
+# nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
+define where_the_gpu_is
+@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+then $(PYTHON) $(1); \
+else $(MAKE) --no-print-directory $(VENV)/.installed-$(2) && $(BIN)/python $(1); fi
+endef
 
 help:
 	@echo "make demo   prune the embedded model, with and without GAP: table, pictures and JSON in demo-output/"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove .venv and what was built"
+	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
+	@echo "make gpu-check  everything that needs a GPU, in under 8 minutes: results, races, graphs, times (ARGS=--help)"
+	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
+	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
@@ -23,6 +34,19 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench:
+	$(call where_the_gpu_is,-m pytest -q bench $(ARGS),bench)
+
+gpu-check:
+	$(call where_the_gpu_is,-m bench.gpu_check $(ARGS),test)
+
+# `make compat-NAME` runs one combination; the names are in tests/compat.py.
+compat:
+	$(PYTHON) tests/compat.py
+
+compat-%:
+	$(PYTHON) tests/compat.py $*
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -31,4 +55,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python $(INPUTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo-output *.egg-info
+	rm -rf $(VENV) .venv-compat-* build demo-output *.egg-info

@@ -104,7 +104,8 @@ def prune_tokens(
 ) -> PrunedTokens:
     """Score visual tokens by attention and prune: :func:`visual_importance`, then :func:`prune_by_score`.
 
-    One launch, where ``length`` is given, no gradient is wanted, the prompt has at most 4,096 rows, and the GPU is
+    One launch, where ``length`` is given, no gradient is wanted, the prompt has at most 8,192 rows
+    (float32: 4,096), and the GPU is
     NVIDIA's from sm_80 on; else several. Scores are those of ``visual_importance`` without its variants.
 
     Args:

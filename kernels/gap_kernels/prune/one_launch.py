@@ -37,9 +37,9 @@ from ..launch import cdiv, launch, next_power_of_2
 from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, with_whole_rows
 from .workspace import counters
 
-MAX_ROWS = 4096
-"""Longest prompt that is selected from inside the launch: its keys stay in the registers of one program. Above, one program
-with the few warps that suit the other roles would be slower than all the launches that it saves."""
+MAX_ROWS = 8192
+"""Longest prompt that is selected from inside the launch, half of it for float32: its keys stay in the registers of one
+program, as long as there are any left. Above, the few warps that suit the other roles would read them again and again."""
 WARPS = 8
 MAX_REGISTERS = 128
 """Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
@@ -212,7 +212,8 @@ def prune_kernel(
 
 def applies(query: Tensor, length: int) -> bool:
     """Return whether one launch can prune this: a GPU with the memory model that the roles rely on, or the interpreter."""
-    if query.shape[2] > MAX_ROWS or query.shape[0] == 0 or length == 0:
+    longest = MAX_ROWS if query.element_size() == 2 else MAX_ROWS // 2
+    if query.shape[2] > longest or query.shape[0] == 0 or length == 0:
         return False
     if not query.is_cuda:
         return True  # the interpreter runs programs in the order of their numbers, so none ever waits

@@ -7,8 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
-SLAB = 1 << 16
-"""Counters set to zero at once, 256 KiB."""
+SLAB = 1 << 18
+"""Counters set to zero at once for all graphs of a device, 1 MiB."""
 
 _lock = threading.Lock()
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}

@@ -1,0 +1,72 @@
+"""The few things that are done differently on a CUDA device, so that the rest runs on a CPU as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class NeedsCuda(Exception):
+    """Raised by what has no counterpart on a CPU."""
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether streams, graphs and events exist on ``device``."""
+    return device.type == "cuda"
+
+
+def require_cuda(device: torch.device, what: str) -> None:
+    """Raise `NeedsCuda` unless ``device`` is one."""
+    if not is_cuda(device):
+        raise NeedsCuda(f"{what} needs CUDA, this is {device}")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Hand unused memory back, so that another process finds it."""
+    if is_cuda(device):
+        torch.cuda.empty_cache()
+
+
+def new_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A context whose work goes to a stream of its own; on a CPU, nothing."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if is_cuda(device) else nullcontext()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, counting what PyTorch holds unused; a fixed, small share of a CPU's."""
+    if not is_cuda(device):
+        return 2**30
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the L2 cache; 0 on a CPU, where one set of inputs is timed."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if is_cuda(device) else 0
+
+
+def capture(function: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Capture what ``function`` launches, after running it three times on a side stream.
+
+    The runs before compile kernels, choose algorithms and allocate what lasts, none of which a capture can do.
+    """
+    require_cuda(device, "a CUDA graph")
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph

@@ -1,0 +1,93 @@
+"""Every public operator as one call on made inputs: the list that timings and checks go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gap_kernels
+from torch import Tensor
+
+from bench.shapes import Inputs
+
+Result = tuple[Tensor, ...]
+Call = Callable[[Inputs], Result]
+
+
+def topk_indices(x: Inputs) -> Result:
+    """Select from given scores."""
+    return (gap_kernels.topk_indices(x.scores, x.keep),)
+
+
+def visual_importance(x: Inputs) -> Result:
+    """Score by the last row."""
+    return (gap_kernels.visual_importance(x.query, x.key, x.visual_index),)
+
+
+def visual_importance_text(x: Inputs) -> Result:
+    """Score by all text rows."""
+    return (gap_kernels.visual_importance(x.query, x.key, x.visual_index, rows=x.text_rows),)
+
+
+def visual_importance_lse(x: Inputs) -> Result:
+    """Score by the last row, its log-sum-exp given."""
+    return (gap_kernels.visual_importance(x.query, x.key, x.visual_index, lse=x.lse),)
+
+
+def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return x.hidden_states, x.cos, x.sin, x.position_ids, x.visual_index
+
+
+def prune_by_score(x: Inputs) -> Result:
+    """Prune by given scores, which come back as they are and so are no part of the result."""
+    return tuple(gap_kernels.prune_by_score(x.scores, *_rows(x), x.keep, length=x.length))[:5]
+
+
+def prune_tokens(x: Inputs) -> Result:
+    """Score by the last row and prune."""
+    return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, length=x.length))
+
+
+def prune_tokens_text(x: Inputs) -> Result:
+    """Score by all text rows and prune."""
+    pruned = gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, rows=x.text_rows, length=x.length)
+    return tuple(pruned)
+
+
+def prune_tokens_lse(x: Inputs) -> Result:
+    """Score by the last row, its log-sum-exp given, and prune."""
+    return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, lse=x.lse, length=x.length))
+
+
+def attention(x: Inputs) -> Result:
+    """Causal attention and its log-sum-exp."""
+    output, lse, _ = gap_kernels.attention(x.query, x.key, x.value)
+    return output, lse
+
+
+def attention_importance(x: Inputs) -> Result:
+    """Causal attention that also scores visual tokens by all text rows."""
+    output, lse, importance = gap_kernels.attention(
+        x.query, x.key, x.value, importance_rows=x.text_rows, importance_columns=x.visual_index
+    )
+    assert importance is not None
+    return output, lse, importance
+
+
+def attention_received(x: Inputs) -> Result:
+    """Attention that each token of a vision tower receives."""
+    return (gap_kernels.attention_received(x.query, x.key),)
+
+
+DECODER_CALLS: dict[str, Call] = {
+    "topk_indices": topk_indices,
+    "visual_importance": visual_importance,
+    "visual_importance, text rows": visual_importance_text,
+    "visual_importance, lse": visual_importance_lse,
+    "prune_by_score": prune_by_score,
+    "prune_tokens": prune_tokens,
+    "prune_tokens, text rows": prune_tokens_text,
+    "prune_tokens, lse": prune_tokens_lse,
+    "attention": attention,
+    "attention, importance": attention_importance,
+}
+TOWER_CALLS: dict[str, Call] = {"attention_received": attention_received}
