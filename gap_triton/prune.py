@@ -40,7 +40,7 @@ def drop(
     # bring them; here an empty pair stands in.
     cos = sin = hidden_states.new_empty(1, queries, 1)
     one_pair = isinstance(rotary, tuple) and len(rotary) == 2 and all(x.dim() == 3 for x in rotary)
-    if isinstance(rotary, tuple) and one_pair:
+    if rotary is not None and one_pair:
         cos, sin = rotary
     cos, sin = (x.to(device).expand(batch, -1, -1) for x in (cos, sin))
     assert state.position_ids is not None
