@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench gpu-check compat clean
+.PHONY: help demo test lint bench gpu-check compat kernel-table clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -21,6 +21,7 @@ help:
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, in under 8 minutes: results, races, graphs, times (ARGS=--help)"
 	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
+	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
@@ -46,6 +47,10 @@ compat:
 
 compat-%:
 	$(PYTHON) tests/compat.py $*
+
+kernel-table: $(VENV)/.installed-test
+	$(BIN)/python tests/kernels_aot.py
+	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

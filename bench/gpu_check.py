@@ -128,7 +128,7 @@ def attempt(name: str, step: Step, device: torch.device) -> Outcome:
     """Run one step; whatever it raises is its outcome. Its memory is handed back, for the programs that others start."""
     start = time.perf_counter()
     status, message, found = "passed", "", {}
-    faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         found = step()
     except (cuda.NeedsCuda, outside.NotAvailable) as error:

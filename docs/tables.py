@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from gap_triton.demo.run import markdown_of
 from gap_triton.demo.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/layers.md")
+DOCUMENTS = ("README.md", "docs/layers.md", "docs/kernels.md")
 
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -23,16 +24,41 @@ def with_tables(text: str, folder: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         results = json.loads((ROOT / match["file"]).read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in results["rows"]]
-        versions = results["versions"]
+        made, source = kernel_table(results) if "triton" in results else demo_table(results)
         link = (ROOT / match["file"]).relative_to(folder).as_posix()
-        source = (
-            f"*{results['samples']} held-out scenes; {results['device']}; torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; [{Path(match['file']).name}]({link}).*"
-        )
-        return f"{match[1]}{markdown_of(rows)}\n{source}\n{match[3]}"
+        return f"{match[1]}{made}\n*{source}; [{Path(match['file']).name}]({link}).*\n{match[3]}"
 
     return PLACE.sub(table, text)
+
+
+def demo_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return accuracies of the embedded model as a table, and where they come from."""
+    versions = results["versions"]
+    source = (
+        f"{results['samples']} held-out scenes; {results['device']}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}"
+    )
+    return markdown_of([Row(**row) for row in results["rows"]]), source
+
+
+def kernel_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return what each kernel needs on each target as a table, and where it comes from."""
+    targets = list(dict.fromkeys(row["target"] for row in results["rows"]))
+    cells: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in results["rows"]:
+        spilled = f", {row['spilled']} B spilled" if row["spilled"] else ""
+        cell = f"{row['registers']} / {row['shared'] / 1024:.1f}{spilled}"
+        kernel = row["kernel"].removesuffix("_kernel")
+        cells.setdefault((kernel, row["case"], row["warps"]), {})[row["target"]] = cell
+    lines = [
+        f"| kernel | case | warps | {' | '.join(targets)} |",
+        "|" + "---|" * (3 + len(targets)),
+        *(
+            f"| {kernel} | {case} | {warps} | {' | '.join(by_target.get(t, '') for t in targets)} |"
+            for (kernel, case, warps), by_target in cells.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n", f"registers / KiB of shared memory; triton {results['triton']}"
 
 
 if __name__ == "__main__":

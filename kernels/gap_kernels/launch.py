@@ -43,7 +43,8 @@ def launch(
         sizes: integers in the kernel's ``do_not_specialize``.
         factors: floats.
         constants: the kernel's ``tl.constexpr`` parameters by name, in their order.
-        **options: of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``.
+        **options: of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
+            registers of a thread, which only NVIDIA's compiler is told.
     """
     first = tensors[0]
     assert first is not None
@@ -54,6 +55,7 @@ def launch(
     arguments = (*tensors, *strides, *sizes, *factors)
     # On AMD the class of a pointer depends on the size of its tensor, too.
     if triton_is_interpreted() or torch.version.hip:
+        options.pop("maxnreg", None)
         kernel[grid](*arguments, **constants, **options)
         return
     key = (

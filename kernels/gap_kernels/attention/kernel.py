@@ -24,8 +24,6 @@ from ..importance.kernel import allowed_columns
 from ..launch import cdiv, launch, next_power_of_2
 from .reference import lse_at
 
-WARPS = 8
-
 
 @triton.jit
 def load_vectors(pointer, usable, start, D: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
@@ -226,6 +224,7 @@ def attention(
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         mask = None if attention_mask is None else attention_mask.view(torch.uint8)
         tiles = tile_options(head_dim, query.dtype)
+        exact = query.dtype == torch.float32
         launch(
             attention_kernel,
             (batch * query_heads * cdiv(num_query, tiles["BLOCK_M"]),),
@@ -236,8 +235,8 @@ def attention(
             {"HEADS": query_heads, "GROUP": query_heads // key_heads, "CAUSAL": causal, "D": head_dim}
             | tiles
             | {"UPCAST": triton_is_interpreted()},
-            num_warps=WARPS,
-            num_stages=1 if query.dtype == torch.float32 else 2,
+            num_warps=4 if exact else 8,
+            num_stages=1 if exact else 2,
         )
     if importance_columns is None:
         return output, lse, lse.new_empty((batch, 0))
@@ -253,7 +252,7 @@ def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     block_d = max(16, next_power_of_2(head_dim))
     if dtype == torch.float32:
         # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        tiles = {"BLOCK_M": 32 if block_d <= 128 else 16, "BLOCK_N": 16, "BLOCK_K": 16}
+        tiles = {"BLOCK_M": 32 if block_d <= 64 else 16, "BLOCK_N": 16, "BLOCK_K": 16}
     elif block_d <= 64:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": block_d}
     elif block_d == 128:

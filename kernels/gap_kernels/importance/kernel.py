@@ -33,6 +33,9 @@ MAX_SPLITS = 64
 MEAN_BLOCK = 128
 MAX_BLOCK_HEADS = tl.constexpr(32)
 WARPS = 4
+# Of a thread of visual_mass_kernel, so that three programs fit a multiprocessor. Told so, NVIDIA's compiler uses them; left
+# alone it spills a few values to fit one more.
+MAX_REGISTERS = 168
 
 
 @triton.jit
@@ -553,6 +556,7 @@ def visual_importance(
         num_warps=WARPS,
         # A single tile of rows leaves nothing to load ahead.
         num_stages=1 if mass_rows <= tiles["BLOCK_M"] else 2,
+        maxnreg=MAX_REGISTERS,
     )
     launch(
         mean_kernel,

@@ -12,6 +12,7 @@ from ..launch import launch, next_power_of_2
 from ..select.kernel import (
     ALWAYS,
     DROPPED,
+    MAX_REGISTERS,
     score_keys,
     select_threshold,
     tile_options,
@@ -220,6 +221,7 @@ def surviving_rows(
         (),
         {"BLOCK": tiles["BLOCK"], "BLOCK_FILL": FILL_BLOCK, "RESIDENT": tiles["RESIDENT"]},
         num_warps=tiles["num_warps"],
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return index
 

@@ -41,7 +41,7 @@ MAX_ROWS = 8192
 """Longest prompt that is selected from inside the launch, half of it for float32: its keys stay in the registers of one
 program, as long as there are any left. Above, the few warps that suit the other roles would read them again and again."""
 WARPS = 8
-MAX_REGISTERS = 128
+MAX_REGISTERS = 120
 """Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""

@@ -22,6 +22,9 @@ RESIDENT_LIMIT = 16384
 WRITE_BLOCK = 1024
 # By tile size, chosen so that no target's compiler spills registers; speed was not measured.
 WARPS = {128: 4, 256: 4, 512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 8, 16384: 16}
+# Of a thread: all that 16 warps can have. Told so, NVIDIA's compiler uses them; left alone it spills a few values to fit
+# one more program, though there is but one for each sample.
+MAX_REGISTERS = 128
 
 # Keys beyond those of scores: entries that are no candidates, and entries that are selected whatever k is.
 DROPPED = tl.constexpr(-(2**31))
@@ -207,5 +210,6 @@ def topk_indices(scores: Tensor, k: int, counts: Tensor | None, length: int) -> 
             (),
             {"BLOCK": tiles["BLOCK"], "BLOCK_WRITE": WRITE_BLOCK, "RESIDENT": tiles["RESIDENT"]},
             num_warps=tiles["num_warps"],
+            maxnreg=MAX_REGISTERS,
         )
     return index
