@@ -46,7 +46,11 @@ def with_table(text: str) -> str:
         f"{len(model_types.EXACT) + len(model_types.ALONE)} types are exact and {len(model_types.REFUSED)} are refused, of "
         f"the {len(rows)} that transformers {model_types.NEWEST} lists."
     )
-    table = "\n".join([summary, "", HEADER, *rows])
+    published = [
+        f"| [{name}](published.md) | 1-D RoPE | exact, in gap_triton.published | `visual_mask` | vision tower, loading |"
+        for name in model_types.PUBLISHED
+    ]
+    table = "\n".join([summary, "", HEADER, *rows, *published])
     return PLACE.sub(lambda place: f"{place[1]}{table}\n{place[2]}", text)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from lone import LoneOracle, lone
+from model_types import PUBLISHED
 from oracle import NAME as ORACLE
 from safetensors.torch import save_file
 from test_oracle import TOLERANCE, error
@@ -250,7 +251,7 @@ class Case:
         }
 
 
-@pytest.fixture(scope="module", params=["shikra", "minigpt_v2"])
+@pytest.fixture(scope="module", params=PUBLISHED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -529,7 +530,7 @@ def recipes() -> dict[str, str]:
     return dict(zip(("visual_mask", "shikra", "minigpt_v2"), blocks, strict=True))
 
 
-@pytest.mark.parametrize("name", ["visual_mask", "shikra", "minigpt_v2"])
+@pytest.mark.parametrize("name", ["visual_mask", *PUBLISHED])
 def test_the_recipes_of_the_document_run(name: str, tmp_path: Path) -> None:
     from PIL import Image
 
