@@ -14,7 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 KERNELS = ("tests/test_ops_kernels.py",)
-CORE = tuple(f"tests/test_{name}.py" for name in ("oracle", "generation", "ids", "activation"))
+CORE = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "oracle", "generation", "ids", "activation", "refusals", "visual_mask", "models", "models_structure",
+        "ways_assisted", "ways_caches", "ways_generation",
+    )
+)  # fmt: skip
 
 # The interpreter of Triton before 3.7 can't loop to a scalar with numpy 2.4 or later.
 COMBINATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
