@@ -73,7 +73,7 @@ def before_owner(
         input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if visual_mask is not None:
             cache = kwargs.get("past_key_values")
-            state.visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache)
+            state.visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache, call.drafts)
         elif owner is not attachment.text:
             state.visual = find_visual_tokens(owner, input_ids, embeds)
         else:

@@ -18,10 +18,12 @@ def named_visual_tokens(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     cache: Any | None,
+    drafts: int,
 ) -> torch.Tensor | None:
-    """The visual tokens that ``mask`` names, or None for a single-token input.
+    """The visual tokens that ``mask`` names, or None for a step of decoding.
 
-    `generate` hands the mask of the prompt to every step; a decode step holds no image and ignores it.
+    `generate` hands the mask of the prompt to every step; a decode step holds no image and ignores it, and so does one that
+    verifies drafts.
 
     Args:
         owner: The module that receives the input.
@@ -30,6 +32,7 @@ def named_visual_tokens(
         input_ids: [B, Q], or None.
         inputs_embeds: [B, Q, C], or None.
         cache: The KV cache, None without one.
+        drafts: How many of the last rows are drafts of assisted decoding, which no mask covers.
 
     Returns:
         [B, Q] bool.
@@ -39,9 +42,9 @@ def named_visual_tokens(
             placeholders and ``mask`` names a row that is none.
     """
     inputs = input_ids if input_ids is not None else inputs_embeds
-    if inputs is None or inputs.shape[1] == 1:
+    if inputs is None or inputs.shape[1] - drafts <= 1:
         return None
-    batch, queries = inputs.shape[:2]
+    batch, queries = inputs.shape[0], inputs.shape[1] - drafts
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         kind = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"visual_mask is {kind}: expected a bool tensor, True at visual tokens")
@@ -56,10 +59,11 @@ def named_visual_tokens(
             whole = f", or {[batch, past + queries]} with the {past} tokens in the cache" if past else ""
             raise ValueError(
                 f"visual_mask has shape {list(mask.shape)}: expected one entry per row of this forward, "
-                f"{[batch, queries]}{whole}. Chunked prefill, assisted decoding and use_cache=False feed other rows than "
-                "the prompt's, and can't be combined with it"
+                f"{[batch, queries]}{whole}. Chunked prefill and use_cache=False feed other rows than the prompt's, and "
+                "can't be combined with it"
             )
         mask = mask[:, past:]
+    mask = torch.nn.functional.pad(mask, (0, drafts))
     if input_ids is not None and visual_token_ids(owner.config):
         placeholders = find_visual_tokens(owner, input_ids, None)
         assert placeholders is not None

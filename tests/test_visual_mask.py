@@ -280,13 +280,24 @@ def test_a_mask_that_disagrees_with_the_ids() -> None:
         generate(model, inputs, visual_mask=mask)
 
 
+def test_drafts_of_assisted_decoding() -> None:
+    """The mask covers the prompt; the first forward also holds drafts, and later ones hold nothing else."""
+    model = attached()
+    prompt = without(make_prompt("llava", "left-padded"), "pixel_values")
+    inputs = {name: tensor[-1:] for name, tensor in prompt.items()}
+    inputs["visual_mask"] = inputs["input_ids"] == IMAGE
+    greedy = generate(model, inputs)
+    assisted = generate(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert gap_triton.last_selection(model).visual_index.shape[1] < int(inputs["visual_mask"].sum())
+    assert torch.equal(assisted.sequences, greedy.sequences)
+    assert error(assisted, greedy) <= TOLERANCE
+
+
 @pytest.mark.parametrize("options", [{"prefill_chunk_size": 16}, {"use_cache": False}], ids=str)
 def test_rows_other_than_the_prompts(options: dict[str, object]) -> None:
     inputs = make_prompt("llava", "left-padded")
     inputs = without(inputs, "pixel_values") | {"visual_mask": inputs["input_ids"] == IMAGE}
-    with pytest.raises(
-        ValueError, match=r"Chunked prefill, assisted decoding and use_cache=False feed other rows"
-    ):
+    with pytest.raises(ValueError, match=r"Chunked prefill and use_cache=False feed other rows"):
         generate(attached(), inputs, **options)
 
 
