@@ -13,7 +13,7 @@ from oracle import NAME as ORACLE
 from oracle import MaskingOracle
 from test_activation import attributes, hooks, warnings  # noqa: F401
 from test_oracle import TOLERANCE, error, make_prompt
-from tiny import IMAGE, LAYERS, build, generate, pixels
+from tiny import EOS, IMAGE, LAYERS, build, generate, pixels
 
 import gap_triton
 from gap_triton import GapConfig
@@ -286,8 +286,9 @@ def test_drafts_of_assisted_decoding() -> None:
     prompt = without(make_prompt("llava", "left-padded"), "pixel_values")
     inputs = {name: tensor[-1:] for name, tensor in prompt.items()}
     inputs["visual_mask"] = inputs["input_ids"] == IMAGE
-    greedy = generate(model, inputs)
-    assisted = generate(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    greedy = generate(model, inputs, eos_token_id=EOS)
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    assisted = generate(model, inputs, eos_token_id=EOS, **lookup)
     assert gap_triton.last_selection(model).visual_index.shape[1] < int(inputs["visual_mask"].sum())
     assert torch.equal(assisted.sequences, greedy.sequences)
     assert error(assisted, greedy) <= TOLERANCE
