@@ -6,7 +6,6 @@ be traced by ``torch.compile``. Value ranges are checked inside the operators, a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NoReturn, TypeGuard
 
@@ -45,7 +44,7 @@ class ShapeChecker:
         Raises:
             ValueError: if the argument isn't a tensor of that shape, dtype and device.
         """
-        names = _names_of(dims)
+        names = dims.split()
         if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == len(names):
             device = value.device
             if self.device is None:
@@ -58,9 +57,7 @@ class ShapeChecker:
                     return
         self._refuse(name, value, names, dtypes)
 
-    def _refuse(
-        self, name: str, value: object, names: tuple[str, ...], dtypes: Sequence[torch.dtype]
-    ) -> NoReturn:
+    def _refuse(self, name: str, value: object, names: list[str], dtypes: Sequence[torch.dtype]) -> NoReturn:
         """Say what is wrong with an argument; apart from ``check``, which every call pays for."""
         shape = "[" + ", ".join(names) + "]"
         if not isinstance(value, Tensor):
@@ -75,11 +72,6 @@ class ShapeChecker:
             if size != known:
                 raise ValueError(f"{name}: expected {shape} with {dim} = {known}, got {describe(value)}")
         raise ValueError(f"{name}: expected device {self.device}, got {describe(value)}")
-
-
-@functools.cache
-def _names_of(dims: str) -> tuple[str, ...]:
-    return tuple(dims.split())
 
 
 def check_options(causal: object, scale: object) -> None:
