@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -64,6 +65,7 @@ def run_tests(arguments: Sequence[str], limit_s: float) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += side_by_side()
         code, output = run([*command, *arguments], limit_s, TRITON_INTERPRET="0")
         found: Found = {"passed": 0, "failed": 0, "skipped": 0, "failing": []}
         if report.exists():
@@ -79,6 +81,13 @@ def run_tests(arguments: Sequence[str], limit_s: float) -> Found:
     if not found["passed"]:
         raise StepFailed("nothing ran", found)
     return found
+
+
+def side_by_side() -> list[str]:
+    """Options of pytest to use several processors, where pytest-xdist is installed: compiling takes longer than testing."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(os.cpu_count() or 1, 8))]
 
 
 def read_junit(report: Path) -> Found:
