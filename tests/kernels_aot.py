@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.attention import kernel as attention
 from gap_kernels.importance import kernel as importance
 from gap_kernels.prune import kernel as prune
@@ -144,6 +145,7 @@ def cases() -> Iterator[Case]:
     yield from one_launch_cases()
     yield from attention_cases()
     yield from received_cases()
+    yield from aggregate_cases()
 
 
 def select_cases() -> Iterator[Case]:
@@ -297,6 +299,28 @@ def received_cases() -> Iterator[Case]:
         mask = None if packed else torch.ones(1, key.shape[2], dtype=torch.bool)
         name = f"head_dim {head_dim}, {DTYPES[dtype]}, {'packed' if packed else 'causal, mask'}"
         yield name, partial(received.attention_received, query, key, mask, bounds, not packed, None, None)
+
+
+def aggregate_cases() -> Iterator[Case]:
+    for side, channels, length, dtype, similarity_dtype, collectors_only, self_weight in (
+        (24, 1024, 1024, torch.float16, torch.float16, False, 1.0),
+        (24, 1024, 1024, torch.bfloat16, torch.bfloat16, True, None),
+        (24, 1024, 1024, torch.bfloat16, torch.float32, False, 1.0),
+        (27, 1152, 1152, torch.bfloat16, torch.bfloat16, False, None),
+        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, False, None),
+        (24, 1000, 72, torch.bfloat16, torch.bfloat16, False, 1.0),
+        (24, 75, 33, torch.float16, torch.float16, False, 1.0),
+        (24, 1024, 1024, torch.float32, torch.float32, False, 1.0),
+        (24, 75, 33, torch.float32, torch.float32, True, None),
+    ):
+        features = empty(1, side * side, channels, dtype=dtype)
+        similarity = empty(1, side * side, length, dtype=similarity_dtype)
+        anchors = torch.zeros(1, 112).long()
+        pillars = None if collectors_only else torch.zeros(1, 112, dtype=torch.bool)
+        name = f"{channels:,} channels, {DTYPES[dtype]}, cosines of {length:,} {DTYPES[similarity_dtype]}"
+        name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
+        given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
+        yield name, partial(aggregate.spatial_aggregate, *given)
 
 
 class OfflineDriver:

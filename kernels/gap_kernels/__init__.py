@@ -1,5 +1,6 @@
 """Operators for visual token pruning: a PyTorch reference and Triton kernels behind one function each."""
 
+from .aggregate import spatial_aggregate
 from .attention import AttentionOutput, attention
 from .backends import backend
 from .importance import visual_importance
@@ -15,6 +16,7 @@ __all__ = [
     "backend",
     "prune_by_score",
     "prune_tokens",
+    "spatial_aggregate",
     "topk_indices",
     "visual_importance",
 ]

@@ -1,0 +1,61 @@
+"""Spatial aggregation in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPSILON = 1e-12
+"""The least norm that a similarity vector is divided by."""
+SUM_EPSILON = 1e-8
+"""Added to the sum that an anchor's weights are divided by."""
+
+
+def spatial_aggregate(
+    features: Tensor,
+    similarity_features: Tensor,
+    anchors: Tensor,
+    width: int,
+    radius: float,
+    pillars: Tensor | None,
+    self_weight: float | None,
+) -> Tensor:
+    """Compute :func:`gap_kernels.spatial_aggregate`; float64 inputs make it the oracle of the other paths.
+
+    Args:
+        features: [B, N, C].
+        similarity_features: [B, N, E].
+        anchors: int64 [B, M], -1 = filler.
+        width: columns of the grid; N is a multiple of it.
+        radius: in patches.
+        pillars: bool [B, M] or None.
+        self_weight: None = what the division gives.
+
+    Returns:
+        [B, M, C] in the dtype of ``features``.
+    """
+    exact = torch.float64 in (features.dtype, similarity_features.dtype)
+    dtype = torch.float64 if exact else torch.float32
+    values = features.to(dtype)
+    unit = F.normalize(similarity_features.to(dtype), dim=-1, eps=NORM_EPSILON)
+    anchor = anchors.clamp(min=0)[:, :, None]  # [B, M, 1]
+    patch = torch.arange(features.shape[1], device=features.device)
+    cosine = _rows(unit, anchor) @ unit.transpose(-1, -2)  # [B, M, N]
+    down, right = patch // width - anchor // width, patch % width - anchor % width
+    distance = (down.square() + right.square()).to(dtype).sqrt()
+    closeness = 1 - (distance / radius).clamp(max=1)
+    # `where`, not a product: the similarity of what is too far away may be NaN.
+    weight = torch.where(closeness > 0, cosine.relu() * closeness, 0.0)
+    weight = weight / (weight.sum(-1, keepdim=True) + SUM_EPSILON)
+    if self_weight is not None:
+        weight = torch.where(patch == anchor, self_weight, weight)
+    collected = weight @ values
+    if pillars is not None:
+        collected = torch.where(pillars[:, :, None], _rows(values, anchor), collected)
+    return torch.where(anchors[:, :, None] >= 0, collected, 0.0).to(features.dtype)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Gather [B, N, X] at int64 [B, M, 1] into [B, M, X]."""
+    return tensor.gather(1, index.expand(-1, -1, tensor.shape[2]))
