@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.attention import kernel as attention
 from gap_kernels.attention import reference as attention_reference
 from gap_kernels.backends import triton_is_interpreted
@@ -528,3 +530,70 @@ def test_received(
     if bounds is None:
         lse = attention.attention(query, key, key, causal, None, None, None, None)[1]
         assert_accurate(received.attention_received(query, key, *arguments, lse), exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "similarity_dtype"),
+    [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+)
+@pytest.mark.parametrize(
+    ("grid", "channels", "length", "num_anchors", "radius", "self_weight", "with_pillars"),
+    [
+        ((9, 8), 140, 72, 35, 6.0, 1.0, True),  # several tiles of anchors, patches and channels
+        ((8, 8), 128, 128, 32, 4.5, None, False),  # whole tiles, several chunks of the similarity vectors
+        ((1, 65), 33, 5, 7, 3.0, 0.5, False),  # a single row; vectors below the smallest tile
+        ((65, 1), 16, 16, 1, 100.0, None, True),
+    ],
+)
+def test_aggregate(
+    dtype: torch.dtype,
+    similarity_dtype: torch.dtype,
+    grid: tuple[int, int],
+    channels: int,
+    length: int,
+    num_anchors: int,
+    radius: float,
+    self_weight: float | None,
+    with_pillars: bool,
+    generator: torch.Generator,
+) -> None:
+    num_patches = grid[0] * grid[1]
+    features = torch.randn(2, num_patches, channels, generator=generator).to(DEVICE, dtype)
+    # Patches of a longer sequence, as a vision tower leaves them behind its CLS token.
+    similarity = torch.randn(2, num_patches + 1, length, generator=generator) + 0.2
+    similarity = similarity.to(DEVICE, similarity_dtype)[:, 1:]
+    anchors = torch.stack([torch.randperm(num_patches, generator=generator)[:num_anchors] for _ in range(2)])
+    anchors = anchors.sort(-1).values
+    anchors[1, : num_anchors // 3] = -1
+    anchors = anchors.to(DEVICE)
+    pillars = (torch.rand(2, num_anchors, generator=generator) < 0.4).to(DEVICE) if with_pillars else None
+    arguments = (anchors, grid[1], radius, pillars, self_weight)
+    collected = aggregate.spatial_aggregate(features, similarity, *arguments)
+    exact = aggregate_reference.spatial_aggregate(features.double(), similarity.double(), *arguments)
+    assert collected.dtype == dtype
+    rounding = ROUNDING[dtype]
+    torch.testing.assert_close(collected.double(), exact, rtol=rounding, atol=rounding)
+    assert (collected[anchors < 0] == 0).all()
+    assert torch.equal(collected, aggregate.spatial_aggregate(features, similarity, *arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aggregate_with_nan_across_tiles(dtype: torch.dtype, generator: torch.Generator) -> None:
+    features = torch.randn(1, 140, 70, generator=generator).to(DEVICE, dtype)
+    similarity = torch.randn(1, 140, 20, generator=generator).to(DEVICE, dtype)
+    similarity[0, 130, 19] = math.nan
+    features[0, 10, 65] = math.nan
+    anchors = torch.tensor([[-1, *range(0, 140, 5), 999]], device=DEVICE)  # only the CPU checks their range
+    pillars = anchors % 2 == 0
+    arguments = (10, 6.0, pillars, 1.0)
+    collected = aggregate.spatial_aggregate(features, similarity, anchors, *arguments)
+    expected = aggregate_reference.spatial_aggregate(
+        features, similarity, anchors.masked_fill(anchors == 999, -1), *arguments
+    )
+    assert torch.equal(collected.isnan(), expected.isnan())
+    spoiled = collected.isnan().sum(-1)[0]
+    assert {0, 1, 70} == set(spoiled.tolist())
+    assert spoiled[[0, -1]].tolist() == [0, 0]
+    torch.testing.assert_close(
+        collected, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype], equal_nan=True
+    )

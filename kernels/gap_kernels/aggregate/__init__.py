@@ -52,6 +52,4 @@ def spatial_aggregate(
             isn't positive; on the CPU also for an anchor out of range (elsewhere it counts as filler).
     """
     check_aggregate(features, similarity_features, anchors, grid, radius, pillars, self_weight)
-    return spatial_aggregate_op(
-        features, similarity_features, anchors, grid[1], radius, pillars, self_weight
-    )
+    return spatial_aggregate_op(features, similarity_features, anchors, grid[1], radius, pillars, self_weight)

@@ -112,7 +112,9 @@ def spatial_aggregate_kernel(
         )
         collected = tl.dot(weight.to(values.dtype), values, collected, input_precision="ieee")
 
-    own = load_vectors(features + anchor * features_stride_n, real, channel, C, BLOCK_C, UPCAST).to(tl.float32)
+    own = load_vectors(features + anchor * features_stride_n, real, channel, C, BLOCK_C, UPCAST).to(
+        tl.float32
+    )
     collected /= (total + SUM_EPSILON)[:, None]
     if GIVEN_SELF:
         collected += self_weight * own
@@ -165,6 +167,9 @@ def spatial_aggregate(
         },
         num_warps=4 if exact else 8,
         num_stages=2,
+        # Two programs fit a multiprocessor, or three. Told so, NVIDIA's compiler uses the registers; left alone it
+        # spills a few values to fit one more.
+        maxnreg=168 if exact else 128,
     )
     return output
 
@@ -179,8 +184,8 @@ def tile_options(channels: int, length: int, exact: bool) -> dict[str, int]:
         # Not for tensor cores: operands stay in registers.
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": min(block_c, 64), "BLOCK_E": 16}
     return {
-        "BLOCK_M": 32,
+        "BLOCK_M": 16,
         "BLOCK_N": 64,
-        "BLOCK_C": min(block_c, 64 if channels % 16 else 128),
+        "BLOCK_C": min(block_c, 32 if channels % 16 else 128),  # pointers of odd lengths take registers
         "BLOCK_E": part_of(length, min(block_e, 64)),
     }
