@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import gap_kernels
+import torch
 from torch import Tensor
 
 from bench.shapes import Inputs
@@ -78,6 +80,20 @@ def attention_received(x: Inputs) -> Result:
     return (gap_kernels.attention_received(x.query, x.key),)
 
 
+def spatial_aggregate(x: Inputs) -> Result:
+    """One patch in five collects, every other one of them a pillar; patches are the last tokens that fill a square."""
+    side = math.isqrt(x.query.shape[2])
+    features, similarity = (
+        heads.transpose(1, 2).flatten(2)[:, -(side * side) :] for heads in (x.query, x.key)
+    )
+    anchors = torch.arange(0, side * side, 5, device=features.device).expand(len(features), -1)
+    return (
+        gap_kernels.spatial_aggregate(
+            features, similarity, anchors, (side, side), radius=0.7 * side, pillars=anchors % 2 == 0
+        ),
+    )
+
+
 DECODER_CALLS: dict[str, Call] = {
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
@@ -90,4 +106,7 @@ DECODER_CALLS: dict[str, Call] = {
     "attention": attention,
     "attention, importance": attention_importance,
 }
-TOWER_CALLS: dict[str, Call] = {"attention_received": attention_received}
+TOWER_CALLS: dict[str, Call] = {
+    "attention_received": attention_received,
+    "spatial_aggregate": spatial_aggregate,
+}

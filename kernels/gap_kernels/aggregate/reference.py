@@ -44,9 +44,8 @@ def spatial_aggregate(
     cosine = _rows(unit, anchor) @ unit.transpose(-1, -2)  # [B, M, N]
     down, right = patch // width - anchor // width, patch % width - anchor % width
     distance = (down.square() + right.square()).to(dtype).sqrt()
-    closeness = 1 - (distance / radius).clamp(max=1)
     # `where`, not a product: the similarity of what is too far away may be NaN.
-    weight = torch.where(closeness > 0, cosine.relu() * closeness, 0.0)
+    weight = torch.where(distance < radius, cosine.relu() * (1 - distance / radius), 0.0)
     weight = weight / (weight.sum(-1, keepdim=True) + SUM_EPSILON)
     if self_weight is not None:
         weight = torch.where(patch == anchor, self_weight, weight)
