@@ -76,7 +76,7 @@ BUDGETS = {
     "token_lse_kernel": ((128, 72), (192, 48)),
     "received_mass_kernel": ((128, 72), (256, 48)),
     "received_mean_kernel": ((40, 1), (32, 2)),
-    "spatial_aggregate_kernel": ((168, 24), (160, 24)),
+    "spatial_aggregate_kernel": ((168, 24), (192, 24)),
 }
 
 

@@ -561,6 +561,7 @@ def test_aggregate(
     features = torch.randn(2, num_patches, channels, generator=generator).to(DEVICE, dtype)
     # Patches of a longer sequence, as a vision tower leaves them behind its CLS token.
     similarity = torch.randn(2, num_patches + 1, length, generator=generator) + 0.2
+    similarity[:, ::4, length // 2 :] = 0.0  # norms must not be those of the last chunk
     similarity = similarity.to(DEVICE, similarity_dtype)[:, 1:]
     anchors = torch.stack([torch.randperm(num_patches, generator=generator)[:num_anchors] for _ in range(2)])
     anchors = anchors.sort(-1).values

@@ -97,11 +97,12 @@ def spatial_aggregate_kernel(
             other = load_vectors(vectors, usable, start, E, BLOCK_E, UPCAST)
             products = tl.dot(own, tl.trans(other), products, input_precision="ieee")
             squares += tl.sum(other.to(tl.float32) * other.to(tl.float32), 1)
+        # 0 for what isn't usable, as nothing but zeros was read of it.
         cosine = products * own_scale[:, None] * inverse_norms(squares)[None, :]
         down = (patch // width)[None, :] - (index // width)[:, None]
         right = (patch % width)[None, :] - (index % width)[:, None]
         distance_squared = (down * down + right * right).to(tl.float32)
-        near = real[:, None] & usable[None, :] & (distance_squared < radius_squared)
+        near = distance_squared < radius_squared
         positive = tl.where(cosine < 0.0, 0.0, cosine)  # unlike a maximum this keeps NaN
         weight = tl.where(near, positive * (1.0 - tl.sqrt(distance_squared) * inverse_radius), 0.0)
         total += tl.sum(weight, 1)
