@@ -19,7 +19,7 @@ help:
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
-	@echo "make gpu-check  everything that needs a GPU, in under 8 minutes: results, races, graphs, times (ARGS=--help)"
+	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
 	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
 	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"

@@ -437,15 +437,17 @@ def test_prune_in_one_launch_of_anything(data: st.DataObject) -> None:
     assert_pruned(case, one_launch.prune_tokens(*case, ticket=data.draw(st.booleans())))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no limit of its own")
-def test_prompts_too_long_for_one_launch(generator: torch.Generator) -> None:
-    case = prompts(
-        generator,
-        num_query=one_launch.MAX_ROWS // 2 + 1,
-        num_keys=one_launch.MAX_ROWS // 2 + 1,
-        num_visual=4000,
-    )
-    assert not one_launch.applies(case.query, case.length)
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 4096), (torch.float16, 8192)])
+def test_the_longest_prompt_of_one_launch(dtype: torch.dtype, longest: int) -> None:
+    query = torch.empty(1, 1, longest + 1, 1, dtype=dtype, device=DEVICE)
+    assert one_launch.applies(query[:, :, :-1], 9)
+    assert not one_launch.applies(query, 9)
+
+
+def test_prompts_too_long_for_one_launch(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_launch, "MAX_ROWS", 64)
+    monkeypatch.setattr(one_launch, "prune_tokens", None)
+    case = prompts(generator, masked=True, ragged=True)._replace(length=60)
     assert_pruned(case, torch.ops.gap_kernels.prune_tokens(*case))
 
 

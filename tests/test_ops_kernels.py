@@ -49,7 +49,6 @@ def test_ahead_of_time_compilation(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_results_on_a_gpu() -> None:
     run_pytest(["kernels_checks.py"], TRITON_INTERPRET="0")
 

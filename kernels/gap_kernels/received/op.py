@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.op import check_heads, check_options
+from ..attention.op import check_heads
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, describe
 from . import reference
 
 
