@@ -6,6 +6,7 @@ from .backends import backend
 from .importance import visual_importance
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .received import attention_received
+from .region import grid_neighbours, topk_per_region
 from .select import topk_indices
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "attention",
     "attention_received",
     "backend",
+    "grid_neighbours",
     "prune_by_score",
     "prune_tokens",
     "spatial_aggregate",
     "topk_indices",
+    "topk_per_region",
     "visual_importance",
 ]

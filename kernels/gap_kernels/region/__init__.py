@@ -1,0 +1,61 @@
+"""Exact, ordered top-k among the best entries of each region."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..validation import ShapeChecker, check_length, read_max, split_count
+from .grid import grid_neighbours
+from .op import check_region, topk_per_region_op
+
+__all__ = ["grid_neighbours", "topk_per_region"]
+
+
+def topk_per_region(
+    scores: Tensor,
+    neighbours: Tensor,
+    per_region: int,
+    k: int | Tensor,
+    *,
+    length: int | None = None,
+) -> Tensor:
+    """Return the indices of the ``k`` best among the ``per_region`` best of each region, in ascending index order.
+
+    This keeps spatial coverage, as Nüwa's separation and alignment do (arXiv 2602.02951): an entry is a candidate if
+    fewer than ``per_region`` of its neighbours beat it, and the best ``k`` candidates are selected. A sample with fewer
+    candidates than ``k`` gets all of them and the best of its other entries, so ``min(k, N)`` entries in any case. One
+    entry beats another, and is better, exactly as in :func:`topk_indices`: by the larger score, then by the lower index,
+    and NaN is beaten by everything. One launch::
+
+        topk_per_region(scores, grid_neighbours((24, 24))[None], per_region=1, k=112)  # LLaVA-1.5, 576 scores
+
+    Args:
+        scores: float32 [B, N]; B and N may be 0.
+        neighbours: int32 [B, N, R], or [1, N, R] for all samples alike, with R of 0..8: the other entries of each
+            entry's region, distinct, in any order; -1 = none. See :func:`grid_neighbours`.
+        per_region: candidates of a region, >= 1.
+        k: how many to select, >= 0: an int, or an int64 tensor [B] with a count per sample. More than N means all.
+        length: columns of the result; default ``min(k, N)``, or that of the largest ``k`` of the batch, which takes
+            one read from the device. Give it under ``torch.compile`` or CUDA graphs if ``k`` is a tensor. More than
+            needed means more filler.
+
+    Returns:
+        int64 [B, length]. A row with fewer than ``length`` indices is filled with -1 on the left.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device, or is out of range. The values of
+            ``neighbours`` and of a ``k`` tensor are checked on the CPU only; elsewhere neighbours out of range count as
+            none, and counts beyond ``min(N, length)`` select the best ``min(N, length)``.
+    """
+    shapes = ShapeChecker()
+    check_region(shapes, scores, neighbours, per_region)
+    count, counts = split_count("k", k, shapes)
+    num_entries = scores.shape[1]
+    if length is not None:
+        check_length(length, at_least=torch.sym_min(count, num_entries))
+    else:
+        if counts is not None:
+            count = read_max(counts, "the number of columns depends on the values of k")
+        length = torch.sym_min(count, num_entries)
+    return topk_per_region_op(scores, neighbours, per_region, count, counts, length)

@@ -1,0 +1,71 @@
+"""``gap_kernels::topk_per_region``: registration, fake kernel and checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import use_triton
+from ..library import fake, operator
+from ..validation import ShapeChecker, check_range, describe, is_int
+from . import reference
+
+MAX_NEIGHBOURS = 8
+"""What the kernel's loop over the neighbours of an entry is unrolled to at most: those of 3 x 3 regions."""
+
+
+@operator(
+    "topk_per_region(Tensor scores, Tensor neighbours, SymInt per_region, SymInt k, Tensor? counts, SymInt length)"
+    " -> Tensor"
+)
+def topk_per_region_op(
+    scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
+) -> Tensor:
+    """Run the operator; see :func:`gap_kernels.topk_per_region` and ``reference.py``."""
+    if scores.is_cpu:
+        _check_values(neighbours, scores.shape[1], counts, length)
+    if use_triton(scores):
+        from . import kernel
+
+        return kernel.topk_per_region(scores, neighbours, per_region, k, counts, length)
+    return reference.topk_per_region(scores, neighbours, per_region, k, counts, length)
+
+
+@fake("topk_per_region")
+def _(
+    scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
+) -> Tensor:
+    return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
+
+
+def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, length: int) -> None:
+    """Check what only CPU tensors are checked for."""
+    check_range("neighbours", neighbours, -1, num_entries - 1)
+    if counts is None or not counts.numel():
+        return
+    if int(counts.min()) < 0:
+        raise ValueError(f"k: expected counts >= 0, got {int(counts.min())}")
+    largest = min(int(counts.max()), num_entries)
+    if largest > length:
+        raise ValueError(f"length: expected at least the largest min(k, N), {largest}, got {length}")
+
+
+def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_region: int) -> None:
+    """Check the arguments of :func:`gap_kernels.topk_per_region` that ``topk_indices`` doesn't have.
+
+    Raises:
+        ValueError: if one has another shape, dtype or device than documented, or is out of range.
+    """
+    shapes.check("scores", scores, "B N", (torch.float32,))
+    shapes.check("neighbours", neighbours, "B|1 N R", (torch.int32,))
+    batch, groups, most = scores.shape[0], neighbours.shape[0], neighbours.shape[2]
+    if groups not in (1, batch):
+        raise ValueError(
+            f"neighbours: expected [B, N, R] with B = {batch}, or [1, N, R], got {describe(neighbours)}"
+        )
+    if most > MAX_NEIGHBOURS:
+        raise ValueError(f"neighbours: expected R = 0..{MAX_NEIGHBOURS} of an entry, got {most}")
+    if not is_int(per_region):
+        raise ValueError(f"per_region: expected an int, got {describe(per_region)}")
+    if per_region < 1:
+        raise ValueError(f"per_region: expected at least 1, got {per_region}")
