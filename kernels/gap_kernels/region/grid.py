@@ -25,8 +25,8 @@ def grid_neighbours(
     grid isn't a multiple of them, those at the right and bottom edges are smaller, and their cells compete with fewer.
 
     Nüwa's code pads such a grid with cells of score 0 instead, which rank among the others but can't be kept: there a
-    real cell whose score is negative, or 0, may lose its place to one of them; here it never does. The scores that the
-    code has, sums of attention, are positive, and then the two agree.
+    real cell whose score is negative, or 0, may lose its place to one of them; here it never does. For positive scores,
+    such as sums of attention, the two agree.
 
     Args:
         grid: (H, W), rows and columns, any >= 1.
@@ -48,10 +48,9 @@ def grid_neighbours(
             raise ValueError(f"{name}: expected sizes >= 1, got {tuple(sizes)}")
     if region[0] * region[1] > MAX_NEIGHBOURS + 1:
         raise ValueError(f"region: expected h * w <= {MAX_NEIGHBOURS + 1}, got {tuple(region)}")
-    # Names the device in full, and is no plain tensor while fake ones are traced.
-    probe = torch.empty(0, device=device)
-    capturing = probe.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or type(probe) is not Tensor or capturing:
+    probe = torch.empty(0, device=device)  # names the device in full
+    traced = torch.compiler.is_compiling() or type(probe) is not Tensor  # but a fake one
+    if traced or (probe.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _neighbours(*grid, *region, probe.device)
     return _kept_neighbours(*grid, *region, probe.device)
 
@@ -64,7 +63,7 @@ def _kept_neighbours(height: int, width: int, rows: int, columns: int, device: t
 
 
 def _neighbours(height: int, width: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    cell = torch.arange(height * width, dtype=torch.int32, device=device)[:, None]
+    cell = torch.arange(height * width, dtype=torch.int32, device=device).unsqueeze(1)
     row, column = cell // width, cell % width
     place = row % rows * columns + column % columns  # in the region
     other = torch.arange(rows * columns - 1, dtype=torch.int32, device=device)
