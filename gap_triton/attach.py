@@ -15,7 +15,7 @@ from .config import GapConfig
 from .hooks import after_owner, after_text, before_head, before_layer, before_owner, before_text
 from .models import (
     Parts,
-    check_layer,
+    check_layers,
     find_parts,
     is_vision_language_model,
     lone_decoder_of,
@@ -23,6 +23,7 @@ from .models import (
 )
 from .selection import Selection
 from .state import Attachment, recall_selection
+from .vision.watch import let_tower_tell
 from .visual_mask import VISUAL_MASK
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
@@ -46,7 +47,7 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
     config = _checked(config if config is not None else GapConfig(), parts)
     attachment = _attachment_of(parts.text)
     if attachment is not None and _covers(attachment, parts):
-        attachment.config = config
+        _set(attachment, config)
         _follow_head(attachment, model)
         return
     if attachment is not None:
@@ -55,11 +56,6 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
         attachment = _install(parts, config)
         attachment.restore = restore
         _follow_head(attachment, model)
-        return
-    if attachment is not None:
-        restore = attachment.restore
-        _remove(attachment)
-        _install(parts, config).restore = restore
         return
     attachment = _install(parts, config)
     _follow_head(attachment, model)
@@ -98,7 +94,7 @@ def configure(model: PreTrainedModel, config: GapConfig) -> None:
             f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
             f'model.set_attn_implementation("{NAME}"), or use gap_triton.attach(model, config)'
         )
-    attachment.config = _checked(config, parts)
+    _set(attachment, _checked(config, parts))
 
 
 @contextmanager
@@ -226,6 +222,11 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     _register(attachment, "register_forward_hook", text, after_text)
     _register(attachment, "register_forward_hook", owner, after_owner)
     object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
+    try:
+        let_tower_tell(attachment, config)
+    except ValueError:
+        _remove(attachment)
+        raise
     return attachment
 
 
@@ -251,6 +252,11 @@ def _remove(attachment: Attachment) -> None:
     object.__delattr__(attachment.text, ATTACHMENT_ATTRIBUTE)
 
 
+def _set(attachment: Attachment, config: GapConfig) -> None:
+    let_tower_tell(attachment, config)
+    attachment.config = config
+
+
 def _attachment_of(module: Any) -> Attachment | None:
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
 
@@ -263,5 +269,5 @@ def _covers(attachment: Attachment, parts: Parts) -> bool:
 def _checked(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
-    check_layer(config.layer, len(parts.text.layers))
+    check_layers(config, len(parts.text.layers))
     return config

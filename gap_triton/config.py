@@ -1,93 +1,197 @@
-"""What to prune, where and by which rule: one frozen, validated dataclass."""
+"""What to prune, where and by which rule: frozen, validated dataclasses."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-Score = Literal["last_token", "text", "random"]
+Score = Literal[
+    "last_token",
+    "text",
+    "raters",
+    "unrotated",
+    "key_norm",
+    "cls",
+    "received",
+    "text_similarity",
+    "random",
+    "spatial",
+]
+Coverage = Literal["topk", "region", "stride"]
+Merge = Literal["none", "aggregation", "contextual", "nearest", "average"]
 Ids = Literal["kept", "compacted", "permuted"]
+Outliers = Literal["outliers"]
 
 BEFORE_THE_DECODER = -1
 
+# What can rank a token depends on where it is ranked.
+DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
+VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
+# What a decoder layer's query and key are asked for; the other scores need no attention.
+ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
+
 
 @dataclass(frozen=True)
-class GapConfig:
-    """How visual tokens are chosen and which position ids the survivors carry.
+class Stage:
+    """One place at which visual tokens are dropped.
 
     Attributes:
-        keep: A float in (0, 1] is the share of each sample's visual tokens that survives, rounded up; an int >= 1
-            is the number that survives per sample (a sample with fewer keeps all of them).
+        keep: A float in (0, 1] is the share of each sample's unpruned visual tokens that survives, rounded up; an int
+            >= 1 is their number per sample (a sample with fewer keeps all of them). After the vision encoder the images of
+            a sample, tiles and frames included, share it by their size. ``"outliers"`` keeps, there only, the tokens of each
+            image whose score lies above the third quartile by more than 1.5 interquartile ranges (PruMerge,
+            arXiv 2403.15388, section 3.2).
         layer: 0-based decoder layer. Tokens are scored in this layer's attention and dropped before the next layer.
-            ``-1`` drops them before the first decoder layer, where only ``score="random"`` is possible.
-        score: What ranks a visual token. ``"last_token"`` is the attention of the last prompt token, mean over
-            heads (FastV, arXiv 2403.06764, section 4.1); ``"text"`` is the same, averaged over the text rows after
-            the sample's last visual token; ``"random"`` draws from ``seed``.
-        ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each
-            survivor, the text after it and every generated token keep the id that they have without pruning.
-            ``"compacted"`` numbers the survivors 0, 1, 2, ...; ``"permuted"`` does that with the visual survivors in
-            score order. The last two are the defects that the paper names, for measuring their effect only.
-        seed: Seed of ``score="random"``. The draw is one of a whole batch: a sample's tokens depend on its row.
+            ``-1`` is after the vision encoder: they are dropped before the first decoder layer.
+        score: What ranks a visual token. In the decoder: ``"last_token"``, the attention of the last prompt token, mean
+            over heads (FastV, arXiv 2403.06764, section 4.1); ``"text"``, the same averaged over the text rows after the
+            sample's last visual token; ``"raters"``, averaged over those of them whose own relevance to the image is at
+            least the mean (SparseVLM, arXiv 2410.04417, section 3.2); ``"unrotated"``, ``"last_token"`` with queries and
+            keys as they are before RoPE (FEATHER, arXiv 2412.13180, section 4). After the vision encoder: ``"cls"``, the
+            attention of its CLS token; ``"received"``, the attention that a token receives there; ``"text_similarity"``,
+            the cosine to the mean embedding of the text (TRIM, arXiv 2409.10994). In both: ``"key_norm"``, the norm of the
+            token's keys; ``"random"``, drawn from ``seed``; ``"spatial"``, evenly spread over the image.
+        coverage: How the scores choose. ``"topk"``, the best; ``"region"``, the best of those that are among the best of
+            their 2 x 2 tokens (Nüwa, arXiv 2602.02951, section 3.1); ``"stride"``, a part evenly spread over the image, the
+            rest by score (FEATHER).
+        merge: What becomes of the rest, after the vision encoder only: ``"none"``, nothing; ``"aggregation"`` (Nüwa),
+            ``"contextual"`` (VisionZip, arXiv 2412.04467), ``"nearest"`` (PruMerge) or ``"average"`` (TRIM) add it to
+            survivors. `gap_triton.strategies` has the formulas.
 
     Raises:
-        ValueError: A field is out of range or of the wrong type; the message names the field, the value and what
-            is allowed.
+        ValueError: A field is out of range or of the wrong type, or does not go with another; the message names the
+            field, the value and what is allowed.
     """
 
-    keep: float | int = 0.5
+    keep: float | int | Outliers = 0.5
     layer: int = 2
     score: Score = "last_token"
-    ids: Ids = "kept"
-    seed: int = 0
+    coverage: Coverage = "topk"
+    merge: Merge = "none"
 
     def __post_init__(self) -> None:
         self._check_keep()
         if not _is_int(self.layer) or self.layer < BEFORE_THE_DECODER:
-            raise ValueError(
-                f"GapConfig.layer={self.layer!r}: expected a decoder layer, an int >= 0, or -1 for before the first"
-            )
-        for field, allowed in (("score", get_args(Score)), ("ids", get_args(Ids))):
-            value = getattr(self, field)
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(
-                    f"GapConfig.{field}={value!r}: expected one of {', '.join(map(repr, allowed))}"
-                )
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"GapConfig.seed={self.seed!r}: expected an int in 0..2**63 - 1")
-        if self.layer == BEFORE_THE_DECODER and self.score != "random":
-            raise ValueError(
-                f"GapConfig.score={self.score!r} with layer=-1: before the first decoder layer there is no attention "
-                "to score by; use score='random', or a layer >= 0"
+            raise self._error("layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder")
+        self._check_choice("score", get_args(Score))
+        self._check_choice("coverage", get_args(Coverage))
+        self._check_choice("merge", get_args(Merge))
+        in_vision = self.layer == BEFORE_THE_DECODER
+        allowed, place = (
+            (VISION_SCORES, "after the vision encoder (layer=-1)")
+            if in_vision
+            else (DECODER_SCORES, "in a decoder layer")
+        )
+        if self.score not in allowed:
+            raise self._error("score", f"{place} it is one of {_listed(allowed)}", f" with layer={self.layer}")
+        if not in_vision and self.merge != "none":
+            raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
+        if self.keep == "outliers" and (not in_vision or self.score in ("random", "spatial")):
+            raise self._error(
+                "keep", "outliers are those of a score measured after the vision encoder; use layer=-1 and such a score"
             )
         # numpy's numbers are accepted; plain ones are kept. A narrow float is read as the decimal that it prints.
-        object.__setattr__(self, "keep", int(self.keep) if _is_int(self.keep) else float(str(self.keep)))
+        if not isinstance(self.keep, str):
+            keep = int(self.keep) if _is_int(self.keep) else float(str(self.keep))
+            object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "layer", int(self.layer))
-        object.__setattr__(self, "seed", int(self.seed))
+
+    def _error(self, field: str, expected: str, context: str = "") -> ValueError:
+        return ValueError(f"{type(self).__name__}.{field}={getattr(self, field)!r}{context}: {expected}")
+
+    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._error(field, f"expected one of {_listed(allowed)}")
 
     def _check_keep(self) -> None:
         if _is_int(self.keep):
-            if self.keep < 1:
-                raise ValueError(
-                    f"GapConfig.keep={self.keep!r}: an int counts the tokens kept and must be >= 1"
-                )
+            if self.keep < 1:  # type: ignore[operator]
+                raise self._error("keep", "an int counts the tokens kept and must be >= 1")
+        elif isinstance(self.keep, str) and self.keep == "outliers":
+            return
         elif not isinstance(self.keep, (float, np.floating)) or not 0.0 < float(self.keep) <= 1.0:
-            raise ValueError(
-                f"GapConfig.keep={self.keep!r}: expected a float in (0, 1] (a share) or an int >= 1 (a count)"
-            )
+            raise self._error("keep", "expected a float in (0, 1] (a share), an int >= 1 (a count) or 'outliers'")
 
     def count(self, visual_tokens: int) -> int:
-        """Number of visual tokens that survive out of ``visual_tokens``.
+        """Number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
 
         A share is read as the decimal that was written, so ``keep=0.7`` of 10 is 7 and not 8.
+
+        Raises:
+            ValueError: ``keep`` is ``"outliers"``, whose number depends on the scores.
         """
+        if isinstance(self.keep, str):
+            raise self._error("keep", "how many tokens that is depends on their scores")
         if _is_int(self.keep):
             return min(int(self.keep), visual_tokens)
         return math.ceil(Fraction(repr(self.keep)) * visual_tokens)
+
+
+@dataclass(frozen=True)
+class GapConfig(Stage):
+    """How visual tokens are chosen and which position ids the survivors carry.
+
+    ``keep``, ``layer``, ``score``, ``coverage`` and ``merge`` are those of the first place at which tokens are dropped, as
+    in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name.
+
+    Attributes:
+        ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each
+            survivor, the text after it and every generated token keep the id that they have without pruning.
+            ``"compacted"`` numbers the survivors 0, 1, 2, ... (on every axis, where a model has several);
+            ``"permuted"`` does that with the visual survivors in score order. The last two are the defects that the paper
+            names, for measuring their effect only.
+        seed: Seed of ``score="random"``. The draw is one of a whole batch: a sample's tokens depend on its row.
+        then: Further stages, at later and later layers, each of which keeps some of what the one before kept.
+
+    Raises:
+        ValueError: A field is out of range or of the wrong type, or does not go with another; the message names the
+            field, the value and what is allowed.
+    """
+
+    ids: Ids = "kept"
+    seed: int = 0
+    then: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("ids", get_args(Ids))
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise self._error("seed", "expected an int in 0..2**63 - 1")
+        object.__setattr__(self, "seed", int(self.seed))
+        if isinstance(self.then, Stage) or not all(type(stage) is Stage for stage in self.then):
+            raise self._error("then", "expected a tuple of gap_triton.Stage")
+        object.__setattr__(self, "then", tuple(self.then))
+        if self.then and self.ids == "permuted":
+            raise self._error("ids", "score order is defined for one stage; leave then out, or use 'compacted'")
+        for before, after in pairwise(self.stages):
+            if after.layer <= before.layer:
+                raise self._error("then", f"layers must increase, and {after.layer} follows {before.layer}")
+            numbers = before.keep, after.keep
+            if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
+                raise self._error("then", f"a stage can't keep more than the one before: keep={numbers[1]} follows {numbers[0]}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, the first one included."""
+        return (Stage(self.keep, self.layer, self.score, self.coverage, self.merge), *self.then)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> GapConfig:
+        """The configuration of a published method, by name: see `gap_triton.presets`."""
+        from .presets import preset
+
+        return preset(name, **options)
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, values))
 
 
 def _is_int(value: object) -> bool:

@@ -19,11 +19,22 @@ from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
 from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
 from .later import shorten
-from .models import check_layer, layer_type
-from .prompt import find_visual_tokens, looks_ahead, make_plan, position_ids_of, real_positions
+from .models import check_layers, layer_type
+from .places import needs_places, places_of
+from .prompt import (
+    decide,
+    find_visual_tokens,
+    looks_ahead,
+    position_ids_of,
+    read_prompt,
+    real_positions,
+)
 from .prune import drop
+from .raters import find_raters
 from .state import Attachment, Call, ForwardState, remember_selection
 from .static import fit
+from .vision.choose import choose_before_the_decoder
+from .vision.watch import watch_tower
 from .visual_mask import VISUAL_MASK, named_visual_tokens
 
 logger = logging.get_logger(__name__)
@@ -79,9 +90,9 @@ def before_owner(
         else:
             _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
         state.given_mask = kwargs.get("attention_mask")
-        state.told_positions = any(
-            kwargs.get(name) is not None for name in ("position_ids", "cache_position")
-        )
+        if state.visual is not None:
+            state.owner_kwargs = dict(kwargs)
+            watch_tower(state)
     kwargs[STATE_KEY] = state
     return args, kwargs
 
@@ -107,33 +118,31 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     batch, queries = inputs.shape[:2]
     # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
     cache, mask = kwargs.get("past_key_values"), state.given_mask
-    state.kept = kept_tokens_of(cache, batch)
+    state.kept = state.before = kept_tokens_of(cache, batch)
     state.batch, state.queries = batch, queries
-    if state.kept is not None:
-        state.resumed, state.dropped_before = True, state.kept.dropped
-    elif queries == 1:
-        fit(cache, None)
+    if state.kept is None and queries == 1:
+        fit(cache, {})
         return None
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
-    if state.kept is not None and state.kept.layer == BEFORE_THE_DECODER and not _is_flat(mask):
-        mask = None  # sized by a first layer that lacks tokens; what was padding is known from the prompt
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
     verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
     if state.visual is not None and not verifies:
-        _plan(state, len(text.layers))
-    if state.plan is not None:
-        assert isinstance(state.past, int)
+        kwargs = _plan(state, kwargs, len(text.layers))
+    state.owner_kwargs = {}
+    if state.drops or (state.kept is not None and state.kept.ids != "kept"):
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
-        refuse_ablation(state.config, text, state.position_ids)
+    if state.drops:
+        assert state.position_ids is not None
+        refuse_ablation(state.config, text)
         kwargs = take_out(state, kwargs)
 
     if state.kept is None:
-        if state.plan is None:
-            fit(cache, None)
+        if not state.drops:
+            fit(cache, {})
         return args, kwargs
-    if queries > 1 and not (verifies and state.kept.layer != BEFORE_THE_DECODER):
-        refuse_continuation(state.kept, state.config if state.plan is not None else None, queries)
+    if queries > 1 and not verifies:
+        refuse_continuation(state.kept, state.config if state.drops else None, queries)
         new = None if state.real is None else state.real[:, state.past :]
         if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
             raise ValueError(
@@ -141,33 +150,34 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
                 "turn: start a new cache with the whole conversation"
             )
     state.kept.settled = True
-    if kwargs.get("position_ids") is None and state.kept.layer == BEFORE_THE_DECODER:
-        # The model would count from the shortened cache of its first layer.
-        position_ids = state.past + torch.arange(queries, device=inputs.device)
-        return args, {**kwargs, "position_ids": position_ids[None]}
-    if state.kept.layer == BEFORE_THE_DECODER and not state.told_positions:
-        raise ValueError(
-            "position_ids: this model counts by its cache, which GapConfig.layer=-1 made shorter than the text: pass "
-            "position_ids, as generate() does, or use a layer >= 0"
-        )
     return args, kwargs
 
 
-def _is_flat(mask: Any) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2
-
-
-def _plan(state: ForwardState, layers: int) -> None:
+def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
+    """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     assert state.visual is not None
     assert isinstance(state.past, int)
     drafts = state.call.drafts
     if drafts >= state.queries or (drafts and bool(state.visual[:, -drafts:].any())):
         drafts = 0  # the caller wants the logits of the prompt itself
-    prompt = state.queries - drafts
-    new = None if state.real is None else state.real[:, state.past :][:, :prompt]
-    state.plan = make_plan(state.visual[:, :prompt], new, state.config)
-    if state.plan is not None:
-        check_layer(state.config.layer, layers)
+    length = state.queries - drafts
+    new = None if state.real is None else state.real[:, state.past :][:, :length]
+    prompt = read_prompt(state.visual[:, :length], new)
+    if not any(prompt.visual_counts):
+        return kwargs
+    stages = state.config.stages
+    if stages[0].layer == BEFORE_THE_DECODER:
+        state.chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
+    state.drops = decide(prompt, stages, state.chosen)
+    if not state.drops:
+        return kwargs
+    check_layers(state.config, layers)
+    state.prompt = prompt
+    if any(stage.score == "raters" for stage in stages):
+        state.raters = find_raters(prompt, kwargs)
+    if any(needs_places(stage) for stage in stages):
+        state.places = places_of(state, prompt)
+    return kwargs
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -175,13 +185,10 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None or not state.enabled:
         return None
-    if state.plan is not None:
-        pruning_layer = state.config.layer
-    elif state.kept is not None:
-        pruning_layer = state.kept.layer
-    else:
+    if state.kept is None and not state.drops:
         return None
-    if index <= pruning_layer:
+    first = state.drops[0].stage.layer if state.drops else state.kept.layers[0]  # type: ignore[union-attr]
+    if index <= first:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -190,10 +197,11 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
-    if state.plan is not None and index == pruning_layer + 1:
-        hidden_states = drop(state, state.plan, hidden_states, kwargs)
-    elif state.plan is not None:
+    if state.done:
         hidden_states = add_behind(state, hidden_states, index - 1)
+    upcoming = state.next_drop
+    if upcoming is not None and index == upcoming.stage.layer + 1:
+        hidden_states = drop(state, upcoming, hidden_states, kwargs)
     shorten(state, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
 
@@ -201,9 +209,9 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or state.plan is None:
+    if state is None or not state.drops:
         return None
-    if state.survivors is None:
+    if state.done < len(state.drops):
         raise RuntimeError(
             f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"
@@ -225,8 +233,10 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
 
 
 def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:
-    """Say so if the owner kept its keyword arguments to itself: the decoder would have run unpruned without a word."""
+    """Stop looking at the vision encoder, and say so if the owner kept its keyword arguments to itself: the decoder would have run unpruned without a word."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is not None and state.watch is not None:
+        state.watch.stop()
     if state is not None and state.enabled and not state.entered:
         raise RuntimeError(
             f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "

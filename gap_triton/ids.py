@@ -14,16 +14,15 @@ import torch
 from .config import GapConfig
 
 
-def refuse_ablation(config: GapConfig, text: Any, position_ids: torch.Tensor) -> None:
+def refuse_ablation(config: GapConfig, text: Any) -> None:
     """Refuse ``ids`` other than ``"kept"`` where renumbering is not defined.
 
     Args:
         config: The configuration of this forward.
         text: The decoder stack.
-        position_ids: Its ids without pruning.
 
     Raises:
-        ValueError: There are several ids per token, or not one rotary embedding for all layers.
+        ValueError: There is not one rotary embedding for all layers.
     """
     if config.ids == "kept":
         return
@@ -31,11 +30,10 @@ def refuse_ablation(config: GapConfig, text: Any, position_ids: torch.Tensor) ->
     several = hasattr(text, "rotary_emb_local") or (
         rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
     )
-    if rotary is None or several or position_ids.dim() != 2:
+    if rotary is None or several:
         raise ValueError(
-            f"GapConfig.ids={config.ids!r}: renumbering is defined for one id per token and one rotary embedding for all "
-            f"layers, and {type(text).__name__} has position ids of shape {tuple(position_ids.shape)}"
-            f"{' and rotary embeddings by layer type' if several else ''}; use ids='kept'"
+            f"GapConfig.ids={config.ids!r}: renumbering is defined for one rotary embedding for all layers, and "
+            f"{type(text).__name__} has {'one by layer type' if several else 'none'}; use ids='kept'"
         )
 
 
@@ -70,24 +68,41 @@ def score_order(
 def compact(
     position_ids: torch.Tensor, index: torch.Tensor, real: torch.Tensor, earlier_shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number the surviving rows without gaps.
+    """Number the surviving rows without gaps; where a model has several axes, on every axis, as a text is numbered.
 
     Args:
-        position_ids: [B, Q] int64, the ids without pruning.
+        position_ids: [B, Q] or [A, B, Q] int64, the ids without pruning.
         index: [B, L] int64 surviving rows, ascending, -1 = filler.
         real: [B, Q] bool, False at padding.
-        earlier_shift: [B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
+        earlier_shift: [B] or [A, B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
 
     Returns:
-        The new ids [B, L], and by how much ids of later tokens must be lowered, [B].
+        The new ids [B, L] or [A, B, L], and by how much ids of later tokens must be lowered, [B] or [A, B].
     """
     rows = index.clamp(min=0)
     counts = (index >= 0) & real.gather(1, rows)
-    first = position_ids.gather(1, real.to(torch.int8).argmax(dim=1, keepdim=True))  # [B, 1]
+
+    def at(place: torch.Tensor) -> torch.Tensor:
+        return position_ids.gather(-1, place.expand(*position_ids.shape[:-1], -1))
+
+    first = at(real.to(torch.int8).argmax(dim=1, keepdim=True))  # [B, 1]
     if earlier_shift is not None:
-        first = first - earlier_shift[:, None]
+        first = first - earlier_shift[..., None]
     ids = (first + counts.cumsum(dim=1) - 1).clamp(min=0)
     slot = torch.arange(index.shape[1], device=index.device)
     last = torch.where(counts, slot, 0).amax(dim=1, keepdim=True)
-    shift = position_ids.gather(1, rows.gather(1, last)) - ids.gather(1, last)
-    return ids, shift[:, 0]
+    shift = at(rows.gather(1, last)) - ids.gather(-1, last.expand(*ids.shape[:-1], -1))
+    return ids, shift[..., 0]
+
+
+def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Ids of tokens that follow renumbered ones.
+
+    Args:
+        position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
+        shift: [B] or [A, B] int64, from `compact`.
+    """
+    shift = shift.to(position_ids.device)[..., None]
+    if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
+        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
+    return position_ids - shift

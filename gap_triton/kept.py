@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .config import BEFORE_THE_DECODER, GapConfig
-from .state import ForwardState, KeptTokens
+from .state import Drop, ForwardState, KeptRows, KeptTokens
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
 
@@ -29,9 +30,9 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
         ValueError: The cache was pruned for another batch size.
     """
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is not None and kept.index.shape[0] != batch:
+    if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
-            f"past_key_values was pruned for a batch of {kept.index.shape[0]} and is continued with a batch of {batch}: "
+            f"past_key_values was pruned for a batch of {kept.stages[0].index.shape[0]} and is continued with a batch of {batch}: "
             "expand the inputs before the prompt is run, or the cache with its own methods (batch_repeat_interleave, "
             "batch_select_indices, reorder_cache)"
         )
@@ -60,23 +61,29 @@ def original_length(
         return 0
     if kept is None:
         return int(cache.get_seq_length())
-    if is_static(cache, kept.layer + 1):
+    first = kept.stages[0].layer
+    if is_static(cache, first + 1):
         length = _static_length(cache, kept)
         if not isinstance(length, int) and cache_position is not None:
             length = cache_position[
                 0
             ]  # where it is passed, static layers guess their length from their contents
         return length if queries == 1 else int(length)
-    held = int(cache.get_seq_length(kept.layer + 1))
-    length = kept.original_length(held)
-    in_first = length if kept.layer == BEFORE_THE_DECODER else int(cache.get_seq_length(0))
-    if held < kept.index.shape[1] or length != in_first:
-        raise ValueError(
-            f"past_key_values was changed behind its own methods after it was pruned: layer 0 holds {in_first} tokens and "
-            f"layer {kept.layer + 1} {held}, where {held} stand for {length}. Use past_key_values.crop(...), which knows "
-            "what was dropped, or start a new cache"
+    held = [int(cache.layers[stage.layer + 1].get_seq_length()) for stage in kept.stages]
+    lengths = [length + stage.dropped for length, stage in zip(held, kept.stages, strict=True)]
+    if first != BEFORE_THE_DECODER:
+        lengths.insert(0, int(cache.layers[0].get_seq_length()))
+    too_short = any(length < stage.index.shape[1] for length, stage in zip(held, kept.stages, strict=True))
+    if too_short or len(set(lengths)) > 1:
+        found = ", ".join(
+            f"layer {stage.layer + 1} {length}" for length, stage in zip(held, kept.stages, strict=True)
         )
-    return length
+        raise ValueError(
+            f"past_key_values was changed behind its own methods after it was pruned: {found} tokens are held, which with "
+            f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use past_key_values.crop(...), "
+            "which knows what was dropped, or start a new cache"
+        )
+    return lengths[0]
 
 
 def is_static(cache: Any | None, layer: int) -> bool:
@@ -92,7 +99,8 @@ def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
         # A new tensor: the layer's own is counted up in place while the forward runs.
-        length = layer.get_seq_length() + (kept.dropped if index > kept.layer else 0)
+        record = kept.at(index)
+        length = layer.get_seq_length() + (0 if record is None else record.dropped)
         if isinstance(length, int):  # sliding layers count on the host
             break
     return length
@@ -125,17 +133,13 @@ def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int
             "chosen by a prompt that was not complete. Chunked prefill can't be combined with pruning: pass the whole "
             "prompt in one forward (prefill_chunk_size=None), or keep=1.0"
         )
-    if kept.layer == BEFORE_THE_DECODER:
-        raise ValueError(
-            "GapConfig.layer=-1 prunes before the decoder, and then a cache can't take another turn, nor the blocks of "
-            "assisted decoding: use a layer >= 0, or start a new cache with the whole conversation"
-        )
     if config is None:
         return
-    if config.layer != kept.layer:
+    layers = tuple(stage.layer for stage in config.stages)
+    if layers != kept.layers:
         raise ValueError(
-            f"GapConfig.layer={config.layer}, but this cache was pruned after layer {kept.layer}: go on with that layer, or "
-            "start a new cache"
+            f"GapConfig prunes at layers {_listed(layers)}, but this cache was pruned at layers {_listed(kept.layers)}: go "
+            "on with those, or start a new cache"
         )
     if config.ids != kept.ids:
         raise ValueError(
@@ -144,32 +148,35 @@ def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int
         )
 
 
-def extend(state: ForwardState, positions: torch.Tensor, dense: bool) -> KeptTokens:
-    """What the later layers hold once they have taken the rows of a prompt that is pruned.
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def extend(state: ForwardState, drop: Drop, positions: torch.Tensor) -> KeptRows:
+    """What the layers after a stage hold once they have taken the rows of a prompt that is pruned.
 
     Args:
-        state: The running forward, with what they held before in ``state.kept``.
+        state: The running forward.
+        drop: The stage.
         positions: [B, L] int64, original positions of the surviving rows, -1 = filler.
-        dense: Whether all of ``positions`` are known to be real tokens.
 
     Returns:
-        The extension of ``state.kept``, or a new record where nothing had been dropped.
+        The extension of the stage's record in ``state.before``, or a new one where nothing had been dropped.
     """
-    before = state.kept
     assert isinstance(state.past, int)
-    assert state.plan is not None
+    assert state.prompt is not None
+    before = None if state.before is None else state.before.stages[state.done]
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
     new = torch.cat([between, positions], dim=1)
     if state.real is not None:
         new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
-    return KeptTokens(
-        layer=state.config.layer if before is None else before.layer,
+    return KeptRows(
+        layer=drop.stage.layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
-        covered=state.past + state.plan.visual.shape[1],
+        covered=state.past + state.prompt.visual.shape[1],
         # Of earlier tokens only the device knows whether they are padding.
-        dense=dense and before is None and state.past == 0,
-        ids=state.config.ids if before is None else before.ids,
+        dense=drop.dense and before is None and state.past == 0,
         id_shift=None if before is None else before.id_shift,
     )
 
@@ -190,6 +197,13 @@ def follow_cache_methods() -> None:
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
             setattr(Cache, name, _following(method, follow))
+    for name, add in {
+        "get_seq_length": lambda length, dropped: length + dropped,
+        "get_mask_sizes": lambda sizes, dropped: (sizes[0] + dropped, sizes[1]),
+    }.items():
+        method = getattr(Cache, name)
+        if not hasattr(method, "_gap_follows"):
+            setattr(Cache, name, _as_if_unpruned(method, add))
 
 
 Follow = Callable[..., KeptTokens | None]
@@ -212,6 +226,24 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     return wrapped
 
 
+def _as_if_unpruned(method: Callable[..., Any], add: Callable[[Any, int], Any]) -> Callable[..., Any]:
+    """``method``, but where even the first layer lacks tokens: models and `generate` count and size masks by it."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
+        if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+            return result
+        record = kept.at(signature.bind(self, *args, **kwargs).arguments.get("layer_idx", 0))
+        assert record is not None
+        return add(result, record.dropped)
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    return wrapped
+
+
 def _then(change: Follow) -> Follow:
     """The method itself, then ``change`` of the note by the same arguments."""
 
@@ -223,49 +255,59 @@ def _then(change: Follow) -> Follow:
 
 
 def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
-    if isinstance(samples, torch.Tensor):
-        samples = samples.to(kept.index.device)
-    shift = None if kept.id_shift is None else kept.id_shift[samples]
-    return replace(kept, index=kept.index[samples], id_shift=shift)
+    def select(record: KeptRows) -> KeptRows:
+        chosen = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
+        shift = None if record.id_shift is None else record.id_shift[..., chosen]
+        return replace(record, index=record.index[chosen], id_shift=shift)
+
+    return kept.map(select)
 
 
 def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
-    shift = None if kept.id_shift is None else kept.id_shift.repeat_interleave(repeats, dim=0)
-    return replace(kept, index=kept.index.repeat_interleave(repeats, dim=0), id_shift=shift)
+    def repeat(record: KeptRows) -> KeptRows:
+        shift = None if record.id_shift is None else record.id_shift.repeat_interleave(repeats, dim=-1)
+        return replace(record, index=record.index.repeat_interleave(repeats, dim=0), id_shift=shift)
+
+    return kept.map(repeat)
 
 
 def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
-    """Crop earlier layers as asked, and later ones to what they hold of the positions that are left.
+    """Crop layers that hold everything as asked, and others to what they hold of the positions that are left.
 
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.
     """
-    held = int(cache.get_seq_length(kept.layer + 1))
-    left = _cropped(kept.original_length(held), amount)
-    if left < kept.covered:
-        if kept.id_shift is not None:
-            raise ValueError(
-                f"past_key_values.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
-                f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
-            )
-        # A column that only some samples lose stays, and nobody may attend to it there.
-        index = torch.where(kept.index < left, kept.index, -1)
-        columns = int(
-            torch.where(
-                (index >= 0).any(dim=0), torch.arange(index.shape[1], device=index.device) + 1, 0
-            ).amax()
+    length = cache.layers[kept.stages[0].layer + 1].get_seq_length() + kept.stages[0].dropped
+    left = _cropped(int(length), amount)
+    if left < kept.covered and any(record.id_shift is not None for record in kept.stages):
+        raise ValueError(
+            f"past_key_values.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
+            f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
         )
-        kept = replace(kept, index=index[:, :columns], covered=left, dense=False)
-    surplus = held - kept.index.shape[1] - (left - kept.covered)
+    # Nobody crops between the chunks of a prompt.
+    after = replace(kept, settled=True)
+    if left < kept.covered:
+        after = after.map(functools.partial(_cut, left=left))
     for number, layer in enumerate(cache.layers):
-        if number <= kept.layer:
+        record = after.at(number)
+        if record is None:
             layer.crop(amount)
-        elif surplus:
+            continue
+        surplus = int(layer.get_seq_length()) - record.index.shape[1] - (left - record.covered)
+        if surplus:
             layer.crop(-surplus)
         elif amount == 0:  # shrinks a sliding window that was recording its past
             layer.crop(0)
-    # Nobody crops between the chunks of a prompt.
-    return replace(kept, settled=True) if left else None
+    return after if left else None
+
+
+def _cut(record: KeptRows, left: int) -> KeptRows:
+    """The record of the first ``left`` original positions."""
+    # A column that only some samples lose stays, and nobody may attend to it there.
+    index = torch.where(record.index < left, record.index, -1)
+    number = torch.arange(1, index.shape[1] + 1, device=index.device)
+    columns = int(torch.where((index >= 0).any(dim=0), number, 0).amax())
+    return replace(record, index=index[:, :columns], covered=left, dense=False)
 
 
 def _cropped(length: int, amount: int) -> int:

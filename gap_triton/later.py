@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from .ids import lowered
 from .masks import causal_mask, column_positions, take_from_mask
 from .models import sliding_window
-from .state import ForwardState, KeptTokens
+from .state import ForwardState, KeptRows
 
 # Axis of the tokens, which follows the axis of the batch.
 TOKEN_AXIS = {
@@ -30,43 +31,51 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         kwargs: The layer's keyword arguments, changed in place.
         index: The layer's place in the decoder.
     """
-    kept = state.kept
+    assert state.kept is not None
+    kept = state.kept.at(index)
     assert kept is not None
     cache = kwargs.get("past_key_values")
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = sliding_window(state.attachment.text.config, index)
     mask = kwargs.get("attention_mask")
-    # Layers of one window share one mask of the model.
+    # Layers of one window and one stage share one mask of the model.
     kwargs["attention_mask"] = state.once(
-        ("mask", window), lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window)
+        ("mask", kept.layer, window),
+        lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window),
     )
-    if state.plan is not None:
+    if state.drops:
         for name, value in kwargs.items():
             if name not in OTHERWISE:
-                kwargs[name] = _survivors_of(state, name, value)
+                kwargs[name] = survivors_of(state, name, value)
     ids = state.new_ids
-    if state.plan is None and kept.id_shift is not None:
-        unpruned, shift = kwargs["position_ids"], kept.id_shift
-        ids = state.once("position_ids", lambda: unpruned - shift.to(unpruned.device)[:, None])
+    if not state.drops and kept.id_shift is not None:
+        unpruned, shift = state.position_ids, kept.id_shift
+        assert unpruned is not None
+        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
     if ids is not None:
-        kwargs["position_ids"] = ids
+        # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+        flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
+        told = kwargs.get("position_ids")
+        kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
         if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
             kwargs["position_embeddings"] = state.once(
-                "rotary", lambda: state.attachment.text.rotary_emb(hidden_states, ids)
+                ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
             )
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
-        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - state.dropped_before
+        before = None if state.before is None else state.before.at(index)
+        lacked = 0 if before is None else before.dropped
+        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
 
 
-def _survivors_of(state: ForwardState, name: str, value: Any) -> Any:
+def survivors_of(state: ForwardState, name: str, value: Any) -> Any:
     """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
     for known, survivors in state.taken:
         if known is value:
             return survivors
     if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
-        survivors = type(value)(_survivors_of(state, name, x) for x in value)
+        survivors = type(value)(survivors_of(state, name, x) for x in value)
     elif not isinstance(value, torch.Tensor):
         return value
     elif name in TOKEN_AXIS:
@@ -93,7 +102,7 @@ def _take_rows(state: ForwardState, value: torch.Tensor, axis: int) -> torch.Ten
 
 def _later_mask(
     state: ForwardState,
-    kept: KeptTokens,
+    kept: KeptRows,
     mask: torch.Tensor | None,
     cache_layer: Any | None,
     hidden_states: torch.Tensor,
@@ -103,17 +112,17 @@ def _later_mask(
     rows, device = hidden_states.shape[1], hidden_states.device
     static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
     if mask is None and kept.dense:
-        if state.plan is not None:
+        if state.drops:
             return None
         if rows == 1 and not static and (window is None or state.past + rows <= window):
             return None
     columns = column_positions(kept, cache_layer, rows)
-    if state.plan is not None:
+    if state.drops:
         assert state.slots is not None
         own = state.slots
     else:
         own = torch.arange(rows, device=columns.device).expand(columns.shape[0], -1)
-    if mask is not None and (state.ready_made or not state.resumed):
+    if mask is not None and (state.ready_made or state.before is None):
         return take_from_mask(mask, own, columns, state.past + state.queries)
     # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
     # its mask is of no use here.

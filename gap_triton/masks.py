@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .state import KeptTokens
+from .state import KeptRows
 
 # transformers 5.x asks by length, 4.57 by a tensor of that length.
 _SIZES_BY_LENGTH = "query_length" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
 
 
-def column_positions(kept: KeptTokens, cache_layer: Any | None, queries: int) -> torch.Tensor:
+def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> torch.Tensor:
     """Original position of each key column that one later layer's attention is about to see.
 
     Args:

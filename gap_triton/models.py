@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from .config import GapConfig
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
 
 TEXT_MODEL_NAMES = ("language_model", "text_model")
@@ -275,10 +276,11 @@ def sliding_window(config: Any, index: int) -> int | None:
     return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None
 
 
-def check_layer(layer: int, layers: int) -> None:
-    """Raise ValueError unless at least one of the decoder's ``layers`` layers follows the pruning layer."""
-    if layer > layers - 2:
+def check_layers(config: GapConfig, layers: int) -> None:
+    """Raise ValueError unless at least one of the decoder's ``layers`` layers follows every pruning layer."""
+    last = config.stages[-1].layer
+    if last > layers - 2:
         raise ValueError(
-            f"GapConfig.layer={layer}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
+            f"GapConfig.layer={last}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
             "least one layer follows the pruning layer"
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .config import GapConfig
-from .state import Plan
+from .config import BEFORE_THE_DECODER, Stage
+from .state import Chosen, Drop, Plan, Prompt
 
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -120,69 +121,118 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
     return not bool(moves_on.all())
 
 
-def make_plan(visual: torch.Tensor, real: torch.Tensor | None, config: GapConfig) -> Plan | None:
-    """Decide what a prefill drops, with one read from the device.
+def read_prompt(visual: torch.Tensor, real: torch.Tensor | None) -> Prompt:
+    """Count what a prompt holds, with one read from the device.
 
     Args:
         visual: [B, Q] bool.
         real: [B, Q] bool, False at padding; None = no padding.
-        config: What to keep.
-
-    Returns:
-        The plan, or None where nothing is to be dropped.
     """
-    queries = visual.shape[1]
-    positions = torch.arange(queries, device=visual.device)
-    if real is None:
-        real = torch.ones_like(visual)
-    real = real.to(visual.device)
+    positions = torch.arange(visual.shape[1], device=visual.device)
+    real = torch.ones_like(visual) if real is None else real.to(visual.device)
     visual = visual & real
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
     text_after = real & ~visual & (positions > last_visual)  # [B, Q]
     facts = torch.stack(
-        [visual.sum(1), real.sum(1), text_after.sum(1), visual[:, -1].long(), real[:, -1].long()], dim=1
+        [visual.sum(1), real.sum(1), text_after.sum(1), visual[:, -1].long(), real[:, -1].long()]
     ).tolist()
+    visual_counts, real_counts, text_counts, last_is_visual, last_is_real = map(tuple, facts)
+    return Prompt(
+        visual=visual,
+        real=real,
+        visual_index=positions_first(visual, max(visual_counts)),
+        text_after=text_after,
+        visual_counts=visual_counts,
+        real_counts=real_counts,
+        text_counts=text_counts,
+        last_is_visual=tuple(map(bool, last_is_visual)),
+        last_is_real=tuple(map(bool, last_is_real)),
+    )
 
-    keep, lengths, dense, most_visual, most_text = [], [], True, 0, 0
-    for visual_count, real_count, text_count, last_is_visual, last_is_real in facts:
-        kept = config.count(visual_count)
-        # The last row always stays, because generation reads its logits: one more row where it is padding, or where it
-        # is a visual token that was not chosen.
-        extra = int(not last_is_real) or int(last_is_visual and kept < visual_count)
-        keep.append(kept)
-        lengths.append(real_count - visual_count + kept + extra)
-        dense = dense and not extra
-        most_visual, most_text = max(most_visual, visual_count), max(most_text, text_count)
-    if all(kept == fact[0] for kept, fact in zip(keep, facts, strict=True)):
-        return None
 
-    length = max(lengths)
+def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tuple[Drop, ...]:
+    """What each stage of a prefill drops; empty where no stage drops anything.
+
+    Args:
+        prompt: The prompt.
+        stages: Where and how.
+        chosen: What the first stage keeps, where that is the one after the vision encoder.
+    """
+    drops: list[Drop] = []
+    before = prompt.visual_counts
+    for stage in stages:
+        if stage.layer == BEFORE_THE_DECODER:
+            assert chosen is not None
+            keep = chosen.keep
+        else:
+            keep = tuple(map(min, map(stage.count, prompt.visual_counts), before))
+        lengths, dense, after = [], True, []
+        for b, kept in enumerate(keep):
+            # The last row always stays, because generation reads its logits: one more row where it is a visual token that
+            # was not chosen, or where it is padding.
+            visual_stays = prompt.last_is_visual[b] and kept < before[b]
+            extra = int(visual_stays or not prompt.last_is_real[b])
+            lengths.append(prompt.real_counts[b] - prompt.visual_counts[b] + kept + extra)
+            dense = dense and not extra
+            after.append(kept + int(visual_stays))
+        dense = dense and min(lengths) == max(lengths)
+        drops.append(Drop(stage, keep, before, max(lengths), dense))
+        before = tuple(after)
+    return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
+
+
+def plan_of(
+    prompt: Prompt,
+    drop: Drop,
+    raters: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> Plan:
+    """What ``drop`` drops from the rows that it finds.
+
+    Args:
+        prompt: The prompt.
+        drop: The stage.
+        raters: [B, Q] bool, rows that rate for ``score="raters"``.
+        index: [B, S] int64, the rows of the prompt that are left, -1 = filler; None = all of them.
+    """
+
+    def left(mask: torch.Tensor) -> torch.Tensor:
+        return mask if index is None else mask.gather(1, index.clamp(min=0)) & (index >= 0)
+
+    visual, real = left(prompt.visual), left(prompt.real)
     return Plan(
         visual=visual,
         real=real,
-        visual_index=_positions_first(visual, most_visual),
-        keep=torch.tensor(keep, device=visual.device),
-        rows=_scoring_rows(real, text_after, most_text, config),
-        length=length,
-        dense=dense and min(lengths) == length,
-        padded=any(real_count < queries for _, real_count, *_ in facts),
+        visual_index=prompt.visual_index if index is None else positions_first(visual, max(drop.before)),
+        keep=torch.tensor(drop.keep, device=visual.device),
+        rows=_scoring_rows(prompt, drop.stage, real, left, raters),
+        padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
     )
 
 
 def _scoring_rows(
-    real: torch.Tensor, text_after: torch.Tensor, most_text: int, config: GapConfig
+    prompt: Prompt,
+    stage: Stage,
+    real: torch.Tensor,
+    left: Callable[[torch.Tensor], torch.Tensor],
+    raters: torch.Tensor | None,
 ) -> torch.Tensor:
     positions = torch.arange(real.shape[1], device=real.device)
     last_real = torch.where(real, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
-    if config.score != "text" or most_text == 0:
+    most_text = max(prompt.text_counts)
+    if stage.score not in ("text", "raters") or most_text == 0:
         return last_real
-    rows = _positions_first(text_after, most_text)  # [B, R]
+    asking = prompt.text_after
+    if stage.score == "raters":
+        assert raters is not None
+        asking = raters
+    rows = positions_first(left(asking), most_text)  # [B, R]
     # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
     rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
     return rows
 
 
-def _positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
+def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
     """Positions of the True entries of each row, ascending, then -1: [B, N] bool -> [B, width] int64."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]

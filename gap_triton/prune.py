@@ -2,164 +2,156 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, visual_importance
+from gap_kernels import PrunedTokens, prune_by_score, prune_tokens
 
-from .attention import NAME
-from .ids import compact, score_order
+from .config import ATTENTION_SCORES, BEFORE_THE_DECODER
+from .ids import compact, lowered, score_order
 from .kept import extend, store
-from .models import sliding_window
-from .parallel import mean_over_ranks, tensor_parallel_group
-from .prompt import looks_ahead
+from .later import survivors_of
+from .prompt import plan_of
+from .scores import attention_of, scores_of
 from .selection import Selection
-from .state import ForwardState, Plan
+from .state import Drop, ForwardState, KeptTokens, Plan
 from .static import fit
 
 
-def drop(
-    state: ForwardState, plan: Plan, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Drop what ``plan`` says, between the pruning layer and the next.
+def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Drop what ``now`` says, between the pruning layer and the next.
 
     Args:
         state: The running forward; takes note of survivors, ids and rotary embeddings for the later layers.
-        plan: What to drop.
-        hidden_states: [B, Q, C], output of the pruning layer.
+        now: The stage.
+        hidden_states: [B, S, C], output of the pruning layer.
         kwargs: Keyword arguments of the first later layer.
 
     Returns:
         The surviving rows, [B, L, C], filler on the left.
     """
-    batch, queries, _ = hidden_states.shape
+    assert state.prompt is not None
+    batch, queries = state.batch, state.queries
     device = hidden_states.device
-    state.plan = plan = plan.to(device)
+    prompt = state.prompt.visual.shape[1]
+    drafts = queries - prompt
+    index = None if state.slots is None else state.slots[:, : state.slots.shape[1] - drafts]  # in the prompt
+    plan = plan_of(state.prompt, now, state.raters, index).to(device)
+    index = None if index is None else index.to(device)
+    rows = plan.visual.shape[1]
+
     rotary = kwargs.get("position_embeddings")
     # The operator gathers one cos and sin of three dimensions. Others are gathered by `later.shorten`, as the layers
     # bring them; here an empty pair stands in.
-    cos = sin = hidden_states.new_empty(1, queries, 1)
+    cos = sin = hidden_states.new_empty(1, rows + drafts, 1)
     one_pair = isinstance(rotary, tuple) and len(rotary) == 2 and all(x.dim() == 3 for x in rotary)
-    if rotary is not None and one_pair:
-        cos, sin = rotary
+    state.rotary = rotary if index is None else survivors_of(state, "position_embeddings", rotary)
+    if one_pair:
+        cos, sin = state.rotary
     cos, sin = (x.to(device).expand(batch, -1, -1) for x in (cos, sin))
     assert state.position_ids is not None
     position_ids = state.position_ids.to(device)
     position_ids = position_ids.expand(*position_ids.shape[:-2], batch, queries).contiguous()
-    prompt = plan.visual.shape[1]
     # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
-    prompt_ids = position_ids[..., :prompt]
+    prompt_ids = position_ids[..., :prompt].long()
     pruned = _score_and_prune(
         state,
+        now,
         plan,
+        index,
         (
-            *(x[:, :prompt] for x in (hidden_states, cos, sin)),
-            prompt_ids.long(),
+            *(x[:, :rows] for x in (hidden_states, cos, sin)),
+            prompt_ids if index is None else _take(prompt_ids, index),
             plan.visual_index,
             plan.keep,
         ),
     )
+    state.scorer = state.query = state.key = state.mask = state.rotary = None
+    surviving = pruned.index if index is None else _rows_of(index, pruned.index)
 
-    before = state.kept
+    real = state.prompt.real.to(device)
     # A last row that is padding stays for its logits, but nobody may attend to it.
-    alive = (pruned.index >= 0) & plan.real.gather(1, pruned.index.clamp(min=0))
-    positions = torch.where(alive, pruned.index + state.past, -1)
-    state.kept = kept = extend(state, positions, plan.dense)
-    store(kwargs.get("past_key_values"), kept)
+    alive = (surviving >= 0) & real.gather(1, surviving.clamp(min=0))
+    record = extend(state, now, torch.where(alive, surviving + state.past, -1))
 
-    def with_drafts(survivors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return survivors if queries == prompt else torch.cat([survivors, rows[:, prompt:]], dim=1)
+    def with_drafts(survivors: torch.Tensor, everything: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        drafted = everything.narrow(dim, everything.shape[dim] - drafts, drafts)
+        return torch.cat([survivors, drafted], dim=dim) if drafts else survivors
 
     row_numbers = torch.arange(queries, device=device).expand(batch, -1)
-    state.slots = state.survivors = with_drafts(pruned.index, row_numbers)
-    new_ids, survivors = pruned.position_ids, with_drafts(pruned.hidden_states, hidden_states)
+    state.slots = state.survivors = with_drafts(surviving, row_numbers)
+    state.taken = []
+    survivors, new_ids = with_drafts(pruned.hidden_states, hidden_states), pruned.position_ids
     if state.config.ids == "permuted":
-        order = score_order(pruned.index, plan.visual, plan.visual_index, pruned.scores)
+        order = score_order(surviving, plan.visual, plan.visual_index, pruned.scores)
         state.survivors = with_drafts(order, row_numbers)
         source = state.survivors.clamp(min=0)
         survivors = hidden_states.gather(1, source[..., None].expand_as(survivors))
     if state.config.ids != "kept":
-        shift = None if before is None else before.id_shift
-        new_ids, kept.id_shift = compact(prompt_ids, pruned.index, plan.real, shift)
-        state.new_ids = with_drafts(new_ids, position_ids - kept.id_shift[:, None])
+        new_ids, shift = compact(position_ids[..., :prompt], surviving, real, record.id_shift)
+        record = replace(record, id_shift=shift)
+        following = lowered(position_ids, shift)
+        state.new_ids = with_drafts(new_ids, following, dim=-1) if drafts else new_ids
     elif one_pair:
         state.taken.append((rotary, (with_drafts(pruned.cos, cos), with_drafts(pruned.sin, sin))))
-    if state.past == 0:
-        fit(kwargs.get("past_key_values"), kept)
-    state.selection = Selection(pruned.index, new_ids, plan.visual_index, pruned.scores, plan.visual)
-    state.query = state.key = state.mask = None
+
+    before = state.before.stages if state.before is not None else ()
+    already = () if state.kept is None or not state.done else state.kept.stages[: state.done]
+    state.kept = KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids)
+    cache = kwargs.get("past_key_values")
+    store(cache, state.kept)
+    if state.past == 0 and not state.done:
+        fit(cache, {each.stage.layer: prompt - each.length for each in state.drops})
+    state.done += 1
+    scores, candidates = pruned.scores, plan.visual_index
+    if now.stage.layer == BEFORE_THE_DECODER:
+        assert state.chosen is not None
+        scores = state.chosen.score
+    if index is not None:
+        candidates = _rows_of(index, candidates)
+    state.selection = Selection(
+        surviving, new_ids, candidates, scores, state.prompt.visual, before=state.selection
+    )
     return survivors
 
 
-def _score_and_prune(state: ForwardState, plan: Plan, tokens: tuple[torch.Tensor, ...]) -> PrunedTokens:
+def _rows_of(index: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows of the prompt, [B, N], from ``places`` [B, N] among the rows ``index`` [B, S]; -1 stays -1."""
+    return torch.where(places < 0, -1, index.gather(1, places.clamp(min=0)))
+
+
+def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``values`` [..., B, Q] at the rows ``index`` [B, S], filler taken from row 0."""
+    return values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))
+
+
+def _score_and_prune(
+    state: ForwardState, now: Drop, plan: Plan, index: torch.Tensor | None, tokens: tuple[torch.Tensor, ...]
+) -> PrunedTokens:
     """``tokens``: hidden states, cos, sin, position ids, visual index, keep."""
-    hidden_states = tokens[0]
     real = plan.real if plan.padded else None
-    if state.config.score == "random":
-        generator = torch.Generator().manual_seed(state.config.seed)
-        scores = torch.rand(plan.visual_index.shape, generator=generator).to(hidden_states.device)
-        return prune_by_score(scores, *tokens, attention_mask=real, length=plan.length)
-    query, key = state.query, state.key
-    if query is None or key is None:
-        raise RuntimeError(
-            f"layer {state.config.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
-            'attn_implementation="gap_triton" for the text model'
-        )
-    # A static cache hands over its whole buffer, and behind the prompt there may be drafts.
-    prompt = hidden_states.shape[1]
-    query = query[:, :, :prompt]
-    key = key[:, :, : min(key.shape[2], state.past + state.queries) - (state.queries - prompt)]
-    columns = _real_columns(state, plan, key.shape[2])
-    window = sliding_window(state.attachment.text.config, state.config.layer)
-    rows, scale = plan.rows, state.scale
-    # The last row sees all that comes before it, whatever the model's mask; other rows may see later ones too.
-    mask = state.mask[:, :, :prompt] if isinstance(state.mask, torch.Tensor) else None
-    ahead = rows.shape[1] > 1 and looks_ahead(mask, plan.real)
-    narrow = window is not None and window < key.shape[2]
-    group = tensor_parallel_group(state.attachment, query)
-    if group is None and not ahead and not narrow:
+    stage, device = now.stage, tokens[0].device
+    if stage.layer == BEFORE_THE_DECODER:
+        assert state.chosen is not None
+        stays = state.chosen.stays.to(device, torch.float32)
+        return prune_by_score(stays, *tokens, attention_mask=real, length=now.length)
+    asked = attention_of(state, stage, plan) if stage.score in ATTENTION_SCORES else None
+    if asked is not None and asked.plain and stage.coverage == "topk":
         return prune_tokens(
-            query, key, *tokens, rows=rows, attention_mask=columns, scale=scale, length=plan.length
+            asked.query,
+            asked.key,
+            *tokens,
+            rows=plan.rows,
+            attention_mask=asked.columns,
+            scale=asked.scale,
+            length=now.length,
         )
-    if not ahead and not narrow:
-        scores = visual_importance(
-            query, key, plan.visual_index, rows=rows, attention_mask=columns, scale=scale
-        )
-    else:
-        total = torch.zeros_like(plan.visual_index, dtype=torch.float32)
-        for row in rows.split(1, dim=1):  # [B, 1]
-            seen = _columns_seen(mask, row, prompt, key.shape[2], window)
-            seen = seen if columns is None else seen & columns
-            asking, where = query, row
-            if ahead:
-                # The operator shows a row the keys up to its own. In the place of the last row it sees all that `seen` says.
-                source = row.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-                asking = torch.cat([query[:, :, :-1], query.gather(2, source)], dim=2)
-                where = torch.where(row < 0, -1, query.shape[2] - 1)
-            total += visual_importance(
-                asking, key, plan.visual_index, rows=where, attention_mask=seen, scale=scale
-            )
-        scores = total / (rows >= 0).sum(dim=1, keepdim=True)
-    if group is not None:
-        scores = mean_over_ranks(scores, group)
-    return prune_by_score(scores, *tokens, attention_mask=real, length=plan.length)
-
-
-def _columns_seen(
-    mask: torch.Tensor | None, row: torch.Tensor, rows: int, columns: int, window: int | None
-) -> torch.Tensor:
-    """[B, columns] bool: what one of ``rows`` query rows, ``row`` [B, 1], sees by the model's mask or else by the window."""
-    if mask is not None:
-        mask = mask[:, 0, :, :columns].expand(row.shape[0], -1, -1)
-        mask = mask.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, mask.shape[2]))[:, 0]
-        return mask if mask.dtype == torch.bool else mask == 0
-    end = row + columns - rows
-    column = torch.arange(columns, device=row.device)
-    return (column <= end) & (column > end - (columns if window is None else window))
-
-
-def _real_columns(state: ForwardState, plan: Plan, columns: int) -> torch.Tensor | None:
-    """[B, columns] bool: the key columns, earlier ones first, that are no padding; None = all."""
-    if state.real is None:
-        return None
-    return state.real[:, : state.past + plan.visual.shape[1]][:, -columns:].to(plan.real.device)
+    where = plan.visual_index if index is None else _rows_of(index, plan.visual_index)
+    scores = scores_of(state, stage, plan, where, asked)
+    if stage.coverage == "topk":
+        return prune_by_score(scores, *tokens, attention_mask=real, length=now.length)
+    assert state.places is not None
+    stays = state.places.choose(scores, plan.visual_index, where, plan.keep, stage, max(now.keep))
+    pruned = prune_by_score(stays, *tokens, attention_mask=real, length=now.length)
+    return pruned._replace(scores=scores)

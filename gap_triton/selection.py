@@ -11,15 +11,18 @@ import torch
 class Selection:
     """The tokens that survived the last pruned prefill.
 
-    Rows count within the input of that forward, in its original order.
+    Rows count within the input of that forward, in its original order. With several stages this is what the last one
+    kept, and ``before`` what the one before it did.
 
     Attributes:
         index: [B, L] int64, every surviving row, text and visual, ascending; -1 = filler, on the left.
         position_ids: [B, L] (or [A, B, L] where the model has several axes) int64, the ids that the survivors carry
             in the later layers. Entries at filler mean nothing.
-        candidates: [B, V] int64, all visual rows of the input, ascending; -1 = filler.
-        score: [B, V] float32, the score of each candidate.
+        candidates: [B, V] int64, the visual rows that the stage chose from, ascending; -1 = filler.
+        score: [B, V] float32, the score of each candidate. After the vision encoder rows that stand in no grid, such as
+            newline tokens, always stay and have the score inf.
         visual: [B, Q] bool, the visual rows of the input.
+        before: What the stage before kept; None in the first.
     """
 
     index: torch.Tensor
@@ -27,6 +30,7 @@ class Selection:
     candidates: torch.Tensor
     score: torch.Tensor
     visual: torch.Tensor
+    before: Selection | None = None
 
     @property
     def visual_index(self) -> torch.Tensor:

@@ -6,14 +6,18 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import GapConfig
+from .config import ATTENTION_SCORES, GapConfig, Stage
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from .places import Places
+    from .vision.tower import Tower, TowerWatch
 
 
 @dataclass(eq=False)
@@ -25,6 +29,7 @@ class Attachment:
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack whose layers carry the hooks.
         head: The module with the language head around ``owner``, where it is known.
+        tower: The vision encoder, once a configuration has asked it for something.
         handles: Removers of the installed hooks.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
     """
@@ -33,6 +38,7 @@ class Attachment:
     owner: PreTrainedModel
     text: PreTrainedModel
     head: PreTrainedModel | None = None
+    tower: Tower | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     restore: str | None = None
 
@@ -41,9 +47,9 @@ class Attachment:
         return [module for module in (self.head, self.owner, self.text) if module is not None]
 
 
-@dataclass
-class KeptTokens:
-    """What the layers after the pruning layer hold. Lives on the KV cache object, so a generation carries it along.
+@dataclass(frozen=True)
+class KeptRows:
+    """What the layers after one pruning layer, up to the next, hold.
 
     Attributes:
         layer: The pruning layer: later layers are those with a larger index.
@@ -52,32 +58,58 @@ class KeptTokens:
         covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
             comes after is held one to one.
         dense: No -1 in ``index``; known without asking the device.
-        ids: The id rule that the survivors follow.
-        id_shift: [B] int64, how much smaller the ids of following tokens are in the later layers; None = not at all.
-        settled: The pruned prompt is known to have been complete: generated tokens or a crop followed it.
+        id_shift: [B] (or [A, B] on several axes) int64, how much smaller the ids of following tokens are in the later
+            layers; None = not at all.
     """
 
     layer: int
     index: torch.Tensor
     covered: int
     dense: bool
-    ids: str
     id_shift: torch.Tensor | None = None
-    settled: bool = False
 
     @property
     def dropped(self) -> int:
-        """How many columns fewer the later layers hold than the earlier ones."""
+        """How many columns fewer the later layers hold than a layer from which nothing was dropped."""
         return self.covered - self.index.shape[1]
-
-    def original_length(self, held: int) -> int:
-        """Number of original positions when the later layers hold ``held`` columns."""
-        return held + self.dropped
 
 
 @dataclass
-class Plan:
-    """What one prefill will drop, decided on the host before the first layer runs.
+class KeptTokens:
+    """What all layers hold of what was pruned. Lives on the KV cache object, so a generation carries it along.
+
+    Attributes:
+        stages: One record for each pruning layer, first to last.
+        ids: The id rule that the survivors follow.
+        settled: The pruned prompt is known to have been complete: generated tokens or a crop followed it.
+    """
+
+    stages: tuple[KeptRows, ...]
+    ids: str
+    settled: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The pruning layers."""
+        return tuple(stage.layer for stage in self.stages)
+
+    @property
+    def covered(self) -> int:
+        """Number of original positions that the records account for."""
+        return self.stages[0].covered
+
+    def at(self, layer: int) -> KeptRows | None:
+        """What decoder layer ``layer`` holds; None where it holds everything."""
+        return next((stage for stage in reversed(self.stages) if stage.layer < layer), None)
+
+    def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
+        """The same with ``change`` made to every record."""
+        return replace(self, stages=tuple(map(change, self.stages)))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, as read once before the first layer runs.
 
     Q is the length of the prompt. Rows of the forward behind it, drafts of assisted decoding, all stay.
 
@@ -85,11 +117,70 @@ class Plan:
         visual: [B, Q] bool, the visual tokens.
         real: [B, Q] bool, False at padding.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
+        text_after: [B, Q] bool, the text rows after the sample's last visual token.
+        visual_counts: Number of visual tokens, by sample; known on the host, as are the numbers that follow.
+        real_counts: Number of rows that are no padding.
+        text_counts: Number of text rows after the last visual token.
+        last_is_visual: Whether the last row is a visual token.
+        last_is_real: Whether the last row is no padding.
+    """
+
+    visual: torch.Tensor
+    real: torch.Tensor
+    visual_index: torch.Tensor
+    text_after: torch.Tensor
+    visual_counts: tuple[int, ...]
+    real_counts: tuple[int, ...]
+    text_counts: tuple[int, ...]
+    last_is_visual: tuple[bool, ...]
+    last_is_real: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen after the vision encoder, before the decoder runs.
+
+    Attributes:
+        score: [B, V] float32, the score of each visual token, inf for those that always stay.
+        stays: [B, V] bool, what survives.
+        keep: How many survive, by sample.
+    """
+
+    score: torch.Tensor
+    stays: torch.Tensor
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One stage of a prefill, decided on the host before the first layer runs.
+
+    Attributes:
+        stage: Where and how.
+        keep: How many visual tokens survive, by sample.
+        before: How many visual rows there are at most before it, by sample.
+        length: L, the number of rows after it.
+        dense: Every row after it is a real token, in every sample.
+    """
+
+    stage: Stage
+    keep: tuple[int, ...]
+    before: tuple[int, ...]
+    length: int
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage drops from the rows that it finds: S of them, all Q of the prompt in the first stage.
+
+    Attributes:
+        visual: [B, S] bool, the visual tokens.
+        real: [B, S] bool, False at padding and filler.
+        visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
         keep: [B] int64, how many of them survive.
         rows: [B, R] int64, the query rows whose attention ranks them, -1 = filler.
-        length: L, the number of rows after pruning.
-        dense: Every row after pruning is a real token, in every sample.
-        padded: Some of the Q rows are padding.
+        padded: Some of the S rows may be padding or filler.
     """
 
     visual: torch.Tensor
@@ -97,8 +188,6 @@ class Plan:
     visual_index: torch.Tensor
     keep: torch.Tensor
     rows: torch.Tensor
-    length: int
-    dense: bool
     padded: bool
 
     def to(self, device: torch.device) -> Plan:
@@ -149,8 +238,16 @@ class ForwardState:
         visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
         enabled: False in training mode, or when the model was switched to another implementation.
         entered: The decoder has seen this state.
-        plan: What this forward drops; None where it drops nothing.
-        kept: What the later layers hold after this forward; None while nothing has been dropped.
+        watch: What looks on while the vision encoder runs; None where nothing is asked of it.
+        owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
+        prompt: The prompt that this forward prunes; None where it drops nothing.
+        drops: The stages of this forward, first to last; empty where it drops nothing.
+        done: How many of them have been.
+        chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
+        raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
+        places: Where visual rows stand in their images; None where no stage in the decoder asks.
+        kept: What all layers hold after this forward; None while nothing has been dropped.
+        before: The same before this forward.
         call: What the caller asked of the model around the decoder.
         past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
         batch, queries: Number of samples and rows of this forward, B and Q.
@@ -158,17 +255,15 @@ class ForwardState:
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
         given_mask: The mask as the caller gave it, before the model makes its own of it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
-        told_positions: The caller said where the new rows stand, so that the model does not ask its cache.
-        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning; None where nobody asks.
         deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
-        resumed: Tokens had been dropped from the cache before this forward.
-        dropped_before: How many columns the later layers lacked before this forward.
-        query, key, mask, scale: Left by the attention of the scoring layer.
+        query, key, mask, scale: Left by the attention of the scoring layer, with the module itself in ``scorer``.
+        rotary: Rotary embeddings of the rows that a stage finds, while it scores.
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
             ``ids="permuted"``.
         selection: What was kept, for users to look at.
-        new_ids: [B, L] int64, the renumbered ids of the survivors, None for ``ids="kept"``.
+        new_ids: [B, L] (or [A, B, L]) int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
         taken: Arguments of later layers, each with what is left of it for the surviving rows.
     """
@@ -178,8 +273,16 @@ class ForwardState:
     visual: torch.Tensor | None
     enabled: bool = True
     entered: bool = False
-    plan: Plan | None = None
+    watch: TowerWatch | None = None
+    owner_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt: Prompt | None = None
+    drops: tuple[Drop, ...] = ()
+    done: int = 0
+    chosen: Chosen | None = None
+    raters: torch.Tensor | None = None
+    places: Places | None = None
     kept: KeptTokens | None = None
+    before: KeptTokens | None = None
     call: Call = field(default_factory=Call)
     past: int | torch.Tensor = 0
     batch: int = 0
@@ -187,21 +290,25 @@ class ForwardState:
     real: torch.Tensor | None = None
     given_mask: Any = None
     ready_made: bool = False
-    told_positions: bool = False
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
-    resumed: bool = False
-    dropped_before: int = 0
+    scorer: nn.Module | None = None
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     scale: float | None = None
+    rotary: Any = None
     slots: torch.Tensor | None = None
     survivors: torch.Tensor | None = None
     selection: Selection | None = None
     new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     taken: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def next_drop(self) -> Drop | None:
+        """The stage that comes next in this forward."""
+        return self.drops[self.done] if self.done < len(self.drops) else None
 
     def observe(
         self,
@@ -212,10 +319,11 @@ class ForwardState:
         scale: float | None,
     ) -> None:
         """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
-        if self.plan is None or self.config.score == "random":
+        drop = self.next_drop
+        if drop is None or drop.stage.score not in ATTENTION_SCORES:
             return
-        if getattr(module, "layer_idx", None) == self.config.layer:
-            self.query, self.key, self.mask, self.scale = query, key, mask, scale
+        if getattr(module, "layer_idx", None) == drop.stage.layer:
+            self.scorer, self.query, self.key, self.mask, self.scale = module, query, key, mask, scale
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""

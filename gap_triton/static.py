@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, StaticCache
 
 from .kept import is_static
 from .models import find_parts
-from .state import KeptTokens
 
 LENGTH_ATTRIBUTE = "_gap_full_length"
 
@@ -38,12 +37,13 @@ def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
     return cache
 
 
-def fit(cache: Any | None, kept: KeptTokens | None) -> None:
+def fit(cache: Any | None, shorter: dict[int, int]) -> None:
     """Size the layers of a `static_cache` from which nothing has been dropped yet.
 
     Args:
         cache: Any cache; only those of `static_cache` are changed, and only where a size is not right yet.
-        kept: What the later layers will hold of the first prompt, None where nothing is dropped.
+        shorter: By pruning layer, ascending, how many rows of the first prompt the layers after it lack; empty where
+            nothing is dropped.
     """
     length = getattr(cache, LENGTH_ATTRIBUTE, None)
     if cache is None or length is None:
@@ -51,7 +51,7 @@ def fit(cache: Any | None, kept: KeptTokens | None) -> None:
     for index, layer in enumerate(cache.layers):
         if not is_static(cache, index) or getattr(layer, "is_sliding", False):
             continue
-        size = length - kept.dropped if kept is not None and index > kept.layer else length
+        size = length - next((rows for after, rows in reversed(shorter.items()) if index > after), 0)
         if layer.max_cache_len != size:
             layer.max_cache_len = size
             layer.is_initialized = False  # the buffers are made when the layer is first written to

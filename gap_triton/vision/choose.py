@@ -1,0 +1,251 @@
+"""Choosing visual tokens after the vision encoder, at the decoder's door.
+
+The prompt is whole here: the model has numbered, masked and embedded it as if nothing were ever dropped. What is chosen now
+is dropped before the first decoder layer, so the ids of all that follows are those without pruning, and no key of a dropped
+token is ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gap_kernels import grid_neighbours
+
+from gap_triton.config import Stage
+from gap_triton.prompt import positions_first
+from gap_triton.state import Chosen, ForwardState, Prompt
+from gap_triton.strategies import (
+    Merged,
+    aggregate,
+    average,
+    choose,
+    contextual,
+    nearest,
+    outlier_count,
+    rule_of,
+    spatial_order,
+    text_similarity,
+)
+
+from .layout import Layout, View, layout_of
+from .tower import TowerOutput
+
+Kwargs = dict[str, Any]
+
+GRIDLESS = ("random", "text_similarity")  # scores that need neither a grid nor the vision encoder
+
+
+@dataclass(frozen=True)
+class Grids:
+    """G views of one size, of which equally many tokens are kept.
+
+    Attributes:
+        grid: (H, W).
+        keep: How many tokens of each view survive.
+        sample: [G] int64, row of the batch.
+        rows: [G, N] int64, rows of the prompt.
+        features: [G, N] int64, rows of the tower's output.
+        score: [G, N] float32.
+    """
+
+    grid: tuple[int, int]
+    keep: int
+    sample: torch.Tensor
+    rows: torch.Tensor
+    features: torch.Tensor
+    score: torch.Tensor
+
+
+def choose_before_the_decoder(
+    state: ForwardState, prompt: Prompt, stage: Stage, kwargs: Kwargs
+) -> tuple[Chosen, Kwargs]:
+    """Choose, and merge what is not chosen.
+
+    Args:
+        state: The running forward.
+        prompt: The prompt.
+        stage: How.
+        kwargs: Keyword arguments of the decoder, with ``inputs_embeds`` [B, Q, C].
+
+    Returns:
+        What survives; and the keyword arguments, with merged tokens in the place of the survivors that took them in.
+
+    Raises:
+        ValueError: The score or the merge asks for something that this prompt or this model does not have.
+    """
+    layout = _layout(state, prompt, stage)
+    told = None if state.watch is None else state.watch.output()
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None and (stage.score == "text_similarity" or stage.merge != "none"):
+        raise ValueError(
+            f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
+            "pass inputs_embeds"
+        )
+    scores = _scores(state, prompt, stage, layout.views, told, embeds)
+    batch, length = prompt.visual.shape
+    device = prompt.visual.device
+    by_row = torch.full((batch, length), torch.inf, device=device)
+    stays = layout.unplaced.clone()
+    keep = layout.unplaced.sum(dim=1).tolist() if bool(layout.unplaced.any()) else [0] * batch
+    for grids in _grouped(layout.views, scores, stage):
+        sample = grids.sample[:, None]
+        by_row[sample, grids.rows] = grids.score
+        index, merged = _choose(grids, stage, told, embeds)
+        chosen = grids.rows.gather(1, index)
+        stays[sample, chosen] = True
+        for b in grids.sample.tolist():
+            keep[b] += grids.keep
+        if merged is not None:
+            assert embeds is not None
+            if embeds is kwargs["inputs_embeds"]:
+                embeds = embeds.clone()
+            embeds[sample.to(embeds.device), chosen.to(embeds.device)] = merged.to(embeds.device, embeds.dtype)
+    if embeds is not None:
+        kwargs = {**kwargs, "inputs_embeds": embeds}
+    rows = prompt.visual_index.clamp(min=0)
+    real = prompt.visual_index >= 0
+    score = torch.where(real, by_row.gather(1, rows), -torch.inf)
+    return Chosen(score, stays.gather(1, rows) & real, tuple(keep)), kwargs
+
+
+def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
+    """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
+    if stage.score in GRIDLESS and stage.coverage == "topk" and stage.merge in ("none", "average"):
+        rows = [index[:count] for index, count in zip(prompt.visual_index, prompt.visual_counts, strict=True)]
+        views = [View(b, b, row, (1, len(row)), row) for b, row in enumerate(rows) if len(row)]
+        return Layout(tuple(views), torch.zeros_like(prompt.visual))
+    return layout_of(
+        state.attachment.owner, state.owner_kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts
+    )
+
+
+def _scores(
+    state: ForwardState,
+    prompt: Prompt,
+    stage: Stage,
+    views: Iterable[View],
+    told: TowerOutput | None,
+    embeds: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Score of each view's tokens, [N] float32."""
+    device = prompt.visual.device
+    views = tuple(views)
+    if stage.score == "random":
+        generator = torch.Generator().manual_seed(state.config.seed)
+        return [torch.rand(len(view.rows), generator=generator).to(device) for view in views]
+    if stage.score == "spatial":
+        return [-spatial_order(view.grid).to(device).float() for view in views]
+    if stage.score == "text_similarity":
+        assert embeds is not None
+        return _text_similarities(prompt, views, embeds)
+    assert told is not None
+    by_feature = getattr(told, stage.score)
+    return [by_feature[view.features.to(by_feature.device)].to(device) for view in views]
+
+
+def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Tensor) -> list[torch.Tensor]:
+    """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
+    ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
+    text = torch.where(ends_in_image[:, None], prompt.real & ~prompt.visual, prompt.text_after)
+    rows = positions_first(text, int(text.sum(dim=1).amax()))
+    found = []
+    for view in views:
+        own = rows[view.sample].to(embeds.device)
+        visual = embeds[view.sample, view.rows.to(embeds.device)]
+        words = embeds[view.sample, own.clamp(min=0)]
+        similarity = text_similarity(visual[None], words[None], (own >= 0)[None])
+        found.append(similarity[0].to(prompt.visual.device))
+    return found
+
+
+def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) -> list[Grids]:
+    """Views of one size that keep equally many, together."""
+    views = tuple(views)
+    groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+    for number, keep in enumerate(_shares(views, scores, stage)):
+        if keep:
+            groups.setdefault((views[number].grid, keep), []).append(number)
+    return [
+        Grids(
+            grid=grid,
+            keep=keep,
+            sample=torch.tensor([views[i].sample for i in members], device=scores[members[0]].device),
+            rows=torch.stack([views[i].rows for i in members]),
+            features=torch.stack([views[i].features for i in members]),
+            score=torch.stack([scores[i] for i in members]),
+        )
+        for (grid, keep), members in groups.items()
+    ]
+
+
+def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -> list[int]:
+    """How many tokens each view keeps: its part of what its sample keeps."""
+    if stage.keep == "outliers":
+        return [int(outlier_count(score[None])[0]) for score in scores]
+    sizes: dict[int, int] = {}
+    for view in views:
+        sizes[view.sample] = sizes.get(view.sample, 0) + len(view.rows)
+    shares, before = [], dict.fromkeys(sizes, 0)
+    for view in views:
+        size, start = sizes[view.sample], before[view.sample]
+        end = before[view.sample] = start + len(view.rows)
+        total = stage.count(size)
+        shares.append(total * end // size - total * start // size)
+    return shares
+
+
+def _choose(
+    grids: Grids, stage: Stage, told: TowerOutput | None, embeds: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What survives of each view, [G, K] ascending, and embeddings of the survivors, [G, K, C], where some took others in."""
+
+    def covering(keep: int) -> torch.Tensor:
+        device = grids.score.device
+        return choose(
+            grids.score,
+            keep,
+            stage.coverage,
+            neighbours=grid_neighbours(grids.grid, device=device)[None] if stage.coverage == "region" else None,
+            order=spatial_order(grids.grid, device=device)[None] if stage.coverage == "stride" else None,
+        )
+
+    if stage.merge == "none" or grids.keep == grids.rows.shape[1]:
+        return covering(grids.keep), None
+    assert embeds is not None
+    # Before the projector, where the model has one that maps tokens one by one; else as the decoder gets them.
+    before_projector = told is not None and told.features is not None
+    if before_projector:
+        features = told.features[grids.features.to(told.features.device)]  # type: ignore[union-attr,index]
+    else:
+        features = embeds[grids.sample[:, None].to(embeds.device), grids.rows.to(embeds.device)]
+    merged = _merge(grids, stage, covering, told, features, before_projector)
+    if before_projector:
+        merged = merged._replace(features=told.project(merged.features.to(features.dtype)))  # type: ignore[union-attr]
+    return merged.index, merged.features
+
+
+def _merge(
+    grids: Grids,
+    stage: Stage,
+    covering: Any,
+    told: TowerOutput | None,
+    features: torch.Tensor,
+    before_projector: bool,
+) -> Merged:
+    if stage.merge == "average":
+        # One of the kept tokens is the mean of all others.
+        return average(features, grids.score, covering(grids.keep - 1))
+    assert told is not None
+    if stage.merge == "aggregation":
+        assert told.similarity is not None
+        anchors = covering(grids.keep)
+        similarity = told.similarity[grids.features.to(told.similarity.device)]
+        return aggregate(features, similarity, grids.score, anchors, grids.grid, rule=rule_of(before_projector))
+    assert told.keys is not None
+    keys = told.keys[grids.features.to(told.keys.device)]
+    if stage.merge == "contextual":
+        return contextual(features, keys, grids.score, grids.keep)
+    return nearest(features, keys, grids.score, covering(grids.keep - 1))

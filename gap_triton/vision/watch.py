@@ -1,0 +1,56 @@
+"""What the vision encoder is asked for by a configuration, and looking on while it runs."""
+
+from __future__ import annotations
+
+from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage
+from gap_triton.state import Attachment, ForwardState
+
+from .recording import Need, Needs
+from .tower import Tower, TowerWatch, check_needs, find_tower, install
+
+MERGE_NEEDS: dict[str, Needs] = {
+    "none": frozenset(),
+    "aggregation": frozenset({"similarity", "features"}),
+    "contextual": frozenset({"keys", "features"}),
+    "nearest": frozenset({"keys", "features"}),
+    "average": frozenset(),  # of tokens as the decoder gets them
+}
+TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
+
+
+def needs_of(config: GapConfig) -> Needs:
+    """What the vision encoder is to tell for ``config``; empty where it is asked nothing."""
+    stage: Stage = config.stages[0]
+    if stage.layer != BEFORE_THE_DECODER:
+        return frozenset()
+    return frozenset(need for need in TOWER_SCORES if need == stage.score) | MERGE_NEEDS[stage.merge]
+
+
+def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
+    """Install hooks on the vision encoder, once, if ``config`` asks it for something.
+
+    Raises:
+        ValueError: There is no vision encoder that could tell it; the sentence says what can be done instead.
+    """
+    if not needs_of(config):
+        return
+    tower = attachment.tower or find_tower(attachment.owner)
+    check_needs(tower, _told_by(tower, config))
+    if attachment.tower is None:
+        attachment.tower = tower
+        attachment.handles += install(tower, lambda: _told_by(tower, attachment.config))
+
+
+def watch_tower(state: ForwardState) -> None:
+    """Look on from now until `stop_watching`, if the configuration asks the vision encoder for something."""
+    tower = state.attachment.tower
+    needs = frozenset() if tower is None else _told_by(tower, state.config)
+    if tower is not None and needs:
+        state.watch = TowerWatch(tower, needs)
+        state.watch.start(state.owner_kwargs)
+
+
+def _told_by(tower: Tower, config: GapConfig) -> Needs:
+    """`needs_of`, without the features before the projector where there is none: then tokens merge behind it."""
+    needs = needs_of(config)
+    return needs if tower.projector is not None else needs - {"features"}
