@@ -78,7 +78,9 @@ class Stage:
     def __post_init__(self) -> None:
         self._check_keep()
         if not _is_int(self.layer) or self.layer < BEFORE_THE_DECODER:
-            raise self._error("layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder")
+            raise self._error(
+                "layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder"
+            )
         self._check_choice("score", get_args(Score))
         self._check_choice("coverage", get_args(Coverage))
         self._check_choice("merge", get_args(Merge))
@@ -89,12 +91,15 @@ class Stage:
             else (DECODER_SCORES, "in a decoder layer")
         )
         if self.score not in allowed:
-            raise self._error("score", f"{place} it is one of {_listed(allowed)}", f" with layer={self.layer}")
+            raise self._error(
+                "score", f"{place} it is one of {_listed(allowed)}", f" with layer={self.layer}"
+            )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
         if self.keep == "outliers" and (not in_vision or self.score in ("random", "spatial")):
             raise self._error(
-                "keep", "outliers are those of a score measured after the vision encoder; use layer=-1 and such a score"
+                "keep",
+                "outliers are those of a score measured after the vision encoder; use layer=-1 and such a score",
             )
         # numpy's numbers are accepted; plain ones are kept. A narrow float is read as the decimal that it prints.
         if not isinstance(self.keep, str):
@@ -117,7 +122,9 @@ class Stage:
         elif isinstance(self.keep, str) and self.keep == "outliers":
             return
         elif not isinstance(self.keep, (float, np.floating)) or not 0.0 < float(self.keep) <= 1.0:
-            raise self._error("keep", "expected a float in (0, 1] (a share), an int >= 1 (a count) or 'outliers'")
+            raise self._error(
+                "keep", "expected a float in (0, 1] (a share), an int >= 1 (a count) or 'outliers'"
+            )
 
     def count(self, visual_tokens: int) -> int:
         """Number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
@@ -169,13 +176,15 @@ class GapConfig(Stage):
             raise self._error("then", "expected a tuple of gap_triton.Stage")
         object.__setattr__(self, "then", tuple(self.then))
         if self.then and self.ids == "permuted":
-            raise self._error("ids", "score order is defined for one stage; leave then out, or use 'compacted'")
+            raise self._error(
+                "ids", "score order is defined for one stage; leave then out, or use 'compacted'"
+            )
         for before, after in pairwise(self.stages):
             if after.layer <= before.layer:
                 raise self._error("then", f"layers must increase, and {after.layer} follows {before.layer}")
-            numbers = before.keep, after.keep
             if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
-                raise self._error("then", f"a stage can't keep more than the one before: keep={numbers[1]} follows {numbers[0]}")
+                found = f"keep={after.keep} follows {before.keep}"
+                raise self._error("then", f"a stage can't keep more than the one before, and {found}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

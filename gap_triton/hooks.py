@@ -233,7 +233,10 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
 
 
 def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:
-    """Stop looking at the vision encoder, and say so if the owner kept its keyword arguments to itself: the decoder would have run unpruned without a word."""
+    """Stop looking at the vision encoder; say so if the owner kept its keyword arguments to itself.
+
+    The decoder would have run unpruned without a word.
+    """
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is not None and state.watch is not None:
         state.watch.stop()

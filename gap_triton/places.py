@@ -55,7 +55,13 @@ class Places:
         return torch.stack(others, dim=2).int()
 
     def choose(
-        self, scores: torch.Tensor, candidates: torch.Tensor, rows: torch.Tensor, keep: torch.Tensor, stage: Stage, length: int
+        self,
+        scores: torch.Tensor,
+        candidates: torch.Tensor,
+        rows: torch.Tensor,
+        keep: torch.Tensor,
+        stage: Stage,
+        length: int,
     ) -> torch.Tensor:
         """[B, V] float32, 1 at the candidates that ``stage.coverage`` chooses, else 0.
 

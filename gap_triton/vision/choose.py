@@ -102,7 +102,9 @@ def choose_before_the_decoder(
             assert embeds is not None
             if embeds is kwargs["inputs_embeds"]:
                 embeds = embeds.clone()
-            embeds[sample.to(embeds.device), chosen.to(embeds.device)] = merged.to(embeds.device, embeds.dtype)
+            embeds[sample.to(embeds.device), chosen.to(embeds.device)] = merged.to(
+                embeds.device, embeds.dtype
+            )
     if embeds is not None:
         kwargs = {**kwargs, "inputs_embeds": embeds}
     rows = prompt.visual_index.clamp(min=0)
@@ -200,7 +202,7 @@ def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -
 def _choose(
     grids: Grids, stage: Stage, told: TowerOutput | None, embeds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What survives of each view, [G, K] ascending, and embeddings of the survivors, [G, K, C], where some took others in."""
+    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in."""
 
     def covering(keep: int) -> torch.Tensor:
         device = grids.score.device
@@ -208,7 +210,9 @@ def _choose(
             grids.score,
             keep,
             stage.coverage,
-            neighbours=grid_neighbours(grids.grid, device=device)[None] if stage.coverage == "region" else None,
+            neighbours=grid_neighbours(grids.grid, device=device)[None]
+            if stage.coverage == "region"
+            else None,
             order=spatial_order(grids.grid, device=device)[None] if stage.coverage == "stride" else None,
         )
 
@@ -243,7 +247,9 @@ def _merge(
         assert told.similarity is not None
         anchors = covering(grids.keep)
         similarity = told.similarity[grids.features.to(told.similarity.device)]
-        return aggregate(features, similarity, grids.score, anchors, grids.grid, rule=rule_of(before_projector))
+        return aggregate(
+            features, similarity, grids.score, anchors, grids.grid, rule=rule_of(before_projector)
+        )
     assert told.keys is not None
     keys = told.keys[grids.features.to(told.keys.device)]
     if stage.merge == "contextual":

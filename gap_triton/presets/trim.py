@@ -1,0 +1,19 @@
+"""TRIM (Song et al., arXiv 2409.10994, section 3)."""
+
+from __future__ import annotations
+
+from ..config import GapConfig, Outliers
+
+
+def configure(budget: float | int | Outliers = "outliers") -> GapConfig:
+    """Keep the tokens that are like the text, and their opposite: one token that is the mean of all others.
+
+    The paper compares with CLIP's text encoder, which the checkpoints of vision-language models do not hold; here
+    tokens are compared with the mean embedding of the text after the image, as the decoder gets both. By default the
+    number of tokens adapts to the image as in the paper: those whose similarity is an outlier survive. The mean takes
+    the place, and the id, of the best-scored dropped token.
+
+    Args:
+        budget: Share or count of tokens kept, the mean included, or ``"outliers"``.
+    """
+    return GapConfig(keep=budget, layer=-1, score="text_similarity", merge="average")
