@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tower import INSTEAD, encoded_ahead
+from .tower import ENCODED_AHEAD, GRID_FIELDS, INSTEAD, encoded_ahead
 
-GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 NEWLINE = -1.0
 
 
@@ -195,7 +194,7 @@ def _pictures(
     """All images and videos of a prompt, in the order of their features."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
-        return _by_grids(owner, grids)
+        return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner):
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is not "
@@ -203,17 +202,23 @@ def _pictures(
         )
     if hasattr(owner, "pack_image_features"):
         return {"image": _packed(owner, arguments)}
+    if arguments.get("image_sizes") is not None:
+        patch = owner.config.vision_config.patch_size
+        sizes = [
+            [1, height // patch, width // patch]
+            for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+        ]
+        return _by_grids({"image": sizes}, getattr(owner.config, "spatial_merge_size", 1))
     return {"image": _squares(owner, arguments, samples)}
 
 
-def _by_grids(owner: PreTrainedModel, grids: dict[str, Tensor]) -> dict[str, list[_Picture]]:
-    """Pictures of given sizes, in patches, of which squares become one token: Qwen2-VL and its kin. A grid per frame."""
-    merge = _merge_size(owner)
+def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
+    """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
     found: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
         found[kind] = []
-        for frames, height, width in sizes.tolist():
+        for frames, height, width in sizes:
             size = (height // merge, width // merge)
             cells = torch.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
@@ -308,19 +313,17 @@ def _tower_side(owner: PreTrainedModel) -> int:
 
 
 def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
-    """Images of one square size each, in a row in the prompt: LLaVA and most others."""
-    counts = [len(rows) for rows in samples]
-    length = next(
-        (n for n in _lengths(owner, arguments, sum(counts)) if all(c % n == 0 for c in counts)), None
-    )
-    lengths = [length] * (sum(counts) // length) if length is not None else _runs(samples)
+    """Images of one square size each, several in a row or not: LLaVA and most others."""
+    runs = _runs(samples)
+    candidates = _lengths(owner, arguments, sum(runs))
+    length = next((n for n in candidates if n > 0 and all(run % n == 0 for run in runs)), None)
     found, feature = [], 0
-    for tokens in lengths:
+    for tokens in runs if length is None else [length] * (sum(runs) // length):
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(
-                f"{type(owner).__name__} has an image of {tokens} visual tokens, which is no square, and nothing says how many "
-                f"rows it has: {INSTEAD}"
+                f"{type(owner).__name__} has {tokens} visual tokens in a row, which are no square, and nothing tells how many rows "
+                f"they make: {INSTEAD}"
             )
         cells = torch.arange(tokens)
         found.append(_Picture(tokens, (_Grid((side, side), cells, cells + feature),)))
@@ -329,19 +332,26 @@ def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Te
 
 
 def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> Iterable[int]:
-    """Numbers of visual tokens that one image may have, those surest first; squares all."""
+    """Numbers of visual tokens that each image may have, the surest first."""
+    images = _number_of_images(arguments)
+    if images and visual % images == 0:
+        yield visual // images
+    for name in ("image_seq_length", "mm_tokens_per_image"):
+        length = getattr(owner.config, name, None)
+        if isinstance(length, int):
+            yield length
+
+
+def _number_of_images(arguments: dict[str, Any]) -> int | None:
+    """How many images, or tiles, the prompt has, None where nothing tells."""
     pixels = arguments.get("pixel_values")
-    lengths = []
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) and visual % len(pixels) == 0:
-        lengths.append(visual // len(pixels))
-    vision = getattr(owner.config, "vision_config", None)
-    if isinstance(getattr(vision, "image_size", None), int) and isinstance(
-        getattr(vision, "patch_size", None), int
-    ):
-        lengths.append(_tower_side(owner) ** 2)
-    names = ("image_seq_length", "mm_tokens_per_image")
-    lengths += [n for name in names if isinstance(n := getattr(owner.config, name, None), int)]
-    return [n for n in lengths if n > 0 and math.isqrt(n) ** 2 == n]
+    if isinstance(pixels, Tensor) and pixels.dim() == 4:
+        return len(pixels)
+    if isinstance(pixels, Tensor) and pixels.dim() > 4:
+        return int((pixels.flatten(-3) != 0).any(dim=-1).sum())  # samples with fewer images are filled with zeros
+    encoded = (arguments.get(ENCODED_AHEAD) or {}).get("image")
+    features = getattr(encoded, "pooler_output", None)
+    return None if features is None else len(features)
 
 
 def _runs(samples: list[Tensor]) -> list[int]:
