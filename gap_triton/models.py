@@ -283,5 +283,5 @@ def check_layers(config: GapConfig, layers: int) -> None:
     if last > layers - 2:
         raise ValueError(
             f"GapConfig.layer={last}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
-            "least one layer follows the pruning layer"
+            f"least one layer follows the pruning layer (a preset is scaled to the decoder by layers={layers})"
         )

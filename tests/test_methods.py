@@ -42,12 +42,13 @@ def embeds_of_prompt(model: torch.nn.Module, seen: list[torch.Tensor]):
     return core_of(model)[1].register_forward_pre_hook(note, with_kwargs=True)
 
 
-def with_embeds(model: torch.nn.Module, embeds: torch.Tensor):
-    """A hook that gives the decoder ``embeds`` for the prompt."""
+def with_embeds(model: torch.nn.Module, *embeds: torch.Tensor):
+    """A hook that gives the decoder ``embeds``, one for each prompt that comes."""
+    coming = iter(embeds)
 
     def give(module, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] > 1:
-            return args, {**kwargs, "inputs_embeds": embeds}
+            return args, {**kwargs, "inputs_embeds": next(coming)}
         return None
 
     return core_of(model)[1].register_forward_pre_hook(give, with_kwargs=True)
@@ -70,7 +71,7 @@ def compare(name: str, inputs: dict[str, torch.Tensor], config: GapConfig, **opt
     reference = ways.build(name, {"text_config": ORACLE})
     (first, *rest), (gone_first, *gone_later) = config.stages, gone
     later = [(stage.layer, dropped) for stage, dropped in zip(rest, gone_later, strict=True)]
-    handle = with_embeds(reference, seen[0])
+    handle = with_embeds(reference, *seen)
     with MaskingOracle(reference, first.layer, 1.0, chosen=gone_first, then=later):
         expected = generate(reference, inputs, **options)
     handle.remove()

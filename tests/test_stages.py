@@ -12,7 +12,7 @@ from methods import method
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle
 from test_generation import next_turn
-from test_methods import compare, dropped_by, stages_of
+from test_methods import compare, dropped_by, embeds_of_prompt, stages_of, with_embeds
 from test_oracle import BATCHES, TOLERANCE, error, make_prompt
 from test_ways_assisted import answer, drafts  # noqa: F401
 from test_ways_caches import Conversation
@@ -98,6 +98,8 @@ def test_turns_with_new_images(config: GapConfig, batch: str) -> None:
     model, inputs = prepared(config), make_prompt("llava", batch)
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     outputs, gone = [], None
+    seen: list[torch.Tensor] = []
+    handle = embeds_of_prompt(model, seen)
     mask, turn = inputs["attention_mask"], inputs
     for number, images in enumerate((1, 0, None)):
         past = cache.get_seq_length()
@@ -113,10 +115,10 @@ def test_turns_with_new_images(config: GapConfig, batch: str) -> None:
         if images is not None:
             turn = next_turn(outputs[-1].sequences, mask, images, seed=number)
             mask = turn["attention_mask"]
+    handle.remove()
     assert gone is not None
     reference, oracle = told(config, gone)
-    if config.merge != "none":
-        pytest.skip("merged features of a later turn are not handed to the oracle")
+    handle = with_embeds(reference, *seen)
     cache = transformers.DynamicCache(config=reference.config.get_text_config())
     mask, turn = inputs["attention_mask"], inputs
     with oracle:
