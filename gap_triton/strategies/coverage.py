@@ -1,0 +1,143 @@
+"""Which visual tokens are kept, given their scores: the best anywhere, the best of each region, or some everywhere."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Literal, get_args
+
+import torch
+from gap_kernels import topk_indices, topk_per_region
+from gap_kernels.region.op import check_region
+from gap_kernels.validation import ShapeChecker, check_length, check_range, describe, read_max, split_count
+from torch import Tensor
+
+from .rows import best_of, last_where, members
+
+Coverage = Literal["topk", "region", "stride"]
+
+STRIDE_SHARE = Fraction(3, 10)
+"""Share of the budget that ``coverage="stride"`` spends on the uniform sample.
+
+FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
+them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
+"""
+
+
+def choose(
+    scores: Tensor,
+    keep: int | Tensor,
+    coverage: Coverage,
+    *,
+    neighbours: Tensor | None = None,
+    per_region: int | None = None,
+    order: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """Choose the visual tokens that are kept.
+
+    - ``"topk"``: the best-scored.
+    - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
+      112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see :func:`gap_kernels.topk_per_region`.
+    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
+      (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
+      how many they share. Here ``keep`` is exact: the lattice is the beginning of :func:`spatial_order`, and the
+      best-scored fill the budget.
+
+    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
+    its row: score -inf, neighbours -1, order -1. Filler is not chosen while ``keep`` is at most the number of tokens.
+
+    Args:
+        scores: float32 [G, N], one row per grid or per sample.
+        keep: how many to choose, 0..N: an int, or int64 [G].
+        coverage: ``"topk"``, ``"region"`` or ``"stride"``.
+        neighbours: for ``"region"``: int32 [G, N, R] or [1, N, R], see :func:`gap_kernels.grid_neighbours`.
+        per_region: for ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
+            ``ceil(keep / regions)`` of each row, which takes reads from the device.
+        order: for ``"stride"``: int64 [G, N] or [1, N], ranks of :func:`spatial_order`. Where a row holds several grids,
+            each may have its own; equal ranks go to the lower row.
+        length: columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
+
+    Returns:
+        int64 [G, length], ascending, filled with -1 on the left.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device than stated, is out of range, or is missing. The
+            values of a ``keep`` tensor are checked on the CPU only.
+    """
+    shapes = ShapeChecker()
+    shapes.check("scores", scores, "B N", (torch.float32,))
+    num_rows = scores.shape[1]
+    count, counts = split_count("keep", keep, shapes)
+    if counts is None:
+        if count > num_rows:
+            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {count}")
+    elif counts.is_cpu:
+        check_range("keep", counts, 0, num_rows)
+        count = int(counts.max()) if counts.numel() else 0
+    if length is not None:
+        check_length(length, at_least=count)
+    elif counts is not None:
+        length = read_max(counts, "the number of columns depends on the values of keep")
+    else:
+        length = count
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    if coverage == "topk":
+        return topk_indices(scores, keep, length=length)
+    if coverage == "region":
+        if neighbours is None:
+            raise ValueError(
+                "neighbours: coverage='region' needs the neighbours of each token, got None; "
+                "see gap_kernels.grid_neighbours"
+            )
+        return _by_region(scores, neighbours, per_region, keep, length)
+    if coverage == "stride":
+        if order is None:
+            raise ValueError(
+                "order: coverage='stride' needs the rank of each token, got None; see spatial_order"
+            )
+        shapes.check("order", order, "R N", (torch.int64,))
+        if order.shape[0] not in (1, scores.shape[0]):
+            raise ValueError(
+                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
+            )
+        return _by_stride(scores, order.expand_as(scores), keep, length)
+    raise ValueError(
+        f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {coverage!r}"
+    )
+
+
+def _by_region(
+    scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
+) -> Tensor:
+    check_region(ShapeChecker(), scores, neighbours, 1 if per_region is None else per_region)
+    filler = (neighbours < 0).all(-1) & scores.isneginf()
+    if neighbours.shape[0] == scores.shape[0]:
+        # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
+        first = torch.arange(neighbours.shape[2], dtype=neighbours.dtype, device=neighbours.device)
+        neighbours = torch.where(filler[..., None], first.where(first < scores.shape[1], -1), neighbours)
+    if per_region is not None:
+        return topk_per_region(scores, neighbours, per_region, keep, length=length)
+    needed = _needed_per_region(neighbours, filler, keep)
+    index = topk_indices(scores, keep, length=length)
+    for value in set(needed.tolist()):
+        candidates = topk_per_region(scores, neighbours, value, keep, length=length)
+        index = torch.where((needed == value)[:, None], candidates, index)
+    return index
+
+
+def _needed_per_region(neighbours: Tensor, filler: Tensor, keep: int | Tensor) -> Tensor:
+    """Return how many of each region must be candidates so that ``keep`` tokens are; int64 [G], at least 1."""
+    row = torch.arange(neighbours.shape[1], device=neighbours.device)
+    # A region is counted at its first token.
+    first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1) & ~filler
+    regions = first.sum(1).clamp(min=1)
+    return ((keep + regions - 1) // regions).clamp(min=1)
+
+
+def _by_stride(scores: Tensor, order: Tensor, keep: int | Tensor, length: int) -> Tensor:
+    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    places = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=places)
+    others = ~members(uniform, scores.shape[1])
+    best = best_of(scores, others, keep - lattice, length - places)
+    return torch.cat([uniform, best], dim=1).sort(dim=1).values

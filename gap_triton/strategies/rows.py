@@ -1,0 +1,51 @@
+"""Rows of tensors by index, where -1 is filler."""
+
+from __future__ import annotations
+
+import torch
+from gap_kernels import topk_indices
+from torch import Tensor
+
+
+def members(index: Tensor, num_rows: int) -> Tensor:
+    """Return which of ``num_rows`` rows are in an index.
+
+    Args:
+        index: int64 [G, K], -1 = filler.
+        num_rows: N.
+
+    Returns:
+        bool [G, N].
+    """
+    # One more column takes the filler.
+    found = torch.zeros(index.shape[0], num_rows + 1, dtype=torch.bool, device=index.device)
+    return found.scatter(1, index.where(index >= 0, num_rows), True)[:, :num_rows]
+
+
+def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Gather [G, N, C] at int64 [G, K] into [G, K, C]; filler, -1, gives rows of 0."""
+    real = (index >= 0)[..., None]
+    if not tensor.shape[1]:
+        return tensor.new_zeros(*index.shape, tensor.shape[2])
+    rows = tensor.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, tensor.shape[2]))
+    return torch.where(real, rows, 0)
+
+
+def best_of(scores: Tensor, among: Tensor, k: int | Tensor, length: int) -> Tensor:
+    """Select the best-scored of some rows.
+
+    Args:
+        scores: float32 [G, N].
+        among: bool [G, N], the rows to choose from; at least ``k`` of them.
+        k: int, or int64 [G].
+        length: columns of the result.
+
+    Returns:
+        int64 [G, length], ascending, -1 on the left; ties go to the lower row, and NaN counts as -inf.
+    """
+    return topk_indices(last_where(~among, scores), k, length=length)
+
+
+def last_where(mask: Tensor, scores: Tensor) -> Tensor:
+    """Return scores that rank below all others where ``mask`` is True: NaN there, and -inf for what is NaN elsewhere."""
+    return torch.where(mask, torch.nan, torch.where(scores.isnan(), -torch.inf, scores))

@@ -1,0 +1,67 @@
+"""A fixed order of the cells of a grid whose beginnings are spread evenly over it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from gap_kernels.validation import describe, is_int
+from torch import Tensor
+
+CACHED_GRIDS = 256
+"""Ranks that stay in memory, the least recently used go first; those of 96 x 96 cells take 72 KiB."""
+
+
+def spatial_order(grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+    """Rank the cells of a grid such that the first k are spread evenly over it, for every k.
+
+    The ranks are those of ordered dithering: each cell's threshold in the Bayer matrix of the next power of two,
+    counted among the cells of the grid. For every k, any two blocks of 2^b x 2^b cells that start at multiples of
+    2^b hold equally many of the first k cells, give or take one. A quarter of the cells of a grid of 2^b x 2^b is
+    exactly the lattice of stride 2. This is the uniform stride of GAP's "spatial" baseline (arXiv 2506.21873), for any
+    count.
+
+    Args:
+        grid: (H, W), rows and columns, both at least 1.
+        device: where the result is; default: where PyTorch creates tensors.
+
+    Returns:
+        int64 [H*W], a permutation of 0..H*W-1: the rank of the cell at row ``j // W``, column ``j % W``. Kept for the
+        next call with the same arguments, so not to be written to; made anew under ``torch.compile``,
+        ``torch.export`` and CUDA graph capture.
+
+    Raises:
+        ValueError: if ``grid`` isn't two ints of at least 1.
+    """
+    if (
+        not isinstance(grid, (tuple, list))
+        or len(grid) != 2
+        or not all(is_int(size) and size >= 1 for size in grid)
+    ):
+        raise ValueError(f"grid: expected two ints >= 1, (H, W), got {describe(grid)}")
+    # Names the device in full, and is no plain tensor while fake ones are traced.
+    probe = torch.empty(0, device=device)
+    capturing = probe.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or type(probe) is not Tensor or capturing:
+        return _ranks(*grid, probe.device)
+    return _kept_ranks(*grid, probe.device)
+
+
+@lru_cache(CACHED_GRIDS)
+def _kept_ranks(height: int, width: int, device: torch.device) -> Tensor:
+    # Copied from the CPU, for which the host waits: any stream may use the result then.
+    with torch.inference_mode(False):
+        return _ranks(height, width, torch.device("cpu")).to(device)
+
+
+def _ranks(height: int, width: int, device: torch.device) -> Tensor:
+    row = torch.arange(height, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    threshold = torch.zeros(height, width, dtype=torch.int64, device=device)
+    # The last bit of the coordinates is the first digit of the threshold: neighbours differ the most.
+    for bit in range((max(height, width) - 1).bit_length()):
+        down, right = row >> bit & 1, column >> bit & 1
+        # 0 and 1 for the corners on the diagonal of a block, 2 and 3 for the others.
+        threshold = 4 * threshold + 2 * (down ^ right) + down
+    # A permutation sorted is its inverse: the rank of each cell.
+    return threshold.flatten().argsort().argsort()
