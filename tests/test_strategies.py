@@ -190,6 +190,16 @@ def test_choice_on_samples_with_filler(coverage: str, data: st.DataObject) -> No
     assert index.tolist() == [fill(row, max(keep)) for row in wanted]
 
 
+def test_filler_is_no_region() -> None:
+    """Two regions of four and four fillers: to keep six takes three of each region, not one."""
+    scores = torch.tensor([[8.0, 7.0, 4.0, 3.0, 6.0, 5.0, 2.0, 1.0, -INF, -INF, -INF, -INF]])
+    neighbours = torch.full((1, 12, 3), -1, dtype=torch.int32)
+    neighbours[0, :8] = grid_neighbours((2, 4))
+    assert choose(scores, 6, "region", neighbours=neighbours).tolist() == [[0, 1, 2, 3, 4, 6]]
+    # Cells 0, 1, 4, 5 and 2, 3, 6, 7 are the regions: the best six anywhere would be 0, 1, 2, 3, 4, 5.
+    assert choose(scores, 6, "topk").tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
 def test_nuwa_numbers_of_candidates() -> None:
     """112 / 224 / 336 of 576 need 1 / 2 / 3 of each of the 144 regions."""
     scores = torch.rand(1, 576, generator=generator())

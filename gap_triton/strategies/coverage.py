@@ -50,7 +50,8 @@ def choose(
         scores: float32 [G, N], one row per grid or per sample.
         keep: how many to choose, 0..N: an int, or int64 [G].
         coverage: ``"topk"``, ``"region"`` or ``"stride"``.
-        neighbours: for ``"region"``: int32 [G, N, R] or [1, N, R], see :func:`gap_kernels.grid_neighbours`.
+        neighbours: for ``"region"``: int32 [G, N, R] or [1, N, R], see :func:`gap_kernels.grid_neighbours`. In the first
+            form a token that is alone in its region and scored -inf or NaN counts as filler.
         per_region: for ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
         order: for ``"stride"``: int64 [G, N] or [1, N], ranks of :func:`spatial_order`. Where a row holds several grids,
@@ -110,11 +111,14 @@ def _by_region(
     scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
 ) -> Tensor:
     check_region(ShapeChecker(), scores, neighbours, 1 if per_region is None else per_region)
-    filler = (neighbours < 0).all(-1) & scores.isneginf()
+    filler = (neighbours < 0).all(-1)
     if neighbours.shape[0] == scores.shape[0]:
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
+        filler = filler & scores.isneginf()
         first = torch.arange(neighbours.shape[2], dtype=neighbours.dtype, device=neighbours.device)
         neighbours = torch.where(filler[..., None], first.where(first < scores.shape[1], -1), neighbours)
+    else:
+        filler = torch.zeros_like(filler)  # one grid for all rows has none
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
     needed = _needed_per_region(neighbours, filler, keep)
