@@ -111,17 +111,14 @@ def _by_region(
     scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
 ) -> Tensor:
     check_region(ShapeChecker(), scores, neighbours, 1 if per_region is None else per_region)
-    filler = (neighbours < 0).all(-1)
-    if neighbours.shape[0] == scores.shape[0]:
+    if neighbours.shape[0] == scores.shape[0]:  # one grid for all rows has no filler
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
-        filler = filler & scores.isneginf()
+        filler = (neighbours < 0).all(-1) & scores.isneginf()
         first = torch.arange(neighbours.shape[2], dtype=neighbours.dtype, device=neighbours.device)
         neighbours = torch.where(filler[..., None], first.where(first < scores.shape[1], -1), neighbours)
-    else:
-        filler = torch.zeros_like(filler)  # one grid for all rows has none
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
-    needed = _needed_per_region(neighbours, filler, keep)
+    needed = _needed_per_region(neighbours, keep)
     index = topk_indices(scores, keep, length=length)
     for value in set(needed.tolist()):
         candidates = topk_per_region(scores, neighbours, value, keep, length=length)
@@ -129,11 +126,11 @@ def _by_region(
     return index
 
 
-def _needed_per_region(neighbours: Tensor, filler: Tensor, keep: int | Tensor) -> Tensor:
+def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     """Return how many of each region must be candidates so that ``keep`` tokens are; int64 [G], at least 1."""
     row = torch.arange(neighbours.shape[1], device=neighbours.device)
-    # A region is counted at its first token.
-    first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1) & ~filler
+    # A region is counted at its first token; filler has tokens before it by now.
+    first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1)
     regions = first.sum(1).clamp(min=1)
     return ((keep + regions - 1) // regions).clamp(min=1)
 
