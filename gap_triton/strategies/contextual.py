@@ -86,7 +86,7 @@ def contextual(
     cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
     best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, -1)
     goes_to = best == torch.arange(length, device=features.device)  # [G, N, M]
-    goes_to &= (left & ~is_target)[..., None]
+    goes_to &= (left & ~is_target)[..., None] & (targets >= 0)[:, None]
 
     dtype = accumulation_dtype(features)
     total = goes_to.transpose(1, 2).to(dtype) @ features.to(dtype)
