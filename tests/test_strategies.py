@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -10,8 +12,26 @@ import torch
 from gap_kernels import grid_neighbours, topk_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from gap_triton.strategies import STRIDE_SHARE, choose, spatial_order
+from gap_triton.strategies import (
+    LLAVA,
+    LLAVA_NEXT,
+    QWEN,
+    STRIDE_SHARE,
+    AggregationRule,
+    Merged,
+    aggregate,
+    average,
+    choose,
+    contextual,
+    contextual_count,
+    nearest,
+    outlier_count,
+    raters,
+    spatial_order,
+    text_similarity,
+)
 
 NAN, INF = math.nan, math.inf
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -254,3 +274,464 @@ def test_choice_of_nothing() -> None:
         shared = {"neighbours": NEIGHBOURS, "order": ORDER}
         assert choose(SCORES, 0, coverage, **shared).shape == (2, 0)
         assert choose(SCORES[:0], 2, coverage, **shared).shape == (0, 2)
+
+
+# --- merging -------------------------------------------------------------------------------------------------------
+
+
+def make(
+    groups: int, rows: int, channels: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, keys and positive scores."""
+    source = generator(seed)
+    features = torch.randn(groups, rows, channels, generator=source).to(dtype)
+    keys = torch.randn(groups, rows, 4, generator=source).to(dtype)
+    return features, keys, torch.rand(groups, rows, generator=source)
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    lengths = float(left.norm() * right.norm())
+    return float(left @ right) / lengths if lengths else 0.0
+
+
+def expect(merged: Merged, tokens: list[dict[int, Tensor]], tolerance: float = 1e-5) -> None:
+    """Compare with one dictionary of features by row for each grid."""
+    length = merged.index.shape[1]
+    assert merged.index.dtype == torch.int64
+    assert merged.index.tolist() == [fill(list(rows), length) for rows in tokens]
+    for found, index, rows in zip(merged.features.double(), merged.index.tolist(), tokens, strict=True):
+        for feature, row in zip(found, index, strict=True):
+            wanted = rows[row] if row >= 0 else torch.zeros_like(feature)
+            torch.testing.assert_close(feature, wanted, rtol=tolerance, atol=tolerance)
+
+
+def averaged(features: Tensor, scores: list[float], kept: list[int]) -> dict[int, Tensor]:
+    features = features.double()
+    tokens = {row: features[row] for row in kept}
+    dropped = [row for row in ranked(scores) if row not in kept]
+    if dropped:
+        tokens[dropped[0]] = sum(features[row] for row in dropped) / len(dropped)
+    return tokens
+
+
+def collected_nearest(
+    features: Tensor, keys: Tensor, scores: list[float], kept: list[int]
+) -> dict[int, Tensor]:
+    features, keys = features.double(), keys.double()
+    weights = [score if math.isfinite(score) else 0.0 for score in scores]
+    dropped = [row for row in ranked(scores) if row not in kept]
+    if len(dropped) <= 1:
+        return {row: features[row] for row in [*kept, *dropped]}
+    tokens = {}
+    for row in kept:
+        others = [other for other in range(len(scores)) if other != row]
+        others.sort(key=lambda other: (-cosine(keys[row], keys[other]), other))
+        tokens[row] = features[row] + sum(weights[other] * features[other] for other in others[:32])
+    tokens[dropped[0]] = sum(weights[row] * features[row] for row in dropped)
+    return tokens
+
+
+def gathered_contextual(features: Tensor, keys: Tensor, kept: list[int], count: int) -> dict[int, Tensor]:
+    features, keys = features.double(), keys.double()
+    left = [row for row in range(len(features)) if row not in kept]
+    step = max(1, len(left) // max(count, 1))
+    targets = left[::step][:count]
+    groups: dict[int, list[int]] = {target: [] for target in targets}
+    for row in left:
+        if targets and row not in targets:
+            # `max` takes the first of equal ones.
+            groups[max(targets, key=lambda target: cosine(keys[row], keys[target]))].append(row)
+    tokens = {row: features[row] for row in kept}
+    for target, group in groups.items():
+        mean = sum(features[row] for row in group) / len(group) if group else 0.0
+        tokens[target] = features[target] + mean
+    return tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_merges_match_loops(data: st.DataObject) -> None:
+    """Grids of one size with different numbers of kept tokens, from none to all, and with NaN among the scores."""
+    rows, groups = data.draw(st.integers(1, 45)), data.draw(st.integers(1, 3))
+    features, keys, scores = make(
+        groups, rows, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 99))
+    )
+    for group in range(groups):
+        scores[group, data.draw(st.integers(0, rows - 1))] = data.draw(st.sampled_from([NAN, 0.0, 0.5]))
+    counts = [data.draw(st.integers(0, rows)) for _ in range(groups)]
+    kept = choose(scores, torch.tensor(counts), "topk")
+    lists = [[row for row in line if row >= 0] for line in kept.tolist()]
+    each = list(zip(features, keys, scores.tolist(), lists, strict=True))
+
+    expect(average(features, scores, kept), [averaged(x, s, own) for x, _, s, own in each])
+    expect(nearest(features, keys, scores, kept), [collected_nearest(*one) for one in each])
+    number = data.draw(st.integers(0, rows + 1))
+    expected = [gathered_contextual(x, k, own, number) for x, k, _, own in each]
+    expect(contextual(features, keys, kept, number), expected)
+    numbers = [data.draw(st.integers(0, rows + 1)) for _ in range(groups)]
+    expected = [gathered_contextual(x, k, own, n) for (x, k, _, own), n in zip(each, numbers, strict=True)]
+    expect(contextual(features, keys, kept, torch.tensor(numbers)), expected)
+
+
+def merges(
+    features: Tensor, keys: Tensor, scores: Tensor, grid: tuple[int, int], keep: int
+) -> dict[str, Merged]:
+    """Every merge of a grid down to ``keep`` tokens, all chosen by score."""
+    count = contextual_count(keep)
+    return {
+        "average": average(features, scores, choose(scores, keep - 1, "topk")),
+        "nearest": nearest(features, keys, scores, choose(scores, keep - 1, "topk")),
+        "contextual": contextual(features, keys, choose(scores, keep - count, "topk"), count),
+        **{
+            f"aggregate {name}": aggregate(
+                features, keys, scores, choose(scores, keep, "topk"), grid, rule=rule
+            )
+            for name, rule in (("llava", LLAVA), ("next", LLAVA_NEXT), ("qwen", QWEN))
+        },
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grid", [(5, 7), (1, 1), (12, 12)])
+def test_nothing_changes_where_all_tokens_are_kept(dtype: torch.dtype, grid: tuple[int, int]) -> None:
+    features, keys, scores = make(2, grid[0] * grid[1], dtype=dtype)
+    for name, merged in merges(features, keys, scores, grid, grid[0] * grid[1]).items():
+        assert torch.equal(merged.index, torch.arange(grid[0] * grid[1]).expand(2, -1)), name
+        assert merged.features.dtype == dtype
+        assert torch.equal(merged.features, features), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_token_holds_everything(dtype: torch.dtype) -> None:
+    features, keys, scores = make(2, 30, dtype=dtype)
+    best = scores.argmax(1)
+    exact = features.double()
+    weighted = (scores.double()[..., None] * exact).sum(1)
+    wanted = {
+        "average": (best, exact.mean(1)),
+        "nearest": (best, weighted),
+        # The first token is the target, and the mean of all others is added to it.
+        "contextual": (torch.zeros_like(best), exact[:, 0] + exact[:, 1:].mean(1)),
+    }
+    found = merges(features, keys, scores, (5, 6), 1)
+    for name, (row, value) in wanted.items():
+        assert found[name].index.tolist() == row[:, None].tolist(), name
+        tolerance = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+        torch.testing.assert_close(found[name].features[:, 0].double(), value, rtol=tolerance, atol=tolerance)
+
+
+def test_long_sums_are_not_added_up_in_half_precision() -> None:
+    """4,096 ones, which float16 counts no further than 2,048, and whose sum of 70,000 would be infinite."""
+    features = torch.full((1, 4097, 1), 17.0, dtype=torch.float16)
+    scores = torch.zeros(1, 4097)
+    scores[0, 0] = 1.0
+    kept = torch.tensor([[0]])
+    assert average(features, scores, kept).features.flatten().tolist() == [17.0, 17.0]
+    keys = torch.ones(1, 4097, 2, dtype=torch.float16)
+    assert contextual(features, keys, kept, 1).features.flatten().tolist() == [17.0, 34.0]
+    scores[0, 1:] = 1 / 4096
+    added = nearest(features, keys, scores, kept).features.flatten().tolist()
+    assert added == [float(torch.tensor(17 + 32 * 17 / 4096).half()), 17.0]
+
+
+def test_ties_go_to_the_lower_row() -> None:
+    features = torch.arange(1.0, 41.0).view(1, 40, 1)
+    scores, keys = torch.ones(1, 40), torch.ones(1, 40, 3)
+    kept = torch.tensor([[7]])
+    # Row 0 is the best of the dropped; the first 32 other rows are collected: 0..6 and 8..32.
+    assert average(features, scores, kept).index.tolist() == [[0, 7]]
+    merged = nearest(features, keys, scores, kept)
+    assert merged.index.tolist() == [[0, 7]]
+    assert merged.features.flatten().tolist() == [820.0 - 8.0, 33 * 34 / 2]
+    # Targets are rows 0 and 20 (the 20th of those left); every other token goes to the first.
+    merged = contextual(features, keys, kept, 2)
+    assert merged.index.tolist() == [[0, 7, 20]]
+    assert merged.features.flatten().tolist() == pytest.approx([1 + (820 - 8 - 1 - 21) / 37, 8, 21])
+
+
+def test_nan_stays_where_it_is() -> None:
+    features, keys, scores = make(1, 40)
+    scores[0, 11] = NAN
+    scores[0, 12] = INF
+    kept = choose(scores, 5, "topk")
+    assert 12 in kept.tolist()[0]
+    without = torch.where(scores.isfinite(), scores, 0.0)
+    expected = nearest(features, keys, without, kept)
+    found = nearest(features, keys, scores, kept)
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.features, expected.features)
+    assert found.features.isfinite().all()
+
+    keys[0, 20] = NAN
+    scores = torch.rand(1, 40, generator=generator(1))
+    scores[0, 3], scores[0, 20] = 2.0, 0.0
+    found = nearest(features, keys, scores, torch.tensor([[3, 20]]))
+    assert found.features.isfinite().all()
+    # A token without a key collects nothing, and isn't collected: as if the grid had not held it.
+    assert torch.equal(found.features[0, found.index[0] == 20], features[0, 20:21])
+    rest = torch.arange(40) != 20
+    alone = nearest(features[:, rest], keys[:, rest], scores[:, rest], torch.tensor([[3]]))
+    torch.testing.assert_close(found.features[0, found.index[0] == 3], alone.features[0, alone.index[0] == 3])
+    merged = contextual(features, keys, torch.tensor([[3]]), 4)
+    assert merged.features.isfinite().all()
+    expected = gathered_contextual(features[0], keys[0].nan_to_num(), [3], 4)
+    assert merged.index.tolist() == [sorted(expected)]
+
+
+def test_features_of_others_do_not_reach_what_was_kept_or_averaged() -> None:
+    features, _, scores = make(1, 9)
+    kept = choose(scores, 4, "topk")
+    spoiled = features.clone()
+    spoiled[0, kept[0]] = NAN
+    clean, found = average(features, scores, kept), average(spoiled, scores, kept)
+    added = ~torch.isin(clean.index, kept)
+    assert torch.equal(clean.features[added], found.features[added])
+
+
+def test_contextual_counts() -> None:
+    keep = torch.arange(200)
+    counts = contextual_count(keep)
+    assert isinstance(counts, Tensor)
+    assert [int(counts[k]) for k in (64, 128, 192)] == [10, 20, 30]
+    assert counts.tolist() == [contextual_count(k) for k in range(200)]
+    assert counts.tolist() == [
+        min(k, max(1, math.floor(Fraction(k * 10, 64) + Fraction(1, 2)))) for k in range(200)
+    ]
+
+
+FEATURES, KEYS, _ = make(2, 6)
+KEPT = torch.tensor([[-1, 2], [0, 5]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: average(FEATURES[0], SCORES, KEPT), r"features: expected 3 dimensions \[G, N, C\]"),
+        (lambda: average(FEATURES, SCORES.double(), KEPT), "scores: expected dtype torch.float32"),
+        (lambda: average(FEATURES, SCORES[:, :5], KEPT), r"scores: expected \[G, N\] with N = 6"),
+        (lambda: average(FEATURES, SCORES, KEPT + 1), "kept: expected values in -1..5, got 6"),
+        (lambda: average(FEATURES, SCORES, KEPT.int()), "kept: expected dtype torch.int64"),
+        (lambda: nearest(FEATURES, KEYS[:1], SCORES, KEPT), r"keys: expected \[G, N, E\] with G = 2"),
+        (lambda: nearest(FEATURES, KEYS, SCORES, KEPT[:1]), r"kept: expected \[G, K\] with G = 2"),
+        (lambda: contextual(FEATURES, KEYS, KEPT, -1), "count: expected a count >= 0, got -1"),
+        (lambda: contextual(FEATURES, KEYS, KEPT, 1.5), "count: expected an int or an int64 tensor"),
+        (lambda: contextual(FEATURES, KEYS, KEPT, 3, length=2), "length: expected at least 3, got 2"),
+        (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT - 1, (2, 3), rule=LLAVA), "anchors: expected values in -1..5"),
+        (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT, (2, 2), rule=LLAVA), r"grid: expected .* H \* W = 6"),
+        (lambda: AggregationRule(1.5, 1.0, False, None), "pillar_quantile: expected a float in 0..1, got 1.5"),
+        (lambda: AggregationRule(0.5, 0.0, False, None), "radius: expected a float > 0, got 0.0"),
+        (lambda: outlier_count(SCORES[:, :0]), r"scores: expected N >= 1, got shape \[2, 0\]"),
+        (lambda: outlier_count(SCORES.half()), "scores: expected dtype torch.float32"),
+        (lambda: text_similarity(FEATURES, KEYS, SCORES > 0), r"text: expected \[G, T, C\] with C = 5"),
+        (lambda: text_similarity(FEATURES, FEATURES, SCORES), "text_mask: expected dtype torch.bool"),
+        (lambda: raters(FEATURES, SCORES[:1] > 0, FEATURES, SCORES > 0), r"visual_mask: expected \[B, V\] with B = 2"),
+    ],
+)  # fmt: skip
+def test_merging_refuses_bad_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- Nüwa's first stage --------------------------------------------------------------------------------------------
+
+
+def nuwa_stage_one(
+    features: Tensor,
+    similarity: Tensor,
+    scores: list[float],
+    grid: tuple[int, int],
+    keep: int,
+    quantile: float,
+    radius: float,
+    self_weight: float | None,
+) -> dict[int, Tensor]:
+    """Separation, alignment and aggregation in float64, one patch at a time."""
+    anchors = sorted(chosen_by_region(scores, grid, keep, None))
+    levels = sorted(scores[anchor] for anchor in anchors)
+    below, share = divmod(quantile * (len(levels) - 1), 1)
+    above = levels[min(int(below) + 1, len(levels) - 1)]
+    threshold = levels[int(below)] + share * (above - levels[int(below)])
+    features, similarity = features.double(), similarity.double()
+    tokens = {}
+    for anchor in anchors:
+        if scores[anchor] >= threshold:
+            tokens[anchor] = features[anchor]
+            continue
+        weights = []
+        for patch in range(len(scores)):
+            distance = math.dist(divmod(anchor, grid[1]), divmod(patch, grid[1]))
+            near = 1 - min(1.0, distance / radius)
+            weights.append(max(0.0, cosine(similarity[anchor], similarity[patch])) * near)
+        total = math.fsum(weights) + 1e-8
+        weights = [weight / total for weight in weights]
+        if self_weight is not None:
+            weights[anchor] = self_weight
+        tokens[anchor] = sum(weight * feature for weight, feature in zip(weights, features, strict=True))
+    return tokens
+
+
+RULES = {
+    "llava": (LLAVA, 0.55, lambda h, w: math.sqrt(280) * math.hypot(h - 1, w - 1) / math.hypot(23, 23), 1.0),
+    "next": (LLAVA_NEXT, 0.5, lambda h, w: math.sqrt(280), 1.0),
+    "qwen": (QWEN, 0.1, lambda h, w: 0.8 * math.hypot(h - 1, w - 1), None),
+    "no pillars": (AggregationRule(1.0, 2.5, False, 1.0), 2.0, lambda h, w: 2.5, 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "grid"),
+    [*itertools.product(RULES, [(8, 8), (6, 9), (7, 5)]), ("llava", (24, 24)), ("qwen", (24, 24))],
+)
+def test_nuwa_stage_one(rule: str, grid: tuple[int, int]) -> None:
+    """Same anchors, and features to 1e-5, on even and odd grids, with and without pillars."""
+    constants, quantile, radius, self_weight = RULES[rule]
+    cells = grid[0] * grid[1]
+    features, similarity, scores = make(2, cells, seed=cells)
+    similarity = similarity + 0.5
+    for keep in {24: (112,), 8: (9, 30), 6: (9, 30), 7: (9, 30)}[grid[0]]:
+        anchors = choose(scores, keep, "region", neighbours=grid_neighbours(grid)[None])
+        merged = aggregate(features, similarity, scores, anchors, grid, rule=constants)
+        wanted = []
+        for group in range(2):
+            line = scores[group].tolist()
+            if quantile > 1:  # a level that nothing reaches, but for the best anchor itself
+                tokens = nuwa_stage_one(
+                    features[group], similarity[group], line, grid, keep, 1.0, radius(*grid), self_weight
+                )
+                best = max(tokens, key=lambda row: line[row])
+                assert torch.equal(tokens[best], features[group, best].double())
+            else:
+                tokens = nuwa_stage_one(
+                    features[group], similarity[group], line, grid, keep, quantile, radius(*grid), self_weight
+                )
+                pillars = [
+                    row for row, value in tokens.items() if torch.equal(value, features[group, row].double())
+                ]
+                assert len(pillars) == keep - math.ceil(quantile * (keep - 1))
+            wanted.append(tokens)
+        expect(merged, wanted)
+
+
+def test_the_radius_of_each_rule() -> None:
+    assert LLAVA.radius_of((24, 24)) == pytest.approx(math.sqrt(280), rel=1e-15)
+    assert LLAVA.radius_of((12, 12)) == pytest.approx(math.sqrt(280) * 11 / 23)
+    assert LLAVA_NEXT.radius_of((48, 36)) == math.sqrt(280)
+    assert QWEN.radius_of((4, 5)) == 0.8 * 5
+    assert QWEN.radius_of((1, 1)) == 1.0
+
+
+def test_anchors_with_filler_and_nan() -> None:
+    """Filler and NaN don't move the level of the pillars; a row of filler is 0."""
+    features, similarity, scores = make(2, 12)
+    anchors = torch.tensor([[-1, -1, 1, 4, 6, 9], [0, 2, 3, 5, 7, 11]])
+    together = aggregate(features, similarity, scores, anchors, (3, 4), rule=LLAVA)
+    alone = aggregate(features[:1], similarity[:1], scores[:1], anchors[:1, 2:], (3, 4), rule=LLAVA)
+    assert torch.equal(together.features[:1, 2:], alone.features)
+    assert (together.features[0, :2] == 0).all()
+    assert torch.equal(together.index, anchors)
+
+    scores[1, 5] = NAN
+    found = aggregate(features[1:], similarity[1:], scores[1:], anchors[1:], (3, 4), rule=LLAVA)
+    others = aggregate(
+        features[1:], similarity[1:], scores[1:], anchors[1:, [0, 1, 2, 4, 5]], (3, 4), rule=LLAVA
+    )
+    assert found.features.isfinite().all()
+    assert torch.equal(found.features[:, [0, 1, 2, 4, 5]], others.features)
+    assert not torch.equal(found.features[0, 3], features[1, 5])
+    nothing = aggregate(features, similarity, scores, anchors[:, :0], (3, 4), rule=LLAVA)
+    assert nothing.features.shape == (2, 0, 5)
+
+
+# --- counts and relevance ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=30))
+def test_outliers_match_the_definition(values: list[int]) -> None:
+    ordered = sorted(values)
+
+    def quartile(share: Fraction) -> Fraction:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+    first, third = quartile(Fraction(1, 4)), quartile(Fraction(3, 4))
+    limit = third + Fraction(3, 2) * (third - first)
+    expected = max(1, sum(value > limit for value in values))
+    # Quartiles of small integers are exact in float32.
+    padded = torch.tensor([[*map(float, values), NAN, NAN], [*map(float, values), 0.0, 0.0]])
+    assert outlier_count(padded)[:1].tolist() == [expected]
+    assert outlier_count(padded[:, :-2]).tolist() == [expected, expected]
+
+
+def test_outliers_by_hand() -> None:
+    # Quartiles 1.75 and 5.25, so the limit is 10.5.
+    scores = torch.tensor(
+        [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.5], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.75]]
+    )
+    assert outlier_count(scores).tolist() == [1, 1]
+    assert outlier_count(torch.zeros(2, 5)).tolist() == [1, 1]
+    assert outlier_count(torch.tensor([[0.0] * 20 + [1.0, 2.0, 3.0]])).tolist() == [3]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.lists(st.booleans(), min_size=1, max_size=6))
+def test_text_similarity_matches_a_loop(seed: int, mask: list[bool]) -> None:
+    visual = torch.randn(2, 7, 5, generator=generator(seed))
+    text = torch.randn(2, len(mask), 5, generator=generator(seed + 1))
+    text_mask = torch.tensor([mask, mask[::-1]])
+    text[~text_mask] = NAN
+    found = text_similarity(visual, text, text_mask)
+    assert found.dtype == torch.float32
+    for group in range(2):
+        words = [
+            word for word, real in zip(text[group].double(), text_mask[group].tolist(), strict=True) if real
+        ]
+        mean = sum(words) / len(words) if words else torch.zeros(5, dtype=torch.float64)
+        wanted = [cosine(patch, mean) for patch in visual[group].double()]
+        torch.testing.assert_close(found[group].double(), torch.tensor(wanted).double(), rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_raters_match_a_loop(data: st.DataObject) -> None:
+    patches, words = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    source = generator(data.draw(st.integers(0, 99)))
+    visual, text = torch.randn(2, patches, 4, generator=source), torch.randn(2, words, 4, generator=source)
+    visual_mask = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=patches, max_size=patches)) for _ in "ab"]
+    )
+    text_mask = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=words, max_size=words)) for _ in "ab"]
+    )
+    visual[~visual_mask], text[~text_mask] = NAN, INF
+    found = raters(visual, visual_mask, text, text_mask)
+    for sample in range(2):
+        real = text_mask[sample].nonzero().flatten().tolist()
+        relevance = dict.fromkeys(real, 0.0)
+        for patch in visual[sample, visual_mask[sample]].double():
+            raised = {word: math.exp(float(patch @ text[sample, word].double())) for word in real}
+            for word in real:
+                relevance[word] += raised[word] / math.fsum(raised.values())
+        mean = math.fsum(relevance.values()) / max(1, len(real))
+        # Within rounding of the mean, either is right: one word alone, or no visual token.
+        for word in range(words):
+            if word not in relevance:
+                assert not found[sample, word]
+            elif abs(relevance[word] - mean) > 1e-5:
+                assert bool(found[sample, word]) == (relevance[word] > mean)
+        assert bool(found[sample].any()) == bool(real)
+
+
+def test_raters_by_hand() -> None:
+    visual = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    text = torch.tensor([[[3.0, 0.0], [0.0, 9.0], [-1.0, 0.0], [2.9, 0.0]]])
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    assert raters(visual, everything, text, torch.ones(1, 4, dtype=torch.bool)).tolist() == [
+        [True, False, False, True]
+    ]
+    # One word, no visual token, NaN: every word judges.
+    one = torch.tensor([[False, True, False, False]])
+    assert raters(visual, everything, text, one).tolist() == one.tolist()
+    assert raters(visual, ~everything, text, ~one).tolist() == (~one).tolist()
+    assert raters(visual * NAN, everything, text, ~one).tolist() == (~one).tolist()

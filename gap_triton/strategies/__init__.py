@@ -3,12 +3,32 @@
 ``docs/strategies.md`` lists the values of each axis with their formulas and sources.
 """
 
+from .aggregation import LLAVA, LLAVA_NEXT, QWEN, AggregationRule, aggregate
+from .average import average
+from .contextual import contextual, contextual_count
 from .coverage import STRIDE_SHARE, Coverage, choose
+from .merged import Merged
+from .nearest import nearest
+from .outliers import outlier_count
+from .relevance import raters, text_similarity
 from .spatial import spatial_order
 
 __all__ = [
+    "LLAVA",
+    "LLAVA_NEXT",
+    "QWEN",
     "STRIDE_SHARE",
+    "AggregationRule",
     "Coverage",
+    "Merged",
+    "aggregate",
+    "average",
     "choose",
+    "contextual",
+    "contextual_count",
+    "nearest",
+    "outlier_count",
+    "raters",
     "spatial_order",
+    "text_similarity",
 ]

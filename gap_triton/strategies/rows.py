@@ -49,3 +49,8 @@ def best_of(scores: Tensor, among: Tensor, k: int | Tensor, length: int) -> Tens
 def last_where(mask: Tensor, scores: Tensor) -> Tensor:
     """Return scores that rank below all others where ``mask`` is True: NaN there, and -inf for what is NaN elsewhere."""
     return torch.where(mask, torch.nan, torch.where(scores.isnan(), -torch.inf, scores))
+
+
+def accumulation_dtype(features: Tensor) -> torch.dtype:
+    """Return what sums over features are computed in: float64 for float64, else float32."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32

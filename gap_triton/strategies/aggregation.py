@@ -1,0 +1,112 @@
+"""Nüwa's merge (arXiv 2602.02951): anchors collect similar patches near them, the most important collect nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from gap_kernels import spatial_aggregate
+from gap_kernels.validation import describe
+from torch import Tensor
+
+from .merged import Merged, check_merge
+from .rows import gather_rows
+
+
+@dataclass(frozen=True)
+class AggregationRule:
+    """Constants of the aggregation. The three published sets are ``LLAVA``, ``LLAVA_NEXT`` and ``QWEN``.
+
+    Attributes:
+        pillar_quantile: anchors whose score is at or above this quantile of the anchors' scores are pillars: their
+            features stay their own. In 0..1.
+        radius: distance from which on nothing is collected, > 0.
+        radius_in_diagonals: whether ``radius`` is a share of the grid's diagonal, the distance between the centres of
+            opposite corner cells; else it counts patches.
+        self_weight: weight of an anchor's own features; None = what dividing by the sum of the weights leaves.
+
+    Raises:
+        ValueError: if ``pillar_quantile`` or ``radius`` is out of range.
+    """
+
+    pillar_quantile: float
+    radius: float
+    radius_in_diagonals: bool
+    self_weight: float | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pillar_quantile <= 1:
+            raise ValueError(
+                f"pillar_quantile: expected a float in 0..1, got {describe(self.pillar_quantile)}"
+            )
+        if not self.radius > 0:
+            raise ValueError(f"radius: expected a float > 0, got {describe(self.radius)}")
+
+    def radius_of(self, grid: tuple[int, int]) -> float:
+        """Return the radius in patches on a grid of (H, W)."""
+        if not self.radius_in_diagonals:
+            return self.radius
+        # A grid of one cell has no diagonal. Within a distance of 1 there is only the anchor itself.
+        return max(self.radius * math.hypot(grid[0] - 1, grid[1] - 1), 1.0)
+
+
+LLAVA = AggregationRule(0.55, math.sqrt(280 / (23**2 + 23**2)), True, 1.0)
+"""LLaVA-1.5: ``sqrt(280)`` patches on 24 x 24, the only grid there is; the same share of the diagonal on others."""
+LLAVA_NEXT = AggregationRule(0.5, math.sqrt(280), False, 1.0)
+"""LLaVA-NeXT: ``sqrt(280)`` patches on each of its grids, whatever their size."""
+QWEN = AggregationRule(0.1, 0.8, True, None)
+"""Qwen2.5-VL: 0.8 of the diagonal; the anchor is one of those that are averaged."""
+
+
+def aggregate(
+    features: Tensor,
+    similarity: Tensor,
+    scores: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    *,
+    rule: AggregationRule,
+) -> Merged:
+    """Let anchors collect similar patches near them, see :func:`gap_kernels.spatial_aggregate`.
+
+    Every anchor keeps its row. Pillars and constants are those of the released code; the paper has pillars by the norm of
+    the key, at the 0.75 quantile.
+
+    Args:
+        features: [G, N, C] float32, float16, bfloat16 or float64.
+        similarity: [G, N, E], any of those dtypes: what patches are compared by (Nüwa: the mean of the tower's hidden
+            states of the last third of its layers).
+        scores: float32 [G, N], what anchors were chosen by.
+        anchors: int64 [G, M], ascending, distinct; -1 = filler, on the left. Nüwa: ``choose(..., "region")``.
+        grid: (H, W), H * W = N.
+        rule: the constants.
+
+    Returns:
+        M tokens, computed in float32 (float64 if features or similarity are). Where every patch is an anchor, so with
+        ``keep = N``, nothing was dropped and nothing changes, which the released code doesn't do. An anchor whose score is
+        NaN is no pillar and doesn't count for the quantile.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device than stated, or ``grid`` isn't that of N patches;
+            on the CPU also for rows out of range.
+    """
+    check_merge(features, {"anchors": anchors}, similarity=similarity, scores=scores)
+    if not anchors.shape[1]:
+        return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
+    anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)
+    threshold = anchor_scores.nanquantile(rule.pillar_quantile, dim=1, keepdim=True)
+    collected = spatial_aggregate(
+        features,
+        similarity,
+        anchors,
+        grid,
+        radius=rule.radius_of(grid),
+        pillars=anchor_scores >= threshold,
+        self_weight=rule.self_weight,
+    )
+    num_rows = features.shape[1]
+    if anchors.shape[1] >= num_rows:
+        complete = ((anchors >= 0).sum(1) == num_rows)[:, None, None]
+        collected = torch.where(complete, gather_rows(features, anchors), collected)
+    return Merged(anchors, collected)

@@ -1,0 +1,95 @@
+"""VisionZip's merge (arXiv 2412.04467): what isn't dominant is gathered in a few contextual tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from gap_kernels import topk_indices
+from gap_kernels.validation import ShapeChecker, check_length, read_max, split_count
+from torch import Tensor
+
+from .merged import Merged, assemble, check_merge
+from .rows import accumulation_dtype, gather_rows, members
+
+
+def contextual_count(keep: int | Tensor) -> int | Tensor:
+    """Return how many of ``keep`` tokens are contextual: VisionZip's 10 of 64, 20 of 128, 30 of 192.
+
+    Args:
+        keep: an int, or int64 of any shape.
+
+    Returns:
+        ``round(keep * 10 / 64)``, halves rounded up, at least 1 but never more than ``keep``.
+    """
+    count = (keep * 10 + 32) // 64
+    if isinstance(keep, Tensor):
+        return torch.minimum(torch.as_tensor(count).clamp(min=1), keep)
+    return min(max(int(count), 1), keep)
+
+
+def contextual(
+    features: Tensor, keys: Tensor, kept: Tensor, count: int | Tensor, *, length: int | None = None
+) -> Merged:
+    """Gather the tokens that aren't dominant in ``count`` contextual tokens.
+
+    Every ``R // count``-th of the R tokens that are left, from the first on, is a target. Each other one goes to the target
+    whose key has the largest cosine to its own, and a contextual token is its target's features plus the mean of the
+    features of those that went to it. It keeps its target's row.
+
+    The paper describes an average over target and assigned tokens; the released code, which the published numbers come from,
+    adds the two as said, and we follow it. Two more differences. The code keeps CLS as the first of the dominant tokens: it
+    has no place in the grid, so it is left out, and one more patch is dominant instead. The code compares keys averaged over
+    heads; here ``keys`` are what the caller gives, usually all heads together.
+
+    Args:
+        features: [G, N, C] float32, float16, bfloat16 or float64.
+        keys: [G, N, E], any of those dtypes.
+        kept: int64 [G, K], the dominant tokens, distinct; -1 = filler. To end with ``keep`` tokens, choose the best
+            ``keep - contextual_count(keep)``.
+        count: contextual tokens, an int or int64 [G].
+        length: columns for them; default ``count``, or the largest, which takes one read from the device.
+
+    Returns:
+        K + length tokens, computed in float32 (float64 for float64). Where fewer than ``count`` tokens are left, as many
+        as there are. A target that nothing goes to keeps its features, so with ``keep = N`` nothing changes. Equal
+        cosines go to the lower row. NaN cosines are the smallest, so a token whose key holds NaN goes to the first target.
+        NaN or infinity in ``features`` spoils its channel in all contextual tokens of its grid, as in any matrix product.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
+            for rows out of range.
+    """
+    check_merge(features, {"kept": kept}, keys=keys)
+    shapes = ShapeChecker()
+    shapes.check("features", features, "B N C", (features.dtype,))
+    number, numbers = split_count("count", count, shapes)
+    if length is not None:
+        check_length(length, at_least=number)
+    elif numbers is not None:
+        length = read_max(numbers, "the number of columns depends on the values of count")
+    else:
+        length = number
+    groups, num_rows, _ = features.shape
+    own = gather_rows(features, kept)
+
+    left = ~members(kept, num_rows)
+    place = left.cumsum(1) - 1  # among the tokens that are left
+    wanted = torch.as_tensor(count, device=features.device).expand(groups)[:, None]
+    stride = (left.sum(1, keepdim=True) // wanted.clamp(min=1)).clamp(min=1)
+    is_target = left & (place % stride == 0) & (place // stride < wanted)
+    # 1 for targets, 0 for others: exact top-k finds their rows in order.
+    targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
+
+    unit = F.normalize(keys.float(), dim=-1)
+    cosine = unit @ gather_rows(unit, targets).transpose(1, 2)  # [G, N, M]
+    # NaN ranks below everything: below any cosine (-2), but above filler.
+    cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
+    best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, -1)
+    goes_to = best == torch.arange(length, device=features.device)  # [G, N, M]
+    goes_to &= (left & ~is_target)[..., None] & (targets >= 0)[:, None]
+
+    dtype = accumulation_dtype(features)
+    total = goes_to.transpose(1, 2).to(dtype) @ features.to(dtype)
+    mean = total / goes_to.sum(1).clamp(min=1)[..., None]
+    target_features = gather_rows(features, targets)
+    return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))

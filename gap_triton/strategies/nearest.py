@@ -1,0 +1,71 @@
+"""PruMerge's merge (arXiv 2403.15388): each kept token collects those with the most similar keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from gap_kernels import topk_indices
+from torch import Tensor
+
+from .merged import Merged, assemble, check_merge
+from .rows import accumulation_dtype, best_of, gather_rows, last_where, members
+
+COLLECTED = 32
+"""How many tokens each kept one collects."""
+
+
+def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Merged:
+    """Add to each kept token the tokens with the most similar keys, and what is dropped as one more token.
+
+    With ``a`` the scores, a kept token ``i`` becomes ``x_i + sum of a_j x_j`` over the ``COLLECTED`` other tokens whose
+    keys have the largest cosine to its own, and the one more token is ``sum of a_j x_j`` over all dropped ones. It gets
+    the row of the best-scored dropped token.
+
+    This is what the released code does. The paper's abstract speaks of merging the pruned tokens with the others; in the
+    code a token collects from all others, kept ones too. Nothing is divided by the sum of the weights, which are attention
+    and add up to 1 at most. Where we differ: the code puts the tokens in order of score, the one more last, and renumbers
+    them; and its ``a`` is the attention of the CLS row at the tower's last layer, with all heads taken as one, here it is
+    what the caller scores by.
+
+    Args:
+        features: [G, N, C] float32, float16, bfloat16 or float64.
+        keys: [G, N, E], any of those dtypes: keys of the scoring layer, all heads together.
+        scores: float32 [G, N]. NaN counts as -inf in the order. As weights, scores that aren't finite count as 0.
+        kept: int64 [G, K], the tokens that collect, distinct; -1 = filler. To end with ``keep`` tokens, choose
+            ``keep - 1``.
+
+    Returns:
+        K + 1 tokens, computed in float32 (float64 for float64). Where at most one token is dropped, so with
+        ``keep = N``, there is nothing to make up for: all N tokens are returned unchanged, which the released code
+        doesn't do. Equal cosines go to the lower row. A token whose key holds NaN collects nothing and is not collected.
+        NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range.
+    """
+    check_merge(features, {"kept": kept}, keys=keys, scores=scores)
+    num_rows = features.shape[1]
+    dtype = accumulation_dtype(features)
+    values = features.to(dtype)
+    own = gather_rows(features, kept)
+    weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
+
+    unit = F.normalize(keys.float(), dim=-1)
+    cosine = gather_rows(unit, kept) @ unit.transpose(1, 2)  # [G, K, N]
+    itself = kept[..., None] == torch.arange(num_rows, device=kept.device)
+    ranked = last_where(itself, cosine).flatten(0, 1)
+    most = max(0, min(COLLECTED, num_rows - 1))
+    near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
+    near &= (kept >= 0)[..., None]
+    collected = own.to(dtype) + torch.where(near, weights[:, None], 0) @ values
+
+    dropped = ~members(kept, num_rows)
+    row = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
+    summed = torch.where(dropped, weights, 0)[:, None] @ values
+    unchanged = (dropped.sum(1) <= 1)[:, None, None]
+    return assemble(
+        kept,
+        torch.where(unchanged, own, collected.to(features.dtype)),
+        row,
+        torch.where(unchanged, gather_rows(features, row), summed.to(features.dtype)),
+    )

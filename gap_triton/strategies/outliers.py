@@ -1,0 +1,30 @@
+"""How many tokens stand out: PruMerge's adaptive count (arXiv 2403.15388)."""
+
+from __future__ import annotations
+
+import torch
+from gap_kernels.validation import ShapeChecker, describe
+from torch import Tensor
+
+
+def outlier_count(scores: Tensor) -> Tensor:
+    """Count the scores above ``Q3 + 1.5 (Q3 - Q1)``, with quartiles interpolated linearly.
+
+    Paper and released code count this way. The code then keeps ``int(N * (count / N))`` tokens, which rounding may make
+    one less, and takes the quartiles over all images of a batch at once; here it is the count, of each row by itself.
+    PruMerge adds one token for what is dropped (:func:`nearest`), so its ``keep`` is this plus 1.
+
+    Args:
+        scores: float32 [G, N], N >= 1. NaN is left out, of the quartiles too.
+
+    Returns:
+        int64 [G], at least 1.
+
+    Raises:
+        ValueError: if ``scores`` has another shape or dtype.
+    """
+    ShapeChecker().check("scores", scores, "G N", (torch.float32,))
+    if not scores.shape[1]:
+        raise ValueError(f"scores: expected N >= 1, got {describe(scores)}")
+    first, third = scores.nanquantile(scores.new_tensor([0.25, 0.75]), dim=1)
+    return (scores > (third + 1.5 * (third - first))[:, None]).sum(1).clamp(min=1)

@@ -1,0 +1,76 @@
+"""How visual and text tokens relate by their embeddings alone, without attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker
+from torch import Tensor
+
+from .rows import accumulation_dtype
+
+
+def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """Return the cosine of each visual token to the mean text embedding.
+
+    This is TRIM's score (arXiv 2409.10994) for towers that have no text side: TRIM takes the projected output of CLIP's
+    text encoder instead of a mean. Its released code ranks by the negative of the unnormalised product with that; here a
+    larger cosine is a better score, as in the paper.
+
+    Args:
+        visual: [G, N, C] float32, float16, bfloat16 or float64.
+        text: [G, T, C], any of those dtypes.
+        text_mask: bool [G, T], True = a real token. What is masked is never used, not even if it is NaN.
+
+    Returns:
+        float32 [G, N]. Without text, all are 0.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device.
+    """
+    shapes = ShapeChecker()
+    shapes.check("visual", visual, "G N C", FLOAT_DTYPES)
+    shapes.check("text", text, "G T C", FLOAT_DTYPES)
+    shapes.check("text_mask", text_mask, "G T", (torch.bool,))
+    dtype = accumulation_dtype(visual)
+    # The sum has the direction of the mean.
+    direction = torch.where(text_mask[..., None], text.to(dtype), 0).sum(1)
+    unit = F.normalize(direction, dim=-1)[..., None]  # [G, C, 1]
+    return (F.normalize(visual.to(dtype), dim=-1) @ unit)[..., 0].float()
+
+
+def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """Choose the text tokens that may judge the image: SparseVLM's raters (arXiv 2410.04417).
+
+    For each visual token, the products with all text tokens go through a softmax over the text. The mean of that over the
+    visual tokens is a text token's relevance, and raters are the text tokens whose relevance is at least the mean over the
+    text. The released code takes those above the mean, which may be none; the products are not scaled, in paper and code.
+
+    Args:
+        visual: [B, V, C] float32, float16, bfloat16 or float64: hidden states that enter the decoder.
+        visual_mask: bool [B, V], True = a real token.
+        text: [B, T, C], any of those dtypes.
+        text_mask: bool [B, T], True = a real token. What is masked is never used, not even if it is NaN.
+
+    Returns:
+        bool [B, T]. Where there is text, at least one token is a rater: all of them where none reaches the mean by rounding,
+        where NaN hides it, or where there is no visual token.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype or device.
+    """
+    shapes = ShapeChecker()
+    shapes.check("visual", visual, "B V C", FLOAT_DTYPES)
+    shapes.check("visual_mask", visual_mask, "B V", (torch.bool,))
+    shapes.check("text", text, "B T C", FLOAT_DTYPES)
+    shapes.check("text_mask", text_mask, "B T", (torch.bool,))
+    dtype = accumulation_dtype(visual)
+    words = torch.where(text_mask[..., None], text.to(dtype), 0)
+    patches = torch.where(visual_mask[..., None], visual.to(dtype), 0)
+    product = patches @ words.transpose(1, 2)  # [B, V, T]
+    share = product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1)
+    # A sum is enough: all text tokens of a sample are divided by the same number of visual ones.
+    relevance = torch.where(visual_mask[..., None], share, 0).sum(1)
+    mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
+    chosen = text_mask & (relevance >= mean[:, None])
+    return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)
