@@ -34,7 +34,9 @@ COMPOSED = {
     "random, then spread": GapConfig(
         0.7, -1, "random", then=(Stage(0.5, 0, "text", "region"), Stage(0.2, 2, "spatial"))
     ),
-    "a count, three times": GapConfig(30, 0, "text", then=(Stage(20, 1, "raters"), Stage(7, 3, "last_token"))),
+    "a count, three times": GapConfig(
+        30, 0, "text", then=(Stage(20, 1, "raters"), Stage(7, 3, "last_token"))
+    ),
     "one token": GapConfig(1, -1, "random", then=(Stage(1, 1, "last_token"),)),
 }
 NAMES = [*PRESETS, *COMPOSED]

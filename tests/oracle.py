@@ -162,10 +162,8 @@ class MaskingOracle:
             visual = [i for i in range(queries) if self.visual[b, i]]
             if not visual:
                 continue
-            if isinstance(keep, int):
-                count = min(keep, len(visual))
-            else:
-                count = math.ceil(Fraction(str(keep)) * len(visual))
+            share = keep if isinstance(keep, int) else math.ceil(Fraction(str(keep)) * len(visual))
+            count = min(share, len(visual))
             last = max(i for i in range(queries) if self.real[b, i])
             rows = [last]
             if score == "text":

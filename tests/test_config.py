@@ -23,20 +23,29 @@ from gap_triton import GapConfig, Stage
         ({"keep": "outliers"}, r"GapConfig.keep='outliers': .* use layer=-1"),
         ({"keep": "outliers", "layer": -1, "score": "random"}, r"GapConfig.keep='outliers': .* such a score"),
         ({"score": "norm"}, r"GapConfig.score='norm': expected one of 'last_token', 'text', 'raters'"),
-        ({"score": "cls"}, r"GapConfig.score='cls' with layer=2: in a decoder layer it is one of 'last_token'"),
+        (
+            {"score": "cls"},
+            r"GapConfig.score='cls' with layer=2: in a decoder layer it is one of 'last_token'",
+        ),
         ({"coverage": "grid"}, r"GapConfig.coverage='grid': expected one of 'topk', 'region', 'stride'"),
         ({"merge": "mean"}, r"GapConfig.merge='mean': expected one of 'none', 'aggregation'"),
         ({"merge": "average"}, r"GapConfig.merge='average': .* use layer=-1"),
         ({"then": Stage(layer=4)}, r"GapConfig.then=Stage\(.*expected a tuple of gap_triton.Stage"),
         ({"then": (GapConfig(layer=4),)}, r"GapConfig.then=.*: expected a tuple of gap_triton.Stage"),
         ({"then": (Stage(layer=2),)}, r"GapConfig.then=.*: layers must increase, and 2 follows 2"),
-        ({"then": (Stage(0.6, 4),)}, r"GapConfig.then=.*can't keep more than the one before, and keep=0.6 follows 0.5"),
+        (
+            {"then": (Stage(0.6, 4),)},
+            r"GapConfig.then=.*can't keep more than the one before, and keep=0.6 follows 0.5",
+        ),
         ({"then": (Stage(0.2, 4),), "ids": "permuted"}, r"GapConfig.ids='permuted': .* use 'compacted'"),
         ({"ids": "shifted"}, r"GapConfig.ids='shifted': expected one of 'kept', 'compacted', 'permuted'"),
         ({"seed": None}, r"GapConfig.seed=None: expected an int"),
         ({"seed": 2**64}, r"GapConfig.seed=18446744073709551616: expected an int in 0..2\*\*63 - 1"),
         ({"score": np.array(["text"])}, r"GapConfig.score=array.*: expected one of"),
-        ({"layer": -1}, r"GapConfig.score='last_token' with layer=-1: after the vision encoder .* is one of 'cls'"),
+        (
+            {"layer": -1},
+            r"GapConfig.score='last_token' with layer=-1: after the vision encoder .* is one of 'cls'",
+        ),
     ],
 )
 def test_bad_values_name_field_value_and_what_is_allowed(options: dict[str, object], message: str) -> None:

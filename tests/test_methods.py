@@ -54,7 +54,9 @@ def with_embeds(model: torch.nn.Module, *embeds: torch.Tensor):
     return core_of(model)[1].register_forward_pre_hook(give, with_kwargs=True)
 
 
-def compare(name: str, inputs: dict[str, torch.Tensor], config: GapConfig, **options: object) -> list[Selection]:
+def compare(
+    name: str, inputs: dict[str, torch.Tensor], config: GapConfig, **options: object
+) -> list[Selection]:
     """Generate pruned and by the oracle, which is told what was kept and the features of that, and nothing else."""
     model = ways.build(name, "gap_triton")
     gap_triton.configure(model, config)
@@ -121,3 +123,46 @@ def test_keep_everything_is_sdpa_bit_for_bit(name: str, model: str) -> None:
     assert torch.equal(pruned.sequences, dense.sequences)
     assert error(pruned, dense) == 0.0
     assert SHARE < 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_where_tokens_merge(factor: float) -> None:
+    """Before the projector; as the decoder gets them if the model does something to its output, as PaliGemma does."""
+    model = ways.build("llava", "gap_triton")
+    if factor != 1.0:
+        encode = model.model.get_image_features
+
+        def scaled(*args, **kwargs):
+            output = encode(*args, **kwargs)
+            if isinstance(output, (list, tuple)):
+                return [features * factor for features in output]
+            output.pooler_output = [features * factor for features in output.pooler_output]
+            return output
+
+        model.model.get_image_features = scaled
+    inputs = ways.make("llava", "even")
+    embeds: list[torch.Tensor] = []
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        gap_triton.configure(model, GapConfig(1.0, 1))
+        model(**inputs)
+        gap_triton.configure(model, GapConfig(9, -1, "cls", merge="average"))
+        seen: list[torch.Tensor] = []
+        embeds_of_prompt(model, seen)
+        model(**inputs)
+        gap_triton.configure(model, GapConfig(9, -1, "cls", merge="contextual"))
+        model(**inputs)
+    whole, average, contextual = embeds[0], seen[0], seen[1]
+    selection = gap_triton.last_selection(model)
+    assert selection.visual_index.shape[1] == 9
+    # The mean of all that is dropped is made of what the decoder gets.
+    for b in range(2):
+        changed = (whole[b] != average[b]).any(-1).nonzero()[:, 0].tolist()
+        assert len(changed) == 1
+        # One contextual token of nine; its features went through the projector if that is where tokens merge.
+        (row,) = (whole[b] != contextual[b]).any(-1).nonzero()[:, 0].tolist()
+        assert row in selection.visual_index[b].tolist()
+        visual = (inputs["input_ids"][b] == IMAGE).nonzero()[:, 0].tolist()
+        others = [r for r in visual if r not in selection.visual_index[b].tolist()]
+        behind = whole[b, row] + whole[b, others].mean(0)
+        assert torch.allclose(contextual[b, row], behind, atol=1e-5) == (factor != 1.0)

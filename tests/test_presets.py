@@ -62,7 +62,9 @@ def test_sparsevlm_between_the_published_budgets() -> None:
         (round(count / 576, 6), layer) for count, layer in ((300, 2), (200, 6), (110, 15))
     ]
     halfway = GapConfig.preset("sparsevlm", budget=160 / 576).stages
-    assert [stage.keep for stage in halfway] == [pytest.approx(count / 576, abs=1e-6) for count in (301.5, 155, 73)]
+    assert [stage.keep for stage in halfway] == [
+        pytest.approx(count / 576, abs=1e-6) for count in (301.5, 155, 73)
+    ]
     assert stages("sparsevlm", budget=1.0) == [(1.0, 2), (1.0, 6), (1.0, 15)]
 
 
@@ -93,7 +95,11 @@ def test_layers_scale_with_the_depth(entered: tuple[int, ...], layers: int) -> N
         ("cls", {"layers": 6}, r"preset 'cls' takes no 'layers': it takes 'budget', 'score'"),
         ("fastv", {"layers": 1}, r"layers=1: expected the number of decoder layers, an int > 1"),
         ("pyramiddrop", {"layers": 3}, r"layers=3: expected the number of decoder layers, an int > 3"),
-        ("pyramiddrop", {"budget": 64}, r"budget=64: expected a share of the visual tokens, a float in \(0, 1\]"),
+        (
+            "pyramiddrop",
+            {"budget": 64},
+            r"budget=64: expected a share of the visual tokens, a float in \(0, 1\]",
+        ),
         ("feather", {"budget": 0.0}, r"budget=0.0: expected a share"),
         ("sparsevlm", {"budget": 100}, r"budget=100: expected 64, 128, 192, or a share"),
         ("nuwa", {"budget": 0}, r"budget=0: expected a share"),

@@ -205,12 +205,17 @@ def test_stride_in_the_decoder(batch: str) -> None:
         rank = {row: order[down * SIDE + right] for image in images for row, (down, right) in image.items()}
         keep = config.count(len(rank))
         spread = sorted(rank, key=lambda r: (rank[r], r))[: int(STRIDE_SHARE * keep)]
-        rest = sorted((r for r in rank if r not in spread), key=lambda r: (-score[r], r))[: keep - len(spread)]
+        rest = sorted((r for r in rank if r not in spread), key=lambda r: (-score[r], r))[
+            : keep - len(spread)
+        ]
         assert [row for row in selection.visual_index[b].tolist() if row >= 0] == sorted(spread + rest)
 
 
 def test_spatial_is_the_same_before_and_in_the_decoder() -> None:
-    chosen = [selected("llava", "ragged-images", GapConfig(0.25, layer, "spatial")).visual_index for layer in (-1, 1)]
+    chosen = [
+        selected("llava", "ragged-images", GapConfig(0.25, layer, "spatial")).visual_index
+        for layer in (-1, 1)
+    ]
     assert torch.equal(*chosen)
     rows = [row for row in chosen[0][0].tolist() if row >= 0]
     assert len(rows) == 9

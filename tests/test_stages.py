@@ -64,7 +64,9 @@ def test_each_stage_chooses_by_its_own_attention(name: str, batch: str) -> None:
     assert error(pruned, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llava/mistral-sliding", "llava/qwen2-ffsss", "llava_next", "llava_onevision/qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llava/mistral-sliding", "llava/qwen2-ffsss", "llava_next", "llava_onevision/qwen2"]
+)
 @pytest.mark.parametrize("batch", ["left-padded", "right-padded", "ragged-images"])
 def test_other_models(name: str, batch: str) -> None:
     inputs = make_prompt(name, batch)
@@ -109,9 +111,14 @@ def test_turns_with_new_images(config: GapConfig, batch: str) -> None:
             found = gone_after(model, new == IMAGE)
             assert found[-1].any()
             at = [torch.nn.functional.pad(dropped, (past, 0)) for dropped in found]
-            gone = at if gone is None else [
-                torch.nn.functional.pad(a, (0, b.shape[1] - a.shape[1])) | b for a, b in zip(gone, at, strict=True)
-            ]
+            gone = (
+                at
+                if gone is None
+                else [
+                    torch.nn.functional.pad(a, (0, b.shape[1] - a.shape[1])) | b
+                    for a, b in zip(gone, at, strict=True)
+                ]
+            )
         if images is not None:
             turn = next_turn(outputs[-1].sequences, mask, images, seed=number)
             mask = turn["attention_mask"]
@@ -154,6 +161,7 @@ def test_a_cache_is_changed_by_its_own_methods(name: str, config: GapConfig) -> 
             talk.cache.batch_repeat_interleave(2)
             talk.mask = talk.mask[order].repeat_interleave(2, 0)
             if candidate is reference:
+
                 def changed(x: torch.Tensor, width: int = talk.mask.shape[1]) -> torch.Tensor:
                     return x[:, :width][order].repeat_interleave(2, 0)
 
@@ -222,7 +230,9 @@ def test_beams_and_several_answers(config: GapConfig) -> None:
 
 def test_threads_share_a_vision_encoder() -> None:
     model = prepared(CONFIGS["nuwa"])
-    prompts = [ways.make("llava", batch, seed) for batch in ("left-padded", "ragged-images") for seed in range(3)]
+    prompts = [
+        ways.make("llava", batch, seed) for batch in ("left-padded", "ragged-images") for seed in range(3)
+    ]
     alone = [generate(model, inputs) for inputs in prompts]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda inputs: generate(model, inputs), prompts))
@@ -265,7 +275,9 @@ def test_compacted_ids_equal_a_plain_loop_over_the_layers(name: str) -> None:
             rotary, positions = rotary_and_ids(text, hidden, ids, 3 if name == ways.MROPE else 0)
             mask = torch.ones(len(left), len(left), dtype=torch.bool).tril()[None, None]
             with torch.no_grad():
-                result = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+                result = layer(
+                    hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions
+                )
             hidden = result[0] if isinstance(result, tuple) else result
         with torch.no_grad():
             expected = model.lm_head(text.norm(hidden[:, -1]))
@@ -284,7 +296,10 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, ids: str) -> None:
     first = {key: value[:, -real:] for key, value in first.items()}
     if name == ways.MROPE:
         patches = ways.GRID[0] * ways.GRID[1] * ways.GRID[2]
-        first |= {"pixel_values": inputs["pixel_values"][:patches], "image_grid_thw": inputs["image_grid_thw"][:1]}
+        first |= {
+            "pixel_values": inputs["pixel_values"][:patches],
+            "image_grid_thw": inputs["image_grid_thw"][:1],
+        }
         if "mm_token_type_ids" in inputs:
             first["mm_token_type_ids"] = inputs["mm_token_type_ids"][:1, -real:]
     else:

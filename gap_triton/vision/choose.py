@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from gap_kernels import grid_neighbours
 
-from gap_triton.config import Stage
+from gap_triton.config import Stage, asks_for_places
 from gap_triton.prompt import positions_first
 from gap_triton.state import Chosen, ForwardState, Prompt
 from gap_triton.strategies import (
@@ -39,7 +39,6 @@ from .tower import TowerOutput
 
 Kwargs = dict[str, Any]
 
-GRIDLESS = ("random", "text_similarity")  # scores that need neither a grid nor the vision encoder
 ADDS_ONE = ("nearest", "average")  # merges that keep one token more, made of all that are dropped
 
 
@@ -95,11 +94,12 @@ def choose_before_the_decoder(
     by_row = torch.full((batch, length), torch.inf, device=device)
     stays = layout.unplaced.clone()
     keep = layout.unplaced.sum(dim=1).tolist() if bool(layout.unplaced.any()) else [0] * batch
-    rule = _rule_of(layout, told)
+    before = stage.merge != "none" and _merges_before_projector(layout, told, embeds)
+    rule = _rule_of(layout, before)
     for grids in _grouped(layout.views, scores, stage):
         sample = grids.sample[:, None]
         by_row[sample, grids.rows] = grids.score
-        index, merged = _choose(grids, stage, told, embeds, rule)
+        index, merged = _choose(grids, stage, told, embeds, before, rule)
         chosen = grids.rows.gather(1, index)
         stays[sample, chosen] = True
         for b in grids.sample.tolist():
@@ -121,7 +121,7 @@ def choose_before_the_decoder(
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
     """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
-    if stage.score in GRIDLESS and stage.coverage == "topk" and stage.merge in ("none", "average"):
+    if not asks_for_places(stage):
         rows = [index[:count] for index, count in zip(prompt.visual_index, prompt.visual_counts, strict=True)]
         views = [View(b, b, row, (1, len(row)), row) for b, row in enumerate(rows) if len(row)]
         return Layout(tuple(views), torch.zeros_like(prompt.visual))
@@ -207,9 +207,17 @@ def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -
 
 
 def _choose(
-    grids: Grids, stage: Stage, told: TowerOutput | None, embeds: torch.Tensor | None, rule: AggregationRule
+    grids: Grids,
+    stage: Stage,
+    told: TowerOutput | None,
+    embeds: torch.Tensor | None,
+    before: bool,
+    rule: AggregationRule,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in."""
+    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in.
+
+    Tokens merge before the projector if ``before`` says so, else as the decoder gets them.
+    """
 
     def covering(keep: int) -> torch.Tensor:
         device = grids.score.device
@@ -226,8 +234,6 @@ def _choose(
     if stage.merge == "none" or grids.keep == grids.rows.shape[1]:
         return covering(grids.keep), None
     assert embeds is not None
-    # Before the projector, where the model has one that maps tokens one by one; else as the decoder gets them.
-    before = told is not None and told.features is not None
     if before:
         features = told.features[grids.features.to(told.features.device)]  # type: ignore[union-attr,index]
     else:
@@ -264,13 +270,23 @@ def _merge(
         return aggregate(features, of_tower(told.similarity), score, kept(grids.keep), grids.grid, rule=rule)
     assert told.keys is not None
     if stage.merge == "contextual":
-        count = contextual_count(grids.keep)
+        count = int(contextual_count(grids.keep))
         return contextual(features, of_tower(told.keys), kept(grids.keep - count), count)
     return nearest(features, of_tower(told.keys), score, kept(grids.keep - 1))
 
 
-def _rule_of(layout: Layout, told: TowerOutput | None) -> AggregationRule:
-    """Nüwa's constants for this kind of model: no projector, images cut into tiles, or one grid for each."""
-    if told is None or told.features is None:
+def _merges_before_projector(layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None) -> bool:
+    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it."""
+    if told is None or told.features is None or embeds is None or not layout.views:
+        return False
+    view = layout.views[0]
+    mapped = told.project(told.features[view.features[:1].to(told.features.device)]).float()
+    given = embeds[view.sample, view.rows[:1].to(embeds.device)].float().to(mapped.device)
+    return bool(torch.allclose(mapped, given, rtol=1e-2, atol=1e-2 * float(given.abs().max())))
+
+
+def _rule_of(layout: Layout, before_projector: bool) -> AggregationRule:
+    """Nüwa's constants for this kind of model: merged behind a projector, images cut into tiles, or one grid for each."""
+    if not before_projector:
         return QWEN
     return LLAVA_NEXT if len(layout.views) > len({view.image for view in layout.views}) else LLAVA

@@ -24,7 +24,7 @@ from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
-__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
+__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 # Arguments that tell frames, rows and columns of patches.
@@ -245,7 +245,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     handles: list[Any] = [_Mark(tower.attention)]
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
-            handles.append(_Wrapped(tower, modality, needs))
+            handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
     for layer in list(tower.layers)[-1 - len(tower.layers) // 3 :]:
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
@@ -253,6 +253,16 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     if tower.module.config._attn_implementation != NAME:
         handles.append(_Switched(tower.module))
     return handles
+
+
+def note_sizes(owner: PreTrainedModel) -> list[Any]:
+    """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
+
+    Returns:
+        Handles, whose ``remove()`` takes everything off again.
+    """
+    methods = [method for method in ENCODERS.values() if hasattr(owner, method)]
+    return [_Wrapped(owner, method, _encode_and_note) for method in methods]
 
 
 # --------------------------------------------------------------------------------------------- hooks
@@ -268,11 +278,20 @@ def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
         recording.projecting(args[0])
 
 
+def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    output = encoder(*args, **kwargs)
+    if isinstance(output, ModelOutput):
+        bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
+        noted = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
+        setattr(output, ENCODED_ATTRIBUTE, noted)
+    return output
+
+
 def _encode(
-    encoder: Callable[..., Any],
     tower: Tower,
     modality: str,
     needs: Callable[[], Needs],
+    encoder: Callable[..., Any],
     /,
     *args: Any,
     **kwargs: Any,
@@ -353,14 +372,16 @@ class _Mark:
 
 
 class _Wrapped:
-    """Puts `_encode` around an encoder of this owner. No hook runs at a method, and only it is told the sizes of images."""
+    """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
 
-    def __init__(self, tower: Tower, modality: str, needs: Callable[[], Needs]):
-        self.owner, self.method = tower.owner, ENCODERS[modality]
-        self.previous = vars(tower.owner).get(self.method)
-        encoder = getattr(tower.owner, self.method)
-        wrapped = partial(_encode, encoder, tower, modality, needs)
-        setattr(tower.owner, self.method, update_wrapper(wrapped, encoder))
+    Several may lie around each other; the last one is removed first.
+    """
+
+    def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):
+        self.owner, self.method = owner, method
+        self.previous = vars(owner).get(method)
+        encoder = getattr(owner, method)
+        setattr(owner, method, update_wrapper(partial(run, encoder), encoder))
 
     def remove(self) -> None:
         delattr(self.owner, self.method)
