@@ -34,8 +34,8 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
             f"past_key_values was pruned for a batch of {kept.stages[0].index.shape[0]} and is continued with a batch of "
-            f"{batch}: expand the inputs before the prompt is run, or the cache with its own methods (batch_repeat_interleave, "
-            "batch_select_indices, reorder_cache)"
+            f"{batch}: expand the inputs before the prompt is run, or the cache with its own methods "
+            "(batch_repeat_interleave, batch_select_indices, reorder_cache)"
         )
     return kept
 
