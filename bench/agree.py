@@ -51,6 +51,14 @@ def same_choice(ours: Tensor, theirs: Tensor, scores: Tensor, dtype: torch.dtype
         )
 
 
+def same_scores(ours: Tensor, theirs: Tensor, scores: Tensor) -> None:
+    """Fail unless two selections, int64 [B, K], ascending and distinct, took the same scores of [B, V]."""
+    assert ours.shape == theirs.shape, f"shapes differ: {list(ours.shape)} and {list(theirs.shape)}"
+    assert bool((theirs[:, 1:] > theirs[:, :-1]).all()), "the indices are not ascending and distinct"
+    taken, wanted = (scores.gather(1, index).sort(-1).values for index in (theirs, ours))
+    assert torch.equal(taken, wanted), f"{int((taken != wanted).sum())} scores differ"
+
+
 def same_pruning(x: Inputs, ours: Result, theirs: Result, dtype: torch.dtype) -> None:
     """Fail unless two results of ``prune_tokens`` agree, and the rows of theirs are those that its index names."""
     *rows, index, scores = theirs

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from bench import cuda, timing
-from bench.shapes import Case
+from bench.operators import RADIUS_OF_SIDE
+from bench.shapes import ANCHOR_EVERY, Case
 
 ID_BYTES = 8  # indices and position ids are int64
 SCORE_BYTES = 4  # scores and log-sum-exp are float32
+NEIGHBOUR_BYTES = 4
+PILLAR_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,31 @@ def received_work(case: Case, dtype: torch.dtype) -> Work:
     vectors = (shape.query_heads + shape.key_heads) * shape.tokens * shape.head_dim * dtype.itemsize
     products = 4 * shape.query_heads * shape.tokens**2 * shape.head_dim
     return Work(batch * (vectors + shape.tokens * SCORE_BYTES), batch * products)
+
+
+def region_work(case: Case, dtype: torch.dtype) -> Work:
+    """Scores of the patches and, once for all samples, three neighbours of each read; indices written."""
+    patches, batch = case.shape.side**2, case.batch
+    moved = batch * (patches * SCORE_BYTES + case.shape.keep * ID_BYTES) + patches * 3 * NEIGHBOUR_BYTES
+    return Work(moved, 0)
+
+
+def aggregate_work(case: Case, dtype: torch.dtype) -> Work:
+    """Features, what they are compared by, and anchors read, anchors' rows written; cosines and sums within the radius.
+
+    Pillars collect nothing, so what is near them costs no operations.
+    """
+    shape, batch = case.shape, case.batch
+    row = (shape.query_heads + shape.key_heads) * shape.head_dim
+    patch = torch.arange(shape.side**2)
+    anchors = patch[::ANCHOR_EVERY]
+    collector = anchors[anchors % 2 == 1, None]
+    down, right = patch // shape.side - collector // shape.side, patch % shape.side - collector % shape.side
+    near = down.square() + right.square() < (RADIUS_OF_SIDE * shape.side) ** 2
+    moved = len(patch) * row * dtype.itemsize + len(anchors) * (
+        ID_BYTES + PILLAR_BYTES + shape.query_heads * shape.head_dim * dtype.itemsize
+    )
+    return Work(batch * moved, batch * 2 * int(near.sum()) * row)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 
 import gap_kernels
-import torch
 from torch import Tensor
 
 from bench.shapes import Inputs
 
 Result = tuple[Tensor, ...]
 Call = Callable[[Inputs], Result]
+
+RADIUS_OF_SIDE = 0.7
+"""Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
 
 def topk_indices(x: Inputs) -> Result:
@@ -80,16 +82,26 @@ def attention_received(x: Inputs) -> Result:
     return (gap_kernels.attention_received(x.query, x.key),)
 
 
+def topk_per_region(x: Inputs) -> Result:
+    """Select among the best patches of 2 x 2 regions."""
+    scores = x.scores[:, -x.neighbours.shape[1] :]
+    return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
+
+
+def aggregated(x: Inputs) -> tuple[Tensor, Tensor, int, float]:
+    """Features of the patches, by rows, what they are compared by, the side of their square and the radius."""
+    patches = x.neighbours.shape[1]
+    side = math.isqrt(patches)
+    features, similarity = (heads.transpose(1, 2).flatten(2)[:, -patches:] for heads in (x.query, x.key))
+    return features, similarity, side, RADIUS_OF_SIDE * side
+
+
 def spatial_aggregate(x: Inputs) -> Result:
-    """One patch in five collects, every other one of them a pillar; patches are the last tokens that fill a square."""
-    side = math.isqrt(x.query.shape[2])
-    features, similarity = (
-        heads.transpose(1, 2).flatten(2)[:, -(side * side) :] for heads in (x.query, x.key)
-    )
-    anchors = torch.arange(0, side * side, 5, device=features.device).expand(len(features), -1)
+    """One patch in five collects, but for every other one of them, a pillar."""
+    features, similarity, side, radius = aggregated(x)
     return (
         gap_kernels.spatial_aggregate(
-            features, similarity, anchors, (side, side), radius=0.7 * side, pillars=anchors % 2 == 0
+            features, similarity, x.anchors, (side, side), radius=radius, pillars=x.pillars
         ),
     )
 
@@ -108,5 +120,6 @@ DECODER_CALLS: dict[str, Call] = {
 }
 TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
+    "topk_per_region": topk_per_region,
     "spatial_aggregate": spatial_aggregate,
 }

@@ -6,25 +6,42 @@ Each takes made inputs and returns what the operator of the same test returns.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gap_kernels.aggregate.reference import spatial_aggregate as aggregate_reference
 from gap_kernels.attention.reference import attention as attention_reference
 from gap_kernels.importance.reference import visual_importance as importance_reference
 from gap_kernels.prune.reference import gather_rows, surviving_rows
 from gap_kernels.received.reference import attention_received as received_reference
+from gap_kernels.region.reference import topk_per_region as region_reference
 from gap_kernels.select.reference import topk_indices as select_reference
 from torch import Tensor
 
-from bench.operators import Call, Result
-from bench.shapes import Inputs
+from bench.operators import Call, Result, aggregated
+from bench.shapes import ANCHOR_EVERY, Inputs
 
 
 def topk_and_sort(x: Inputs) -> Result:
     """``torch.topk``, and a sort to put the indices in order. Ties fall as ``torch.topk`` leaves them."""
     return (x.scores.topk(x.keep, dim=-1).indices.sort(dim=-1).values,)
+
+
+def regions_and_topk(x: Inputs) -> Result:
+    """The best patch of each 2 x 2 region of the padded grid, ``torch.topk`` of these, and a sort."""
+    side = math.isqrt(x.neighbours.shape[1])
+    half = (side + 1) // 2
+    grid = x.scores[:, -(side**2) :].unflatten(1, (side, side))
+    padded = F.pad(grid, (0, 2 * half - side, 0, 2 * half - side), value=float("-inf"))
+    cells = padded.unflatten(2, (half, 2)).unflatten(1, (half, 2)).transpose(2, 3).flatten(3)  # [B, h, w, 4]
+    best, cell = cells.max(-1)
+    region = torch.arange(half, device=cell.device)
+    patch = (2 * region[:, None] + cell // 2) * side + 2 * region + cell % 2
+    chosen = best.flatten(1).topk(x.keep, dim=-1).indices
+    return (patch.flatten(1).gather(1, chosen).sort(dim=-1).values,)
 
 
 def eager_weights(x: Inputs, causal: bool) -> Tensor:
@@ -68,6 +85,32 @@ def fastv_prune(x: Inputs) -> Result:
 def eager_received(x: Inputs) -> Result:
     """Weights of the whole layer, mean over heads and rows."""
     return (eager_weights(x, causal=False).mean((1, 2)).float(),)
+
+
+def dense_aggregate(x: Inputs) -> Result:
+    """All M x N weights in the model's dtype, and two matrix products; what depends on the grid alone isn't timed."""
+    features, similarity, side, radius = aggregated(x)
+    unit = F.normalize(similarity, dim=-1)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.gather(1, x.anchors[..., None].expand(-1, -1, tensor.shape[2]))
+
+    nearness, own = grid_nearness(side, radius, unit.dtype, unit.device)
+    weights = (rows(unit) @ unit.transpose(-1, -2)).relu() * nearness
+    weights /= weights.sum(-1, keepdim=True) + 1e-8
+    collected = weights.masked_fill(own, 1.0) @ features
+    return (torch.where(x.pillars[..., None], rows(features), collected),)
+
+
+@functools.lru_cache(maxsize=1)
+def grid_nearness(
+    side: int, radius: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Weights by distance between anchors and patches, and which pairs are the same patch, [M, N] each."""
+    patch = torch.arange(side**2, device=device)
+    anchor = patch[::ANCHOR_EVERY, None]
+    distance = torch.hypot((patch // side - anchor // side).float(), (patch % side - anchor % side).float())
+    return (1 - distance / radius).clamp(min=0).to(dtype), patch == anchor
 
 
 def sdpa(x: Inputs) -> Result:
@@ -122,6 +165,18 @@ def plain_attention(x: Inputs) -> Result:
 def plain_received(x: Inputs) -> Result:
     """The definition of ``attention_received``."""
     return (received_reference(x.query, x.key, None, None, False, None, None),)
+
+
+def plain_regions(x: Inputs) -> Result:
+    """The definition of ``topk_per_region``."""
+    scores = x.scores[:, -x.neighbours.shape[1] :]
+    return (region_reference(scores, x.neighbours, 1, x.keep, None, x.keep),)
+
+
+def plain_aggregate(x: Inputs) -> Result:
+    """The definition of ``spatial_aggregate``."""
+    features, similarity, side, radius = aggregated(x)
+    return (aggregate_reference(features, similarity, x.anchors, side, radius, x.pillars, 1.0),)
 
 
 def compiled(function: Call) -> Call:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import gap_kernels
 import torch
 from torch import Tensor
 
@@ -36,6 +38,11 @@ class Shape:
     def tokens(self) -> int:
         """S."""
         return self.visual + self.text
+
+    @property
+    def side(self) -> int:
+        """Rows and columns of the square of patches that the last visual tokens fill, so without a tower's CLS token."""
+        return math.isqrt(self.visual)
 
     @property
     def keep(self) -> int:
@@ -95,9 +102,12 @@ def find(name: str) -> Shape:
     return SHAPES[name]
 
 
+ANCHOR_EVERY = 5
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Random arguments of every operator at one shape; a vision tower has the first two only."""
+    """Random arguments of every operator at one shape; a vision tower's hidden states have no channels."""
 
     query: Tensor
     key: Tensor
@@ -111,6 +121,12 @@ class Inputs:
     scores: Tensor
     lse: Tensor
     """Log-sum-exp of the last row, [B, Hq, 1]."""
+    neighbours: Tensor
+    """Of each patch in 2 x 2 regions, [1, P, 3]; the patches are the last P visual tokens that fill a square."""
+    anchors: Tensor
+    """One patch in five, [B, M]."""
+    pillars: Tensor
+    """Every other anchor."""
     keep: int
     length: int
 
@@ -140,6 +156,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int 
     def rows(width: int) -> Tensor:
         return draw(batch, shape.tokens, width)
 
+    patches = shape.side**2
+    anchors = torch.arange(0, patches, ANCHOR_EVERY, device=device).repeat(batch, 1)
     query, key, value = heads(shape.query_heads), heads(shape.key_heads), heads(shape.key_heads)
     tokens = torch.arange(shape.tokens, device=device)
     axes = [tokens + 7 * axis for axis in range(shape.axes)]
@@ -160,6 +178,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int 
         text_rows=text.repeat(batch, 1),
         scores=scores,
         lse=last_row_lse(query, key),
+        neighbours=gap_kernels.grid_neighbours((shape.side, shape.side), device=device)[None].clone(),
+        anchors=anchors,
+        pillars=anchors % 2 == 0,
         keep=shape.keep,
         length=shape.length,
     )

@@ -17,7 +17,7 @@ from .attach import (  # noqa: E402
     pruning,
 )
 from .attention import register  # noqa: E402
-from .config import GapConfig  # noqa: E402
+from .config import GapConfig, Stage  # noqa: E402
 from .kept import follow_cache_methods  # noqa: E402
 from .selection import Selection  # noqa: E402
 from .static import static_cache  # noqa: E402
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GapConfig",
     "Selection",
+    "Stage",
     "attach",
     "configure",
     "detach",

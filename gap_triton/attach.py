@@ -247,7 +247,7 @@ def _register(attachment: Attachment, method: str, module: Any, hook: Callable[.
 
 
 def _remove(attachment: Attachment) -> None:
-    for handle in attachment.handles:
+    for handle in reversed(attachment.handles):
         handle.remove()
     object.__delattr__(attachment.text, ATTACHMENT_ATTRIBUTE)
 

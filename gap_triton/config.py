@@ -199,6 +199,16 @@ class GapConfig(Stage):
         return preset(name, **options)
 
 
+def asks_for_places(stage: Stage) -> bool:
+    """Whether ``stage`` must know where in its image each visual token stands."""
+    spreads = stage.coverage != "topk" or stage.score == "spatial"
+    if stage.layer != BEFORE_THE_DECODER:
+        return spreads
+    return (
+        spreads or stage.merge not in ("none", "average") or stage.score not in ("random", "text_similarity")
+    )
+
+
 def _listed(values: tuple[str, ...]) -> str:
     return ", ".join(map(repr, values))
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CALL_KEY, NAME, STATE_KEY
-from .config import BEFORE_THE_DECODER
+from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
 from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
 from .later import shorten
 from .models import check_layers, layer_type
-from .places import needs_places, places_of
+from .places import places_of
 from .prompt import (
     decide,
     find_visual_tokens,
@@ -175,7 +175,7 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     state.prompt = prompt
     if any(stage.score == "raters" for stage in stages):
         state.raters = find_raters(prompt, kwargs)
-    if any(needs_places(stage) for stage in stages):
+    if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):
         state.places = places_of(state, prompt)
     return kwargs
 
@@ -220,6 +220,7 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
         remember_selection(state.attachment, state.selection)
     hidden_states = output[0]
     batch, _, channels = hidden_states.shape
+    assert state.survivors is not None
     survivors = state.survivors.to(hidden_states.device)
     # One more row at the end takes the filler and is cut off again.
     full = hidden_states.new_zeros(batch, state.queries + 1, channels)

@@ -15,6 +15,7 @@ from .config import BEFORE_THE_DECODER, GapConfig
 from .state import Drop, ForwardState, KeptRows, KeptTokens
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
+LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 
 def store(cache: Any | None, kept: KeptTokens) -> None:
@@ -33,8 +34,8 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
             f"past_key_values was pruned for a batch of {kept.stages[0].index.shape[0]} and is continued with a batch of "
-            f"{batch}: expand the inputs before the prompt is run, or the cache with its own methods (batch_repeat_interleave, "
-            "batch_select_indices, reorder_cache)"
+            f"{batch}: expand the inputs before the prompt is run, or the cache with its own methods "
+            "(batch_repeat_interleave, batch_select_indices, reorder_cache)"
         )
     return kept
 
@@ -197,13 +198,10 @@ def follow_cache_methods() -> None:
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
             setattr(Cache, name, _following(method, follow))
-    for name, add in {
-        "get_seq_length": lambda length, dropped: length + dropped,
-        "get_mask_sizes": lambda sizes, dropped: (sizes[0] + dropped, sizes[1]),
-    }.items():
+    for name, unpruned in {"get_seq_length": _unpruned_length, "get_mask_sizes": _unpruned_sizes}.items():
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _as_if_unpruned(method, add))
+            setattr(Cache, name, _answering(method, unpruned))
 
 
 Follow = Callable[..., KeptTokens | None]
@@ -226,22 +224,34 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     return wrapped
 
 
-def _as_if_unpruned(method: Callable[..., Any], add: Callable[[Any, int], Any]) -> Callable[..., Any]:
-    """``method``, but where even the first layer lacks tokens: models and `generate` count and size masks by it."""
+def _answering(method: Callable[..., Any], unpruned: Callable[[Cache, int, Any], Any]) -> Callable[..., Any]:
+    """``method``, with its answer as if nothing were ever dropped: models and `generate` count and size masks by it."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
-        if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
-            return result
-        record = kept.at(signature.bind(self, *args, **kwargs).arguments.get("layer_idx", 0))
-        assert record is not None
-        return add(result, record.dropped)
+        layer = signature.bind(self, *args, **kwargs).arguments.get("layer_idx", 0)
+        return unpruned(self, layer, method(self, *args, **kwargs))
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
     return wrapped
+
+
+def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
+    """Only where even the first layer lacks tokens; elsewhere a layer is asked for what it holds."""
+    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+        return length
+    record = kept.at(layer)
+    assert record is not None
+    return length + record.dropped
+
+
+def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
+    full = getattr(cache, LENGTH_ATTRIBUTE, None)
+    if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
+        return full, sizes[1]  # also before a prompt that finds buffers as short as the last one left them
+    return _unpruned_length(cache, layer, sizes[0]), sizes[1]
 
 
 def _then(change: Follow) -> Follow:

@@ -253,6 +253,7 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
 
 
 def calls_interface(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention module that calls transformers' attention interface."""
     return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
 
 
@@ -282,5 +283,5 @@ def check_layers(config: GapConfig, layers: int) -> None:
     if last > layers - 2:
         raise ValueError(
             f"GapConfig.layer={last}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
-            "least one layer follows the pruning layer"
+            f"least one layer follows the pruning layer (a preset is scaled to the decoder by layers={layers})"
         )

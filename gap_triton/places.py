@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import BEFORE_THE_DECODER, Stage
+from .config import Stage
 from .state import ForwardState, Prompt
 from .strategies import choose, spatial_order
 from .vision.layout import View, layout_of
@@ -84,11 +84,6 @@ class Places:
         )
         chosen = torch.zeros(scores.shape[0], scores.shape[1] + 1, device=scores.device)
         return chosen.scatter(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]
-
-
-def needs_places(stage: Stage) -> bool:
-    """Whether ``stage``, in the decoder, asks where visual tokens stand."""
-    return stage.layer != BEFORE_THE_DECODER and (stage.coverage != "topk" or stage.score == "spatial")
 
 
 def places_of(state: ForwardState, prompt: Prompt) -> Places:

@@ -84,14 +84,14 @@ def real_positions(
 
 
 def position_ids_of(
-    given: torch.Tensor | None, past: int, queries: int, device: torch.device
+    given: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
 ) -> torch.Tensor:
     """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
 
     Args:
         given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
             with plain text ids in front.
-        past: Number of tokens before the new rows.
+        past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
         queries: Q.
         device: Where the ids are to lie if they are made here.
     """

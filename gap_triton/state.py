@@ -30,6 +30,7 @@ class Attachment:
         text: The decoder stack whose layers carry the hooks.
         head: The module with the language head around ``owner``, where it is known.
         tower: The vision encoder, once a configuration has asked it for something.
+        notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
         handles: Removers of the installed hooks.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
     """
@@ -39,6 +40,7 @@ class Attachment:
     text: PreTrainedModel
     head: PreTrainedModel | None = None
     tower: Tower | None = None
+    notes_sizes: bool = False
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     restore: str | None = None
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, StaticCache
 
-from .kept import is_static
+from .kept import LENGTH_ATTRIBUTE, is_static
 from .models import find_parts
-
-LENGTH_ATTRIBUTE = "_gap_full_length"
 
 
 def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:

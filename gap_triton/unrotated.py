@@ -35,7 +35,7 @@ def unrotated(
             "rotation can't be undone; use score='last_token'"
         )
     cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
-    sections = ()
+    sections: tuple[Any, ...] = ()
     if "mrope_section" in inspect.signature(rotate).parameters:
         parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
         sections = (parameters["mrope_section"],)

@@ -28,6 +28,8 @@ from gap_kernels.importance import kernel as importance
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.received import kernel as received
+from gap_kernels.region import grid_neighbours
+from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -66,6 +68,7 @@ SYSTEM_SHARED_KIB = 1
 # program can have 99 KiB, and on gfx942, where it can have 64. Some more than triton 3.7.1 needs.
 BUDGETS = {
     "topk_indices_kernel": ((128, 1), (96, 1)),
+    "topk_per_region_kernel": ((128, 1), (96, 1)),
     "row_lse_kernel": ((160, 56), (256, 24)),
     "visual_mass_kernel": ((168, 56), (384, 32)),
     "mean_kernel": ((56, 1), (48, 2)),
@@ -140,6 +143,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def cases() -> Iterator[Case]:
     """Name every launch."""
     yield from select_cases()
+    yield from region_cases()
     yield from importance_cases()
     yield from importance_variants()
     yield from prune_cases()
@@ -155,6 +159,28 @@ def select_cases() -> Iterator[Case]:
     for n in (576, 65536):
         given = (empty(2, n), 0, torch.tensor([1, 2]), n // 4)
         yield f"{n:,} scores, k per sample", partial(select.topk_indices, *given)
+
+
+def region_cases() -> Iterator[Case]:
+    for side, cells, per_sample in (
+        (24, (2, 2), False),
+        (24, (2, 2), True),
+        (24, (3, 3), False),
+        (40, (2, 2), False),
+        (64, (2, 2), False),
+        (90, (3, 3), False),
+        (128, (2, 2), False),
+        (128, (3, 3), True),
+        (256, (2, 2), False),
+        (256, (3, 3), True),
+    ):
+        n = side * side
+        neighbours = grid_neighbours((side, side), cells)[None]
+        counts = torch.tensor([1, 2]) if per_sample else None
+        name = f"{n:,} scores, {neighbours.shape[2]} neighbours{', k per sample' if per_sample else ''}"
+        yield name, partial(region.topk_per_region, empty(2, n), neighbours, 1, n // 4, counts, n // 4)
+    given = (empty(2, 577)[:, 1:], grid_neighbours((24, 24))[None], 1, 144, None, 144)
+    yield "576 of 577 scores, 3 neighbours", partial(region.topk_per_region, *given)
 
 
 def prompt(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

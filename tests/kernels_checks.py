@@ -23,6 +23,9 @@ from gap_kernels.prune import one_launch
 from gap_kernels.prune import reference as prune_reference
 from gap_kernels.received import kernel as received
 from gap_kernels.received import reference as received_reference
+from gap_kernels.region import grid_neighbours
+from gap_kernels.region import kernel as region
+from gap_kernels.region import reference as region_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
 from hypothesis import given, settings
@@ -72,6 +75,59 @@ def test_select_beyond_what_can_be_selected() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0]] * 3, device=DEVICE)
     index = select.topk_indices(scores, 0, torch.tensor([9, -2, 3], device=DEVICE), 2)
     assert index.tolist() == [[0, 2], [-1, -1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells"),
+    [
+        ((1, 1), (2, 2)),
+        ((3, 43), (2, 2)),
+        ((24, 24), (2, 2)),
+        ((25, 41), (1, 2)),  # a cell beyond one tile of writes
+        ((91, 90), (3, 3)),
+        ((128, 128), (2, 2)),
+        ((5, 3277), (2, 2)),  # a cell beyond what stays in registers
+        ((181, 182), (1, 1)),
+    ],
+)
+def test_region(grid: tuple[int, int], cells: tuple[int, int], generator: torch.Generator) -> None:
+    n = grid[0] * grid[1]
+    scores = special_scores(2, n, generator)
+    neighbours = grid_neighbours(grid, cells, DEVICE)[None]
+    counts = torch.tensor([n, n // 5], device=DEVICE)
+    most = cells[0] * cells[1]
+    for per_region in {1, most // 2 + 1}:
+        for k in {0, 1, n // 7, n // 2, n}:
+            given = (scores, neighbours, per_region, k, None, k)
+            assert torch.equal(region.topk_per_region(*given), region_reference.topk_per_region(*given))
+        for length in (n + 300, n):
+            given = (scores, neighbours, per_region, 0, counts, length)
+            assert torch.equal(region.topk_per_region(*given), region_reference.topk_per_region(*given))
+
+
+@pytest.mark.parametrize("num_neighbours", [1, 3, 8])
+def test_region_of_any_neighbours(num_neighbours: int, generator: torch.Generator) -> None:
+    """Of their own for each sample, in other tiles, and out of range, which only the CPU checks."""
+    n = 2500
+    scores = special_scores(3, n, generator)
+    neighbours = torch.randint(-9, n + 9, (3, n, num_neighbours), generator=generator).int().to(DEVICE)
+    neighbours[0, :, 0], neighbours[1, :, 0] = 2**31 - 1, -(2**31)
+    for per_region in (1, 2, 2**31):
+        for k in (n // 20, n // 2, n - 1):
+            given = (scores, neighbours, per_region, k, None, k)
+            assert torch.equal(region.topk_per_region(*given), region_reference.topk_per_region(*given))
+
+
+def test_region_beyond_what_can_be_selected() -> None:
+    """Counts that only the CPU checks: a GPU clamps them."""
+    scores = torch.tensor([[3.0, 1.0, 2.0]] * 5, device=DEVICE)
+    neighbours = grid_neighbours((1, 3), device=DEVICE)[None]
+    counts = torch.tensor([9, -2, 3, 2**40, -(2**40)], device=DEVICE)
+    index = region.topk_per_region(scores, neighbours, 1, 0, counts, 2)
+    assert index.tolist() == [[0, 2], [-1, -1], [0, 2], [0, 2], [-1, -1]]
+    index = region.topk_per_region(scores, neighbours, 1, 0, counts, 4)
+    every = [-1, 0, 1, 2]
+    assert index.tolist() == [every, [-1] * 4, every, every, [-1] * 4]
 
 
 def importance_case(

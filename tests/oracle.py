@@ -6,6 +6,7 @@ It shares no code with the package: eager attention in float32, selection by Pyt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from types import TracebackType
 
@@ -52,7 +53,8 @@ class MaskingOracle:
     """Runs ``model`` (built with the implementation `NAME` for its text model) with dropped columns masked.
 
     Attributes:
-        dropped: [B, T] bool, by original position, over all turns so far.
+        dropped: [B, T] bool, by original position, over all turns so far: what the first stage dropped.
+        later: The same for each stage of ``then``, without what the stages before it dropped.
     """
 
     def __init__(
@@ -62,9 +64,14 @@ class MaskingOracle:
         keep: float | int,
         score: str = "last_token",
         chosen: torch.Tensor | None = None,
+        then: Sequence[tuple[int, float | int, str] | tuple[int, torch.Tensor]] = (),
     ) -> None:
-        """With ``chosen`` [B, Q] bool, those rows of the first prompt are dropped and nothing is scored."""
+        """With ``chosen`` [B, N] bool, those of the first N tokens are dropped and nothing is scored.
+
+        ``then`` has further stages: layer, keep and score, or layer and the tokens that are dropped.
+        """
         self.chosen = chosen
+        self.then = then
         self.layer, self.keep, self.score = layer, keep, score
         self.owner, text = core_of(model)
         self.attentions = {module for module in text.modules() if hasattr(module, "layer_idx")}
@@ -93,45 +100,78 @@ class MaskingOracle:
         self.past = 0 if cache is None else int(cache.get_seq_length())
         if self.past == 0:
             self.dropped = torch.zeros(visual.shape[0], 0, dtype=torch.bool)
+            self.later = [self.dropped] * len(self.then)
         batch, queries = visual.shape
-        self.dropped = torch.cat([self.dropped, torch.zeros(batch, queries, dtype=torch.bool)], 1)
+        new = torch.zeros(batch, queries, dtype=torch.bool)
+        self.dropped = torch.cat([self.dropped, new], 1)
+        self.later = [torch.cat([dropped, new], 1) for dropped in self.later]
         mask = kwargs.get("attention_mask")
         self.real = (
             torch.ones(batch, queries, dtype=torch.bool) if mask is None else mask[:, -queries:].bool()
         )
         self.visual = visual if queries > 1 else torch.zeros_like(visual)
         if self.chosen is not None:
-            self.dropped[:, : self.chosen.shape[1]] = self.chosen
-            self.visual = torch.zeros_like(visual)
+            self._tell(self.dropped, self.chosen)
+        for stage, dropped in zip(self.then, self.later, strict=True):
+            if len(stage) == 2:
+                self._tell(dropped, stage[1])
+
+    @staticmethod
+    def _tell(dropped: torch.Tensor, chosen: torch.Tensor) -> None:
+        width = min(dropped.shape[1], chosen.shape[1])
+        dropped[:, :width] = chosen[:, :width]
+
+    def dropped_before(self, layer: int) -> torch.Tensor:
+        """[B, T] bool, what all stages before decoder layer ``layer`` dropped."""
+        assert self.dropped is not None
+        dropped = self.dropped & (layer > self.layer)
+        for stage, more in zip(self.then, self.later, strict=True):
+            dropped = dropped | (more & (layer > stage[0]))
+        return dropped
 
     def mask_dropped(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
-        if layer <= self.layer:
-            return logits
+        dropped = self.dropped_before(layer)
         keys = logits.shape[-1]
-        columns = self.dropped[:, self.dropped.shape[1] - keys :] if keys <= self.dropped.shape[1] else None
-        assert columns is not None
+        assert keys <= dropped.shape[1]
+        columns = dropped[:, dropped.shape[1] - keys :]
         return logits.masked_fill(columns[:, None, None, :], torch.finfo(logits.dtype).min)
 
     def look(self, layer: int, probabilities: torch.Tensor) -> None:
-        if layer != self.layer or not self.visual.any():
+        assert self.visual is not None
+        if not self.visual.any():
             return
+        if layer == self.layer and self.chosen is None:
+            assert self.dropped is not None
+            self._drop(probabilities, self.keep, self.score, self.dropped)
+        for stage, dropped in zip(self.then, self.later, strict=True):
+            if layer == stage[0] and len(stage) == 3:
+                self._drop(probabilities, stage[1], stage[2], dropped, self.dropped_before(layer))
+
+    def _drop(
+        self,
+        probabilities: torch.Tensor,
+        keep: float | int,
+        score: str,
+        dropped: torch.Tensor,
+        before: torch.Tensor | None = None,
+    ) -> None:
+        assert self.visual is not None
         batch, queries = self.visual.shape
         offset = probabilities.shape[-1] - queries
         for b in range(batch):
             visual = [i for i in range(queries) if self.visual[b, i]]
             if not visual:
                 continue
-            if isinstance(self.keep, int):
-                count = min(self.keep, len(visual))
-            else:
-                count = math.ceil(Fraction(str(self.keep)) * len(visual))
+            share = keep if isinstance(keep, int) else math.ceil(Fraction(str(keep)) * len(visual))
+            count = min(share, len(visual))
             last = max(i for i in range(queries) if self.real[b, i])
             rows = [last]
-            if self.score == "text":
+            if score == "text":
                 rows = [i for i in range(visual[-1] + 1, queries) if self.real[b, i]] or rows
+            left = [i for i in visual if before is None or not before[b, self.past + i]]
             mean = probabilities[b].mean(0)
-            score = {i: sum(float(mean[r, offset + i]) for r in rows) / len(rows) for i in visual}
-            chosen = sorted(visual, key=lambda i: (-score[i], i))[:count]
-            for i in visual:
+            scores = {i: sum(float(mean[r, offset + i]) for r in rows) / len(rows) for i in left}
+            chosen = sorted(left, key=lambda i: (-scores[i], i))[:count]
+            for i in left:
                 if i not in chosen and i != queries - 1:
-                    self.dropped[b, self.past + i] = True
+                    dropped[b, self.past + i] = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_every_benchmark_runs_and_lands_in_the_file(tmp_path: Path) -> None:
         ("attention", "sdpa"),
         ("attention, importance", "reference without"),
         ("attention_received", "eager mean"),
+        ("topk_per_region", "regions + torch.topk"),
+        ("spatial_aggregate", "all weights"),
     }
     for row in record.read(path):
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
@@ -110,6 +113,12 @@ def test_rivals_compute_what_the_operators_do() -> None:
     agree.close(operators.attention(x)[0], rivals.sdpa(x)[0], torch.float32)
     tower = make_inputs(Case(TINY_TOWER, 2), torch.float32, CPU)
     agree.close(operators.attention_received(tower)[0], rivals.eager_received(tower)[0], torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in (TINY_TOWER, find("clip-336"), find("siglip-384")):
+            tower = make_inputs(Case(shape, 2), dtype, CPU)
+            (ours,), (theirs,) = operators.spatial_aggregate(tower), rivals.dense_aggregate(tower)
+            agree.close(ours, theirs, dtype)
+            assert torch.equal(operators.topk_per_region(tower)[0], rivals.regions_and_topk(tower)[0])
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -138,6 +147,17 @@ def test_choices_may_differ_only_where_scores_tie() -> None:
         agree.same_choice(torch.tensor([[0, 5]]), torch.tensor([[0, 6]]), scores, None)
     with pytest.raises(AssertionError, match="indices differ"):
         agree.same_choice(torch.tensor([[0, 4]]), ours, scores, None)
+
+
+def test_the_same_scores_must_be_taken() -> None:
+    scores = torch.tensor([[0.5, 0.25, 0.25, 0.1]])
+    agree.same_scores(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]), scores)
+    with pytest.raises(AssertionError, match="1 scores differ"):
+        agree.same_scores(
+            torch.tensor([[1, 3]]), torch.tensor([[1, 2]]), scores
+        )  # a better one, but not asked for
+    with pytest.raises(AssertionError, match="not ascending and distinct"):
+        agree.same_scores(torch.tensor([[1, 2]]), torch.tensor([[1, 1]]), scores)
 
 
 def test_small_scores_are_not_close_to_zero() -> None:
@@ -176,6 +196,21 @@ def test_counted_bytes_are_those_of_the_tensors() -> None:
     tower = make_inputs(tower_case, torch.bfloat16, CPU)
     moved = tower.query.nbytes + tower.key.nbytes + operators.attention_received(tower)[0].nbytes
     assert floor.received_work(tower_case, torch.bfloat16).bytes == moved
+
+    patches = TINY_TOWER.side**2
+    moved = 4 * 2 * patches + tower.neighbours.nbytes + operators.topk_per_region(tower)[0].nbytes
+    assert floor.region_work(tower_case, torch.bfloat16).bytes == moved
+
+    features, similarity, side, radius = operators.aggregated(tower)
+    moved = features.nbytes + similarity.nbytes + tower.anchors.nbytes + tower.pillars.nbytes
+    work = floor.aggregate_work(tower_case, torch.bfloat16)
+    assert work.bytes == moved + operators.spatial_aggregate(tower)[0].nbytes
+    near = sum(
+        math.dist(divmod(anchor, side), divmod(patch, side)) < radius
+        for anchor in tower.anchors[~tower.pillars].tolist()
+        for patch in range(patches)
+    )
+    assert work.flops == 2 * near * (features.shape[2] + similarity.shape[2])
 
 
 def test_the_floor_is_the_larger_term_and_a_launch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gap_triton import GapConfig
+from gap_triton import GapConfig, Stage
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,55 @@ from gap_triton import GapConfig
         ({"keep": "half"}, r"GapConfig.keep='half': expected a float"),
         ({"layer": -2}, r"GapConfig.layer=-2: expected a decoder layer"),
         ({"layer": 1.0}, r"GapConfig.layer=1.0: expected a decoder layer"),
-        ({"score": "cls"}, r"GapConfig.score='cls': expected one of 'last_token', 'text', 'random'"),
+        ({"keep": "outliers"}, r"GapConfig.keep='outliers': .* use layer=-1"),
+        ({"keep": "outliers", "layer": -1, "score": "random"}, r"GapConfig.keep='outliers': .* such a score"),
+        ({"score": "norm"}, r"GapConfig.score='norm': expected one of 'last_token', 'text', 'raters'"),
+        (
+            {"score": "cls"},
+            r"GapConfig.score='cls' with layer=2: in a decoder layer it is one of 'last_token'",
+        ),
+        ({"coverage": "grid"}, r"GapConfig.coverage='grid': expected one of 'topk', 'region', 'stride'"),
+        ({"merge": "mean"}, r"GapConfig.merge='mean': expected one of 'none', 'aggregation'"),
+        ({"merge": "average"}, r"GapConfig.merge='average': .* use layer=-1"),
+        ({"then": Stage(layer=4)}, r"GapConfig.then=Stage\(.*expected a tuple of gap_triton.Stage"),
+        ({"then": (GapConfig(layer=4),)}, r"GapConfig.then=.*: expected a tuple of gap_triton.Stage"),
+        ({"then": (Stage(layer=2),)}, r"GapConfig.then=.*: layers must increase, and 2 follows 2"),
+        (
+            {"then": (Stage(0.6, 4),)},
+            r"GapConfig.then=.*can't keep more than the one before, and keep=0.6 follows 0.5",
+        ),
+        ({"then": (Stage(0.2, 4),), "ids": "permuted"}, r"GapConfig.ids='permuted': .* use 'compacted'"),
         ({"ids": "shifted"}, r"GapConfig.ids='shifted': expected one of 'kept', 'compacted', 'permuted'"),
         ({"seed": None}, r"GapConfig.seed=None: expected an int"),
         ({"seed": 2**64}, r"GapConfig.seed=18446744073709551616: expected an int in 0..2\*\*63 - 1"),
         ({"score": np.array(["text"])}, r"GapConfig.score=array.*: expected one of"),
-        ({"layer": -1}, r"GapConfig.score='last_token' with layer=-1: .* use score='random'"),
+        (
+            {"layer": -1},
+            r"GapConfig.score='last_token' with layer=-1: after the vision encoder .* is one of 'cls'",
+        ),
     ],
 )
 def test_bad_values_name_field_value_and_what_is_allowed(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GapConfig(**options)
+
+
+def test_a_stage_is_checked_like_the_first() -> None:
+    with pytest.raises(ValueError, match=r"Stage.keep=0.0: expected a float in \(0, 1\]"):
+        Stage(keep=0.0)
+
+
+def test_outliers_have_no_number() -> None:
+    with pytest.raises(ValueError, match=r"keep='outliers': how many tokens that is depends on their scores"):
+        Stage("outliers", -1, "cls").count(576)
+
+
+def test_stages_are_in_order() -> None:
+    config = GapConfig(0.5, -1, "cls", "region", "aggregation", then=[Stage(0.25, 2, "text"), Stage(3, 9)])
+    assert config.stages == (
+        Stage(0.5, -1, "cls", "region", "aggregation"), Stage(0.25, 2, "text"), Stage(3, 9)
+    )  # fmt: skip
+    assert GapConfig().stages == (Stage(),)
 
 
 def test_unknown_field() -> None:

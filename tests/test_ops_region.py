@@ -166,6 +166,10 @@ def test_strided_inputs() -> None:
     expected = topk_per_region(scores.contiguous(), neighbours.contiguous(), 1, counts.contiguous())
     assert torch.equal(topk_per_region(scores, neighbours, 1, counts), expected)
     assert torch.equal(topk_per_region(scores, neighbours.expand(3, -1, -1), 1, counts), expected)
+    behind_cls = torch.cat([torch.full((3, 1), INF), scores], 1)[:, 1:]
+    assert torch.equal(topk_per_region(behind_cls, neighbours, 1, counts), expected)
+    one = topk_per_region(scores[:1].expand(3, -1), neighbours, 1, counts)
+    assert torch.equal(one[0], expected[0])
 
 
 @settings(deadline=None)

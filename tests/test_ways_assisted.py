@@ -126,17 +126,6 @@ def test_a_model_assists_itself(pruned: str) -> None:
     assert torch.equal(assisted, greedy)
 
 
-def test_before_the_decoder_is_refused(drafts) -> None:
-    model = build("llava", "gap_triton")
-    gap_triton.configure(model, GapConfig(keep=0.5, layer=-1, score="random"))
-    inputs = make("llava", "single")
-    drafts(answer(model, inputs).sequences, (2,), 9)
-    with pytest.raises(
-        ValueError, match=r"layer=-1 prunes before the decoder.*nor the blocks of assisted decoding"
-    ):
-        answer(model, inputs, prompt_lookup_num_tokens=4)
-
-
 def test_logits_of_the_last_rows_of_a_prompt_that_ends_in_words() -> None:
     """Outside of generate() too, rows behind the first one whose logits are asked for are no part of the prompt."""
     model, _, _ = pair("llava", CONFIG)

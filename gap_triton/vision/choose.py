@@ -7,25 +7,29 @@ token is ever computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gap_kernels import grid_neighbours
 
-from gap_triton.config import Stage
+from gap_triton.config import Stage, asks_for_places
 from gap_triton.prompt import positions_first
 from gap_triton.state import Chosen, ForwardState, Prompt
 from gap_triton.strategies import (
+    LLAVA,
+    LLAVA_NEXT,
+    QWEN,
+    AggregationRule,
     Merged,
     aggregate,
     average,
     choose,
     contextual,
+    contextual_count,
     nearest,
     outlier_count,
-    rule_of,
     spatial_order,
     text_similarity,
 )
@@ -35,7 +39,7 @@ from .tower import TowerOutput
 
 Kwargs = dict[str, Any]
 
-GRIDLESS = ("random", "text_similarity")  # scores that need neither a grid nor the vision encoder
+ADDS_ONE = ("nearest", "average")  # merges that keep one token more, made of all that are dropped
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,12 @@ def choose_before_the_decoder(
     by_row = torch.full((batch, length), torch.inf, device=device)
     stays = layout.unplaced.clone()
     keep = layout.unplaced.sum(dim=1).tolist() if bool(layout.unplaced.any()) else [0] * batch
+    before = stage.merge != "none" and _merges_before_projector(layout, told, embeds)
+    rule = _rule_of(layout, before)
     for grids in _grouped(layout.views, scores, stage):
         sample = grids.sample[:, None]
         by_row[sample, grids.rows] = grids.score
-        index, merged = _choose(grids, stage, told, embeds)
+        index, merged = _choose(grids, stage, told, embeds, before, rule)
         chosen = grids.rows.gather(1, index)
         stays[sample, chosen] = True
         for b in grids.sample.tolist():
@@ -115,7 +121,7 @@ def choose_before_the_decoder(
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
     """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
-    if stage.score in GRIDLESS and stage.coverage == "topk" and stage.merge in ("none", "average"):
+    if not asks_for_places(stage):
         rows = [index[:count] for index, count in zip(prompt.visual_index, prompt.visual_counts, strict=True)]
         views = [View(b, b, row, (1, len(row)), row) for b, row in enumerate(rows) if len(row)]
         return Layout(tuple(views), torch.zeros_like(prompt.visual))
@@ -186,7 +192,8 @@ def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) ->
 def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -> list[int]:
     """How many tokens each view keeps: its part of what its sample keeps."""
     if stage.keep == "outliers":
-        return [int(outlier_count(score[None])[0]) for score in scores]
+        more = int(stage.merge in ADDS_ONE)
+        return [min(int(outlier_count(score[None])[0]) + more, len(score)) for score in scores]
     sizes: dict[int, int] = {}
     for view in views:
         sizes[view.sample] = sizes.get(view.sample, 0) + len(view.rows)
@@ -200,9 +207,17 @@ def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -
 
 
 def _choose(
-    grids: Grids, stage: Stage, told: TowerOutput | None, embeds: torch.Tensor | None
+    grids: Grids,
+    stage: Stage,
+    told: TowerOutput | None,
+    embeds: torch.Tensor | None,
+    before: bool,
+    rule: AggregationRule,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in."""
+    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in.
+
+    Tokens merge before the projector if ``before`` says so, else as the decoder gets them.
+    """
 
     def covering(keep: int) -> torch.Tensor:
         device = grids.score.device
@@ -219,39 +234,59 @@ def _choose(
     if stage.merge == "none" or grids.keep == grids.rows.shape[1]:
         return covering(grids.keep), None
     assert embeds is not None
-    # Before the projector, where the model has one that maps tokens one by one; else as the decoder gets them.
-    before_projector = told is not None and told.features is not None
-    if before_projector:
+    if before:
         features = told.features[grids.features.to(told.features.device)]  # type: ignore[union-attr,index]
     else:
         features = embeds[grids.sample[:, None].to(embeds.device), grids.rows.to(embeds.device)]
-    merged = _merge(grids, stage, covering, told, features, before_projector)
-    if before_projector:
-        merged = merged._replace(features=told.project(merged.features.to(features.dtype)))  # type: ignore[union-attr]
-    return merged.index, merged.features
+    merged = _merge(grids, stage, covering, told, features, rule)
+    if not before:
+        return merged.index, merged.features
+    return merged.index, told.project(merged.features.to(features.dtype))  # type: ignore[union-attr]
 
 
 def _merge(
     grids: Grids,
     stage: Stage,
-    covering: Any,
+    covering: Callable[[int], torch.Tensor],
     told: TowerOutput | None,
     features: torch.Tensor,
-    before_projector: bool,
+    rule: AggregationRule,
 ) -> Merged:
+    """Survivors of each view with their features, [G, K, C], of which ``features`` [G, N, C] are those of all tokens."""
+    device = features.device
+    score = grids.score.to(device)
+
+    def kept(keep: int) -> torch.Tensor:
+        return covering(keep).to(device)
+
+    def of_tower(rows: torch.Tensor) -> torch.Tensor:
+        return rows[grids.features.to(rows.device)].to(device)
+
     if stage.merge == "average":
-        # One of the kept tokens is the mean of all others.
-        return average(features, grids.score, covering(grids.keep - 1))
+        return average(features, score, kept(grids.keep - 1))
     assert told is not None
     if stage.merge == "aggregation":
         assert told.similarity is not None
-        anchors = covering(grids.keep)
-        similarity = told.similarity[grids.features.to(told.similarity.device)]
-        return aggregate(
-            features, similarity, grids.score, anchors, grids.grid, rule=rule_of(before_projector)
-        )
+        return aggregate(features, of_tower(told.similarity), score, kept(grids.keep), grids.grid, rule=rule)
     assert told.keys is not None
-    keys = told.keys[grids.features.to(told.keys.device)]
     if stage.merge == "contextual":
-        return contextual(features, keys, grids.score, grids.keep)
-    return nearest(features, keys, grids.score, covering(grids.keep - 1))
+        count = int(contextual_count(grids.keep))
+        return contextual(features, of_tower(told.keys), kept(grids.keep - count), count)
+    return nearest(features, of_tower(told.keys), score, kept(grids.keep - 1))
+
+
+def _merges_before_projector(layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None) -> bool:
+    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it."""
+    if told is None or told.features is None or embeds is None or not layout.views:
+        return False
+    view = layout.views[0]
+    mapped = told.project(told.features[view.features[:1].to(told.features.device)]).float()
+    given = embeds[view.sample, view.rows[:1].to(embeds.device)].float().to(mapped.device)
+    return bool(torch.allclose(mapped, given, rtol=1e-2, atol=1e-2 * float(given.abs().max())))
+
+
+def _rule_of(layout: Layout, before_projector: bool) -> AggregationRule:
+    """Nüwa's constants for this kind of model: merged behind a projector, images cut into tiles, or one grid for each."""
+    if not before_projector:
+        return QWEN
+    return LLAVA_NEXT if len(layout.views) > len({view.image for view in layout.views}) else LLAVA

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tower import INSTEAD, encoded_ahead
+from .tower import ENCODED_AHEAD, GRID_FIELDS, encoded_ahead, image_shape, packs
 
-GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 NEWLINE = -1.0
+INSTEAD = "choose a score and a coverage that don't ask where visual tokens stand"
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,9 @@ def _place(
                 while start < len(rows):
                     if taken == len(queue) or start + queue[taken].tokens > len(rows):
                         raise ValueError(
-                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the {len(queue)} "
-                            f"{kind}s given with the prompt don't add up to: pass them in the order of the prompt, or {INSTEAD}"
+                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the "
+                            f"{len(queue)} {kind}s given with the prompt don't add up to: pass them in the order of the "
+                            f"prompt, or {INSTEAD}"
                         )
                     piece = rows[start : start + queue[taken].tokens]
                     found.append((sample, int(piece[0]), queue[taken], piece))
@@ -129,8 +129,8 @@ def _place(
             cursor = taken
         if cursor < len(queue):
             raise ValueError(
-                f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of the "
-                f"prompt only, or {INSTEAD}"
+                f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of "
+                f"the prompt only, or {INSTEAD}"
             )
     found.sort(key=lambda piece: piece[:2])
     return [
@@ -195,25 +195,36 @@ def _pictures(
     """All images and videos of a prompt, in the order of their features."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
-        return _by_grids(owner, grids)
+        return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner):
         raise ValueError(
-            f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is not "
-            f"known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
+            f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
+            f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
         )
-    if hasattr(owner, "pack_image_features"):
+    if arguments.get("pixel_values_videos") is not None:
+        raise ValueError(
+            f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
+            f"{INSTEAD}"
+        )
+    if packs(owner):
         return {"image": _packed(owner, arguments)}
+    if arguments.get("image_sizes") is not None:
+        patch = owner.config.vision_config.patch_size
+        sizes = [
+            [1, height // patch, width // patch]
+            for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+        ]
+        return _by_grids({"image": sizes}, getattr(owner.config, "spatial_merge_size", 1))
     return {"image": _squares(owner, arguments, samples)}
 
 
-def _by_grids(owner: PreTrainedModel, grids: dict[str, Tensor]) -> dict[str, list[_Picture]]:
-    """Pictures of given sizes, in patches, of which squares become one token: Qwen2-VL and its kin. A grid per frame."""
-    merge = _merge_size(owner)
+def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
+    """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
     found: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
         found[kind] = []
-        for frames, height, width in sizes.tolist():
+        for frames, height, width in sizes:
             size = (height // merge, width // merge)
             cells = torch.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
@@ -229,8 +240,8 @@ def _merge_size(owner: PreTrainedModel) -> int:
     merge = next((m for each in places if (m := getattr(each, "spatial_merge_size", None)) is not None), None)
     if merge is None:
         raise ValueError(
-            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is not "
-            f"known: {INSTEAD}"
+            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
+            f"not known: {INSTEAD}"
         )
     return int(merge)
 
@@ -240,11 +251,6 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
 
     The model's own method packs the numbers of the feature rows in place of the features.
     """
-    if arguments.get("pixel_values_videos") is not None:
-        raise ValueError(
-            f"pixel_values_videos: {type(owner).__name__} pools the features of a video's frames, so its visual tokens are not "
-            f"those of the vision tower: {INSTEAD}"
-        )
     sizes = arguments.get("image_sizes")
     if sizes is None:
         raise ValueError(
@@ -275,7 +281,8 @@ def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any
 
 def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> list[int]:
     """Number of tiles of each image, the overview among them."""
-    number_of_tiles = sys.modules[type(owner).__module__].image_size_to_num_patches
+    pack = inspect.unwrap(type(owner).pack_image_features)
+    number_of_tiles = pack.__globals__["image_size_to_num_patches"]
     tiles = [
         number_of_tiles(size, owner.config.image_grid_pinpoints, owner.config.vision_config.image_size)
         for size in sizes
@@ -308,40 +315,46 @@ def _tower_side(owner: PreTrainedModel) -> int:
 
 
 def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
-    """Images of one square size each, in a row in the prompt: LLaVA and most others."""
-    counts = [len(rows) for rows in samples]
-    length = next(
-        (n for n in _lengths(owner, arguments, sum(counts)) if all(c % n == 0 for c in counts)), None
-    )
-    lengths = [length] * (sum(counts) // length) if length is not None else _runs(samples)
+    """Images of one size each, in most models a square, several in a row or not: LLaVA and most others."""
+    runs = _runs(samples)
+    shape = image_shape(arguments)
+    candidates = _lengths(owner, arguments, sum(runs))
+    length = next((n for n in candidates if n > 0 and all(run % n == 0 for run in runs)), None)
     found, feature = [], 0
-    for tokens in lengths:
-        side = math.isqrt(tokens)
-        if side * side != tokens:
+    for tokens in runs if length is None else [length] * (sum(runs) // length):
+        pixels = (1, 1) if shape is None else shape[1:]
+        height = math.isqrt(tokens * pixels[0] // pixels[1])
+        width = tokens // max(height, 1)
+        if height * width != tokens or height * pixels[1] != width * pixels[0]:
             raise ValueError(
-                f"{type(owner).__name__} has an image of {tokens} visual tokens, which is no square, and nothing says how many "
-                f"rows it has: {INSTEAD}"
+                f"{type(owner).__name__} has {tokens} visual tokens in a row, which make no "
+                f"{'square' if shape is None else 'grid of the shape of its images'}, and nothing tells how many rows they "
+                f"make: {INSTEAD}"
             )
         cells = torch.arange(tokens)
-        found.append(_Picture(tokens, (_Grid((side, side), cells, cells + feature),)))
+        found.append(_Picture(tokens, (_Grid((height, width), cells, cells + feature),)))
         feature += tokens
     return found
 
 
 def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> Iterable[int]:
-    """Numbers of visual tokens that one image may have, those surest first; squares all."""
-    pixels = arguments.get("pixel_values")
-    lengths = []
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) and visual % len(pixels) == 0:
-        lengths.append(visual // len(pixels))
-    vision = getattr(owner.config, "vision_config", None)
-    if isinstance(getattr(vision, "image_size", None), int) and isinstance(
-        getattr(vision, "patch_size", None), int
-    ):
-        lengths.append(_tower_side(owner) ** 2)
-    names = ("image_seq_length", "mm_tokens_per_image")
-    lengths += [n for name in names if isinstance(n := getattr(owner.config, name, None), int)]
-    return [n for n in lengths if n > 0 and math.isqrt(n) ** 2 == n]
+    """Numbers of visual tokens that each image may have, the surest first."""
+    images = _number_of_images(arguments)
+    if images and visual % images == 0:
+        yield visual // images
+    for name in ("image_seq_length", "mm_tokens_per_image"):
+        length = getattr(owner.config, name, None)
+        if isinstance(length, int):
+            yield length
+
+
+def _number_of_images(arguments: dict[str, Any]) -> int | None:
+    """How many images, or tiles, the prompt has, None where nothing tells."""
+    if (shape := image_shape(arguments)) is not None:
+        return shape[0]
+    encoded = (arguments.get(ENCODED_AHEAD) or {}).get("image")
+    features = getattr(encoded, "pooler_output", None)
+    return None if features is None else len(features)
 
 
 def _runs(samples: list[Tensor]) -> list[int]:

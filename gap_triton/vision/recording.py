@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
+INSTEAD = "use score='random', or prune at a decoder layer >= 0"
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
-SCORES_OF_ATTENTION: Needs = frozenset({"cls", "received"})
 
 recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
 
@@ -81,7 +81,7 @@ class Encoded:
     """One run of the encoder.
 
     Attributes:
-        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name.
+        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name; of pixels their shape only.
         needs: What was asked for.
         tokens: Number of visual tokens that it made.
         output: What the tower told.
@@ -119,23 +119,25 @@ class Recording:
             scale: Factor of the scores, None = ``D ** -0.5``.
 
         Raises:
-            ValueError: Heads are missing, or the mask hides tokens from others.
+            ValueError: Heads are missing, or the mask hides tokens in another way than images in one sequence do.
         """
         if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
-        if self.needs & SCORES_OF_ATTENTION and mask is not None:
-            self._check_mask(mask)
         query, key = query.detach(), key.detach()
         batch, _, tokens, _ = query.shape
         first = self.tower.leading
         if "cls" in self.needs:
+            if mask is not None and len(_sequences(mask)) > 2:
+                raise ValueError(f"{_HIDES}: use score='received'")
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
             self._parts["cls"].append(score.flatten())
         if "received" in self.needs:
-            score = attention_received(query, key, scale=scale)
+            bounds = None if mask is None else _sequences(mask)
+            whole = bounds is None or len(bounds) == 2
+            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
             self._parts["received"].append(score[:, first:].flatten())
         if self.needs & {"key_norm", "keys"}:
             rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
@@ -171,35 +173,53 @@ class Recording:
         for need, parts in self._parts.items():
             if not parts:
                 raise ValueError(
-                    f"{type(self.tower.module).__name__} ran without its scoring layer, {type(self.tower.attention).__name__}, "
-                    f"reporting {need!r}: its implementation of attention must be 'gap_triton' while it runs"
+                    f"{type(self.tower.module).__name__} ran without reporting {need!r} of its scoring layer, "
+                    f"{type(self.tower.attention).__name__}: its implementation of attention must be 'gap_triton' meanwhile"
                 )
             rows = torch.cat(parts)
             if need == "similarity":
+                self._check_states()
                 rows = rows / self._states
             found[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
             if tokens is not None and found[need].shape[0] != tokens:
                 raise ValueError(
-                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, so its "
-                    "visual tokens can't be told apart by what the vision tower says: use score='random', or prune at a "
-                    "decoder layer >= 0"
+                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, "
+                    f"so its visual tokens can't be told apart by what the vision tower says: {INSTEAD}"
                 )
         return TowerOutput(**found, projector=self.tower.projector)
+
+    def _check_states(self) -> None:
+        wanted = 1 + len(self.tower.layers) // 3
+        if self._states != wanted:
+            raise ValueError(
+                f"{type(self.tower.module).__name__} ran {self._states // wanted} times for one call of its encoder, which "
+                f"is not supported: {INSTEAD}"
+            )
 
     def _check_heads(self, query: Tensor) -> None:
         config = self.tower.module.config
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
         if isinstance(heads, int) and query.shape[1] != heads:
             raise ValueError(
-                f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower that is "
-                "split over devices are not supported; leave it whole, or prune at a decoder layer >= 0"
+                f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower "
+                f"that is split over devices are not supported; leave it whole, or {INSTEAD}"
             )
 
-    @staticmethod
-    def _check_mask(mask: Tensor) -> None:
-        allowed = mask if mask.dtype == torch.bool else mask == 0
-        if not bool(allowed.all()):
-            raise ValueError(
-                "the vision tower's scoring layer hides some patches from others (padding, or several images in one sequence), "
-                "which scores by its attention don't take: use a score that needs none, or prune at a decoder layer >= 0"
-            )
+
+_HIDES = "the vision tower's scoring layer hides some patches from others"
+
+
+def _sequences(mask: Tensor) -> Tensor:
+    """Where the sequences begin and the last one ends that ``mask`` [B or 1, 1, S, S] keeps apart; int32, [0, S] if none.
+
+    Raises:
+        ValueError: It hides tokens in another way, or several in a batch.
+    """
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    sequence = (~allowed[0].diagonal(1)).cumsum(0)
+    sequence = torch.nn.functional.pad(sequence, (1, 0))  # [S], number of each token's sequence
+    if not torch.equal(allowed, (sequence[:, None] == sequence).expand_as(allowed)) or (
+        len(allowed) > 1 and bool(sequence[-1] > 0)
+    ):
+        raise ValueError(f"{_HIDES}, as padding does, which scores by its attention don't take: {INSTEAD}")
+    return torch.nn.functional.pad(sequence.bincount().cumsum(0), (1, 0)).to(torch.int32)

@@ -7,6 +7,8 @@ layers each hold one attention module that calls transformers' attention interfa
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,17 +22,20 @@ from transformers.utils import ModelOutput
 
 from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
-from .recording import FROM_ATTENTION, Encoded, Need, Needs, Recording, TowerOutput, recording_now
+from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
-__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
+__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+# Arguments that tell frames, rows and columns of patches.
+GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
-INSTEAD = "use score='random', or prune at a decoder layer >= 0"
 
-_watch_now: ContextVar[TowerWatch | None] = ContextVar("gap_triton_tower_watch", default=None)
+# Weak: a forward that fails never stops its watch, and then nothing else holds it.
+_watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +52,7 @@ class Tower:
             module.
         has_cls: The tower's first token is a CLS token.
         leading: Number of tokens in front of each image that don't become features.
-        merge: Side of the square of patches, next to each other in the tower, that become one token.
+        merge: Side of the square of patches that become one token, where it is handed them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
     """
 
@@ -62,10 +67,53 @@ class Tower:
     window: int | None
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
-        """Rows of the tower's patches [P, ...] as those of the features [F, ...]."""
+        """What the tower tells of its patches, as what it tells of the features: raster order, patches of a token averaged.
+
+        Args:
+            rows: [P, ...], the patches of all images in the tower's order.
+            arguments: What the encoder was told, by name.
+            tokens: F, None where the model adds rows of its own to the features, or leaves some out.
+
+        Returns:
+            [F, ...]; ``rows`` where nothing says which patches become one token.
+        """
         if self.merge > 1:
-            rows = rows.unflatten(0, (-1, self.merge**2)).float().mean(dim=1).to(rows.dtype)
-        return rows
+            rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
+            if self.window is not None:
+                rows = rows[_out_of_windows(_grids_of(arguments), self.merge, self.window).to(rows.device)]
+            return rows
+        if not tokens or len(rows) <= tokens:
+            return rows
+        pool = math.isqrt(len(rows) // tokens)
+        sizes = self._sizes(arguments, len(rows))
+        if pool**2 * tokens != len(rows) or sum(h * w for h, w in sizes) != len(rows):
+            return rows
+        if any(height % pool or width % pool for height, width in sizes):
+            return rows
+        images = rows.split([height * width for height, width in sizes])
+        return torch.cat(
+            [
+                _mean(image.unflatten(0, (h // pool, pool, w // pool, pool)), (1, 3)).flatten(0, 1)
+                for image, (h, w) in zip(images, sizes, strict=True)
+            ]
+        )
+
+    def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
+        if any(name in arguments for name in GRID_FIELDS.values()):
+            return [(height, width) for frames, height, width in _grids_of(arguments) for _ in range(frames)]
+        images, patch = image_shape(arguments), getattr(self.module.config, "patch_size", None)
+        if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
+            patch = patch[0]
+        if images is None or not isinstance(patch, int):
+            return []
+        if arguments.get("image_sizes") is not None:
+            return [
+                (height // patch, width // patch)
+                for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+            ]
+        size = (images[1] // patch, images[2] // patch)
+        return [size] * (patches // (size[0] * size[1])) if all(size) else []
 
 
 def find_tower(owner: PreTrainedModel) -> Tower:
@@ -80,13 +128,12 @@ def find_tower(owner: PreTrainedModel) -> Tower:
             f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {INSTEAD.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
-    config = module.config
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
-    merge = getattr(module, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None) or 1
+    merge = _merge_of(owner, module)
     window = None
-    if getattr(config, "fullatt_block_indexes", None) is not None:
-        window = config.window_size // merge // config.patch_size
+    if getattr(module.config, "fullatt_block_indexes", None) is not None:
+        window = module.config.window_size // merge // module.config.patch_size
     return Tower(
         owner=owner,
         module=module,
@@ -110,8 +157,8 @@ def check_needs(tower: Tower, needs: Needs) -> None:
         )
     if "features" in needs and tower.projector is None:
         raise ValueError(
-            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they can't "
-            "be combined before it"
+            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they "
+            "can't be combined before it"
         )
 
 
@@ -132,10 +179,10 @@ class TowerWatch:
         """Watch the encoders that run in this thread until `stop`.
 
         Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded ahead.
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
         """
         self.encoded = encoded_ahead(kwargs or {})
-        self._token = _watch_now.set(self)
+        self._token = _watch_now.set(weakref.ref(self))
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -153,8 +200,9 @@ class TowerWatch:
         missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
         if not parts or missing:
             raise ValueError(
-                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's visual "
-                f"tokens: pass pixel_values with the prompt, not image features that were encoded before, or {INSTEAD}"
+                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's "
+                "visual tokens: pass pixel_values with the prompt, not image features that were encoded before, or "
+                f"{INSTEAD}"
             )
         return TowerOutput.concatenate(part.output for part in parts)
 
@@ -164,6 +212,23 @@ def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     outputs = kwargs.get(ENCODED_AHEAD) or {}
     found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
     return {modality: encoded for modality, encoded in found.items() if encoded is not None}
+
+
+def image_shape(arguments: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size."""
+    pixels = arguments.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4:
+        return None
+    count = len(pixels)
+    if pixels.dim() > 4:  # samples with fewer images than others are filled up with zeros
+        count = int((pixels.flatten(-3) != 0).any(dim=-1).sum())
+    return count, pixels.shape[-2], pixels.shape[-1]
+
+
+def packs(owner: PreTrainedModel) -> bool:
+    """Whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
+    pack = getattr(owner, "pack_image_features", None)
+    return pack is not None and "image_features" in inspect.signature(pack).parameters
 
 
 def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
@@ -180,7 +245,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     handles: list[Any] = [_Mark(tower.attention)]
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
-            handles.append(_Wrapped(tower, modality, needs))
+            handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
     for layer in list(tower.layers)[-1 - len(tower.layers) // 3 :]:
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
@@ -188,6 +253,16 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     if tower.module.config._attn_implementation != NAME:
         handles.append(_Switched(tower.module))
     return handles
+
+
+def note_sizes(owner: PreTrainedModel) -> list[Any]:
+    """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
+
+    Returns:
+        Handles, whose ``remove()`` takes everything off again.
+    """
+    methods = [method for method in ENCODERS.values() if hasattr(owner, method)]
+    return [_Wrapped(owner, method, _encode_and_note) for method in methods]
 
 
 # --------------------------------------------------------------------------------------------- hooks
@@ -203,18 +278,27 @@ def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
         recording.projecting(args[0])
 
 
+def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    output = encoder(*args, **kwargs)
+    if isinstance(output, ModelOutput):
+        bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
+        noted = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
+        setattr(output, ENCODED_ATTRIBUTE, noted)
+    return output
+
+
 def _encode(
-    encoder: Callable[..., Any],
     tower: Tower,
     modality: str,
     needs: Callable[[], Needs],
+    encoder: Callable[..., Any],
     /,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
-    watch = _watch_now.get()
-    wanted = frozenset(needs()) if watch is None else watch.needs
+    watch = _watch_of(tower)
+    wanted = frozenset(needs()) | (frozenset() if watch is None else watch.needs)
     if not wanted or recording_now.get() is not None:
         return encoder(*args, **kwargs)
     recording = Recording(tower, wanted)
@@ -226,28 +310,49 @@ def _encode(
     bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
     _refuse_other_features(tower.owner, bound)
     tokens = _count(output)
-    packs = hasattr(tower.owner, "pack_image_features")
-    found = Encoded(bound, wanted, tokens, recording.output(bound, None if packs else tokens))
+    told = recording.output(bound, None if packs(tower.owner) else tokens)
+    found = Encoded(_without_pixels(bound), wanted, tokens, told)
     if watch is not None:
         watch.encoded[modality] = found
-    elif isinstance(output, ModelOutput):
+    if isinstance(output, ModelOutput):
+        # Also beside a watch: one that an exception has left behind is not that of the forward to come.
         setattr(output, ENCODED_ATTRIBUTE, found)
     return output
 
 
+def _watch_of(tower: Tower) -> TowerWatch | None:
+    reference = _watch_now.get()
+    watch = None if reference is None else reference()
+    return watch if watch is not None and watch.tower is tower else None
+
+
 def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        given = arguments.get(name)
-        if given is not None and given != getattr(owner.config, name):
+        given, known = arguments.get(name), getattr(owner.config, name, None)
+        if given is not None and given != known:
             raise ValueError(
-                f"{name}={given!r}: the vision tower is watched for {getattr(owner.config, name)!r}; set it in model.config before "
+                f"{name}={given!r}: the vision tower is watched for {known!r}; set it in model.config before "
                 "pruning is attached"
             )
 
 
+def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
+    small = {
+        name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    if (shape := image_shape(arguments)) is not None:
+        count, height, width = shape
+        small["pixel_values"] = torch.empty((count, 3, height, width), device="meta")
+    return small
+
+
 def _count(output: Any) -> int:
-    """Number of features in what an encoder puts out."""
+    """Number of features in what an encoder puts out, 0 if there are none to be put into the prompt."""
     features = getattr(output, "pooler_output", output)
+    if isinstance(features, ModelOutput):
+        return 0
     if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
         features = features[0]  # transformers 4: with deepstack features behind
     if isinstance(features, Tensor):
@@ -267,16 +372,21 @@ class _Mark:
 
 
 class _Wrapped:
-    """Puts `_encode` around an encoder of this owner. No hook runs at a method, and only it is told the sizes of images."""
+    """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
 
-    def __init__(self, tower: Tower, modality: str, needs: Callable[[], Needs]):
-        self.owner, self.method = tower.owner, ENCODERS[modality]
-        encoder = getattr(tower.owner, self.method)
-        wrapped = partial(_encode, encoder, tower, modality, needs)
-        setattr(tower.owner, self.method, update_wrapper(wrapped, encoder))
+    Several may lie around each other; the last one is removed first.
+    """
+
+    def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):
+        self.owner, self.method = owner, method
+        self.previous = vars(owner).get(method)
+        encoder = getattr(owner, method)
+        setattr(owner, method, update_wrapper(partial(run, encoder), encoder))
 
     def remove(self) -> None:
         delattr(self.owner, self.method)
+        if self.previous is not None:
+            setattr(self.owner, self.method, self.previous)
 
 
 class _Switched:
@@ -294,6 +404,10 @@ class _Switched:
 def _why_not(owner: PreTrainedModel) -> str | None:
     if not hasattr(owner, ENCODERS["image"]):
         return f"it has no {ENCODERS['image']}, in which the tower would run"
+    if "image_merge_sizes" in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
+        return "it merges patches by sizes that differ from image to image (image_merge_sizes)"
+    if packs(owner) and _projector_of(owner) is None:
+        return "it makes its visual tokens of several of the tower's features"
     candidates = _candidates(owner)
     if not candidates:
         return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
@@ -301,6 +415,14 @@ def _why_not(owner: PreTrainedModel) -> str | None:
         names = " and ".join(type(module).__name__ for module, _ in candidates)
         return f"it has several, {names}"
     module, layers = candidates[0]
+    full = getattr(module.config, "fullatt_block_indexes", None)
+    if full is not None and not any(index < len(layers) for index in full):
+        return f"each of its {len(layers)} layers attends within windows (fullatt_block_indexes={full!r})"
+    overlapping = next(
+        (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None
+    )
+    if overlapping is not None:
+        return f"{type(module).__name__} makes a visual token of patches that belong to others too ({overlapping})"
     if not 0 <= _scoring_layer(owner, module, len(layers)) < len(layers):
         return f"vision_feature_layer={owner.config.vision_feature_layer!r} takes its features from no layer's output"
     return None
@@ -336,7 +458,7 @@ def _attention_of(layer: nn.Module) -> list[nn.Module]:
 def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None:
-        return max(full)
+        return max((index for index in full if index < layers), default=layers)
     chosen = getattr(owner.config, "vision_feature_layer", None)
     if chosen is None:
         return layers - 1
@@ -345,9 +467,42 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
+def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:
+    if GRID_FIELDS["image"] not in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
+        return 1
+    # A tower that merges patches, or has a projector that does, is handed those of one token one after the other. What takes
+    # patches in raster order and puts them together (PaddleOCR-VL) goes by other names.
+    sizes = (getattr(each, "spatial_merge_size", None) for each in (module, *owner.children()))
+    return next((size for size in sizes if isinstance(size, int)), 1)
+
+
 def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
     projector = owner._modules.get("multi_modal_projector")
     return projector if projector is not None and _maps_single_tokens(projector) else None
+
+
+def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
+    return rows.float().mean(dim=dim).to(rows.dtype)
+
+
+def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
+    """Frames, rows and columns of patches of each image or video that an encoder was told."""
+    return next(arguments[name] for name in GRID_FIELDS.values() if name in arguments).tolist()
+
+
+def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
+    """[F] int64: by feature in raster order, where it stands in a tower that goes window by window through each frame."""
+    places, start = [], 0
+    for frames, height, width in grids:
+        row, column = torch.meshgrid(
+            torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
+        )
+        # A stable sort keeps raster order inside a window.
+        in_windows = ((row // window) * width + column // window).flatten().argsort(stable=True)
+        for _ in range(frames):
+            places.append(in_windows.argsort() + start)
+            start += len(in_windows)
+    return torch.cat(places)
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:

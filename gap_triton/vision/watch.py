@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage
+import functools
+
+from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
 from gap_triton.state import Attachment, ForwardState
 
 from .recording import Need, Needs
-from .tower import Tower, TowerWatch, check_needs, find_tower, install
+from .tower import Tower, TowerWatch, check_needs, find_tower, install, note_sizes
 
 MERGE_NEEDS: dict[str, Needs] = {
     "none": frozenset(),
@@ -32,13 +34,21 @@ def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
     Raises:
         ValueError: There is no vision encoder that could tell it; the sentence says what can be done instead.
     """
+    if any(asks_for_places(stage) for stage in config.stages) and not attachment.notes_sizes:
+        attachment.notes_sizes = True
+        attachment.handles += note_sizes(attachment.owner)
     if not needs_of(config):
         return
     tower = attachment.tower or find_tower(attachment.owner)
     check_needs(tower, _told_by(tower, config))
     if attachment.tower is None:
         attachment.tower = tower
-        attachment.handles += install(tower, lambda: _told_by(tower, attachment.config))
+        attachment.handles += install(tower, functools.partial(_told_now, attachment))
+
+
+def _told_now(attachment: Attachment) -> Needs:
+    assert attachment.tower is not None
+    return _told_by(attachment.tower, attachment.config)
 
 
 def watch_tower(state: ForwardState) -> None:

@@ -31,7 +31,7 @@ def topk_per_region(
         topk_per_region(scores, grid_neighbours((24, 24))[None], per_region=1, k=112)  # LLaVA-1.5, 576 scores
 
     Args:
-        scores: float32 [B, N]; B and N may be 0.
+        scores: float32 [B, N]; B and N may be 0. Rows may lie apart, as those of a slice do.
         neighbours: int32 [B, N, R], or [1, N, R] for all samples alike, with R of 0..8: the other entries of each
             entry's region, distinct, in any order; -1 = none. See :func:`grid_neighbours`.
         per_region: candidates of a region, >= 1.

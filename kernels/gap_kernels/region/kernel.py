@@ -39,13 +39,14 @@ def rank_in_region(scores, neighbours, entry, own, n, R: tl.constexpr):
 
 
 # What changes from image to image isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["neighbours_stride_b", "per_region", "k", "n", "length"])
+@triton.jit(do_not_specialize=["scores_stride_b", "neighbours_stride_b", "per_region", "k", "n", "length"])
 def topk_per_region_kernel(
     scores,
     neighbours,
     counts,
     keys,
     index,
+    scores_stride_b,
     neighbours_stride_b,
     per_region,
     k,
@@ -64,7 +65,7 @@ def topk_per_region_kernel(
     if counts is not None:
         k = tl.load(counts + sample)
     budget = tl.minimum(k, length).to(tl.int32)
-    scores += sample * n
+    scores += sample * scores_stride_b
     neighbours += sample * neighbours_stride_b
     keys += sample * n
 
@@ -101,19 +102,22 @@ def topk_per_region(
         return torch.full((batch, length), -1, dtype=torch.int64, device=scores.device)
     index = torch.empty((batch, length), dtype=torch.int64, device=scores.device)
     if index.numel():
+        # Rows may be part of longer ones, such as the attention of a CLS token without its own column.
+        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+        neighbours_stride_b = 0 if len(neighbours) == 1 else neighbours[0].numel()
         tiles = tile_options(n)
         launch(
             topk_per_region_kernel,
             (batch,),
             (
-                scores.contiguous(),
+                scores,
                 neighbours.contiguous(),
                 None if counts is None else counts.contiguous(),
                 torch.empty((batch, n), dtype=torch.int32, device=scores.device),
                 index,
             ),
             (),
-            (0 if len(neighbours) == 1 else neighbours[0].numel(), per_region, min(k, length), n, length),
+            (scores.stride(0), neighbours_stride_b, per_region, min(k, length), n, length),
             (),
             {
                 "R": neighbours.shape[2],

@@ -1,0 +1,168 @@
+"""Every method equals its oracle: the same kept features at the same positions, everything else masked where it is gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import ways
+from methods import NAMES, SHARE, method, preset
+from oracle import NAME as ORACLE
+from oracle import MaskingOracle, core_of
+from test_oracle import BATCHES, TOLERANCE, error
+from tiny import IMAGE, LAYERS, VIDEO, generate
+
+import gap_triton
+from gap_triton import GapConfig, Selection
+from gap_triton.presets import PRESETS
+
+
+def stages_of(selection: Selection | None) -> list[Selection]:
+    """What each stage kept, first to last."""
+    found = []
+    while selection is not None:
+        found.append(selection)
+        selection = selection.before
+    return found[::-1]
+
+
+def dropped_by(selection: Selection, visual: torch.Tensor) -> torch.Tensor:
+    """[B, Q] bool, the visual rows that are gone after a stage."""
+    stays = torch.zeros(visual.shape[0], visual.shape[1] + 1, dtype=torch.bool)
+    stays.scatter_(1, torch.where(selection.index < 0, visual.shape[1], selection.index), True)
+    return visual & ~stays[:, :-1]
+
+
+def embeds_of_prompt(model: torch.nn.Module, seen: list[torch.Tensor]):
+    """A hook behind all others that notes what the decoder is given for the prompt."""
+
+    def note(module, args, kwargs):
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            seen.append(kwargs["inputs_embeds"])
+
+    return core_of(model)[1].register_forward_pre_hook(note, with_kwargs=True)
+
+
+def with_embeds(model: torch.nn.Module, *embeds: torch.Tensor):
+    """A hook that gives the decoder ``embeds``, one for each prompt that comes."""
+    coming = iter(embeds)
+
+    def give(module, args, kwargs):
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            return args, {**kwargs, "inputs_embeds": next(coming)}
+        return None
+
+    return core_of(model)[1].register_forward_pre_hook(give, with_kwargs=True)
+
+
+def compare(
+    name: str, inputs: dict[str, torch.Tensor], config: GapConfig, **options: object
+) -> list[Selection]:
+    """Generate pruned and by the oracle, which is told what was kept and the features of that, and nothing else."""
+    model = ways.build(name, "gap_triton")
+    gap_triton.configure(model, config)
+    seen: list[torch.Tensor] = []
+    handle = embeds_of_prompt(model, seen)
+    pruned = generate(model, inputs, **options)
+    handle.remove()
+    stages = stages_of(gap_triton.last_selection(model))
+    assert len(stages) == len(config.stages)
+
+    visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    gone = [dropped_by(selection, visual) for selection in stages]
+    assert gone[-1].any()
+    reference = ways.build(name, {"text_config": ORACLE})
+    (first, *rest), (gone_first, *gone_later) = config.stages, gone
+    later = [(stage.layer, dropped) for stage, dropped in zip(rest, gone_later, strict=True)]
+    handle = with_embeds(reference, *seen)
+    with MaskingOracle(reference, first.layer, 1.0, chosen=gone_first, then=later):
+        expected = generate(reference, inputs, **options)
+    handle.remove()
+    assert torch.equal(pruned.sequences, expected.sequences)
+    assert error(pruned, expected) <= TOLERANCE
+    assert all(bool(step.isfinite().all()) for step in pruned.logits)
+    return stages
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_methods(model: str, name: str, batch: str) -> None:
+    config = method(name, LAYERS, cls=model == "llava")
+    inputs = ways.make(model, batch)
+    stages = compare(model, inputs, config)
+    # As many as each stage says, and the ids that the model gives without pruning.
+    visual = (inputs["input_ids"] == IMAGE).sum(1).tolist()
+    for stage, selection in zip(config.stages, stages, strict=True):
+        kept = (selection.visual_index >= 0).sum(1).tolist()
+        assert kept == [stage.count(count) for count in visual]
+
+
+@pytest.mark.parametrize("batch", [b for b in BATCHES if b not in ("left-padded", "ragged-images")])
+@pytest.mark.parametrize("name", ["nuwa", "pyramiddrop", "sparsevlm", "visionzip", "feather", "trim"])
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_batches(model: str, name: str, batch: str) -> None:
+    compare(model, ways.make(model, batch), method(name, LAYERS, cls=model == "llava"))
+
+
+@pytest.mark.parametrize("name", ["prumerge", "trim"])
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_outliers(model: str, name: str) -> None:
+    compare(model, ways.make(model, "ragged-images"), preset(name, LAYERS, model == "llava", "outliers"))
+
+
+@pytest.mark.parametrize("model", ways.MODELS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_keep_everything_is_sdpa_bit_for_bit(name: str, model: str) -> None:
+    if name in ("feather", "sparsevlm", "nuwa"):
+        pytest.skip("a schedule that keeps everything at every stage is no point of this preset")
+    inputs = ways.make(model, "left-padded")
+    dense = generate(ways.build(model, "sdpa"), inputs)
+    pruned_model = ways.build(model, "gap_triton")
+    gap_triton.configure(pruned_model, preset(name, LAYERS, model == "llava", budget=1.0))
+    pruned = generate(pruned_model, inputs)
+    assert torch.equal(pruned.sequences, dense.sequences)
+    assert error(pruned, dense) == 0.0
+    assert SHARE < 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_where_tokens_merge(factor: float) -> None:
+    """Before the projector; as the decoder gets them if the model does something to its output, as PaliGemma does."""
+    model = ways.build("llava", "gap_triton")
+    if factor != 1.0:
+        encode = model.model.get_image_features
+
+        def scaled(*args, **kwargs):
+            output = encode(*args, **kwargs)
+            if isinstance(output, (list, tuple)):
+                return [features * factor for features in output]
+            output.pooler_output = [features * factor for features in output.pooler_output]
+            return output
+
+        model.model.get_image_features = scaled
+    inputs = ways.make("llava", "even")
+    embeds: list[torch.Tensor] = []
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        gap_triton.configure(model, GapConfig(1.0, 1))
+        model(**inputs)
+        gap_triton.configure(model, GapConfig(9, -1, "cls", merge="average"))
+        seen: list[torch.Tensor] = []
+        embeds_of_prompt(model, seen)
+        model(**inputs)
+        gap_triton.configure(model, GapConfig(9, -1, "cls", merge="contextual"))
+        model(**inputs)
+    whole, average, contextual = embeds[0], seen[0], seen[1]
+    selection = gap_triton.last_selection(model)
+    assert selection.visual_index.shape[1] == 9
+    # The mean of all that is dropped is made of what the decoder gets.
+    for b in range(2):
+        changed = (whole[b] != average[b]).any(-1).nonzero()[:, 0].tolist()
+        assert len(changed) == 1
+        # One contextual token of nine; its features went through the projector if that is where tokens merge.
+        (row,) = (whole[b] != contextual[b]).any(-1).nonzero()[:, 0].tolist()
+        assert row in selection.visual_index[b].tolist()
+        visual = (inputs["input_ids"][b] == IMAGE).nonzero()[:, 0].tolist()
+        others = [r for r in visual if r not in selection.visual_index[b].tolist()]
+        behind = whole[b, row] + whole[b, others].mean(0)
+        assert torch.allclose(contextual[b, row], behind, atol=1e-5) == (factor != 1.0)
