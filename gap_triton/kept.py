@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -198,10 +197,14 @@ def follow_cache_methods() -> None:
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
             setattr(Cache, name, _following(method, follow))
-    for name, unpruned in {"get_seq_length": _unpruned_length, "get_mask_sizes": _unpruned_sizes}.items():
+    # Methods that answer for one layer, which is an argument at this place.
+    for name, place, unpruned in (
+        ("get_seq_length", 0, _unpruned_length),
+        ("get_mask_sizes", 1, _unpruned_sizes),
+    ):
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _answering(method, unpruned))
+            setattr(Cache, name, _answering(method, place, unpruned))
 
 
 Follow = Callable[..., KeptTokens | None]
@@ -224,14 +227,16 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     return wrapped
 
 
-def _answering(method: Callable[..., Any], unpruned: Callable[[Cache, int, Any], Any]) -> Callable[..., Any]:
+def _answering(
+    method: Callable[..., Any], place: int, unpruned: Callable[[Cache, int, Any], Any]
+) -> Callable[..., Any]:
     """``method``, with its answer as if nothing were ever dropped: models and `generate` count and size masks by it."""
-    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        layer = signature.bind(self, *args, **kwargs).arguments.get("layer_idx", 0)
-        return unpruned(self, layer, method(self, *args, **kwargs))
+        answer = method(self, *args, **kwargs)
+        layer = args[place] if len(args) > place else kwargs.get("layer_idx", 0)
+        return unpruned(self, layer, answer)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
     return wrapped

@@ -72,10 +72,18 @@ def ask(
     if selection is None:
         console.print("nothing dropped", style="dim")
         return answer
-    total, kept = selection.candidates.shape[1], selection.visual_index.shape[1]
-    console.print(
-        f"kept {kept} of {total} visual tokens after layer {config.layer}, ids {config.ids}", style="dim"
-    )
+    stages: list[gap_triton.Selection] = []
+    found: gap_triton.Selection | None = selection
+    while found is not None:
+        stages.insert(0, found)
+        found = found.before
+    places = [
+        "before the decoder" if stage.layer < 0 else f"after layer {stage.layer}" for stage in config.stages
+    ]
+    counts = [str(each.visual_index.shape[1]) for each in stages]
+    counts[0] += f" of {int(selection.visual.sum())} visual tokens"
+    kept = ", ".join(f"{count} {place}" for count, place in zip(counts, places, strict=True))
+    console.print(f"kept {kept}, ids {config.ids}", style="dim")
     if overlay is not None:
         save_kept_tokens(model, processor, inputs, selection, answer, overlay)
         console.print(f"wrote {overlay}", highlight=False, soft_wrap=True)

@@ -8,8 +8,8 @@ import ways
 from methods import NAMES, SHARE, method, preset
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle, core_of
-from test_oracle import BATCHES, TOLERANCE, error
-from tiny import IMAGE, LAYERS, VIDEO, generate
+from test_oracle import BATCHES, TOLERANCE, error, make_prompt
+from tiny import IMAGE, LAYERS, VIDEO, build, generate
 
 import gap_triton
 from gap_triton import GapConfig, Selection
@@ -166,3 +166,62 @@ def test_where_tokens_merge(factor: float) -> None:
         others = [r for r in visual if r not in selection.visual_index[b].tolist()]
         behind = whole[b, row] + whole[b, others].mean(0)
         assert torch.allclose(contextual[b, row], behind, atol=1e-5) == (factor != 1.0)
+
+
+def video_prompt() -> dict[str, torch.Tensor]:
+    """Two samples of Qwen2.5-VL: a video of two frames, and an image beside a video of one."""
+    frames = [[(VIDEO, 2)], [(IMAGE, 1), (VIDEO, 1)]]
+    samples, images, videos = [], 0, []
+    for sample in frames:
+        ids = [1, 20, 21]
+        for token, count in sample:
+            ids += [ways.START, *[token] * (count * 36), ways.END, 30]
+            images += token == IMAGE
+            videos += [count] * (token == VIDEO)
+        samples.append([*ids, 40, 41, 42])
+    width = max(map(len, samples))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in samples])
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(count: int) -> torch.Tensor:
+        return torch.randn(count * 144, 3 * 2 * ways.PATCH**2, generator=generator)
+
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": pixels(images),
+        "image_grid_thw": torch.tensor([[1, 12, 12]] * images),
+        "pixel_values_videos": pixels(sum(videos)),
+        "video_grid_thw": torch.tensor([[count, 12, 12] for count in videos]),
+    }
+    if ways.V5:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["nuwa", "visionzip", "spatial", "text", "feather", "region in the decoder"])
+def test_videos(name: str) -> None:
+    stages = compare(ways.MROPE, video_prompt(), method(name, LAYERS, cls=False))
+    # Every frame and every image keeps its part: none of a sample's two grids goes without.
+    for b, rows in enumerate(stages[0].visual_index):
+        visual = stages[0].visual[b].nonzero()[:, 0]
+        first = torch.isin(visual[:36], rows).sum()
+        assert 0 < int(first) < int((rows >= 0).sum()) or name in ("text", "feather")
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision/qwen2"])
+def test_newlines_all_stay(name: str) -> None:
+    """They stand in no grid, and tell where a row of the picture ends."""
+    model, inputs = build(name, "gap_triton"), make_prompt(name, "ragged-images")
+    newline = model.model.image_newline
+    embeds: list[torch.Tensor] = []
+    gap_triton.configure(model, method("nuwa", LAYERS, cls="next" in name))
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        model(**inputs)
+    first = stages_of(gap_triton.last_selection(model))[0]
+    newlines = (embeds[0] == newline).all(-1)
+    assert int(newlines.sum(1).min()) >= 6
+    for b in range(2):
+        assert torch.isin(newlines[b].nonzero()[:, 0], first.index[b]).all()
+        assert int((first.visual_index[b] >= 0).sum()) < int(first.visual[b].sum())

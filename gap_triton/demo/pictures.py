@@ -134,6 +134,5 @@ def save_bars(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def kept_grid(selection: Selection, sample: int, side: int, start: int = 0) -> Tensor:
     """bool [side, side]: which of a sample's visual rows from ``start`` on survived."""
-    rows = selection.candidates[sample][start : start + side * side]
-    kept = torch.isin(rows, selection.visual_index[sample])
-    return (kept & (rows >= 0)).reshape(side, side).cpu()
+    rows = selection.visual[sample].nonzero()[:, 0][start : start + side * side]
+    return torch.isin(rows, selection.visual_index[sample]).reshape(side, side).cpu()

@@ -49,7 +49,7 @@ class Grids:
     Attributes:
         grid: (H, W).
         keep: How many tokens of each view survive.
-        sample: [G] int64, row of the batch.
+        sample: Row of the batch of each.
         rows: [G, N] int64, rows of the prompt.
         features: [G, N] int64, rows of the tower's output.
         score: [G, N] float32.
@@ -57,7 +57,7 @@ class Grids:
 
     grid: tuple[int, int]
     keep: int
-    sample: torch.Tensor
+    sample: tuple[int, ...]
     rows: torch.Tensor
     features: torch.Tensor
     score: torch.Tensor
@@ -93,16 +93,18 @@ def choose_before_the_decoder(
     device = prompt.visual.device
     by_row = torch.full((batch, length), torch.inf, device=device)
     stays = layout.unplaced.clone()
-    keep = layout.unplaced.sum(dim=1).tolist() if bool(layout.unplaced.any()) else [0] * batch
+    keep = list(prompt.visual_counts)  # of those that stand nowhere, in the end
+    for view, score in zip(layout.views, scores, strict=True):
+        keep[view.sample] -= len(view.rows)
+        by_row[view.sample, view.rows] = score
     before = stage.merge != "none" and _merges_before_projector(layout, told, embeds)
     rule = _rule_of(layout, before)
     for grids in _grouped(layout.views, scores, stage):
-        sample = grids.sample[:, None]
-        by_row[sample, grids.rows] = grids.score
+        sample = torch.tensor(grids.sample, device=device)[:, None]
         index, merged = _choose(grids, stage, told, embeds, before, rule)
         chosen = grids.rows.gather(1, index)
         stays[sample, chosen] = True
-        for b in grids.sample.tolist():
+        for b in grids.sample:
             keep[b] += grids.keep
         if merged is not None:
             assert embeds is not None
@@ -156,9 +158,12 @@ def _scores(
 
 def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Tensor) -> list[torch.Tensor]:
     """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
+    all_text = [real - visual for real, visual in zip(prompt.real_counts, prompt.visual_counts, strict=True)]
     ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
     text = torch.where(ends_in_image[:, None], prompt.real & ~prompt.visual, prompt.text_after)
-    rows = positions_first(text, int(text.sum(dim=1).amax()))
+    rows = positions_first(
+        text, max(after or whole for after, whole in zip(prompt.text_counts, all_text, strict=True))
+    )
     found = []
     for view in views:
         own = rows[view.sample].to(embeds.device)
@@ -180,7 +185,7 @@ def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) ->
         Grids(
             grid=grid,
             keep=keep,
-            sample=torch.tensor([views[i].sample for i in members], device=scores[members[0]].device),
+            sample=tuple(views[i].sample for i in members),
             rows=torch.stack([views[i].rows for i in members]),
             features=torch.stack([views[i].features for i in members]),
             score=torch.stack([scores[i] for i in members]),
@@ -237,7 +242,8 @@ def _choose(
     if before:
         features = told.features[grids.features.to(told.features.device)]  # type: ignore[union-attr,index]
     else:
-        features = embeds[grids.sample[:, None].to(embeds.device), grids.rows.to(embeds.device)]
+        sample = torch.tensor(grids.sample, device=embeds.device)[:, None]
+        features = embeds[sample, grids.rows.to(embeds.device)]
     merged = _merge(grids, stage, covering, told, features, rule)
     if not before:
         return merged.index, merged.features
