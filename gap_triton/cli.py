@@ -194,7 +194,7 @@ def evaluate(
         raise typer.BadParameter(
             f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
         )
-    names = split_names("--methods", methods or "all", PRESETS)
+    names = split_names("--methods", "all" if methods is None else methods, PRESETS)
     with told_as_option("--model"):
         evaluation = Evaluation(console, output, samples, split_names("--model", model, ARCHITECTURES))
     if methods is not None:

@@ -19,7 +19,8 @@ def wilson_interval(successes: int, trials: int, z: float = Z) -> tuple[float, f
     share, spread = successes / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounding would otherwise leave a share of 0 or 1 just outside.
+    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 @dataclass(frozen=True)
