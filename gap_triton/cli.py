@@ -188,6 +188,8 @@ def evaluate(
     from gap_triton.presets import PRESETS
 
     shares = [parse_keep(item, "--budgets") for item in split(budgets)]
+    if any(isinstance(share, float) and share == 1.0 for share in shares):
+        raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
     swept = {"--layers": layers, "--scores": scores, "--ids": ids}
     given = [option for option, value in swept.items() if value is not None]
     if given and (methods is not None or coverage):

@@ -304,11 +304,27 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md"]
 
 
+def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
+    ious = torch.rand(8)
+    rows = [
+        row(method, "kept", ious * factor, keep=keep, kv_bytes=2048 * number)
+        for number, (method, keep, factor) in enumerate(
+            [("no pruning", 1.0, 2), ("a", 0.5, 1.5), ("a", 8, 1), ("b", 0.5, 1), ("b", 8, 0)]
+        )
+    ]
+    lines = markdown_of(rows).splitlines()
+    assert lines[0].startswith("Ids kept; no pruning: accuracy ")
+    assert lines[2] == "| method | accuracy at 50% | accuracy at 8 tokens | prefill time | KV cache |"
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| a", "| b"]
+    assert lines[5].endswith("| 0.000 (0.000 to 0.324) | 1.00x / 1.00x | 6 KiB / 8 KiB |")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--budgets", "half"], "--budgets 'half': expected a share such as 0.25 or a count such as 64"),
         (["--budgets", "2.0"], "GapConfig.keep=2.0"),
+        (["--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
         (["--methods", "nuwa,best"], "--methods 'best': expected all, or of prumerge, prumerge+, trim"),
         (["--methods", ""], "--methods '': expected all, or of prumerge"),
         (

@@ -65,31 +65,52 @@ def write_results(path: Path, samples: int, device: torch.device, **parts: Seque
 
 
 def markdown_of(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, one table for each model."""
+    """The rows as Markdown, one table for each model; with one id rule, one line for each method."""
     models = list(dict.fromkeys(row.model for row in rows))
     parts = []
     for model in models:
-        table = markdown(
-            (
-                *("method", "keep", "visual tokens", "ids", "accuracy (95% interval)", "mean IoU"),
-                *("prefill time", "KV cache"),
-            ),
-            [
-                (
-                    row.method,
-                    budget_name(row.keep),
-                    str(row.tokens_kept),
-                    "" if row.method == NO_PRUNING else row.ids,
-                    accuracy(row),
-                    f"{row.mean_iou:.3f}",
-                    *cost_cells(row),
-                )
-                for row in rows
-                if row.model == model
-            ],
-        )
+        own = [row for row in rows if row.model == model]
+        one_rule = len({row.ids for row in own if row.method != NO_PRUNING}) == 1
+        table = _by_method(own) if one_rule else _by_row(own)
         parts.append(f"**{model}**\n\n{table}" if len(models) > 1 else table)
     return "\n".join(parts)
+
+
+def _by_row(rows: Sequence[Row]) -> str:
+    return markdown(
+        (
+            *("method", "keep", "visual tokens", "ids", "accuracy (95% interval)", "mean IoU"),
+            *("prefill time", "KV cache"),
+        ),
+        [
+            (
+                row.method,
+                budget_name(row.keep),
+                str(row.tokens_kept),
+                "" if row.method == NO_PRUNING else row.ids,
+                accuracy(row),
+                f"{row.mean_iou:.3f}",
+                *cost_cells(row),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _by_method(rows: Sequence[Row]) -> str:
+    keeps = list(dict.fromkeys(row.keep for row in rows if row.method != NO_PRUNING))
+    by = {(row.method, row.keep): row for row in rows}
+    unpruned = next(row for row in rows if row.method == NO_PRUNING)
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows if row.method != NO_PRUNING):
+        own = [by[method, keep] for keep in keeps]
+        costs = zip(*map(cost_cells, own), strict=True)
+        lines.append((method, *map(accuracy, own), *map(" / ".join, costs)))
+    ids = next(row.ids for row in rows if row.method != NO_PRUNING)
+    header = ("method", *(f"accuracy at {budget_name(keep)}" for keep in keeps), "prefill time", "KV cache")
+    return f"Ids {ids}; no pruning: accuracy {accuracy(unpruned)}, {cost_cells(unpruned)[1]}.\n\n" + markdown(
+        header, lines
+    )
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
