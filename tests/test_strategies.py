@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from gap_kernels import grid_neighbours, topk_indices
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -348,7 +348,7 @@ def gathered_contextual(features: Tensor, keys: Tensor, kept: list[int], count: 
     return tokens
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_merges_match_loops(data: st.DataObject) -> None:
     """Grids of one size with different numbers of kept tokens, from none to all, and with NaN among the scores."""
@@ -356,6 +356,9 @@ def test_merges_match_loops(data: st.DataObject) -> None:
     features, keys, scores = make(
         groups, rows, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 99))
     )
+    # Loops in float64 and sums in float32 agree on the order of cosines that differ by more than rounding.
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    assume(bool(((unit @ unit.transpose(1, 2)).sort().values.diff() > 1e-6).all()))
     for group in range(groups):
         scores[group, data.draw(st.integers(0, rows - 1))] = data.draw(st.sampled_from([NAN, 0.0, 0.5]))
     counts = [data.draw(st.integers(0, rows)) for _ in range(groups)]
