@@ -479,6 +479,13 @@ def test_nan_stays_where_it_is() -> None:
     assert merged.features.isfinite().all()
     expected = gathered_contextual(features[0], keys[0].nan_to_num(), [3], 4)
     assert merged.index.tolist() == [sorted(expected)]
+    # Not even to columns that hold no target.
+    longer = contextual(features, keys, torch.tensor([[3]]), 4, length=6)
+    assert torch.equal(longer.index[:, 2:], merged.index)
+    assert torch.equal(longer.features[:, 2:], merged.features)
+    clean = torch.where(torch.arange(40)[:, None] == 20, features[0, 20], 0.0)
+    alone = contextual(clean[None], keys, torch.tensor([[3]]), 4).features[0]
+    assert bool(alone[merged.index[0] == 0].any())
 
 
 def test_features_of_others_do_not_reach_what_was_kept_or_averaged() -> None:
