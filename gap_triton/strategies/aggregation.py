@@ -92,7 +92,7 @@ def aggregate(
             on the CPU also for rows out of range.
     """
     check_merge(features, {"anchors": anchors}, similarity=similarity, scores=scores)
-    if not anchors.shape[1]:
+    if not anchors.numel():
         return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
     anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)
     threshold = anchor_scores.nanquantile(rule.pillar_quantile, dim=1, keepdim=True)

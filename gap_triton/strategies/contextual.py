@@ -84,7 +84,7 @@ def contextual(
     cosine = unit @ gather_rows(unit, targets).transpose(1, 2)  # [G, N, M]
     # NaN ranks below everything: below any cosine (-2), but above filler.
     cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
-    best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, -1)
+    best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, min(length, 1))
     goes_to = best == torch.arange(length, device=features.device)  # [G, N, M]
     goes_to &= (left & ~is_target)[..., None] & (targets >= 0)[:, None]
 

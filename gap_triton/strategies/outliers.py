@@ -21,10 +21,12 @@ def outlier_count(scores: Tensor) -> Tensor:
         int64 [G], at least 1.
 
     Raises:
-        ValueError: if ``scores`` has another shape or dtype.
+        ValueError: if ``scores`` has another shape or dtype, or N is 0.
     """
     ShapeChecker().check("scores", scores, "G N", (torch.float32,))
     if not scores.shape[1]:
         raise ValueError(f"scores: expected N >= 1, got {describe(scores)}")
+    if not scores.shape[0]:  # quantiles of nothing are an error
+        return scores.new_empty(0, dtype=torch.int64)
     first, third = scores.nanquantile(scores.new_tensor([0.25, 0.75]), dim=1)
     return (scores > (third + 1.5 * (third - first))[:, None]).sum(1).clamp(min=1)

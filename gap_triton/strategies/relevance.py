@@ -69,8 +69,9 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     patches = torch.where(visual_mask[..., None], visual.to(dtype), 0)
     product = patches @ words.transpose(1, 2)  # [B, V, T]
     share = product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1)
-    # A sum is enough: all text tokens of a sample are divided by the same number of visual ones.
-    relevance = torch.where(visual_mask[..., None], share, 0).sum(1)
+    # A sum is enough: all text tokens of a sample are divided by the same number of visual ones. What is masked is a row
+    # of zeros and adds the same to each.
+    relevance = share.sum(1)
     mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
     chosen = text_mask & (relevance >= mean[:, None])
     return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)

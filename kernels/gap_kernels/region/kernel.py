@@ -117,7 +117,7 @@ def topk_per_region(
                 index,
             ),
             (),
-            (scores.stride(0), neighbours_stride_b, per_region, min(k, length), n, length),
+            (scores.stride(0), neighbours_stride_b, per_region, k, n, length),
             (),
             {
                 "R": neighbours.shape[2],
