@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from test_demo_claim import cli
 
 import gap_triton.demo.evaluation
@@ -15,7 +17,7 @@ from gap_triton import GapConfig, Stage
 from gap_triton.demo import table
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
-from gap_triton.demo.evaluation import sweep_configs
+from gap_triton.demo.evaluation import Evaluation, sweep_configs
 from gap_triton.demo.intervals import paired_difference, wilson_interval
 from gap_triton.demo.methods import Refusal, method_cases, methods_markdown
 from gap_triton.demo.report import markdown_of
@@ -302,6 +304,17 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     assert text.count("\n") == 2 + len(rows)
     assert "| text, layer 2 | 16 tokens | 16 | permuted |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md"]
+
+
+def test_a_sweep_ranks_by_attention_received_where_there_is_no_cls(monkeypatch) -> None:
+    monkeypatch.setattr(gap_triton.demo.evaluation, "score_without_cls", lambda model: True)
+    evaluation = Evaluation(Console(), Path("unused"), 1, ["llava"])
+    evaluation.add_sweep(sweep_configs([-1], ["cls", "received", "random"], [0.5], ["kept"]))
+    (job,) = evaluation._jobs
+    assert [case.method for case in job.cases] == [
+        "received, before the decoder",
+        "random, before the decoder",
+    ]
 
 
 def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
 from gap_triton.demo.charts import save_coverage, save_methods
 from gap_triton.demo.compare import compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
-from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table
+from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
 from gap_triton.demo.report import markdown_of, table_of, write_results
 from gap_triton.demo.run import load_embedded_model
 from gap_triton.demo.scenes import held_out
@@ -120,12 +121,19 @@ class Evaluation:
     def add_sweep(self, configs: Sequence[GapConfig]) -> None:
         """Configurations of one stage: ``eval.json``, ``eval.md``.
 
+        ``"cls"`` is ``"received"`` where the vision encoder has no CLS token, as for presets.
+
         Raises:
             ValueError: A model can't be pruned so.
         """
+        cases = []
         for model, _ in self.models:
-            for config in configs:
+            own = list(configs)
+            if score_without_cls(model):
+                own = [replace(each, score="received") if each.score == "cls" else each for each in own]
+            for config in own:
                 gap_triton.configure(model, config)
+            cases.append([Case.of(config) for config in dict.fromkeys(own)])
 
         def write(measured: Measured) -> None:
             rows = [row for own, _ in measured for row in own]
@@ -134,7 +142,7 @@ class Evaluation:
             self._write("eval.json", rows=rows)
             self._write_text("eval.md", markdown_of(rows))
 
-        self._add([[Case.of(config) for config in configs]] * len(self.models), write)
+        self._add(cases, write)
 
     def run(self) -> None:
         """Measure everything that was added, print it and write it."""
