@@ -17,12 +17,12 @@ from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
 from gap_triton.demo.charts import save_coverage, save_methods
 from gap_triton.demo.compare import compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
+from gap_triton.demo.jobs import Job, run_jobs
 from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
 from gap_triton.demo.report import markdown_of, table_of, write_results
 from gap_triton.demo.run import load_embedded_model
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import Case, Row
-from gap_triton.demo.watching import Job, run_jobs
 from gap_triton.environment import default_device
 
 Budgets = Sequence[float | int]

@@ -15,11 +15,11 @@ from gap_triton import GapConfig
 from gap_triton.config import Ids, Score
 from gap_triton.demo.architectures import LLAVA, find
 from gap_triton.demo.grounding import answer_boxes
+from gap_triton.demo.jobs import Job, run_jobs
 from gap_triton.demo.pictures import Example, kept_grid, save_bars, save_overlay
 from gap_triton.demo.report import table_of, write_results
 from gap_triton.demo.scenes import GRID, IMAGE_SIZE, held_out
 from gap_triton.demo.table import Case, Row
-from gap_triton.demo.watching import Job, run_jobs
 from gap_triton.environment import default_device, device_name
 
 MODEL_PATH = LLAVA.folder  # of the model that the demo shows

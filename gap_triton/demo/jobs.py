@@ -1,4 +1,4 @@
-"""Measuring with a progress bar over everything that is to be measured."""
+"""Several measurements one after the other, with one progress bar over all of them."""
 
 from __future__ import annotations
 
