@@ -145,9 +145,9 @@ class Evaluation:
         self._add(cases, write)
 
     def run(self) -> None:
-        """Measure everything that was added, print it and write it."""
+        """Measure everything that was added; print and write each table as soon as it is measured."""
         self.output.mkdir(parents=True, exist_ok=True)
-        measured = iter(run_jobs(self.console, held_out(self.samples), self._jobs))
+        measured = run_jobs(self.console, held_out(self.samples), self._jobs)
         for write in self._writers:
             write([next(measured) for _ in self.models])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ class Job:
     cases: Sequence[Case]
 
 
-def run_jobs(console: Console, scenes: Scenes, jobs: Sequence[Job]) -> list[tuple[list[Row], list[Tensor]]]:
-    """Rows and IoUs of each job, as `measure` gives them."""
+def run_jobs(
+    console: Console, scenes: Scenes, jobs: Sequence[Job]
+) -> Iterator[tuple[list[Row], list[Tensor]]]:
+    """Rows and IoUs of each job, as `measure` gives them, as soon as it is done."""
     columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(scenes) * sum(len(job.cases) + 1 for job in jobs))
         for job in jobs:
@@ -36,6 +37,5 @@ def run_jobs(console: Console, scenes: Scenes, jobs: Sequence[Job]) -> list[tupl
             def advance(name: str, done: int, model: str = model) -> None:
                 bar.update(task, advance=done, description=f"{model}: {name}")
 
-            results.append(measure(job.model, job.processor, scenes, job.cases, progress=advance))
+            yield measure(job.model, job.processor, scenes, job.cases, progress=advance)
         bar.update(task, description="done")
-    return results
