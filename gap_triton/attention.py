@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+from .vision.recording import recording_now
+
 if TYPE_CHECKING:
     from .state import ForwardState
 
@@ -24,6 +26,7 @@ logger = logging.get_logger(__name__)
 NAME = "gap_triton"
 STATE_KEY = "gap_state"  # the keyword under which the state of one forward travels through the model
 CALL_KEY = "gap_call"  # and what the module with the language head tells it
+WATCHED = "_gap_watched"  # marks the attention of a vision tower's scoring layer
 
 # What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
 MORE_THAN_DENSE = {
@@ -75,7 +78,11 @@ def gap_attention_forward(
                 f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
                 "load the model with attn_implementation='eager'"
             )
-    if gap_state is not None:
+    if getattr(module, WATCHED, False):
+        recording = recording_now.get()
+        if recording is not None:
+            recording.attend(module, query, key, attention_mask, kwargs.get("scaling"))
+    elif gap_state is not None:
         gap_state.observe(module, query, key, attention_mask, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(

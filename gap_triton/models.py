@@ -231,7 +231,7 @@ def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
     for index, layer in enumerate(text.layers):
         inside = [m for m in layer.modules() if m is not layer]
-        own = [m for m in inside if getattr(m, "layer_idx", None) == index and _calls_interface(m)]
+        own = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
         if len(own) != 1:
             names = ", ".join(type(m).__name__ for m in own) or "none"
             return (
@@ -251,7 +251,7 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
     return None
 
 
-def _calls_interface(module: nn.Module) -> bool:
+def calls_interface(module: nn.Module) -> bool:
     return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
 
 

@@ -1,0 +1,357 @@
+"""Where each visual token stands in its image, and which row of the vision tower's output it comes from."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .tower import INSTEAD, encoded_ahead
+
+GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+NEWLINE = -1.0
+
+
+@dataclass(frozen=True)
+class View:
+    """One regular grid of visual tokens: an image, the overview or the details of one, a frame of a video.
+
+    Attributes:
+        sample: Row of the batch.
+        image: Number of the image or video in the batch, in order of appearance; its views share it.
+        rows: [N] int64, rows of the prompt that hold its tokens, in raster order.
+        grid: (H, W), H * W == N.
+        features: [N] int64, the rows of `TowerOutput` that they come from.
+    """
+
+    sample: int
+    image: int
+    rows: Tensor
+    grid: tuple[int, int]
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the visual tokens of a prompt stand.
+
+    Attributes:
+        views: All grids, in order of appearance.
+        unplaced: [B, Q] bool, visual rows that stand in no grid, such as the newlines of LLaVA-NeXT.
+    """
+
+    views: tuple[View, ...]
+    unplaced: Tensor
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A grid among the tokens of one image: its size, and by cell the token's place in the image and its feature."""
+
+    size: tuple[int, int]
+    slots: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One image or video: how many tokens of the prompt it takes, and the grids among them."""
+
+    tokens: int
+    grids: tuple[_Grid, ...]
+
+
+def layout_of(
+    owner: PreTrainedModel,
+    kwargs: dict[str, Any],
+    visual: Tensor,
+    visual_index: Tensor,
+    counts: Sequence[int],
+) -> Layout:
+    """Find the grid of every image in a prompt. Reads the visual rows from the device once.
+
+    Args:
+        owner: The module that receives ``input_ids``.
+        kwargs: Its keyword arguments, ``input_ids`` among them where it was given.
+        visual: [B, Q] bool, the visual tokens.
+        visual_index: [B, V] int64, their rows, ascending, then -1.
+        counts: Number of visual tokens of each sample.
+
+    Raises:
+        ValueError: The grids aren't known; the sentence says what is missing, and what can be done instead.
+    """
+    arguments = dict(kwargs)
+    for encoded in encoded_ahead(kwargs).values():
+        arguments |= {name: value for name, value in encoded.arguments.items() if value is not None}
+    samples = [rows[:count] for rows, count in zip(visual_index.cpu(), counts, strict=True)]
+    copies = _copies(kwargs, samples)
+    pictures = _pictures(owner, arguments, samples[::copies])
+    kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
+    found = _place(pictures, samples, kinds, copies)
+
+    unplaced = visual.clone()
+    views = []
+    for view in found:
+        rows = view.rows.to(visual.device)
+        unplaced[view.sample, rows] = False
+        views.append(View(view.sample, view.image, rows, view.grid, view.features.to(visual.device)))
+    return Layout(tuple(views), unplaced)
+
+
+# --------------------------------------------------------------------------------------------- placing
+def _place(
+    pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
+) -> list[View]:
+    """Give the pictures, in order, the rows of the samples, in order; each ``copies`` samples share theirs."""
+    found: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
+    for kind, queue in pictures.items():
+        cursor = 0
+        for first in range(0, len(samples), copies):
+            taken = cursor
+            for sample in range(first, first + copies):
+                taken, rows, start = cursor, kinds[sample][kind], 0
+                while start < len(rows):
+                    if taken == len(queue) or start + queue[taken].tokens > len(rows):
+                        raise ValueError(
+                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the {len(queue)} "
+                            f"{kind}s given with the prompt don't add up to: pass them in the order of the prompt, or {INSTEAD}"
+                        )
+                    piece = rows[start : start + queue[taken].tokens]
+                    found.append((sample, int(piece[0]), queue[taken], piece))
+                    start, taken = start + len(piece), taken + 1
+            cursor = taken
+        if cursor < len(queue):
+            raise ValueError(
+                f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of the "
+                f"prompt only, or {INSTEAD}"
+            )
+    found.sort(key=lambda piece: piece[:2])
+    return [
+        View(sample, image, rows[grid.slots], grid.size, grid.features)
+        for image, (sample, _, picture, rows) in enumerate(found)
+        for grid in picture.grids
+    ]
+
+
+def _copies(kwargs: dict[str, Any], samples: list[Tensor]) -> int:
+    """How many samples in a row are the same one: ``generate()`` repeats prompts, not what it has encoded ahead of them."""
+    ahead = encoded_ahead(kwargs)
+    encoded = sum(each.tokens for each in ahead.values())
+    visual = sum(map(len, samples))
+    if not ahead or encoded in (0, visual):
+        return 1
+    copies = visual // encoded
+    same = (
+        all(torch.equal(rows, samples[i - i % copies]) for i, rows in enumerate(samples)) if copies else False
+    )
+    if copies * encoded != visual or len(samples) % copies or not same:
+        raise ValueError(
+            f"the prompt has {visual} visual tokens, and {encoded} were encoded ahead of it: pass the whole prompt at once, "
+            f"without prefill_chunk_size, or {INSTEAD}"
+        )
+    return copies
+
+
+def _kinds(
+    owner: PreTrainedModel,
+    arguments: dict[str, Any],
+    pictures: dict[str, list[_Picture]],
+    samples: list[Tensor],
+    queries: int,
+) -> list[dict[str, Tensor]]:
+    """The visual rows of each sample by what they show."""
+    if len(pictures) == 1:
+        ((only, _),) = pictures.items()
+        return [{only: rows} for rows in samples]
+    types, ids = arguments.get("mm_token_type_ids"), arguments.get("input_ids")
+    video = getattr(owner.config, "video_token_id", None)
+    if types is not None:
+        shows_video = (types == 2).cpu()
+    elif ids is not None and video is not None:
+        shows_video = (ids == video).cpu()
+    else:
+        raise ValueError(
+            "images and videos in one prompt are told apart by mm_token_type_ids, or by the ids of their placeholders: pass "
+            f"mm_token_type_ids or input_ids, or {INSTEAD}"
+        )
+    shows_video = shows_video[:, -queries:]
+    return [
+        {"image": rows[~shows_video[i, rows]], "video": rows[shows_video[i, rows]]}
+        for i, rows in enumerate(samples)
+    ]
+
+
+# --------------------------------------------------------------------------------------------- sizes
+def _pictures(
+    owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]
+) -> dict[str, list[_Picture]]:
+    """All images and videos of a prompt, in the order of their features."""
+    grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
+    if grids:
+        return _by_grids(owner, grids)
+    if GRID_FIELDS["image"] in _parameters(owner):
+        raise ValueError(
+            f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is not "
+            f"known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
+        )
+    if hasattr(owner, "pack_image_features"):
+        return {"image": _packed(owner, arguments)}
+    return {"image": _squares(owner, arguments, samples)}
+
+
+def _by_grids(owner: PreTrainedModel, grids: dict[str, Tensor]) -> dict[str, list[_Picture]]:
+    """Pictures of given sizes, in patches, of which squares become one token: Qwen2-VL and its kin. A grid per frame."""
+    merge = _merge_size(owner)
+    found: dict[str, list[_Picture]] = {}
+    feature = 0
+    for kind, sizes in grids.items():
+        found[kind] = []
+        for frames, height, width in sizes.tolist():
+            size = (height // merge, width // merge)
+            cells = torch.arange(size[0] * size[1])
+            starts = [frame * len(cells) for frame in range(frames)]
+            views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
+            found[kind].append(_Picture(frames * len(cells), views))
+            feature += frames * len(cells)
+    return found
+
+
+def _merge_size(owner: PreTrainedModel) -> int:
+    config = owner.config
+    places = (getattr(config, "vision_config", None), config)
+    merge = next((m for each in places if (m := getattr(each, "spatial_merge_size", None)) is not None), None)
+    if merge is None:
+        raise ValueError(
+            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is not "
+            f"known: {INSTEAD}"
+        )
+    return int(merge)
+
+
+def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]:
+    """Overview, then tiles put together, cropped, and a newline behind each row: LLaVA-NeXT and its kin.
+
+    The model's own method packs the numbers of the feature rows in place of the features.
+    """
+    if arguments.get("pixel_values_videos") is not None:
+        raise ValueError(
+            f"pixel_values_videos: {type(owner).__name__} pools the features of a video's frames, so its visual tokens are not "
+            f"those of the vision tower: {INSTEAD}"
+        )
+    sizes = arguments.get("image_sizes")
+    if sizes is None:
+        raise ValueError(
+            f"{type(owner).__name__} was not given image_sizes, so how it has cut its images into tiles is not known: pass "
+            f"image_sizes with the prompt, as the processor makes it, or {INSTEAD}"
+        )
+    sizes = sizes.cpu() if isinstance(sizes, Tensor) else torch.tensor(sizes)
+    side = _tower_side(owner)
+    tiles = _tiles(owner, arguments, sizes)
+    numbers = torch.arange(sum(tiles) * side * side, dtype=torch.float64).unflatten(0, (-1, side * side))
+    # Beside each number its square: an average of several numbers is not one of them, even where it is an integer.
+    features = torch.stack([numbers, numbers.square()], dim=-1).split(tiles)  # each [tiles, N, 2]
+    packed, _ = owner.pack_image_features(
+        features,
+        sizes,
+        image_newline=torch.tensor([NEWLINE, NEWLINE**2], dtype=torch.float64),
+        **_options(owner, arguments),
+    )
+    return [_picture_of(image[:, 0], image[:, 1], side) for image in packed]
+
+
+def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    wanted = inspect.signature(owner.pack_image_features).parameters
+    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in wanted]
+    given = {name: arguments.get(name) for name in names}
+    return {name: getattr(owner.config, name) if value is None else value for name, value in given.items()}
+
+
+def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> list[int]:
+    """Number of tiles of each image, the overview among them."""
+    number_of_tiles = sys.modules[type(owner).__module__].image_size_to_num_patches
+    tiles = [
+        number_of_tiles(size, owner.config.image_grid_pinpoints, owner.config.vision_config.image_size)
+        for size in sizes
+    ]
+    if (images := arguments.get("batch_num_images")) is not None:
+        alone = [count == 1 for count in images for _ in range(count)]
+        tiles = [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
+    return tiles
+
+
+def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
+    if not torch.equal(numbers.square(), squares):
+        raise ValueError(
+            "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
+            f"visual tokens are not those of the tower: pass a smaller image, or {INSTEAD}"
+        )
+    features = numbers.round().long()
+    grids = [_Grid((side, side), torch.arange(side * side), features[: side * side])]
+    details = features[side * side :]
+    newlines = (details == NEWLINE).nonzero().flatten()
+    slots = (details != NEWLINE).nonzero().flatten()
+    if len(slots):
+        grids.append(_Grid((len(newlines), len(slots) // len(newlines)), slots + side * side, details[slots]))
+    return _Picture(len(features), tuple(grids))
+
+
+def _tower_side(owner: PreTrainedModel) -> int:
+    vision = owner.config.vision_config
+    return int(vision.image_size // vision.patch_size)
+
+
+def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
+    """Images of one square size each, in a row in the prompt: LLaVA and most others."""
+    counts = [len(rows) for rows in samples]
+    length = next(
+        (n for n in _lengths(owner, arguments, sum(counts)) if all(c % n == 0 for c in counts)), None
+    )
+    lengths = [length] * (sum(counts) // length) if length is not None else _runs(samples)
+    found, feature = [], 0
+    for tokens in lengths:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(
+                f"{type(owner).__name__} has an image of {tokens} visual tokens, which is no square, and nothing says how many "
+                f"rows it has: {INSTEAD}"
+            )
+        cells = torch.arange(tokens)
+        found.append(_Picture(tokens, (_Grid((side, side), cells, cells + feature),)))
+        feature += tokens
+    return found
+
+
+def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> Iterable[int]:
+    """Numbers of visual tokens that one image may have, those surest first; squares all."""
+    pixels = arguments.get("pixel_values")
+    lengths = []
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) and visual % len(pixels) == 0:
+        lengths.append(visual // len(pixels))
+    vision = getattr(owner.config, "vision_config", None)
+    if isinstance(getattr(vision, "image_size", None), int) and isinstance(
+        getattr(vision, "patch_size", None), int
+    ):
+        lengths.append(_tower_side(owner) ** 2)
+    names = ("image_seq_length", "mm_tokens_per_image")
+    lengths += [n for name in names if isinstance(n := getattr(owner.config, name, None), int)]
+    return [n for n in lengths if n > 0 and math.isqrt(n) ** 2 == n]
+
+
+def _runs(samples: list[Tensor]) -> list[int]:
+    """Lengths of the runs of visual tokens without anything between them."""
+    lengths: list[int] = []
+    for rows in samples:
+        borders = (rows.diff() != 1).nonzero().flatten() + 1
+        lengths += [len(run) for run in torch.tensor_split(rows, borders) if len(run)]
+    return lengths
+
+
+def _parameters(module: PreTrainedModel) -> Iterable[str]:
+    return inspect.signature(inspect.unwrap(type(module).forward)).parameters

@@ -1,0 +1,205 @@
+"""One run of a vision encoder, as the hooks on it and its scoring layer see it.
+
+An encoder runs inside ``get_image_features``, or ``get_video_features``, of the module that receives ``input_ids``: in its
+forward, or ahead of it in ``generate()``. Which recording is under way is a context variable, so nothing of a forward is
+stored on a module, and threads that share a model don't meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from gap_kernels import attention_received, visual_importance
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .tower import Tower
+
+Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
+Needs = frozenset[Need]
+FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
+SCORES_OF_ATTENTION: Needs = frozenset({"cls", "received"})
+
+recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What a vision tower told about F feature rows.
+
+    The rows of all images come one after the other, then those of all videos, in the order in which the model puts them into
+    the prompt: without a CLS token, in raster order, and one row for the patches that become one visual token. What was not
+    asked for is None.
+
+    Attributes:
+        cls: [F] float32, attention of the CLS row, mean over heads.
+        received: [F] float32, attention received, mean over rows and heads; of several patches, their mean.
+        key_norm: [F] float32, L2 norm of the scoring layer's keys, all heads together; of several patches, their mean.
+        keys: [F, E], those keys; of several patches, their mean.
+        similarity: [F, E] float32, mean of the hidden states that the last third of the tower's layers puts out, and of the
+            one that enters it (24 layers: states 16 to 24); of several patches, their mean.
+        features: [F, C], what enters the projector.
+        projector: Maps features to the width of the decoder; None where there is none that does so token by token.
+    """
+
+    cls: Tensor | None = None
+    received: Tensor | None = None
+    key_norm: Tensor | None = None
+    keys: Tensor | None = None
+    similarity: Tensor | None = None
+    features: Tensor | None = None
+    projector: nn.Module | None = None
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
+
+        Raises:
+            ValueError: The model has no projector that maps one token at a time.
+        """
+        if self.projector is None:
+            raise ValueError("this model has no projector that maps the features of one token at a time")
+        return self.projector(rows)
+
+    @staticmethod
+    def concatenate(outputs: Iterable[TowerOutput]) -> TowerOutput:
+        """The rows of several runs, one after the other; all must tell the same things."""
+        outputs = list(outputs)
+        if len(outputs) == 1:
+            return outputs[0]
+        fields = ("cls", "received", "key_norm", "keys", "similarity", "features")
+        joined = {name: [getattr(output, name) for output in outputs] for name in fields}
+        tensors = {name: torch.cat(parts) for name, parts in joined.items() if parts[0] is not None}
+        return TowerOutput(**tensors, projector=outputs[0].projector)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One run of the encoder.
+
+    Attributes:
+        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name.
+        needs: What was asked for.
+        tokens: Number of visual tokens that it made.
+        output: What the tower told.
+    """
+
+    arguments: dict[str, Any]
+    needs: Needs
+    tokens: int
+    output: TowerOutput
+
+
+class Recording:
+    """Collects what one run of the encoder tells.
+
+    Args:
+        tower: The tower that runs.
+        needs: What to collect.
+    """
+
+    def __init__(self, tower: Tower, needs: Needs):
+        self.tower, self.needs = tower, needs
+        self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
+        self._states = 0
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
+    ) -> None:
+        """Score by the attention of ``module`` if it is the scoring layer's, at once: query and key are not kept.
+
+        Args:
+            module: The attention layer that calls.
+            query: [B, H, S, D], after RoPE where the tower has it.
+            key: [B, Hkv, S, D], likewise.
+            mask: None, or [B, 1, S, S], bool or additive.
+            scale: Factor of the scores, None = ``D ** -0.5``.
+
+        Raises:
+            ValueError: Heads are missing, or the mask hides tokens from others.
+        """
+        if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
+            return
+        self._check_heads(query)
+        if self.needs & SCORES_OF_ATTENTION and mask is not None:
+            self._check_mask(mask)
+        query, key = query.detach(), key.detach()
+        batch, _, tokens, _ = query.shape
+        first = self.tower.leading
+        if "cls" in self.needs:
+            index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
+            row = index.new_zeros(batch, 1)
+            score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
+            self._parts["cls"].append(score.flatten())
+        if "received" in self.needs:
+            score = attention_received(query, key, scale=scale)
+            self._parts["received"].append(score[:, first:].flatten())
+        if self.needs & {"key_norm", "keys"}:
+            rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
+            if "key_norm" in self.needs:
+                self._parts["key_norm"].append(rows.float().norm(dim=-1))
+            if "keys" in self.needs:
+                self._parts["keys"].append(rows)
+
+    def layer_done(self, hidden_states: Tensor) -> None:
+        """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
+        state = hidden_states.detach()
+        if state.dim() == 3:
+            state = state[:, self.tower.leading :].flatten(0, 1)
+        parts = self._parts["similarity"]
+        parts[:] = [parts[0] + state.float() if parts else state.float()]
+        self._states += 1
+
+    def projecting(self, features: Tensor) -> None:
+        """Take what enters the projector, [..., C]."""
+        self._parts["features"].append(features.detach().flatten(0, -2))
+
+    def output(self, arguments: dict[str, Any], tokens: int | None) -> TowerOutput:
+        """What was collected, one row per feature.
+
+        Args:
+            arguments: What the encoder was told, by name.
+            tokens: F, None where the model adds rows of its own to the features, or leaves some out.
+
+        Raises:
+            ValueError: The tower did not report what is needed, or its patches are not those of the features.
+        """
+        found: dict[str, Tensor] = {}
+        for need, parts in self._parts.items():
+            if not parts:
+                raise ValueError(
+                    f"{type(self.tower.module).__name__} ran without its scoring layer, {type(self.tower.attention).__name__}, "
+                    f"reporting {need!r}: its implementation of attention must be 'gap_triton' while it runs"
+                )
+            rows = torch.cat(parts)
+            if need == "similarity":
+                rows = rows / self._states
+            found[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
+            if tokens is not None and found[need].shape[0] != tokens:
+                raise ValueError(
+                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, so its "
+                    "visual tokens can't be told apart by what the vision tower says: use score='random', or prune at a "
+                    "decoder layer >= 0"
+                )
+        return TowerOutput(**found, projector=self.tower.projector)
+
+    def _check_heads(self, query: Tensor) -> None:
+        config = self.tower.module.config
+        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+        if isinstance(heads, int) and query.shape[1] != heads:
+            raise ValueError(
+                f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower that is "
+                "split over devices are not supported; leave it whole, or prune at a decoder layer >= 0"
+            )
+
+    @staticmethod
+    def _check_mask(mask: Tensor) -> None:
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+        if not bool(allowed.all()):
+            raise ValueError(
+                "the vision tower's scoring layer hides some patches from others (padding, or several images in one sequence), "
+                "which scores by its attention don't take: use a score that needs none, or prune at a decoder layer >= 0"
+            )

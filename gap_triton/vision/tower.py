@@ -1,0 +1,364 @@
+"""The vision tower of a model: which module it is, and hooks that let it tell about the visual tokens.
+
+There is no list of towers. A tower is taken if it is a pretrained model below the module that receives ``input_ids``, whose
+layers each hold one attention module that calls transformers' attention interface and looks both ways.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..attention import NAME, WATCHED
+from ..models import calls_interface, text_model_of
+from .recording import FROM_ATTENTION, Encoded, Need, Needs, Recording, TowerOutput, recording_now
+
+__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
+
+ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
+ENCODED_ATTRIBUTE = "_gap_encoded"
+CLS_PARAMETERS = ("class_embedding", "cls_token")
+INSTEAD = "use score='random', or prune at a decoder layer >= 0"
+
+_watch_now: ContextVar[TowerWatch | None] = ContextVar("gap_triton_tower_watch", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """The vision tower of a model.
+
+    Attributes:
+        owner: The module that receives ``input_ids``, whose ``get_image_features`` runs the tower.
+        module: The vision encoder.
+        layers: Its layers.
+        attention: Attention of the scoring layer: the one whose output becomes the visual features (the deepest, if several
+            do); where a tower has windows, the last layer without.
+        projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
+            module.
+        has_cls: The tower's first token is a CLS token.
+        leading: Number of tokens in front of each image that don't become features.
+        merge: Side of the square of patches, next to each other in the tower, that become one token.
+        window: Side of a window in merged tokens, None where the tower has no windows.
+    """
+
+    owner: PreTrainedModel
+    module: PreTrainedModel
+    layers: nn.ModuleList
+    attention: nn.Module
+    projector: nn.Module | None
+    has_cls: bool
+    leading: int
+    merge: int
+    window: int | None
+
+    def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
+        """Rows of the tower's patches [P, ...] as those of the features [F, ...]."""
+        if self.merge > 1:
+            rows = rows.unflatten(0, (-1, self.merge**2)).float().mean(dim=1).to(rows.dtype)
+        return rows
+
+
+def find_tower(owner: PreTrainedModel) -> Tower:
+    """The vision tower below ``owner``, the module that receives ``input_ids``.
+
+    Raises:
+        ValueError: There is none that could be watched; the sentence says why, and what can be done instead.
+    """
+    reason = _why_not(owner)
+    if reason is not None:
+        raise ValueError(
+            f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {INSTEAD.capitalize()}"
+        )
+    ((module, layers),) = _candidates(owner)
+    config = module.config
+    has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
+    strategy = getattr(owner.config, "vision_feature_select_strategy", None)
+    merge = getattr(module, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None) or 1
+    window = None
+    if getattr(config, "fullatt_block_indexes", None) is not None:
+        window = config.window_size // merge // config.patch_size
+    return Tower(
+        owner=owner,
+        module=module,
+        layers=layers,
+        attention=_attention_of(layers[_scoring_layer(owner, module, len(layers))])[0],
+        projector=_projector_of(owner),
+        has_cls=has_cls,
+        leading=int(has_cls if strategy is None else strategy == "default"),
+        merge=merge,
+        window=window,
+    )
+
+
+def check_needs(tower: Tower, needs: Needs) -> None:
+    """Raise ValueError if ``tower`` can't tell what is asked of it; the sentence names what it can."""
+    name = type(tower.module).__name__
+    if "cls" in needs and not tower.has_cls:
+        raise ValueError(
+            f"{name} has no CLS token, whose attention could rank the visual tokens: use score='received', the attention "
+            "that each of them receives"
+        )
+    if "features" in needs and tower.projector is None:
+        raise ValueError(
+            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they can't "
+            "be combined before it"
+        )
+
+
+class TowerWatch:
+    """What the vision tower tells in one forward.
+
+    Args:
+        tower: The tower.
+        needs: What it is to tell.
+    """
+
+    def __init__(self, tower: Tower, needs: Needs):
+        self.tower, self.needs = tower, frozenset(needs)
+        self.encoded: dict[str, Encoded] = {}
+        self._token: Any = None
+
+    def start(self, kwargs: dict[str, Any] | None = None) -> None:
+        """Watch the encoders that run in this thread until `stop`.
+
+        Args:
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded ahead.
+        """
+        self.encoded = encoded_ahead(kwargs or {})
+        self._token = _watch_now.set(self)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._token is not None:
+            _watch_now.reset(self._token)
+            self._token = None
+
+    def output(self) -> TowerOutput:
+        """What the tower told.
+
+        Raises:
+            ValueError: It did not run in this forward, or what was encoded ahead of it lacks something.
+        """
+        parts = [self.encoded[modality] for modality in ENCODERS if modality in self.encoded]
+        missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
+        if not parts or missing:
+            raise ValueError(
+                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's visual "
+                f"tokens: pass pixel_values with the prompt, not image features that were encoded before, or {INSTEAD}"
+            )
+        return TowerOutput.concatenate(part.output for part in parts)
+
+
+def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
+    """By modality, what was recorded of the encoders that ran before a forward with these keyword arguments."""
+    outputs = kwargs.get(ENCODED_AHEAD) or {}
+    found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
+    return {modality: encoded for modality, encoded in found.items() if encoded is not None}
+
+
+def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
+    """Let ``tower`` report, and run it under ``"gap_triton"``.
+
+    Args:
+        tower: The tower.
+        needs: Asked when an encoder runs outside a watched forward, as ahead of one in ``generate()``: what the next forward
+            will need. Nothing is recorded where that is nothing.
+
+    Returns:
+        Handles, whose ``remove()`` takes everything off again and restores the tower's implementation of attention.
+    """
+    handles: list[Any] = [_Mark(tower.attention)]
+    for modality, method in ENCODERS.items():
+        if hasattr(tower.owner, method):
+            handles.append(_Wrapped(tower, modality, needs))
+    for layer in list(tower.layers)[-1 - len(tower.layers) // 3 :]:
+        handles.append(layer.register_forward_hook(_after_layer))
+    if tower.projector is not None:
+        handles.append(tower.projector.register_forward_pre_hook(_before_projector))
+    if tower.module.config._attn_implementation != NAME:
+        handles.append(_Switched(tower.module))
+    return handles
+
+
+# --------------------------------------------------------------------------------------------- hooks
+def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    recording = recording_now.get()
+    if recording is not None and "similarity" in recording.needs:
+        recording.layer_done(output[0] if isinstance(output, tuple) else output)
+
+
+def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
+    recording = recording_now.get()
+    if recording is not None and "features" in recording.needs:
+        recording.projecting(args[0])
+
+
+def _encode(
+    encoder: Callable[..., Any],
+    tower: Tower,
+    modality: str,
+    needs: Callable[[], Needs],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
+    watch = _watch_now.get()
+    wanted = frozenset(needs()) if watch is None else watch.needs
+    if not wanted or recording_now.get() is not None:
+        return encoder(*args, **kwargs)
+    recording = Recording(tower, wanted)
+    token = recording_now.set(recording)
+    try:
+        output = encoder(*args, **kwargs)
+    finally:
+        recording_now.reset(token)
+    bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
+    _refuse_other_features(tower.owner, bound)
+    tokens = _count(output)
+    packs = hasattr(tower.owner, "pack_image_features")
+    found = Encoded(bound, wanted, tokens, recording.output(bound, None if packs else tokens))
+    if watch is not None:
+        watch.encoded[modality] = found
+    elif isinstance(output, ModelOutput):
+        setattr(output, ENCODED_ATTRIBUTE, found)
+    return output
+
+
+def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        given = arguments.get(name)
+        if given is not None and given != getattr(owner.config, name):
+            raise ValueError(
+                f"{name}={given!r}: the vision tower is watched for {getattr(owner.config, name)!r}; set it in model.config before "
+                "pruning is attached"
+            )
+
+
+def _count(output: Any) -> int:
+    """Number of features in what an encoder puts out."""
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
+        features = features[0]  # transformers 4: with deepstack features behind
+    if isinstance(features, Tensor):
+        features = [features]
+    return sum(each.shape[:-1].numel() for each in features)
+
+
+class _Mark:
+    """Marks the scoring layer's attention, so that others need no look at a context variable."""
+
+    def __init__(self, attention: nn.Module):
+        self.attention = attention
+        setattr(attention, WATCHED, True)
+
+    def remove(self) -> None:
+        delattr(self.attention, WATCHED)
+
+
+class _Wrapped:
+    """Puts `_encode` around an encoder of this owner. No hook runs at a method, and only it is told the sizes of images."""
+
+    def __init__(self, tower: Tower, modality: str, needs: Callable[[], Needs]):
+        self.owner, self.method = tower.owner, ENCODERS[modality]
+        encoder = getattr(tower.owner, self.method)
+        wrapped = partial(_encode, encoder, tower, modality, needs)
+        setattr(tower.owner, self.method, update_wrapper(wrapped, encoder))
+
+    def remove(self) -> None:
+        delattr(self.owner, self.method)
+
+
+class _Switched:
+    """Runs a tower under ``"gap_triton"`` that was loaded with another implementation of attention."""
+
+    def __init__(self, module: PreTrainedModel):
+        self.module, self.restore = module, module.config._attn_implementation
+        module.set_attn_implementation(NAME)
+
+    def remove(self) -> None:
+        self.module.set_attn_implementation(self.restore)
+
+
+# --------------------------------------------------------------------------------------------- finding
+def _why_not(owner: PreTrainedModel) -> str | None:
+    if not hasattr(owner, ENCODERS["image"]):
+        return f"it has no {ENCODERS['image']}, in which the tower would run"
+    candidates = _candidates(owner)
+    if not candidates:
+        return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
+    if len(candidates) > 1:
+        names = " and ".join(type(module).__name__ for module, _ in candidates)
+        return f"it has several, {names}"
+    module, layers = candidates[0]
+    if not 0 <= _scoring_layer(owner, module, len(layers)) < len(layers):
+        return f"vision_feature_layer={owner.config.vision_feature_layer!r} takes its features from no layer's output"
+    return None
+
+
+def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
+    text = text_model_of(owner)
+    found = []
+    for name, child in owner.named_children():
+        if (
+            not isinstance(child, PreTrainedModel)
+            or "audio" in name
+            or any(m is text for m in child.modules())
+        ):
+            continue
+        stacks = [m for m in child.modules() if isinstance(m, nn.ModuleList) and _is_encoder(m)]
+        if stacks:
+            found.append((child, max(stacks, key=len)))
+    return found
+
+
+def _is_encoder(layers: nn.ModuleList) -> bool:
+    attentions = [_attention_of(layer) for layer in layers]
+    return bool(attentions) and all(
+        len(each) == 1 and not getattr(each[0], "is_causal", False) for each in attentions
+    )
+
+
+def _attention_of(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if calls_interface(module)]
+
+
+def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
+    full = getattr(module.config, "fullatt_block_indexes", None)
+    if full is not None:
+        return max(full)
+    chosen = getattr(owner.config, "vision_feature_layer", None)
+    if chosen is None:
+        return layers - 1
+    # State 0 enters the first layer, and state i + 1 is what layer i puts out.
+    states = [chosen] if isinstance(chosen, int) else list(chosen)
+    return max(state + layers if state < 0 else state - 1 for state in states)
+
+
+def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
+    projector = owner._modules.get("multi_modal_projector")
+    return projector if projector is not None and _maps_single_tokens(projector) else None
+
+
+def _maps_single_tokens(module: nn.Module) -> bool:
+    """Whether ``module`` only chains layers that work on the last dimension, as far as its code tells."""
+    children = dict(module.named_children())
+    if not children:
+        kind = type(module)
+        return (
+            isinstance(module, (nn.Linear, nn.LayerNorm, nn.Identity))
+            or kind.__module__.startswith(("torch.nn.modules.activation", "transformers.activations"))
+            or kind.__name__.endswith("RMSNorm")
+        )
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    return set(names) <= set(children) and all(map(_maps_single_tokens, children.values()))

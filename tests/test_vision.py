@@ -1,0 +1,248 @@
+"""What a vision tower tells of the visual tokens, against an eager run of it; where they stand, against marked pixels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from oracle import core_of
+from tiny import BOS, IMAGE, IMAGE_SIZE, PATCH
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gap_triton.prompt import find_visual_tokens
+from gap_triton.vision.layout import Layout, layout_of
+from gap_triton.vision.tower import Tower, TowerOutput, TowerWatch, check_needs, find_tower, install
+
+ALL = frozenset({"received", "key_norm", "keys", "similarity"})
+CLIP = {**tiny.VISION, "num_hidden_layers": 7}
+
+
+# --------------------------------------------------------------------------------------------- watching
+@dataclass
+class Seen:
+    """What one forward of the decoder saw."""
+
+    output: TowerOutput | None = None
+    layout: Layout | None = None
+    door: Tensor | None = None  # [B, Q, C], what enters the decoder
+    visual: Tensor | None = None
+    errors: list[str] = field(default_factory=list)
+
+
+def index_of(visual: Tensor) -> tuple[Tensor, list[int]]:
+    """Rows of the visual tokens by sample, ascending, then -1, and how many there are."""
+    counts = visual.sum(dim=1).tolist()
+    index = torch.full((len(counts), max(counts)), -1)
+    for sample, count in enumerate(counts):
+        index[sample, :count] = visual[sample].nonzero().flatten()
+    return index, counts
+
+
+@contextlib.contextmanager
+def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen]]:
+    """Everything that prompts of ``model`` show inside the block, one entry each."""
+    owner, text = core_of(model)
+    tower = find_tower(owner)
+    check_needs(tower, needs)
+    seen: list[Seen] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        visual = find_visual_tokens(owner, ids, kwargs.get("inputs_embeds"))
+        if visual is None:
+            return
+        watch = TowerWatch(tower, needs)
+        watch.start(kwargs)
+        seen.append(Seen(visual=visual))
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given=kwargs) -> None:
+            handle.remove()
+            watch.stop()
+            seen[-1].door = kwargs["inputs_embeds"]
+            seen[-1].output = watch.output()
+            seen[-1].layout = layout_of(owner, {"input_ids": ids, **given}, visual, *index_of(visual))
+
+        handle = text.register_forward_pre_hook(enter, with_kwargs=True)
+
+    handles = [*install(tower, lambda: needs), owner.register_forward_pre_hook(before, with_kwargs=True)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def look(model: PreTrainedModel, inputs: dict[str, Tensor], needs: frozenset[str] = ALL) -> Seen:
+    with watched(model, needs) as seen, torch.no_grad():
+        model(**inputs)
+    (only,) = seen
+    return only
+
+
+# --------------------------------------------------------------------------------------------- LLaVA
+def llava(
+    vision: transformers.PreTrainedConfig | None = None, layer: int | list[int] = -2
+) -> PreTrainedModel:
+    vision = vision or transformers.CLIPVisionConfig(**CLIP)
+    config = transformers.LlavaConfig(
+        text_config=tiny.text_config("llama"),
+        vision_config=vision,
+        image_token_index=IMAGE,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy="full" if "siglip" in vision.model_type else "default",
+    )
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    return tiny.seed_weights(model)
+
+
+def siglip() -> transformers.PreTrainedConfig:
+    return transformers.SiglipVisionConfig(**CLIP)
+
+
+THREE = ((tiny.Image(),), (tiny.Image(), tiny.Image()))
+
+
+@contextlib.contextmanager
+def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Outputs of ``modules``, in the order of the calls."""
+    outputs: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def eager_tower(model: PreTrainedModel, pixels: Tensor, layer: int, leading: int) -> dict[str, Tensor]:
+    """What a tower of CLIP's kind tells, from its own weights and states in eager attention."""
+    tower = core_of(model)[0].vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    keys = [module for name, module in tower.named_modules() if name.endswith("k_proj")]
+    with captured(keys) as projected, torch.no_grad():
+        run = tower(pixels, output_attentions=True, output_hidden_states=True)
+    tower.set_attn_implementation(before)
+    attention, key = run.attentions[layer].mean(dim=1), projected[layer]
+    states = run.hidden_states[len(run.attentions) - len(run.attentions) // 3 :]
+    rows = slice(leading, None)
+    return {
+        "cls": attention[:, 0, rows].flatten(),
+        "received": attention.mean(dim=1)[:, rows].flatten(),
+        "keys": key[:, rows].flatten(0, 1),
+        "key_norm": key[:, rows].norm(dim=-1).flatten(),
+        "similarity": torch.stack(states).mean(dim=0)[:, rows].flatten(0, 1),
+        "features": run.hidden_states[layer + 1 if layer >= 0 else layer][:, rows].flatten(0, 1),
+    }
+
+
+@pytest.mark.parametrize(("layer", "scoring"), [(-2, -2), (-1, -1), (3, 2), ([-5, -3], -3)])
+def test_a_clip_tower_tells_what_an_eager_one_shows(layer: int | list[int], scoring: int) -> None:
+    model = llava(layer=layer)
+    inputs = tiny.prompt("llava", images=THREE)
+    output = look(model, inputs, ALL | {"cls", "features"}).output
+    expected = eager_tower(model, inputs["pixel_values"], scoring, leading=1)
+    for need in sorted(ALL | {"cls"}):
+        torch.testing.assert_close(getattr(output, need), expected[need], rtol=1e-4, atol=1e-5)
+    if isinstance(layer, int):
+        torch.testing.assert_close(output.features, expected["features"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_without_cls_tells_what_an_eager_one_shows() -> None:
+    model = llava(siglip())
+    inputs = tiny.prompt("llava", images=THREE)
+    output = look(model, inputs, ALL | {"features"}).output
+    expected = eager_tower(model, inputs["pixel_values"], -2, leading=0)
+    for need in sorted(ALL | {"features"}):
+        torch.testing.assert_close(getattr(output, need), expected[need], rtol=1e-4, atol=1e-5)
+
+
+def test_projected_features_are_what_enters_the_decoder() -> None:
+    seen = look(llava(), tiny.prompt("llava", images=THREE), frozenset({"features"}))
+    for view in seen.layout.views:
+        projected = seen.output.project(seen.output.features[view.features])
+        torch.testing.assert_close(projected, seen.door[view.sample, view.rows])
+
+
+# --------------------------------------------------------------------------------------------- layouts
+def without_mixing(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with a vision tower whose attention adds nothing, so that a patch reaches no row but its own."""
+    tower = find_tower(core_of(model)[0])
+    for module in tower.module.modules():
+        for name, child in module.named_children():
+            if name in ("out_proj", "o_proj", "proj") and isinstance(child, nn.Linear):
+                nn.init.zeros_(child.weight)
+                nn.init.zeros_(child.bias)
+    return model
+
+
+def changed(before: Tensor, after: Tensor) -> list[list[int]]:
+    """Where a row differs, by all axes but the last."""
+    return (before != after).any(dim=-1).nonzero().tolist()
+
+
+def check_marks(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    mark: Callable[[dict[str, Tensor], int, int, int, int], dict[str, Tensor]],
+) -> Layout:
+    """A marked cell of a view changes the row and the feature that the layout gives it, and no other.
+
+    ``mark(inputs, image, view, row, column)`` are ``inputs`` with other pixels in that cell.
+    """
+    needs = frozenset({"similarity"})
+    seen = look(model, inputs, needs)
+    numbers: dict[int, int] = {}
+    for view in seen.layout.views:
+        number = numbers[view.image] = numbers.get(view.image, -1) + 1
+        height, width = view.grid
+        for row, column in {(0, 0), (height - 1, 0), (height // 2, width - 1), (height - 1, width - 1)}:
+            again = look(model, mark(inputs, view.image, number, row, column), needs)
+            cell = row * width + column
+            assert changed(seen.door, again.door) == [[view.sample, int(view.rows[cell])]]
+            assert changed(seen.output.similarity, again.output.similarity) == [[int(view.features[cell])]]
+    placed = torch.zeros_like(seen.visual)
+    for view in seen.layout.views:
+        assert view.rows.shape == view.features.shape == (view.grid[0] * view.grid[1],)
+        assert not placed[view.sample, view.rows].any()
+        placed[view.sample, view.rows] = True
+    assert torch.equal(seen.layout.unplaced, seen.visual & ~placed)
+    return seen.layout
+
+
+def mark_patch(inputs: dict[str, Tensor], image: int, view: int, row: int, column: int) -> dict[str, Tensor]:
+    pixels = inputs["pixel_values"].clone()
+    tile = pixels[image] if pixels.dim() == 4 else pixels[image, view]
+    tile[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] += 1.0
+    return {**inputs, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("vision", [None, siglip()], ids=["clip", "siglip"])
+def test_layout_of_square_images(vision: transformers.PreTrainedConfig | None, padding: str) -> None:
+    model = without_mixing(llava(vision))
+    inputs = tiny.prompt("llava", images=THREE, padding=padding)
+    layout = check_marks(model, inputs, mark_patch)
+    assert [(view.sample, view.image, view.grid) for view in layout.views] == [
+        (0, 0, (6, 6)),
+        (1, 1, (6, 6)),
+        (1, 2, (6, 6)),
+    ]
+    assert not layout.unplaced.any()
+
+
+def test_images_need_no_text_between_them() -> None:
+    ids = torch.tensor([[BOS, *[IMAGE] * 72, 7, 8]])
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    layout = check_marks(without_mixing(llava()), {"input_ids": ids, "pixel_values": pixels}, mark_patch)
+    assert [view.rows[0].item() for view in layout.views] == [1, 37]
