@@ -252,6 +252,7 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
 
 
 def calls_interface(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention module that calls transformers' attention interface."""
     return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
 
 

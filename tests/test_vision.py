@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from gap_triton.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, layout_of
-from gap_triton.vision.tower import Tower, TowerOutput, TowerWatch, check_needs, find_tower, install
+from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
+OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "projection_layer")  # of the attention of vision towers
 CLIP = {**tiny.VISION, "num_hidden_layers": 7}
 
 
@@ -178,11 +179,11 @@ def test_projected_features_are_what_enters_the_decoder() -> None:
 def without_mixing(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with a vision tower whose attention adds nothing, so that a patch reaches no row but its own."""
     tower = find_tower(core_of(model)[0])
-    for module in tower.module.modules():
+    for module in tower.layers.modules():
         for name, child in module.named_children():
-            if name in ("out_proj", "o_proj", "proj") and isinstance(child, nn.Linear):
-                nn.init.zeros_(child.weight)
-                nn.init.zeros_(child.bias)
+            if name in OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
+                for parameter in child.parameters():
+                    nn.init.zeros_(parameter)
     return model
 
 

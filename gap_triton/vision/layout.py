@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tower import INSTEAD, encoded_ahead
+from .tower import GRID_FIELDS, INSTEAD, encoded_ahead
 
-GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 NEWLINE = -1.0
 
 

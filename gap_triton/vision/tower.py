@@ -7,6 +7,7 @@ layers each hold one attention module that calls transformers' attention interfa
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from transformers.utils import ModelOutput
 
 from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
-from .recording import FROM_ATTENTION, Encoded, Need, Needs, Recording, TowerOutput, recording_now
+from .recording import Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}  # arguments: frames, rows, columns of patches
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
@@ -47,7 +49,7 @@ class Tower:
             module.
         has_cls: The tower's first token is a CLS token.
         leading: Number of tokens in front of each image that don't become features.
-        merge: Side of the square of patches, next to each other in the tower, that become one token.
+        merge: Side of the square of patches that become one token, where the tower is handed them next to each other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
     """
 
@@ -62,10 +64,48 @@ class Tower:
     window: int | None
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
-        """Rows of the tower's patches [P, ...] as those of the features [F, ...]."""
+        """What the tower tells of its patches, as what it tells of the features: raster order, patches of a token averaged.
+
+        Args:
+            rows: [P, ...], the patches of all images in the tower's order.
+            arguments: What the encoder was told, by name.
+            tokens: F, None where the model adds rows of its own to the features, or leaves some out.
+
+        Returns:
+            [F, ...]; ``rows`` where nothing says which patches become one token.
+        """
         if self.merge > 1:
-            rows = rows.unflatten(0, (-1, self.merge**2)).float().mean(dim=1).to(rows.dtype)
-        return rows
+            rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
+            if self.window is not None:
+                rows = rows[_out_of_windows(_grids_of(arguments), self.merge, self.window).to(rows.device)]
+            return rows
+        if not tokens or len(rows) <= tokens:
+            return rows
+        pool = math.isqrt(len(rows) // tokens)
+        sizes = self._sizes(arguments, len(rows))
+        if pool**2 * tokens != len(rows) or sum(h * w for h, w in sizes) != len(rows):
+            return rows
+        if any(height % pool or width % pool for height, width in sizes):
+            return rows
+        images = rows.split([height * width for height, width in sizes])
+        return torch.cat(
+            [
+                _mean(image.unflatten(0, (h // pool, pool, w // pool, pool)), (1, 3)).flatten(0, 1)
+                for image, (h, w) in zip(images, sizes, strict=True)
+            ]
+        )
+
+    def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
+        if any(name in arguments for name in GRID_FIELDS.values()):
+            return [(height, width) for frames, height, width in _grids_of(arguments) for _ in range(frames)]
+        pixels, patch = arguments.get("pixel_values"), getattr(self.module.config, "patch_size", None)
+        if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
+            patch = patch[0]
+        if not isinstance(pixels, Tensor) or not isinstance(patch, int) or arguments.get("image_sizes") is not None:
+            return []
+        size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return [size] * (patches // (size[0] * size[1])) if all(size) else []
 
 
 def find_tower(owner: PreTrainedModel) -> Tower:
@@ -80,13 +120,13 @@ def find_tower(owner: PreTrainedModel) -> Tower:
             f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {INSTEAD.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
-    config = module.config
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
-    merge = getattr(module, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None) or 1
+    # A tower that knows how many patches make one token is handed them next to each other.
+    merge = getattr(module, "spatial_merge_size", None) or 1
     window = None
-    if getattr(config, "fullatt_block_indexes", None) is not None:
-        window = config.window_size // merge // config.patch_size
+    if getattr(module.config, "fullatt_block_indexes", None) is not None:
+        window = module.config.window_size // merge // module.config.patch_size
     return Tower(
         owner=owner,
         module=module,
@@ -301,6 +341,12 @@ def _why_not(owner: PreTrainedModel) -> str | None:
         names = " and ".join(type(module).__name__ for module, _ in candidates)
         return f"it has several, {names}"
     module, layers = candidates[0]
+    full = getattr(module.config, "fullatt_block_indexes", None)
+    if full is not None and not any(index < len(layers) for index in full):
+        return f"each of its {len(layers)} layers attends within windows (fullatt_block_indexes={full!r})"
+    overlapping = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None)
+    if overlapping is not None:
+        return f"{type(module).__name__} makes a visual token of patches that belong to others too ({overlapping})"
     if not 0 <= _scoring_layer(owner, module, len(layers)) < len(layers):
         return f"vision_feature_layer={owner.config.vision_feature_layer!r} takes its features from no layer's output"
     return None
@@ -336,7 +382,7 @@ def _attention_of(layer: nn.Module) -> list[nn.Module]:
 def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None:
-        return max(full)
+        return max((index for index in full if index < layers), default=layers)
     chosen = getattr(owner.config, "vision_feature_layer", None)
     if chosen is None:
         return layers - 1
@@ -348,6 +394,30 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
 def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
     projector = owner._modules.get("multi_modal_projector")
     return projector if projector is not None and _maps_single_tokens(projector) else None
+
+
+def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
+    return rows.float().mean(dim=dim).to(rows.dtype)
+
+
+def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
+    """Frames, rows and columns of patches of each image or video that an encoder was told."""
+    return next(arguments[name] for name in GRID_FIELDS.values() if name in arguments).tolist()
+
+
+def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
+    """[F] int64: by feature in raster order, where it stands in a tower that goes window by window through each frame."""
+    places, start = [], 0
+    for frames, height, width in grids:
+        row, column = torch.meshgrid(
+            torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
+        )
+        # A stable sort keeps raster order inside a window.
+        in_windows = ((row // window) * width + column // window).flatten().argsort(stable=True)
+        for _ in range(frames):
+            places.append(in_windows.argsort() + start)
+            start += len(in_windows)
+    return torch.cat(places)
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:
