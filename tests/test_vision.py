@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
 import transformers
 from oracle import core_of
-from tiny import BOS, IMAGE, IMAGE_SIZE, PATCH
+from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, layout_of
@@ -247,3 +248,159 @@ def test_images_need_no_text_between_them() -> None:
     pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     layout = check_marks(without_mixing(llava()), {"input_ids": ids, "pixel_values": pixels}, mark_patch)
     assert [view.rows[0].item() for view in layout.views] == [1, 37]
+
+
+# Images of LLaVA-NeXT by size: tiles of the details, and how many rows and columns of patches are padding in front.
+TILED = {(24, 48): ((1, 2), (0, 0)), (48, 48): ((2, 2), (0, 0)), (24, 40): ((1, 2), (0, 1)), (40, 24): ((2, 1), (1, 0))}
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_layout_of_tiled_images(name: str) -> None:
+    sizes = [(24, 40), (48, 48), (40, 24), (24, 48)]
+    images = [tiny.Image(*size) for size in sizes]
+    inputs = tiny.prompt(name, images=(images[:1], images[1:]))
+    pixels = torch.randn(4, 5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+
+    def mark(inputs: dict[str, Tensor], image: int, view: int, row: int, column: int) -> dict[str, Tensor]:
+        if view == 0:
+            return mark_patch(inputs, image, 0, row, column)
+        (_, columns), (above, left) = TILED[sizes[image]]
+        row, column = row + above, column + left
+        tile = 1 + row // tiny.GRID * columns + column // tiny.GRID
+        return mark_patch(inputs, image, tile, row % tiny.GRID, column % tiny.GRID)
+
+    layout = check_marks(without_mixing(tiny.build(name)), inputs | {"pixel_values": pixels}, mark)
+    grids = [(6, 10), (12, 12), (10, 6), (6, 12)]
+    assert [view.grid for view in layout.views] == [grid for each in grids for grid in ((6, 6), each)]
+    assert [view.image for view in layout.views] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert layout.unplaced.sum(dim=1).tolist() == [6, 12 + 10 + 6]  # newlines
+
+
+# --------------------------------------------------------------------------------------------- grids
+Picture = tuple[str, tuple[int, int, int]]  # what it is; its frames, rows and columns of patches
+PICTURES: tuple[tuple[Picture, ...], ...] = (
+    (("image", (1, 6, 8)),),
+    (("image", (1, 4, 10)), ("video", (2, 4, 6)), ("image", (1, 10, 6))),
+)
+MERGE = 2
+
+
+def grid_model(name: str) -> PreTrainedModel:
+    config = families.config_of(name)
+    if hasattr(config.vision_config, "fullatt_block_indexes"):
+        config.vision_config.depth = 3
+        config.vision_config.fullatt_block_indexes = [1]
+        config.vision_config.window_size = 2 * MERGE * PATCH  # two merged tokens
+    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
+    return tiny.seed_weights(kind._from_config(config, attn_implementation="sdpa"))
+
+
+def grid_prompt(
+    model: PreTrainedModel, samples: tuple[tuple[Picture, ...], ...] = PICTURES
+) -> dict[str, Tensor]:
+    """Prompts with pictures of given grids, and random pixels for them, padded on the left."""
+    generator = torch.Generator().manual_seed(2)
+    config = model.config
+    apart = "qwen3" in config.model_type  # a frame of a video is one picture among the tokens
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    rows, pixels, grids = [], {"image": [], "video": []}, {"image": [], "video": []}
+    for pictures in samples:
+        row = [BOS, 7, 8]
+        for kind, (frames, height, width) in pictures:
+            tokens = [IMAGE if kind == "image" else VIDEO] * (height * width // MERGE**2)
+            for _ in range(frames if apart else 1):
+                row += [9, start, *tokens * (1 if apart else frames), end]
+            pixels[kind].append(torch.randn(frames * height * width, 3 * 2 * PATCH**2, generator=generator))
+            grids[kind].append((frames, height, width))
+        rows.append([*row, 10, 11])
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **families._companions(model, ids)}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        if pixels[kind]:
+            inputs[f"pixel_values{suffix}"] = torch.cat(pixels[kind])
+            inputs[f"{kind}_grid_thw"] = torch.tensor(grids[kind])
+        else:
+            inputs.pop(f"{kind}_grid_thw", None)
+    return inputs
+
+
+def mark_grid(inputs: dict[str, Tensor], image: int, view: int, row: int, column: int) -> dict[str, Tensor]:
+    """Other pixels in one of the four patches of a token. Processors put the patches of a token next to each other."""
+    pictures = [picture for sample in PICTURES for picture in sample]
+    kind, (_, height, width) = pictures[image]
+    start = sum(f * h * w for each, (f, h, w) in pictures[:image] if each == kind) + view * height * width
+    patch = start + (row * (width // MERGE) + column) * MERGE**2 + (row + column) % MERGE**2
+    field = "pixel_values" if kind == "image" else "pixel_values_videos"
+    pixels = inputs[field].clone()
+    pixels[patch] += 1.0
+    return {**inputs, field: pixels}
+
+
+GRID_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("name", GRID_MODELS)
+def test_layout_of_images_and_videos_with_grids(name: str) -> None:
+    model = without_mixing(grid_model(name))
+    layout = check_marks(model, grid_prompt(model), mark_grid)
+    assert [(view.sample, view.image, view.grid) for view in layout.views] == [
+        (0, 0, (3, 4)),
+        (1, 1, (2, 5)),
+        (1, 2, (2, 3)),
+        (1, 2, (2, 3)),
+        (1, 3, (5, 3)),
+    ]
+    assert not layout.unplaced.any()
+
+
+@dataclass
+class Eager:
+    """An attention function that writes its weights down."""
+
+    module: nn.Module
+    weights: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert attention_mask is None
+        weights = (query @ key.transpose(-1, -2) * scaling).softmax(dim=-1)
+        if module is self.module:
+            self.weights.append(weights[0])  # [H, S, S]
+            self.keys.append(key[0].transpose(0, 1).flatten(1))  # [S, H * D]
+        return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", GRID_MODELS)
+def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
+    model = grid_model(name)
+    inputs = grid_prompt(model)
+    tower = core_of(model)[0].visual
+    output = look(model, inputs).output
+
+    expected: dict[str, list[Tensor]] = {need: [] for need in ALL}
+    eager = Eager(tower.blocks[1 if name == "qwen2_5_vl" else -1].attn)
+    AttentionInterface.register("written_down", eager)
+    tower.set_attn_implementation("written_down")
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        eager.weights, eager.keys = [], []
+        pixels, grid = inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"]
+        with captured([*tower.blocks, tower.merger]) as outputs, torch.no_grad():
+            run = tower(pixels, grid_thw=grid)
+        *blocks, merged = outputs
+        states = blocks[len(blocks) - 1 - len(blocks) // 3 :]
+        patches = {
+            "received": torch.cat([weights.mean(dim=(0, 1)) for weights in eager.weights]),
+            "keys": torch.cat(eager.keys),
+            "key_norm": torch.cat(eager.keys).norm(dim=-1),
+            "similarity": torch.stack(states).mean(dim=0),
+        }
+        final = getattr(run, "pooler_output", run)
+        final = final[0] if isinstance(final, tuple) else final  # transformers 4: with deepstack features behind
+        # The tower puts what its merger made back into raster order.
+        order = torch.cdist(final.double(), merged.double()).argmin(dim=1)
+        assert (name == "qwen2_5_vl") == (not torch.equal(order, torch.arange(len(order))))
+        for need, rows in patches.items():
+            expected[need].append(rows.unflatten(0, (-1, MERGE**2)).mean(dim=1)[order])
+    for need, parts in expected.items():
+        torch.testing.assert_close(getattr(output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)

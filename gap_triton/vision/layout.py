@@ -194,7 +194,7 @@ def _pictures(
     """All images and videos of a prompt, in the order of their features."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
-        return _by_grids(owner, grids)
+        return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner):
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is not "
@@ -202,17 +202,23 @@ def _pictures(
         )
     if hasattr(owner, "pack_image_features"):
         return {"image": _packed(owner, arguments)}
+    if arguments.get("image_sizes") is not None:
+        patch = owner.config.vision_config.patch_size
+        sizes = [
+            [1, height // patch, width // patch]
+            for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+        ]
+        return _by_grids({"image": sizes}, getattr(owner.config, "spatial_merge_size", 1))
     return {"image": _squares(owner, arguments, samples)}
 
 
-def _by_grids(owner: PreTrainedModel, grids: dict[str, Tensor]) -> dict[str, list[_Picture]]:
-    """Pictures of given sizes, in patches, of which squares become one token: Qwen2-VL and its kin. A grid per frame."""
-    merge = _merge_size(owner)
+def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
+    """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
     found: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
         found[kind] = []
-        for frames, height, width in sizes.tolist():
+        for frames, height, width in sizes:
             size = (height // merge, width // merge)
             cells = torch.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
-SCORES_OF_ATTENTION: Needs = frozenset({"cls", "received"})
 
 recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
 
@@ -119,23 +118,25 @@ class Recording:
             scale: Factor of the scores, None = ``D ** -0.5``.
 
         Raises:
-            ValueError: Heads are missing, or the mask hides tokens from others.
+            ValueError: Heads are missing, or the mask hides tokens in another way than images in one sequence do.
         """
         if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
-        if self.needs & SCORES_OF_ATTENTION and mask is not None:
-            self._check_mask(mask)
         query, key = query.detach(), key.detach()
         batch, _, tokens, _ = query.shape
         first = self.tower.leading
         if "cls" in self.needs:
+            if mask is not None and len(_sequences(mask)) > 2:
+                raise ValueError(f"{_HIDES}: use score='received'")
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
             self._parts["cls"].append(score.flatten())
         if "received" in self.needs:
-            score = attention_received(query, key, scale=scale)
+            bounds = None if mask is None else _sequences(mask)
+            whole = bounds is None or len(bounds) == 2
+            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
             self._parts["received"].append(score[:, first:].flatten())
         if self.needs & {"key_norm", "keys"}:
             rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
@@ -195,11 +196,24 @@ class Recording:
                 "split over devices are not supported; leave it whole, or prune at a decoder layer >= 0"
             )
 
-    @staticmethod
-    def _check_mask(mask: Tensor) -> None:
-        allowed = mask if mask.dtype == torch.bool else mask == 0
-        if not bool(allowed.all()):
-            raise ValueError(
-                "the vision tower's scoring layer hides some patches from others (padding, or several images in one sequence), "
-                "which scores by its attention don't take: use a score that needs none, or prune at a decoder layer >= 0"
-            )
+
+_HIDES = "the vision tower's scoring layer hides some patches from others"
+
+
+def _sequences(mask: Tensor) -> Tensor:
+    """Where the sequences begin and the last one ends that ``mask`` [B or 1, 1, S, S] keeps apart; int32, [0, S] if none.
+
+    Raises:
+        ValueError: It hides tokens in another way, or several in a batch.
+    """
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    sequence = (~allowed[0].diagonal(1)).cumsum(0)
+    sequence = torch.nn.functional.pad(sequence, (1, 0))  # [S], number of each token's sequence
+    if not torch.equal(allowed, (sequence[:, None] == sequence).expand_as(allowed)) or (
+        len(allowed) > 1 and bool(sequence[-1] > 0)
+    ):
+        raise ValueError(
+            f"{_HIDES}, as padding does, which scores by its attention don't take: use score='random', or prune at a decoder "
+            "layer >= 0"
+        )
+    return torch.nn.functional.pad(sequence.bincount().cumsum(0), (1, 0)).to(torch.int32)

@@ -26,7 +26,10 @@ from .recording import Encoded, Need, Needs, Recording, TowerOutput, recording_n
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
-GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}  # arguments: frames, rows, columns of patches
+GRID_FIELDS = {
+    "image": "image_grid_thw",
+    "video": "video_grid_thw",
+}  # arguments: frames, rows, columns of patches
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
@@ -102,8 +105,13 @@ class Tower:
         pixels, patch = arguments.get("pixel_values"), getattr(self.module.config, "patch_size", None)
         if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
             patch = patch[0]
-        if not isinstance(pixels, Tensor) or not isinstance(patch, int) or arguments.get("image_sizes") is not None:
+        if not isinstance(pixels, Tensor) or not isinstance(patch, int):
             return []
+        if arguments.get("image_sizes") is not None:
+            return [
+                (height // patch, width // patch)
+                for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+            ]
         size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         return [size] * (patches // (size[0] * size[1])) if all(size) else []
 
@@ -344,7 +352,9 @@ def _why_not(owner: PreTrainedModel) -> str | None:
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None and not any(index < len(layers) for index in full):
         return f"each of its {len(layers)} layers attends within windows (fullatt_block_indexes={full!r})"
-    overlapping = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None)
+    overlapping = next(
+        (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None
+    )
     if overlapping is not None:
         return f"{type(module).__name__} makes a visual token of patches that belong to others too ({overlapping})"
     if not 0 <= _scoring_layer(owner, module, len(layers)) < len(layers):
