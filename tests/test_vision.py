@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from oracle import core_of
 from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from gap_triton.models import find_parts
 from gap_triton.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, layout_of
 from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
@@ -50,7 +50,7 @@ def index_of(visual: Tensor) -> tuple[Tensor, list[int]]:
 @contextlib.contextmanager
 def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen]]:
     """Everything that prompts of ``model`` show inside the block, one entry each."""
-    owner, text = core_of(model)
+    owner, text = find_parts(model)
     tower = find_tower(owner)
     check_needs(tower, needs)
     seen: list[Seen] = []
@@ -128,7 +128,7 @@ def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 def eager_tower(model: PreTrainedModel, pixels: Tensor, layer: int, leading: int) -> dict[str, Tensor]:
     """What a tower of CLIP's kind tells, from its own weights and states in eager attention."""
-    tower = core_of(model)[0].vision_tower
+    tower = find_parts(model).owner.vision_tower
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     keys = [module for name, module in tower.named_modules() if name.endswith("k_proj")]
@@ -179,7 +179,7 @@ def test_projected_features_are_what_enters_the_decoder() -> None:
 # --------------------------------------------------------------------------------------------- layouts
 def without_mixing(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with a vision tower whose attention adds nothing, so that a patch reaches no row but its own."""
-    tower = find_tower(core_of(model)[0])
+    tower = find_tower(find_parts(model).owner)
     for module in tower.layers.modules():
         for name, child in module.named_children():
             if name in OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
@@ -375,7 +375,7 @@ class Eager:
 def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
     model = grid_model(name)
     inputs = grid_prompt(model)
-    tower = core_of(model)[0].visual
+    tower = find_parts(model).owner.visual
     output = look(model, inputs).output
 
     expected: dict[str, list[Tensor]] = {need: [] for need in ALL}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tower import GRID_FIELDS, INSTEAD, encoded_ahead
+from .tower import ENCODED_AHEAD, GRID_FIELDS, INSTEAD, encoded_ahead
 
 NEWLINE = -1.0
 
@@ -313,19 +313,17 @@ def _tower_side(owner: PreTrainedModel) -> int:
 
 
 def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
-    """Images of one square size each, in a row in the prompt: LLaVA and most others."""
-    counts = [len(rows) for rows in samples]
-    length = next(
-        (n for n in _lengths(owner, arguments, sum(counts)) if all(c % n == 0 for c in counts)), None
-    )
-    lengths = [length] * (sum(counts) // length) if length is not None else _runs(samples)
+    """Images of one square size each, several in a row or not: LLaVA and most others."""
+    runs = _runs(samples)
+    candidates = _lengths(owner, arguments, sum(runs))
+    length = next((n for n in candidates if n > 0 and all(run % n == 0 for run in runs)), None)
     found, feature = [], 0
-    for tokens in lengths:
+    for tokens in runs if length is None else [length] * (sum(runs) // length):
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(
-                f"{type(owner).__name__} has an image of {tokens} visual tokens, which is no square, and nothing says how many "
-                f"rows it has: {INSTEAD}"
+                f"{type(owner).__name__} has {tokens} visual tokens in a row, which are no square, and nothing tells how many rows "
+                f"they make: {INSTEAD}"
             )
         cells = torch.arange(tokens)
         found.append(_Picture(tokens, (_Grid((side, side), cells, cells + feature),)))
@@ -334,19 +332,26 @@ def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Te
 
 
 def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> Iterable[int]:
-    """Numbers of visual tokens that one image may have, those surest first; squares all."""
+    """Numbers of visual tokens that each image may have, the surest first."""
+    images = _number_of_images(arguments)
+    if images and visual % images == 0:
+        yield visual // images
+    for name in ("image_seq_length", "mm_tokens_per_image"):
+        length = getattr(owner.config, name, None)
+        if isinstance(length, int):
+            yield length
+
+
+def _number_of_images(arguments: dict[str, Any]) -> int | None:
+    """How many images, or tiles, the prompt has, None where nothing tells."""
     pixels = arguments.get("pixel_values")
-    lengths = []
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) and visual % len(pixels) == 0:
-        lengths.append(visual // len(pixels))
-    vision = getattr(owner.config, "vision_config", None)
-    if isinstance(getattr(vision, "image_size", None), int) and isinstance(
-        getattr(vision, "patch_size", None), int
-    ):
-        lengths.append(_tower_side(owner) ** 2)
-    names = ("image_seq_length", "mm_tokens_per_image")
-    lengths += [n for name in names if isinstance(n := getattr(owner.config, name, None), int)]
-    return [n for n in lengths if n > 0 and math.isqrt(n) ** 2 == n]
+    if isinstance(pixels, Tensor) and pixels.dim() == 4:
+        return len(pixels)
+    if isinstance(pixels, Tensor) and pixels.dim() > 4:
+        return int((pixels.flatten(-3) != 0).any(dim=-1).sum())  # samples with fewer images are filled with zeros
+    encoded = (arguments.get(ENCODED_AHEAD) or {}).get("image")
+    features = getattr(encoded, "pooler_output", None)
+    return None if features is None else len(features)
 
 
 def _runs(samples: list[Tensor]) -> list[int]:

@@ -285,10 +285,10 @@ def _encode(
 
 def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        given = arguments.get(name)
-        if given is not None and given != getattr(owner.config, name):
+        given, known = arguments.get(name), getattr(owner.config, name, None)
+        if given is not None and given != known:
             raise ValueError(
-                f"{name}={given!r}: the vision tower is watched for {getattr(owner.config, name)!r}; set it in model.config before "
+                f"{name}={given!r}: the vision tower is watched for {known!r}; set it in model.config before "
                 "pruning is attached"
             )
 
@@ -319,12 +319,15 @@ class _Wrapped:
 
     def __init__(self, tower: Tower, modality: str, needs: Callable[[], Needs]):
         self.owner, self.method = tower.owner, ENCODERS[modality]
+        self.previous = vars(tower.owner).get(self.method)
         encoder = getattr(tower.owner, self.method)
         wrapped = partial(_encode, encoder, tower, modality, needs)
         setattr(tower.owner, self.method, update_wrapper(wrapped, encoder))
 
     def remove(self) -> None:
         delattr(self.owner, self.method)
+        if self.previous is not None:
+            setattr(self.owner, self.method, self.previous)
 
 
 class _Switched:
