@@ -161,5 +161,14 @@ IMAGES = {
     "video_llava": "images",
     "vipllava": "images",
 }
+# Of those, the ones whose vision tower can't tell the visual tokens apart, with a part of the sentence that says why.
+TOWERS_REFUSED = {
+    "got_ocr2": "found no encoder",
+    "perception_lm": "made 105 features of 108 rows",
+    "pp_chart2table": "found no encoder",
+    "step3p7": "patches that belong to others too",
+    "video_llama_3": "sizes that differ from image to image",
+    "video_llava": "it has several",
+}
 # Releases before these call the vision tower in other ways.
 IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import families
+import model_types
 import pytest
 import tiny
 import torch
@@ -251,7 +256,12 @@ def test_images_need_no_text_between_them() -> None:
 
 
 # Images of LLaVA-NeXT by size: tiles of the details, and how many rows and columns of patches are padding in front.
-TILED = {(24, 48): ((1, 2), (0, 0)), (48, 48): ((2, 2), (0, 0)), (24, 40): ((1, 2), (0, 1)), (40, 24): ((2, 1), (1, 0))}
+TILED = {
+    (24, 48): ((1, 2), (0, 0)),
+    (48, 48): ((2, 2), (0, 0)),
+    (24, 40): ((1, 2), (0, 1)),
+    (40, 24): ((2, 1), (1, 0)),
+}
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -354,6 +364,64 @@ def test_layout_of_images_and_videos_with_grids(name: str) -> None:
     assert not layout.unplaced.any()
 
 
+# --------------------------------------------------------------------------------------------- other types
+def family(name: str) -> PreTrainedModel:
+    """A tiny model of a type of `families`, whose tower has a layer without windows if any has."""
+    config = families.config_of(name)
+    if hasattr(config.vision_config, "fullatt_block_indexes"):
+        config.vision_config.fullatt_block_indexes = [1]
+        config.vision_config.window_size = 2 * MERGE * PATCH
+    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
+    return tiny.seed_weights(kind._from_config(config, attn_implementation="eager"))
+
+
+def installed_types() -> list[str]:
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    since = {name: tuple(map(int, each.split("."))) for name, each in model_types.IMAGES_SINCE.items()}
+    return [name for name in model_types.IMAGES if name in families.TYPES and release >= since.get(name, ())]
+
+
+@pytest.mark.parametrize("name", [n for n in installed_types() if n not in model_types.TOWERS_REFUSED])
+def test_a_marked_patch_is_found_where_it_stands(name: str) -> None:
+    """The row that changes is that of the patch's cell, and the feature of that row is the one that changes."""
+    model, kind = family(name), model_types.IMAGES[name]
+    inputs = families.prompt_with_pixels(model, kind)
+    without_mixing(model)
+    seen = look(model, inputs)
+    pixels = inputs["pixel_values"]
+    for number, row, column in ((0, 1, 3), (1, 5, 0), (2, 2, 5)):
+        changed_pixels = pixels.clone()
+        if "patches" in kind:
+            height, width = families.GRID[1:]
+            cell, size = (row // MERGE, column // MERGE), (height // MERGE, width // MERGE)
+            in_token = row % MERGE * MERGE + column % MERGE
+            patch = (cell[0] * size[1] + cell[1]) * MERGE**2 + in_token
+            if kind == "square patches":  # in raster order
+                patch = row * width + column
+            changed_pixels[number * height * width + patch] += 1.0
+        else:
+            size = seen.layout.views[number].grid
+            cell = (row * size[0] // tiny.GRID, column * size[1] // tiny.GRID)
+            images = changed_pixels[
+                changed_pixels.flatten(-3).any(dim=-1)
+            ]  # without those that fill samples up
+            images[number, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] += 1.0
+            changed_pixels[changed_pixels.flatten(-3).any(dim=-1)] = images
+        again = look(model, inputs | {"pixel_values": changed_pixels})
+        view = seen.layout.views[number]
+        assert view.grid == size
+        place = cell[0] * size[1] + cell[1]
+        assert changed(seen.door, again.door) == [[view.sample, int(view.rows[place])]]
+        assert changed(seen.output.similarity, again.output.similarity) == [[int(view.features[place])]]
+
+
+@pytest.mark.parametrize("name", [n for n in installed_types() if n in model_types.TOWERS_REFUSED])
+def test_towers_that_cannot_tell_are_refused(name: str) -> None:
+    model = family(name)
+    with pytest.raises(ValueError, match=model_types.TOWERS_REFUSED[name]):
+        look(model, families.prompt_with_pixels(model, model_types.IMAGES[name]))
+
+
 @dataclass
 class Eager:
     """An attention function that writes its weights down."""
@@ -396,7 +464,9 @@ def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
             "similarity": torch.stack(states).mean(dim=0),
         }
         final = getattr(run, "pooler_output", run)
-        final = final[0] if isinstance(final, tuple) else final  # transformers 4: with deepstack features behind
+        final = (
+            final[0] if isinstance(final, tuple) else final
+        )  # transformers 4: with deepstack features behind
         # The tower puts what its merger made back into raster order.
         order = torch.cdist(final.double(), merged.double()).argmin(dim=1)
         assert (name == "qwen2_5_vl") == (not torch.equal(order, torch.arange(len(order))))
@@ -404,3 +474,230 @@ def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
             expected[need].append(rows.unflatten(0, (-1, MERGE**2)).mean(dim=1)[order])
     for need, parts in expected.items():
         torch.testing.assert_close(getattr(output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- generation
+AHEAD = "mm_encoder_outputs" in inspect.signature(transformers.LlavaModel.forward).parameters
+
+
+def same(first: TowerOutput, second: TowerOutput, needs: frozenset[str]) -> bool:
+    return all(torch.equal(getattr(first, need), getattr(second, need)) for need in needs)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_shows_what_a_forward_shows(name: str, beams: int) -> None:
+    """Also where it encodes images ahead of the forward, which then is told neither pixels nor their sizes."""
+    model = grid_model(name) if name in GRID_MODELS else tiny.build(name)
+    picture = (tiny.Image(24, 48) if name != "llava" else tiny.Image(),)
+    inputs = grid_prompt(model) if name in GRID_MODELS else tiny.prompt(name, images=(picture, picture * 2))
+    if beams > 1 and not AHEAD and name in tiny.CLASSES:
+        inputs = tiny.prompt(name, images=(picture, picture))  # several images of a sample are mixed up there
+    forward = look(model, inputs)
+    with watched(model, ALL) as seen:
+        tiny.generate(model, inputs, tokens=2, num_beams=beams)
+    (prefill,) = seen
+    copies = [prefill.layout.views[:], forward.layout.views]
+    if beams == 1 or AHEAD:
+        assert same(prefill.output, forward.output, ALL)
+    for sample in range(len(prefill.visual)):
+        got = [view for view in copies[0] if view.sample == sample]
+        expected = [view for view in copies[1] if view.sample == sample // beams]
+        assert [view.grid for view in got] == [view.grid for view in expected]
+        for ours, theirs in zip(got, expected, strict=True):
+            shift = prefill.visual.shape[1] - forward.visual.shape[1]
+            assert torch.equal(ours.rows, theirs.rows + shift)
+            similar = prefill.output.similarity[ours.features], forward.output.similarity[theirs.features]
+            torch.testing.assert_close(*similar)
+    assert len({view.image for view in copies[0]}) == beams * len({view.image for view in copies[1]})
+
+
+@pytest.mark.skipif(not AHEAD, reason="this release encodes images in the forward")
+def test_chunks_of_a_prompt_are_refused() -> None:
+    model = tiny.build("llava")
+    with (
+        watched(model, ALL),
+        pytest.raises(ValueError, match="pass pixel_values with the prompt"),
+    ):
+        tiny.generate(model, tiny.prompt("llava"), tokens=2, prefill_chunk_size=16)
+
+
+def test_threads_see_their_own_images() -> None:
+    model = llava()
+    prompts = [
+        tiny.prompt("llava", images=((tiny.Image(),), (tiny.Image(),)), seed=seed) for seed in range(6)
+    ]
+    expected = [look(model, inputs) for inputs in prompts]
+    start = threading.Barrier(len(prompts))
+
+    def run(inputs: dict[str, Tensor], watch: TowerWatch) -> TowerOutput:
+        start.wait()
+        for _ in range(5):
+            watch.start()
+            with torch.no_grad():
+                model(**inputs)
+            watch.stop()
+        return watch.output()
+
+    tower = find_tower(find_parts(model).owner)
+    handles = install(tower)
+    watches = [TowerWatch(tower, ALL) for _ in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outputs = list(pool.map(run, prompts, watches))
+    for handle in handles:
+        handle.remove()
+    for output, seen in zip(outputs, expected, strict=True):
+        for need in ALL:
+            torch.testing.assert_close(getattr(output, need), getattr(seen.output, need))
+
+
+# --------------------------------------------------------------------------------------------- installing
+@pytest.mark.parametrize("before", ["sdpa", "eager", "gap_triton"])
+def test_a_tower_is_left_as_it_was(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("gap_triton.attention.logger.warning_once", warnings.append)
+    model = tiny.build("llava", {"text_config": "sdpa", "vision_config": before})
+    owner = find_parts(model).owner
+    tower = find_tower(owner)
+    plain = [vars(module).copy() for module in owner.modules()]
+    inputs = tiny.prompt("llava")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    handles = install(tower)
+    assert tower.module.config._attn_implementation == "gap_triton"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    for handle in handles:
+        handle.remove()
+    assert tower.module.config._attn_implementation == before
+    for module, variables in zip(owner.modules(), plain, strict=True):
+        assert vars(module).keys() == variables.keys()
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert not warnings
+
+
+def test_nothing_is_recorded_without_need() -> None:
+    model = llava()
+    owner = find_parts(model).owner
+    handles = install(find_tower(owner))
+    with torch.no_grad():
+        features = owner.get_image_features(tiny.prompt("llava")["pixel_values"])
+    assert not hasattr(features, "_gap_encoded")
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_copy_of_a_model_watches_its_own_tower() -> None:
+    model = llava()
+    inputs = tiny.prompt("llava")
+    handles = install(find_tower(find_parts(model).owner))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in find_parts(twin).owner.vision_tower.parameters():
+            parameter.mul_(1.5)
+        encoded = find_parts(twin).owner.get_image_features(inputs["pixel_values"])
+        plain = find_parts(model).owner.get_image_features(inputs["pixel_values"])
+    for handle in handles:
+        handle.remove()
+    first, second = (getattr(each, "pooler_output", each)[0] for each in (encoded, plain))
+    assert not torch.allclose(first, second)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+def test_a_cls_score_needs_a_cls_token() -> None:
+    tower = find_tower(find_parts(llava(siglip())).owner)
+    with pytest.raises(ValueError, match="SiglipVisionModel has no CLS token.*use score='received'"):
+        check_needs(tower, frozenset({"cls"}))
+
+
+def test_features_need_a_projector_of_single_tokens() -> None:
+    tower = find_tower(find_parts(family("gemma3")).owner)
+    assert tower.projector is None
+    with pytest.raises(ValueError, match="no projector that maps"):
+        check_needs(tower, frozenset({"features"}))
+    with pytest.raises(ValueError, match="no projector"):
+        TowerOutput().project(torch.zeros(1, 4))
+
+
+def test_features_of_no_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="vision_feature_layer=0 takes its features from no layer"):
+        find_tower(find_parts(llava(layer=0)).owner)
+
+
+def test_other_features_than_the_watched_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match="vision_feature_layer=-1: the vision tower is watched for -2"):
+        look(llava(), {**tiny.prompt("llava"), "vision_feature_layer": -1})
+
+
+def test_a_tower_that_did_not_run_is_refused() -> None:
+    model = llava()
+    inputs = tiny.prompt("llava")
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="pass pixel_values with the prompt"):
+        look(model, {**inputs, "inputs_embeds": embeds})
+
+
+def test_a_tower_without_some_heads_is_refused() -> None:
+    model = llava()
+    find_parts(model).owner.vision_tower.config.num_attention_heads = 4
+    with pytest.raises(ValueError, match="holds 2 of 4 attention heads"):
+        look(model, tiny.prompt("llava"))
+
+
+def test_an_interpolated_image_is_refused() -> None:
+    model = tiny.build("llava_onevision")
+    model.config.vision_aspect_ratio = "anyres_max_1"
+    inputs = tiny.prompt("llava_onevision", images=((tiny.Image(48, 48),),), before=(3,), after=(4,))
+    tokens = 36 + 6 * 7  # 12 x 12 patches become 6 x 6
+    ids = inputs["input_ids"][:, : tokens + 6].clone()
+    ids[:, 4 : 4 + tokens], ids[:, 4 + tokens :] = IMAGE, 7
+    with pytest.raises(ValueError, match="interpolates between the vision tower's features"):
+        look(model, {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@pytest.mark.parametrize(("name", "missing"), [("qwen2_vl", "image_grid_thw"), ("llava_next", "image_sizes")])
+def test_missing_sizes_are_named(name: str, missing: str) -> None:
+    model = grid_model(name) if name in GRID_MODELS else tiny.build(name)
+    visual = torch.tensor([[False, True, True, True, True, False]])
+    with pytest.raises(ValueError, match=f"was not given {missing}"):
+        layout_of(find_parts(model).owner, {}, visual, *index_of(visual))
+
+
+def test_runs_that_are_squares_are_images() -> None:
+    """Where nothing else is known of the images, as with image features in inputs_embeds."""
+    owner = find_parts(llava()).owner
+    visual = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 0], [1] * 4 + [0] + [0] * 3]).bool()
+    layout = layout_of(owner, {}, visual, *index_of(visual))
+    found = [(view.sample, view.rows.tolist(), view.grid, view.features.tolist()) for view in layout.views]
+    assert found == [
+        (0, [1, 2, 3, 4], (2, 2), [0, 1, 2, 3]),
+        (0, [6], (1, 1), [4]),
+        (1, [0, 1, 2, 3], (2, 2), [5, 6, 7, 8]),
+    ]
+    visual[0, 5] = True
+    with pytest.raises(ValueError, match="6 visual tokens in a row, which are no square"):
+        layout_of(owner, {}, visual, *index_of(visual))
+
+
+@pytest.mark.parametrize(("drop", "match"), [("row", "don't add up to"), ("image", "belong to 3")])
+def test_sizes_must_match_the_prompt(drop: str, match: str) -> None:
+    model = grid_model("qwen2_vl")
+    inputs = grid_prompt(model, ((("image", (1, 4, 4)),), (("image", (1, 4, 6)), ("image", (1, 6, 4)))))
+    visual = inputs["input_ids"] == IMAGE
+    if drop == "row":
+        visual[1] &= visual[1].cumsum(0) < visual[1].sum()
+    else:
+        inputs["image_grid_thw"] = torch.tensor([(1, 4, 4), (1, 4, 6), (1, 6, 4), (1, 2, 2)])
+    with pytest.raises(ValueError, match=match):
+        layout_of(find_parts(model).owner, inputs, visual, *index_of(visual))
+
+
+def test_images_and_videos_must_be_told_apart() -> None:
+    model = grid_model("qwen2_vl")
+    inputs = grid_prompt(model)
+    visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    given = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
+    with pytest.raises(ValueError, match="pass mm_token_type_ids or input_ids"):
+        layout_of(find_parts(model).owner, given, visual, *index_of(visual))

@@ -345,6 +345,8 @@ class _Switched:
 def _why_not(owner: PreTrainedModel) -> str | None:
     if not hasattr(owner, ENCODERS["image"]):
         return f"it has no {ENCODERS['image']}, in which the tower would run"
+    if "image_merge_sizes" in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
+        return "it merges patches by sizes that differ from image to image (image_merge_sizes)"
     candidates = _candidates(owner)
     if not candidates:
         return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
