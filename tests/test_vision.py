@@ -512,6 +512,16 @@ def test_generate_shows_what_a_forward_shows(name: str, beams: int) -> None:
     assert len({view.image for view in copies[0]}) == beams * len({view.image for view in copies[1]})
 
 
+def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+    model = llava()
+    inputs = tiny.prompt("llava")
+    with watched(model, ALL) as seen:
+        with pytest.raises(ValueError, match="tokens"):
+            model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+        tiny.generate(model, inputs, tokens=2)
+    assert same(seen[-1].output, look(model, inputs).output, ALL)
+
+
 @pytest.mark.skipif(not AHEAD, reason="this release encodes images in the forward")
 def test_chunks_of_a_prompt_are_refused() -> None:
     model = tiny.build("llava")
@@ -552,6 +562,10 @@ def test_threads_see_their_own_images() -> None:
 
 
 # --------------------------------------------------------------------------------------------- installing
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
 @pytest.mark.parametrize("before", ["sdpa", "eager", "gap_triton"])
 def test_a_tower_is_left_as_it_was(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
@@ -559,10 +573,10 @@ def test_a_tower_is_left_as_it_was(before: str, monkeypatch: pytest.MonkeyPatch)
     model = tiny.build("llava", {"text_config": "sdpa", "vision_config": before})
     owner = find_parts(model).owner
     tower = find_tower(owner)
-    plain = [vars(module).copy() for module in owner.modules()]
     inputs = tiny.prompt("llava")
     with torch.no_grad():
         expected = model(**inputs).logits
+    plain = [(vars(module).copy(), *map(len, hooks_of(module))) for module in owner.modules()]
     handles = install(tower)
     assert tower.module.config._attn_implementation == "gap_triton"
     with torch.no_grad():
@@ -570,10 +584,9 @@ def test_a_tower_is_left_as_it_was(before: str, monkeypatch: pytest.MonkeyPatch)
     for handle in handles:
         handle.remove()
     assert tower.module.config._attn_implementation == before
-    for module, variables in zip(owner.modules(), plain, strict=True):
+    for module, (variables, *hooks) in zip(owner.modules(), plain, strict=True):
         assert vars(module).keys() == variables.keys()
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert [len(each) for each in hooks_of(module)] == hooks
     assert not warnings
 
 
@@ -607,7 +620,7 @@ def test_a_copy_of_a_model_watches_its_own_tower() -> None:
 # --------------------------------------------------------------------------------------------- refusals
 def test_a_cls_score_needs_a_cls_token() -> None:
     tower = find_tower(find_parts(llava(siglip())).owner)
-    with pytest.raises(ValueError, match="SiglipVisionModel has no CLS token.*use score='received'"):
+    with pytest.raises(ValueError, match=r"SiglipVisionModel has no CLS token.*use score='received'"):
         check_needs(tower, frozenset({"cls"}))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ ENCODED_ATTRIBUTE = "_gap_encoded"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 INSTEAD = "use score='random', or prune at a decoder layer >= 0"
 
-_watch_now: ContextVar[TowerWatch | None] = ContextVar("gap_triton_tower_watch", default=None)
+# Weak: a forward that fails never stops its watch, and then nothing else holds it.
+_watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +185,7 @@ class TowerWatch:
             kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded ahead.
         """
         self.encoded = encoded_ahead(kwargs or {})
-        self._token = _watch_now.set(self)
+        self._token = _watch_now.set(weakref.ref(self))
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -261,8 +263,8 @@ def _encode(
     **kwargs: Any,
 ) -> Any:
     """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
-    watch = _watch_now.get()
-    wanted = frozenset(needs()) if watch is None else watch.needs
+    watch = _watch_of(tower)
+    wanted = frozenset(needs()) | (frozenset() if watch is None else watch.needs)
     if not wanted or recording_now.get() is not None:
         return encoder(*args, **kwargs)
     recording = Recording(tower, wanted)
@@ -278,9 +280,16 @@ def _encode(
     found = Encoded(bound, wanted, tokens, recording.output(bound, None if packs else tokens))
     if watch is not None:
         watch.encoded[modality] = found
-    elif isinstance(output, ModelOutput):
+    if isinstance(output, ModelOutput):
+        # Also beside a watch: one that an exception has left behind is not that of the forward to come.
         setattr(output, ENCODED_ATTRIBUTE, found)
     return output
+
+
+def _watch_of(tower: Tower) -> TowerWatch | None:
+    reference = _watch_now.get()
+    watch = None if reference is None else reference()
+    return watch if watch is not None and watch.tower is tower else None
 
 
 def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
