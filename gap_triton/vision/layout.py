@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tower import ENCODED_AHEAD, GRID_FIELDS, INSTEAD, encoded_ahead
+from .tower import ENCODED_AHEAD, GRID_FIELDS, encoded_ahead, image_shape, packs
 
 NEWLINE = -1.0
+INSTEAD = "choose a score and a coverage that don't ask where visual tokens stand"
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def _place(
                 while start < len(rows):
                     if taken == len(queue) or start + queue[taken].tokens > len(rows):
                         raise ValueError(
-                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the {len(queue)} "
-                            f"{kind}s given with the prompt don't add up to: pass them in the order of the prompt, or {INSTEAD}"
+                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the "
+                            f"{len(queue)} {kind}s given with the prompt don't add up to: pass them in the order of the "
+                            f"prompt, or {INSTEAD}"
                         )
                     piece = rows[start : start + queue[taken].tokens]
                     found.append((sample, int(piece[0]), queue[taken], piece))
@@ -128,8 +129,8 @@ def _place(
             cursor = taken
         if cursor < len(queue):
             raise ValueError(
-                f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of the "
-                f"prompt only, or {INSTEAD}"
+                f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of "
+                f"the prompt only, or {INSTEAD}"
             )
     found.sort(key=lambda piece: piece[:2])
     return [
@@ -197,10 +198,15 @@ def _pictures(
         return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner):
         raise ValueError(
-            f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is not "
-            f"known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
+            f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
+            f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
         )
-    if hasattr(owner, "pack_image_features"):
+    if arguments.get("pixel_values_videos") is not None:
+        raise ValueError(
+            f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
+            f"{INSTEAD}"
+        )
+    if packs(owner):
         return {"image": _packed(owner, arguments)}
     if arguments.get("image_sizes") is not None:
         patch = owner.config.vision_config.patch_size
@@ -234,8 +240,8 @@ def _merge_size(owner: PreTrainedModel) -> int:
     merge = next((m for each in places if (m := getattr(each, "spatial_merge_size", None)) is not None), None)
     if merge is None:
         raise ValueError(
-            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is not "
-            f"known: {INSTEAD}"
+            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
+            f"not known: {INSTEAD}"
         )
     return int(merge)
 
@@ -245,11 +251,6 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
 
     The model's own method packs the numbers of the feature rows in place of the features.
     """
-    if arguments.get("pixel_values_videos") is not None:
-        raise ValueError(
-            f"pixel_values_videos: {type(owner).__name__} pools the features of a video's frames, so its visual tokens are not "
-            f"those of the vision tower: {INSTEAD}"
-        )
     sizes = arguments.get("image_sizes")
     if sizes is None:
         raise ValueError(
@@ -280,7 +281,8 @@ def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any
 
 def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> list[int]:
     """Number of tiles of each image, the overview among them."""
-    number_of_tiles = sys.modules[type(owner).__module__].image_size_to_num_patches
+    pack = inspect.unwrap(type(owner).pack_image_features)
+    number_of_tiles = pack.__globals__["image_size_to_num_patches"]
     tiles = [
         number_of_tiles(size, owner.config.image_grid_pinpoints, owner.config.vision_config.image_size)
         for size in sizes
@@ -313,20 +315,24 @@ def _tower_side(owner: PreTrainedModel) -> int:
 
 
 def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
-    """Images of one square size each, several in a row or not: LLaVA and most others."""
+    """Images of one size each, in most models a square, several in a row or not: LLaVA and most others."""
     runs = _runs(samples)
+    shape = image_shape(arguments)
     candidates = _lengths(owner, arguments, sum(runs))
     length = next((n for n in candidates if n > 0 and all(run % n == 0 for run in runs)), None)
     found, feature = [], 0
     for tokens in runs if length is None else [length] * (sum(runs) // length):
-        side = math.isqrt(tokens)
-        if side * side != tokens:
+        pixels = (1, 1) if shape is None else shape[1:]
+        height = math.isqrt(tokens * pixels[0] // pixels[1])
+        width = tokens // max(height, 1)
+        if height * width != tokens or height * pixels[1] != width * pixels[0]:
             raise ValueError(
-                f"{type(owner).__name__} has {tokens} visual tokens in a row, which are no square, and nothing tells how many rows "
-                f"they make: {INSTEAD}"
+                f"{type(owner).__name__} has {tokens} visual tokens in a row, which make no "
+                f"{'square' if shape is None else 'grid of the shape of its images'}, and nothing tells how many rows they "
+                f"make: {INSTEAD}"
             )
         cells = torch.arange(tokens)
-        found.append(_Picture(tokens, (_Grid((side, side), cells, cells + feature),)))
+        found.append(_Picture(tokens, (_Grid((height, width), cells, cells + feature),)))
         feature += tokens
     return found
 
@@ -344,11 +350,8 @@ def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> 
 
 def _number_of_images(arguments: dict[str, Any]) -> int | None:
     """How many images, or tiles, the prompt has, None where nothing tells."""
-    pixels = arguments.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.dim() == 4:
-        return len(pixels)
-    if isinstance(pixels, Tensor) and pixels.dim() > 4:
-        return int((pixels.flatten(-3) != 0).any(dim=-1).sum())  # samples with fewer images are filled with zeros
+    if (shape := image_shape(arguments)) is not None:
+        return shape[0]
     encoded = (arguments.get(ENCODED_AHEAD) or {}).get("image")
     features = getattr(encoded, "pooler_output", None)
     return None if features is None else len(features)

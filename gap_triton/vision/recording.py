@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
+INSTEAD = "use score='random', or prune at a decoder layer >= 0"
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
 
 recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
@@ -80,7 +81,7 @@ class Encoded:
     """One run of the encoder.
 
     Attributes:
-        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name.
+        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name; of pixels their shape only.
         needs: What was asked for.
         tokens: Number of visual tokens that it made.
         output: What the tower told.
@@ -172,28 +173,36 @@ class Recording:
         for need, parts in self._parts.items():
             if not parts:
                 raise ValueError(
-                    f"{type(self.tower.module).__name__} ran without its scoring layer, {type(self.tower.attention).__name__}, "
-                    f"reporting {need!r}: its implementation of attention must be 'gap_triton' while it runs"
+                    f"{type(self.tower.module).__name__} ran without reporting {need!r} of its scoring layer, "
+                    f"{type(self.tower.attention).__name__}: its implementation of attention must be 'gap_triton' meanwhile"
                 )
             rows = torch.cat(parts)
             if need == "similarity":
+                self._check_states()
                 rows = rows / self._states
             found[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
             if tokens is not None and found[need].shape[0] != tokens:
                 raise ValueError(
-                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, so its "
-                    "visual tokens can't be told apart by what the vision tower says: use score='random', or prune at a "
-                    "decoder layer >= 0"
+                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, "
+                    f"so its visual tokens can't be told apart by what the vision tower says: {INSTEAD}"
                 )
         return TowerOutput(**found, projector=self.tower.projector)
+
+    def _check_states(self) -> None:
+        wanted = 1 + len(self.tower.layers) // 3
+        if self._states != wanted:
+            raise ValueError(
+                f"{type(self.tower.module).__name__} ran {self._states // wanted} times for one call of its encoder, which "
+                f"is not supported: {INSTEAD}"
+            )
 
     def _check_heads(self, query: Tensor) -> None:
         config = self.tower.module.config
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
         if isinstance(heads, int) and query.shape[1] != heads:
             raise ValueError(
-                f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower that is "
-                "split over devices are not supported; leave it whole, or prune at a decoder layer >= 0"
+                f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower "
+                f"that is split over devices are not supported; leave it whole, or {INSTEAD}"
             )
 
 
@@ -212,8 +221,5 @@ def _sequences(mask: Tensor) -> Tensor:
     if not torch.equal(allowed, (sequence[:, None] == sequence).expand_as(allowed)) or (
         len(allowed) > 1 and bool(sequence[-1] > 0)
     ):
-        raise ValueError(
-            f"{_HIDES}, as padding does, which scores by its attention don't take: use score='random', or prune at a decoder "
-            "layer >= 0"
-        )
+        raise ValueError(f"{_HIDES}, as padding does, which scores by its attention don't take: {INSTEAD}")
     return torch.nn.functional.pad(sequence.bincount().cumsum(0), (1, 0)).to(torch.int32)

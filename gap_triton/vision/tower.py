@@ -22,19 +22,17 @@ from transformers.utils import ModelOutput
 
 from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
-from .recording import Encoded, Need, Needs, Recording, TowerOutput, recording_now
+from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
-GRID_FIELDS = {
-    "image": "image_grid_thw",
-    "video": "video_grid_thw",
-}  # arguments: frames, rows, columns of patches
+# Arguments that tell frames, rows and columns of patches.
+GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
-INSTEAD = "use score='random', or prune at a decoder layer >= 0"
 
 # Weak: a forward that fails never stops its watch, and then nothing else holds it.
 _watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
@@ -54,7 +52,7 @@ class Tower:
             module.
         has_cls: The tower's first token is a CLS token.
         leading: Number of tokens in front of each image that don't become features.
-        merge: Side of the square of patches that become one token, where the tower is handed them next to each other; else 1.
+        merge: Side of the square of patches that become one token, where it is handed them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
     """
 
@@ -104,17 +102,17 @@ class Tower:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
         if any(name in arguments for name in GRID_FIELDS.values()):
             return [(height, width) for frames, height, width in _grids_of(arguments) for _ in range(frames)]
-        pixels, patch = arguments.get("pixel_values"), getattr(self.module.config, "patch_size", None)
+        images, patch = image_shape(arguments), getattr(self.module.config, "patch_size", None)
         if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
             patch = patch[0]
-        if not isinstance(pixels, Tensor) or not isinstance(patch, int):
+        if images is None or not isinstance(patch, int):
             return []
         if arguments.get("image_sizes") is not None:
             return [
                 (height // patch, width // patch)
                 for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
             ]
-        size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        size = (images[1] // patch, images[2] // patch)
         return [size] * (patches // (size[0] * size[1])) if all(size) else []
 
 
@@ -132,8 +130,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
     ((module, layers),) = _candidates(owner)
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
-    # A tower that knows how many patches make one token is handed them next to each other.
-    merge = getattr(module, "spatial_merge_size", None) or 1
+    merge = _merge_of(owner, module)
     window = None
     if getattr(module.config, "fullatt_block_indexes", None) is not None:
         window = module.config.window_size // merge // module.config.patch_size
@@ -160,8 +157,8 @@ def check_needs(tower: Tower, needs: Needs) -> None:
         )
     if "features" in needs and tower.projector is None:
         raise ValueError(
-            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they can't "
-            "be combined before it"
+            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they "
+            "can't be combined before it"
         )
 
 
@@ -182,7 +179,7 @@ class TowerWatch:
         """Watch the encoders that run in this thread until `stop`.
 
         Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded ahead.
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
         """
         self.encoded = encoded_ahead(kwargs or {})
         self._token = _watch_now.set(weakref.ref(self))
@@ -203,8 +200,9 @@ class TowerWatch:
         missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
         if not parts or missing:
             raise ValueError(
-                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's visual "
-                f"tokens: pass pixel_values with the prompt, not image features that were encoded before, or {INSTEAD}"
+                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's "
+                "visual tokens: pass pixel_values with the prompt, not image features that were encoded before, or "
+                f"{INSTEAD}"
             )
         return TowerOutput.concatenate(part.output for part in parts)
 
@@ -214,6 +212,23 @@ def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     outputs = kwargs.get(ENCODED_AHEAD) or {}
     found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
     return {modality: encoded for modality, encoded in found.items() if encoded is not None}
+
+
+def image_shape(arguments: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size."""
+    pixels = arguments.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4:
+        return None
+    count = len(pixels)
+    if pixels.dim() > 4:  # samples with fewer images than others are filled up with zeros
+        count = int((pixels.flatten(-3) != 0).any(dim=-1).sum())
+    return count, pixels.shape[-2], pixels.shape[-1]
+
+
+def packs(owner: PreTrainedModel) -> bool:
+    """Whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
+    pack = getattr(owner, "pack_image_features", None)
+    return pack is not None and "image_features" in inspect.signature(pack).parameters
 
 
 def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
@@ -276,8 +291,8 @@ def _encode(
     bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
     _refuse_other_features(tower.owner, bound)
     tokens = _count(output)
-    packs = hasattr(tower.owner, "pack_image_features")
-    found = Encoded(bound, wanted, tokens, recording.output(bound, None if packs else tokens))
+    told = recording.output(bound, None if packs(tower.owner) else tokens)
+    found = Encoded(_without_pixels(bound), wanted, tokens, told)
     if watch is not None:
         watch.encoded[modality] = found
     if isinstance(output, ModelOutput):
@@ -302,9 +317,23 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
             )
 
 
+def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
+    small = {
+        name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    if (shape := image_shape(arguments)) is not None:
+        count, height, width = shape
+        small["pixel_values"] = torch.empty((count, 3, height, width), device="meta")
+    return small
+
+
 def _count(output: Any) -> int:
-    """Number of features in what an encoder puts out."""
+    """Number of features in what an encoder puts out, 0 if there are none to be put into the prompt."""
     features = getattr(output, "pooler_output", output)
+    if isinstance(features, ModelOutput):
+        return 0
     if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
         features = features[0]  # transformers 4: with deepstack features behind
     if isinstance(features, Tensor):
@@ -356,6 +385,8 @@ def _why_not(owner: PreTrainedModel) -> str | None:
         return f"it has no {ENCODERS['image']}, in which the tower would run"
     if "image_merge_sizes" in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
         return "it merges patches by sizes that differ from image to image (image_merge_sizes)"
+    if packs(owner) and _projector_of(owner) is None:
+        return "it makes its visual tokens of several of the tower's features"
     candidates = _candidates(owner)
     if not candidates:
         return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
@@ -413,6 +444,15 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     # State 0 enters the first layer, and state i + 1 is what layer i puts out.
     states = [chosen] if isinstance(chosen, int) else list(chosen)
     return max(state + layers if state < 0 else state - 1 for state in states)
+
+
+def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:
+    if GRID_FIELDS["image"] not in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
+        return 1
+    # A tower that merges patches, or has a projector that does, is handed those of one token one after the other. What takes
+    # patches in raster order and puts them together (PaddleOCR-VL) goes by other names.
+    sizes = (getattr(each, "spatial_merge_size", None) for each in (module, *owner.children()))
+    return next((size for size in sizes if isinstance(size, int)), 1)
 
 
 def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
