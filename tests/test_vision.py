@@ -431,8 +431,8 @@ class Eager:
     keys: list[Tensor] = field(default_factory=list)
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        assert attention_mask is None
-        weights = (query @ key.transpose(-1, -2) * scaling).softmax(dim=-1)
+        logits = query @ key.transpose(-1, -2) * scaling
+        weights = (logits if attention_mask is None else logits + attention_mask).softmax(dim=-1)
         if module is self.module:
             self.weights.append(weights[0])  # [H, S, S]
             self.keys.append(key[0].transpose(0, 1).flatten(1))  # [S, H * D]
@@ -474,6 +474,36 @@ def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
             expected[need].append(rows.unflatten(0, (-1, MERGE**2)).mean(dim=1)[order])
     for need, parts in expected.items():
         torch.testing.assert_close(getattr(output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_images_in_one_sequence_are_scored_apart() -> None:
+    """Pixtral's tower takes images of any size in one sequence, and its projector patches in raster order."""
+    model = family("mistral3")
+    sizes = torch.tensor([[24, 24], [16, 24], [24, 8]])
+    grids = [(3, 3), (2, 3), (3, 1)]
+    pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    pictures = [[IMAGE] * (height * width) for height, width in grids]
+    ids = torch.tensor([[BOS, *pictures[0], 7, *pictures[1], 8, *pictures[2], 9]])
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
+    seen = look(model, inputs)
+    assert [view.grid for view in seen.layout.views] == grids
+
+    tower = find_parts(model).owner.vision_tower
+    eager = Eager(find_tower(find_parts(model).owner).attention)
+    AttentionInterface.register("written_down", eager)
+    tower.set_attn_implementation("written_down")
+    with torch.no_grad():
+        tower(pixels, image_sizes=sizes)
+    (weights,) = eager.weights
+    patches = [4 * height * width for height, width in grids]
+    received, keys = weights.mean(dim=0).split(patches, dim=1), eager.keys[0].split(patches)
+    expected: dict[str, list[Tensor]] = {"received": [], "keys": []}
+    for columns, key, count, (height, width) in zip(received, keys, patches, grids, strict=True):
+        for need, rows in (("received", columns.sum(dim=0) / count), ("keys", key)):
+            squares = rows.unflatten(0, (height, MERGE, width, MERGE)).mean(dim=(1, 3))
+            expected[need].append(squares.flatten(0, 1))
+    for need, parts in expected.items():
+        torch.testing.assert_close(getattr(seen.output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- generation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,11 +96,16 @@ def layout_of(
     found = _place(pictures, samples, kinds, copies)
 
     unplaced = visual.clone()
-    views = []
-    for view in found:
-        rows = view.rows.to(visual.device)
-        unplaced[view.sample, rows] = False
-        views.append(View(view.sample, view.image, rows, view.grid, view.features.to(visual.device)))
+    if not found:
+        return Layout((), unplaced)
+    # One copy to the device for all of them.
+    sizes = [len(view.rows) for view in found]
+    samples_of = torch.repeat_interleave(torch.tensor([view.sample for view in found]), torch.tensor(sizes))
+    rows, features = torch.cat([view.rows for view in found]), torch.cat([view.features for view in found])
+    samples_of, rows, features = torch.stack([samples_of, rows, features]).to(visual.device)
+    unplaced[samples_of, rows] = False
+    pieces = zip(found, rows.split(sizes), features.split(sizes), strict=True)
+    views = (replace(view, rows=rows, features=features) for view, rows, features in pieces)
     return Layout(tuple(views), unplaced)
 
 

@@ -36,7 +36,7 @@ class TowerOutput:
     asked for is None.
 
     Attributes:
-        cls: [F] float32, attention of the CLS row, mean over heads.
+        cls: [F] float32, attention of the CLS row, mean over heads; of several patches, their mean.
         received: [F] float32, attention received, mean over rows and heads; of several patches, their mean.
         key_norm: [F] float32, L2 norm of the scoring layer's keys, all heads together; of several patches, their mean.
         keys: [F, E], those keys; of several patches, their mean.
