@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.models import find_parts
 from gap_triton.prompt import find_visual_tokens
-from gap_triton.vision.layout import Layout, layout_of
+from gap_triton.vision.layout import Layout, _picture_of, layout_of
 from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
