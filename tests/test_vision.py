@@ -741,6 +741,15 @@ def test_missing_sizes_are_named(name: str, missing: str) -> None:
         layout_of(find_parts(model).owner, {}, visual, *index_of(visual))
 
 
+def test_an_average_of_features_is_none_of_them() -> None:
+    """Not even where the average of their numbers is the number of another: that of 4 and 6 is not 5."""
+    numbers = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, -1.0])
+    squares = numbers.square() + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="interpolates"):
+        _picture_of(numbers, squares, 2)
+    assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
+
+
 def test_runs_that_are_squares_are_images() -> None:
     """Where nothing else is known of the images, as with image features in inputs_embeds."""
     owner = find_parts(llava()).owner
