@@ -23,20 +23,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.models import find_parts
 from gap_triton.prompt import find_visual_tokens
-<<<<<<< HEAD
-from gap_triton.vision.layout import Layout, layout_of
-=======
 from gap_triton.vision.layout import Layout, _picture_of, layout_of
->>>>>>> tower
 from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "projection_layer")  # of the attention of vision towers
-<<<<<<< HEAD
-CLIP = {**tiny.VISION, "num_hidden_layers": 7}
-=======
 CLIP = {**tiny.VISION, "num_hidden_layers": 6}
->>>>>>> tower
 
 
 # --------------------------------------------------------------------------------------------- watching
@@ -182,8 +174,6 @@ def test_a_tower_without_cls_tells_what_an_eager_one_shows() -> None:
         torch.testing.assert_close(getattr(output, need), expected[need], rtol=1e-4, atol=1e-5)
 
 
-<<<<<<< HEAD
-=======
 def test_a_first_patch_that_the_model_leaves_out_is_left_out() -> None:
     """As it is where a tower without a CLS token meets the strategy for one that has it."""
     model = llava(siglip())
@@ -202,7 +192,6 @@ def test_a_first_patch_that_the_model_leaves_out_is_left_out() -> None:
         torch.testing.assert_close(getattr(watch.output(), need), expected[need], rtol=1e-4, atol=1e-5)
 
 
->>>>>>> tower
 def test_projected_features_are_what_enters_the_decoder() -> None:
     seen = look(llava(), tiny.prompt("llava", images=THREE), frozenset({"features"}))
     for view in seen.layout.views:
@@ -660,8 +649,6 @@ def test_nothing_is_recorded_without_need() -> None:
         handle.remove()
 
 
-<<<<<<< HEAD
-=======
 def test_a_watch_is_for_its_own_tower() -> None:
     model, other = llava(siglip()), llava()
     tower = find_tower(find_parts(model).owner)
@@ -677,7 +664,6 @@ def test_a_watch_is_for_its_own_tower() -> None:
     assert not hasattr(features, "_gap_encoded")
 
 
->>>>>>> tower
 def test_a_copy_of_a_model_watches_its_own_tower() -> None:
     model = llava()
     inputs = tiny.prompt("llava")
@@ -755,8 +741,6 @@ def test_missing_sizes_are_named(name: str, missing: str) -> None:
         layout_of(find_parts(model).owner, {}, visual, *index_of(visual))
 
 
-<<<<<<< HEAD
-=======
 def test_an_average_of_features_is_none_of_them() -> None:
     """Not even where the average of their numbers is the number of another: that of 4 and 6 is not 5."""
     numbers = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, -1.0])
@@ -766,7 +750,6 @@ def test_an_average_of_features_is_none_of_them() -> None:
     assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
 
 
->>>>>>> tower
 def test_runs_that_are_squares_are_images() -> None:
     """Where nothing else is known of the images, as with image features in inputs_embeds."""
     owner = find_parts(llava()).owner

@@ -24,11 +24,7 @@ from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
-<<<<<<< HEAD
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
-=======
-__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install"]
->>>>>>> tower
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 # Arguments that tell frames, rows and columns of patches.
@@ -249,11 +245,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     handles: list[Any] = [_Mark(tower.attention)]
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
-<<<<<<< HEAD
             handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
-=======
-            handles.append(_Wrapped(tower, modality, needs))
->>>>>>> tower
     for layer in list(tower.layers)[-1 - len(tower.layers) // 3 :]:
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
@@ -263,7 +255,6 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     return handles
 
 
-<<<<<<< HEAD
 def note_sizes(owner: PreTrainedModel) -> list[Any]:
     """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
 
@@ -274,8 +265,6 @@ def note_sizes(owner: PreTrainedModel) -> list[Any]:
     return [_Wrapped(owner, method, _encode_and_note) for method in methods]
 
 
-=======
->>>>>>> tower
 # --------------------------------------------------------------------------------------------- hooks
 def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     recording = recording_now.get()
@@ -289,7 +278,6 @@ def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
         recording.projecting(args[0])
 
 
-<<<<<<< HEAD
 def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     output = encoder(*args, **kwargs)
     if isinstance(output, ModelOutput):
@@ -304,13 +292,6 @@ def _encode(
     modality: str,
     needs: Callable[[], Needs],
     encoder: Callable[..., Any],
-=======
-def _encode(
-    encoder: Callable[..., Any],
-    tower: Tower,
-    modality: str,
-    needs: Callable[[], Needs],
->>>>>>> tower
     /,
     *args: Any,
     **kwargs: Any,
@@ -391,7 +372,6 @@ class _Mark:
 
 
 class _Wrapped:
-<<<<<<< HEAD
     """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
 
     Several may lie around each other; the last one is removed first.
@@ -402,16 +382,6 @@ class _Wrapped:
         self.previous = vars(owner).get(method)
         encoder = getattr(owner, method)
         setattr(owner, method, update_wrapper(partial(run, encoder), encoder))
-=======
-    """Puts `_encode` around an encoder of this owner. No hook runs at a method, and only it is told the sizes of images."""
-
-    def __init__(self, tower: Tower, modality: str, needs: Callable[[], Needs]):
-        self.owner, self.method = tower.owner, ENCODERS[modality]
-        self.previous = vars(tower.owner).get(self.method)
-        encoder = getattr(tower.owner, self.method)
-        wrapped = partial(_encode, encoder, tower, modality, needs)
-        setattr(tower.owner, self.method, update_wrapper(wrapped, encoder))
->>>>>>> tower
 
     def remove(self) -> None:
         delattr(self.owner, self.method)
