@@ -10,11 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gap_triton.demo.run import markdown_of
+from gap_triton.demo.compare import Comparison
+from gap_triton.demo.coverage import coverage_markdown
+from gap_triton.demo.methods import Refusal, methods_markdown
+from gap_triton.demo.report import markdown_of
 from gap_triton.demo.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/layers.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md")
 
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -32,13 +35,21 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def demo_table(results: dict[str, Any]) -> tuple[str, str]:
-    """Return accuracies of the embedded model as a table, and where they come from."""
+    """Return accuracies of embedded models as tables, by what was measured, and where they come from."""
+    rows = [Row(**row) for row in results["rows"]]
+    comparisons = [Comparison(**each) for each in results.get("comparisons", ())]
+    if "refused" in results:
+        made = methods_markdown(rows, comparisons, [Refusal(**each) for each in results["refused"]])
+    elif comparisons:
+        made = coverage_markdown(rows, comparisons)
+    else:
+        made = markdown_of(rows)
     versions = results["versions"]
     source = (
         f"{results['samples']} held-out scenes; {results['device']}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}"
     )
-    return markdown_of([Row(**row) for row in results["rows"]]), source
+    return made, source
 
 
 def kernel_table(results: dict[str, Any]) -> tuple[str, str]:

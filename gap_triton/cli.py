@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import product
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import gap_triton
 from gap_triton import GapConfig
 from gap_triton.config import Ids, Score
 
@@ -29,8 +29,12 @@ Keep = Annotated[
 ]
 
 
-def parse_keep(text: str) -> float | int:
-    """Read ``--keep``: ``"64"`` is a count, ``"0.25"`` and ``"1.0"`` are shares."""
+# What `gap-triton eval` sweeps by default.
+LAYERS, SCORES, IDS = "-1,0,1,2,3,4", "text", "kept,compacted,permuted"
+
+
+def parse_keep(text: str, option: str = "--keep") -> float | int:
+    """Read ``option``: ``"64"`` is a count, ``"0.25"`` and ``"1.0"`` are shares."""
     try:
         return int(text)
     except ValueError:
@@ -38,7 +42,40 @@ def parse_keep(text: str) -> float | int:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: expected a share such as 0.25 or a count such as 64") from None
+        raise typer.BadParameter(
+            f"{option} {text!r}: expected a share such as 0.25 or a count such as 64"
+        ) from None
+
+
+def parse_layers(text: str) -> list[int]:
+    """Read ``--layers``."""
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--layers {text!r}: expected comma-separated ints such as -1,0,1") from None
+
+
+def split(text: str) -> list[str]:
+    """Items of a comma-separated list, each once."""
+    return list(dict.fromkeys(item.strip() for item in text.split(",")))
+
+
+def split_names(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """Read ``option``: ``"all"``, or comma-separated ones of ``known``."""
+    names = list(known) if text == "all" else split(text)
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name!r}: expected all, or of {', '.join(known)}")
+    return names
+
+
+@contextmanager
+def told_as_option(option: str) -> Iterator[None]:
+    """Let what is refused inside end the command with the option and the sentence alone."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{option}: {error}") from error
 
 
 def make_config(**fields: Any) -> GapConfig:
@@ -105,49 +142,77 @@ def run(
 
 @app.command("eval")
 def evaluate(
+    model: Annotated[str, typer.Option(help="Embedded model: llava, qwen2_5_vl, or all.")] = "llava",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Measure presets: all, or comma-separated names such as fastv,nuwa."),
+    ] = None,
+    coverage: Annotated[
+        bool,
+        typer.Option("--coverage", help="Measure coverage (top-k, region, stride, random) x position ids."),
+    ] = False,
     layers: Annotated[
-        str, typer.Option(help="Comma-separated decoder layers; -1 = before the decoder (random score).")
-    ] = "-1,0,1,2,3,4",
-    keeps: Annotated[str, typer.Option(help="Comma-separated shares or counts.")] = "0.5,0.25,0.125",
-    scores: Annotated[str, typer.Option(help="Comma-separated scores.")] = "text",
+        str | None,
+        typer.Option(
+            help="Sweep: comma-separated decoder layers, as in --layers=-1,0,1; -1 = after the vision encoder. Default: "
+            f"{LAYERS}",
+        ),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: comma-separated scores. At -1 those of the decoder become random; those of the vision encoder "
+            f"apply at -1 only. Default: {SCORES}",
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help=f"Sweep: comma-separated position ids. Default: {IDS}")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--keeps", help="Comma-separated shares or counts of visual tokens.")
+    ] = "0.5,0.25,0.125",
     samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
-    output: Annotated[Path, typer.Option(help="Folder for eval.json and eval.md.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path(
+        "demo-output"
+    ),
 ) -> None:
-    """Measure the embedded model over layers, shares, scores and id rules: the tables of the docs.
+    """Measure the embedded models by real generation: the tables of the docs.
 
-    Writes eval.json (rows as in the demo's results.json) and eval.md (the same as a Markdown table).
+    --methods writes methods.json, .md and .png: each preset at each budget, ids kept and compacted. --coverage writes
+    coverage.json, .md and .png. Without either, layers x scores x budgets x ids are swept: eval.json and eval.md.
+
+    Example: gap-triton eval --methods all --coverage --model all
     """
-    from gap_triton.demo.run import IDS, load_embedded_model, markdown_of, run_table, table_of, write_results
-    from gap_triton.demo.scenes import held_out
-    from gap_triton.environment import default_device
+    from gap_triton.demo.architectures import ARCHITECTURES
+    from gap_triton.demo.evaluation import Evaluation, sweep_configs
+    from gap_triton.presets import PRESETS
 
-    try:
-        chosen_layers = [int(layer) for layer in layers.split(",")]
-    except ValueError:
+    shares = [parse_keep(item, "--budgets") for item in split(budgets)]
+    if any(isinstance(share, float) and share == 1.0 for share in shares):
+        raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
+    swept = {"--layers": layers, "--scores": scores, "--ids": ids}
+    given = [option for option, value in swept.items() if value is not None]
+    if given and (methods is not None or coverage):
         raise typer.BadParameter(
-            f"--layers {layers!r}: expected comma-separated ints such as -1,0,1"
-        ) from None
-    configs = []
-    for layer, score, keep, ids in product(chosen_layers, scores.split(","), keeps.split(","), IDS):
-        # Before the decoder there is no attention to score by.
-        used = "random" if layer == -1 else score.strip()
-        config = make_config(keep=parse_keep(keep.strip()), layer=layer, score=used, ids=ids)
-        if config not in configs:
-            configs.append(config)
-    device = default_device()
-    model, processor = load_embedded_model(device)
-    for config in configs:
-        try:
-            gap_triton.configure(model, config)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    rows = run_table(console, model, processor, held_out(samples), configs)
-    output.mkdir(parents=True, exist_ok=True)
-    console.print(table_of(rows, f"Grounding on {samples} held-out scenes"))
-    write_results(rows, samples, device, output / "eval.json")
-    (output / "eval.md").write_text(markdown_of(rows), encoding="utf-8")
-    for name in ("eval.json", "eval.md"):
-        console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
+            f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
+        )
+    names = split_names("--methods", "all" if methods is None else methods, PRESETS)
+    with told_as_option("--model"):
+        evaluation = Evaluation(console, output, samples, split_names("--model", model, ARCHITECTURES))
+    if methods is not None:
+        with told_as_option("--methods"):
+            evaluation.add_methods(names, shares)
+    if coverage:
+        with told_as_option("--coverage"):
+            evaluation.add_coverage(shares)
+    if methods is None and not coverage:
+        with told_as_option("--layers, --scores, --ids"):
+            evaluation.add_sweep(
+                sweep_configs(
+                    parse_layers(layers or LAYERS), split(scores or SCORES), shares, split(ids or IDS)
+                )
+            )
+    evaluation.run()
 
 
 @app.command()

@@ -105,9 +105,6 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         fit(cache, {each.stage.layer: prompt - each.length for each in state.drops})
     state.done += 1
     scores, candidates = pruned.scores, plan.visual_index
-    if now.stage.layer == BEFORE_THE_DECODER:
-        assert state.chosen is not None
-        scores = state.chosen.score
     if index is not None:
         candidates = _rows_of(index, candidates)
     state.selection = Selection(
@@ -135,7 +132,8 @@ def _score_and_prune(
     if stage.layer == BEFORE_THE_DECODER:
         assert state.chosen is not None
         stays = state.chosen.stays.to(device, torch.float32)
-        return prune_by_score(stays, *tokens, attention_mask=real, length=now.length)
+        pruned = prune_by_score(stays, *tokens, attention_mask=real, length=now.length)
+        return pruned._replace(scores=state.chosen.score.to(device))
     asked = attention_of(state, stage, plan) if stage.score in ATTENTION_SCORES else None
     if asked is not None and asked.plain and stage.coverage == "topk":
         return prune_tokens(

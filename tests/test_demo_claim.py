@@ -17,12 +17,12 @@ from gap_triton.cli import app
 from gap_triton.demo.grounding import evaluate
 from gap_triton.demo.run import IDS, LAYER, MODEL_PATH, SCORE, demo_configs, load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
-from gap_triton.demo.table import Row, wilson_interval
+from gap_triton.demo.table import Row
 
 SCENES = 96
 KEYS = (
-    *("method", "keep", "ids", "tokens_kept", "accuracy", "accuracy_low", "accuracy_high"),
-    *("mean_iou", "prefill_ratio", "kv_bytes"),
+    *("model", "method", "keep", "ids", "config", "tokens_kept", "tokens_mean"),
+    *("accuracy", "accuracy_low", "accuracy_high", "mean_iou", "prefill_ratio", "kv_bytes"),
 )
 
 
@@ -74,21 +74,6 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
     assert "results.json" in printed
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 512, 0.000345, 0.01097)],
-)
-def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
-    # Values of R's prop.test(..., correct = FALSE).
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_interval_refuses(successes: int, trials: int) -> None:
-    with pytest.raises(ValueError, match=f"successes={successes}, trials={trials}"):
-        wilson_interval(successes, trials)
-
-
 # --------------------------------------------------------------------------------------------- the command line
 def cli(*arguments: str):
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
@@ -114,7 +99,7 @@ def test_run_on_an_image_file(tmp_path) -> None:
     [
         (["--keep", "half"], "'half': expected a share such as 0.25 or a count such as 64"),
         (["--keep", "0"], "GapConfig.keep=0: an int counts"),
-        (["--layer", "-1"], "layer=-1: before the first decoder layer"),
+        (["--layer", "-1"], "GapConfig.score='last_token' with layer=-1"),
         (["--ids", "shifted"], "shifted"),
         (["--layer", "5"], "this model's decoder has 6 layers; expected -1 to 4"),
     ],
@@ -127,20 +112,6 @@ def test_run_refuses(tmp_path, options: list[str], message: str) -> None:
     assert message in " ".join((result.output + str(result.exception)).split()).replace("│ ", "").replace(
         " │", ""
     )
-
-
-def test_eval_writes_json_and_markdown(tmp_path) -> None:
-    result = cli(
-        *("eval", "--layers=-1,2", "--keeps", "0.5", "--samples", "4", "--output", str(tmp_path)),
-    )
-    assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [
-        "no pruning",
-        *["random, before the decoder"] * 3,
-        *["text, layer 2"] * 3,
-    ]
-    assert (tmp_path / "eval.md").read_text().count("\n") == 2 + len(rows)
 
 
 def test_info() -> None:

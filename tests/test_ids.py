@@ -63,11 +63,16 @@ def test_ids_are_the_ids_without_pruning(batch: str) -> None:
 
 
 def replay(
-    model, tokens: torch.Tensor, pixel_values: torch.Tensor, rows: list[int], ids: list[int]
+    model,
+    tokens: torch.Tensor,
+    pixel_values: torch.Tensor,
+    rows: list[int],
+    ids: list[int],
+    after: int = LAYER,
 ) -> torch.Tensor:
     """Logits of the last token, by a plain loop over the layers of one sample: no cache, no hooks, no masks but causal.
 
-    After layer LAYER only ``rows`` (in that order) of the prompt go on, with position ids ``ids``; what follows the
+    After layer ``after`` only ``rows`` (in that order) of the prompt go on, with position ids ``ids``; what follows the
     prompt goes on behind them.
     """
     core, text = model.model, model.model.language_model
@@ -77,7 +82,7 @@ def replay(
     hidden = embeds.masked_scatter((tokens == IMAGE)[..., None], features)
     positions = torch.arange(tokens.shape[1])[None]
     for index, layer in enumerate(text.layers):
-        if index == LAYER + 1:
+        if index == after + 1:
             hidden, positions = hidden[:, rows], torch.tensor([ids])
         mask = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()[None, None]
         rotary = text.rotary_emb(hidden, positions)
@@ -86,9 +91,10 @@ def replay(
     return model.lm_head(text.norm(hidden[:, -1]))
 
 
+@pytest.mark.parametrize(("layer", "score"), [(LAYER, "last_token"), (-1, "cls"), (-1, "random")])
 @pytest.mark.parametrize("ids", ["kept", "compacted", "permuted"])
-def test_logits_equal_a_plain_loop_over_the_layers(ids: str) -> None:
-    model, inputs = attached(ids=ids), make_prompt("llava", "single")
+def test_logits_equal_a_plain_loop_over_the_layers(ids: str, layer: int, score: str) -> None:
+    model, inputs = attached(ids=ids, layer=layer, score=score), make_prompt("llava", "single")
     output = generate(model, inputs, tokens=4)
     selection = gap_triton.last_selection(model)
     gap_triton.detach(model)
@@ -108,7 +114,7 @@ def test_logits_equal_a_plain_loop_over_the_layers(ids: str) -> None:
         new = list(range(prompt_length, prompt_length + step))
         behind = new if ids == "kept" else [len(rows) + i for i in range(step)]
         with torch.no_grad():
-            expected = replay(model, tokens, inputs["pixel_values"], order + new, numbers + behind)
+            expected = replay(model, tokens, inputs["pixel_values"], order + new, numbers + behind, layer)
         assert float((output.logits[step] - expected).abs().max()) <= 1e-4
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +16,39 @@ from transformers import DynamicCache
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.config import BEFORE_THE_DECODER, Stage
+from gap_triton.demo.architecture import VISUAL
 from gap_triton.demo.grounding import evaluate, prepare
+from gap_triton.demo.intervals import wilson_interval
 from gap_triton.demo.scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
 UNPRUNED = GapConfig(keep=1.0, layer=0)
+NO_PRUNING = "no pruning"
 
 PREFILL_BATCH = 32
 PREFILL_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to prune.
+
+    Attributes:
+        method: What the table calls it.
+        keep: The budget that was asked for; of several stages what the method calls its budget.
+        config: What is done.
+    """
+
+    method: str
+    keep: float | int
+    config: GapConfig
+
+    @classmethod
+    def of(cls, config: GapConfig) -> Case:
+        """``config`` under the name that says where and by what it prunes."""
+        assert not isinstance(config.keep, str), "how many tokens outliers are is no budget"
+        return cls(method_name(config), config.keep, config)
 
 
 @dataclass(frozen=True)
@@ -31,10 +56,14 @@ class Row:
     """One line of the table.
 
     Attributes:
-        method: Score and place, such as ``"last_token, layer 1"``; ``"no pruning"`` for the first line.
-        keep: Share of visual tokens kept.
+        model: The embedded model, ``"llava"`` or ``"qwen2_5_vl"``.
+        method: Score and place, such as ``"last_token, layer 1"``, or the name of a preset; ``"no pruning"`` for the first
+            line.
+        keep: Share or number of visual tokens to keep, as asked for.
         ids: Position ids of the survivors.
-        tokens_kept: Visual tokens kept per image.
+        config: The whole configuration, field by field.
+        tokens_kept: Visual tokens per image in the last decoder layer, of the sample with the most.
+        tokens_mean: The same, mean over all decoder layers.
         accuracy: Share of answers with IoU >= 0.5.
         accuracy_low: Lower end of its 95% interval (Wilson).
         accuracy_high: Upper end.
@@ -43,10 +72,13 @@ class Row:
         kv_bytes: Bytes that the KV cache of one prompt takes after prefill, all layers.
     """
 
+    model: str
     method: str
-    keep: float
+    keep: float | int
     ids: str
+    config: dict[str, Any]
     tokens_kept: int
+    tokens_mean: float
     accuracy: float
     accuracy_low: float
     accuracy_high: float
@@ -59,31 +91,39 @@ class Row:
         return asdict(self)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share (95% by default); ``trials`` >= 1."""
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(
-            f"successes={successes}, trials={trials}: expected 0 <= successes <= trials, and trials >= 1"
-        )
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+@dataclass(frozen=True)
+class Cost:
+    """What a prefill takes; fields as in `Row`."""
+
+    prefill_ratio: float
+    kv_bytes: int
+    tokens_kept: int
+    tokens_mean: float
+
+
+def place_name(layer: int) -> str:
+    """How tables call the place at which tokens are dropped."""
+    return "before the decoder" if layer == BEFORE_THE_DECODER else f"layer {layer}"
 
 
 def method_name(config: GapConfig) -> str:
-    """How the table calls where and by what ``config`` prunes."""
-    if config.keep == 1.0:
-        return "no pruning"
-    place = "before the decoder" if config.layer < 0 else f"layer {config.layer}"
-    return f"{config.score}, {place}"
+    """How tables call where and by what ``config`` prunes."""
+    if config.keep == 1.0 and not config.then:
+        return NO_PRUNING
+    return "; ".join(map(_stage_name, config.stages))
+
+
+def _stage_name(stage: Stage) -> str:
+    coverage = "" if stage.coverage == "topk" else f" by {stage.coverage}"
+    merge = "" if stage.merge == "none" else f" + {stage.merge}"
+    return f"{stage.score}{coverage}{merge}, {place_name(stage.layer)}"
 
 
 def measure(
     model: Any,
     processor: Any,
     scenes: Scenes,
-    configs: Sequence[GapConfig],
+    cases: Sequence[Case],
     *,
     batch_size: int = 64,
     progress: Callable[[str, int], object] = lambda name, done: None,
@@ -91,37 +131,38 @@ def measure(
     """Evaluate ``model`` under each configuration, no pruning first.
 
     Args:
-        model: The embedded model, under ``"gap_triton"``.
+        model: An embedded model, under ``"gap_triton"``.
         processor: Its processor.
         scenes: Held-out scenes.
-        configs: What to compare with no pruning.
+        cases: What to compare with no pruning.
         batch_size: Scenes per call of ``generate``.
         progress: Called with the row's name and the number of scenes done since the last call.
 
     Returns:
         The rows, no pruning first, and the IoU of every answer, [N] for each row.
     """
-    everything = [UNPRUNED, *configs]
-    ratios, sizes = prefill_cost(model, processor, scenes[:PREFILL_BATCH], everything)
+    everything = [Case.of(UNPRUNED), *cases]
+    costs = prefill_cost(model, processor, scenes[:PREFILL_BATCH], [case.config for case in everything])
     rows, all_ious = [], []
-    for config, ratio, size in zip(everything, ratios, sizes, strict=True):
+    for case, cost in zip(everything, costs, strict=True):
+        config = case.config
         gap_triton.configure(model, config)
-        name = f"{method_name(config)}, keep {config.keep:.3g}, {config.ids}"
+        name = f"{case.method}, keep {case.keep:.3g}, {config.ids}"
         ious = evaluate(model, processor, scenes, batch_size=batch_size, progress=partial(progress, name))
         hits = int((ious >= IOU_THRESHOLD).sum())
         low, high = wilson_interval(hits, len(ious))
         rows.append(
             Row(
-                method=method_name(config),
-                keep=float(config.keep),
+                model=model.config.model_type,
+                method=case.method,
+                keep=case.keep,
                 ids=config.ids,
-                tokens_kept=config.count(model.config.image_seq_length),
+                config=json.loads(json.dumps(asdict(config))),  # as it will be read again
                 accuracy=hits / len(ious),
                 accuracy_low=low,
                 accuracy_high=high,
                 mean_iou=float(ious.mean()),
-                prefill_ratio=ratio,
-                kv_bytes=size,
+                **asdict(cost),
             )
         )
         all_ious.append(ious)
@@ -129,29 +170,29 @@ def measure(
 
 
 @torch.no_grad()
-def prefill_cost(
-    model: Any, processor: Any, scenes: Scenes, configs: Sequence[GapConfig]
-) -> tuple[list[float], list[int]]:
-    """Prefill time of each configuration relative to the first, and cache bytes per prompt.
+def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[GapConfig]) -> list[Cost]:
+    """Prefill time of each configuration relative to the first, and what its cache holds.
 
     Configurations take turns inside each round, so that a machine whose speed drifts slows all of them alike.
     """
     inputs = prepare(processor, scenes).to(model.device)
+    text = inputs["input_ids"].shape[1] - VISUAL
     times: list[list[float]] = [[] for _ in configs]
-    sizes = [0] * len(configs)
+    caches: list[tuple[int, int, float]] = []
     for round_number in range(PREFILL_ROUNDS + 1):
-        for i, config in enumerate(configs):
+        for own, config in zip(times, configs, strict=True):
             gap_triton.configure(model, config)
             cache = DynamicCache(config=model.config.get_text_config())
-            prefill = partial(model, **inputs, past_key_values=cache, logits_to_keep=1)
-            seconds = _timed(prefill, model.device)
-            sizes[i] = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) // len(
-                scenes
-            )
-            if round_number:  # the first round warms up
-                times[i].append(seconds)
+            seconds = _timed(partial(model, **inputs, past_key_values=cache, logits_to_keep=1), model.device)
+            if round_number:
+                own.append(seconds)
+                continue
+            # The first round warms up.
+            size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+            visual = [layer.keys.shape[-2] - text for layer in cache.layers]
+            caches.append((size // len(scenes), visual[-1], statistics.fmean(visual)))
     ratios = [statistics.median(a / b for a, b in zip(own, times[0], strict=True)) for own in times]
-    return ratios, sizes
+    return [Cost(ratio, *cache) for ratio, cache in zip(ratios, caches, strict=True)]
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -1,0 +1,170 @@
+"""``gap-triton eval``: the tables of the docs, measured on the embedded models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+import gap_triton
+from gap_triton import GapConfig
+from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
+from gap_triton.demo.charts import save_coverage, save_methods
+from gap_triton.demo.compare import compare
+from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
+from gap_triton.demo.jobs import Job, run_jobs
+from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
+from gap_triton.demo.report import markdown_of, table_of, write_results
+from gap_triton.demo.run import load_embedded_model
+from gap_triton.demo.scenes import held_out
+from gap_triton.demo.table import Case, Row
+from gap_triton.environment import default_device
+
+Budgets = Sequence[float | int]
+Measured = list[tuple[list[Row], list[Tensor]]]  # by model
+
+
+def sweep_configs(
+    layers: Sequence[int], scores: Sequence[str], budgets: Budgets, ids: Sequence[str]
+) -> list[GapConfig]:
+    """One-stage configurations of every combination that there is.
+
+    After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
+    only exist there are left out of decoder layers.
+
+    Raises:
+        ValueError: A value is not one of `GapConfig`, or a score is used at none of the layers.
+    """
+    configs: list[GapConfig] = []
+    used = set()
+    for layer, score, keep, rule in product(layers, scores, budgets, ids):
+        if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
+            continue
+        used.add(score)
+        ranked_by: Any = score
+        if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
+            ranked_by = "random"
+        config = GapConfig(keep=keep, layer=layer, score=ranked_by, ids=rule)  # type: ignore[arg-type]
+        if config not in configs:
+            configs.append(config)
+    for score in scores:
+        if score not in used:
+            raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")
+    return configs
+
+
+class Evaluation:
+    """What to measure of which models, collected first, so that one progress bar shows all of it.
+
+    Args:
+        console: Where to print.
+        output: Folder for the files; made where it is missing.
+        samples: Held-out scenes to ask about.
+        models: Names of embedded models.
+    """
+
+    def __init__(self, console: Console, output: Path, samples: int, models: Sequence[str]) -> None:
+        self.console, self.output, self.samples = console, output, samples
+        self.device = default_device()
+        self.models = [load_embedded_model(self.device, name) for name in models]
+        self._jobs: list[Job] = []
+        self._writers: list[Callable[[Measured], None]] = []
+
+    def add_methods(self, names: Sequence[str], budgets: Budgets) -> None:
+        """Presets at budgets, ids kept and compacted: ``methods.json``, ``methods.md``, ``methods.png``.
+
+        Raises:
+            ValueError: No preset takes any of the budgets.
+        """
+        found = [method_cases(model, names, budgets) for model, _ in self.models]
+        refused = [each for _, refusals in found for each in refusals]
+        for cases, refusals in found:
+            if not cases:
+                raise ValueError(f"nothing to measure: {refusals[0].reason}")
+
+        def write(measured: Measured) -> None:
+            rows = [row for own, _ in measured for row in own]
+            comparisons = [each for own in measured for each in compare(*own, lambda row: PLAIN)]
+            for own, _ in measured:
+                self.console.print(methods_table(own, comparisons, self._title(own[0].model)))
+            for refusal in refused:
+                self.console.print(f"no row: {refusal.model}, {refusal.method}: {refusal.reason}")
+            self._write("methods.json", rows=rows, comparisons=comparisons, refused=refused)
+            self._write_text("methods.md", methods_markdown(rows, comparisons, refused))
+            save_methods(
+                rows, self._title("Methods with ids compacted and kept"), self.output / "methods.png"
+            )
+            self._wrote("methods.png")
+
+        self._add([cases for cases, _ in found], write)
+
+    def add_coverage(self, budgets: Budgets) -> None:
+        """Coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
+
+        def write(measured: Measured) -> None:
+            rows = [row for own, _ in measured for row in own]
+            comparisons = [
+                each for own in measured for each in compare(*own, lambda row: plain_of(row, rows).method)
+            ]
+            self._write("coverage.json", rows=rows, comparisons=comparisons)
+            self._write_text("coverage.md", coverage_markdown(rows, comparisons))
+            save_coverage(rows, self._title("Coverage and position ids"), self.output / "coverage.png")
+            self._wrote("coverage.png")
+
+        self._add([coverage_cases(model, budgets) for model, _ in self.models], write)
+
+    def add_sweep(self, configs: Sequence[GapConfig]) -> None:
+        """Configurations of one stage: ``eval.json``, ``eval.md``.
+
+        ``"cls"`` is ``"received"`` where the vision encoder has no CLS token, as for presets.
+
+        Raises:
+            ValueError: A model can't be pruned so.
+        """
+        cases = []
+        for model, _ in self.models:
+            own = list(configs)
+            if score_without_cls(model):
+                own = [replace(each, score="received") if each.score == "cls" else each for each in own]
+            for config in own:
+                gap_triton.configure(model, config)
+            cases.append([Case.of(config) for config in dict.fromkeys(own)])
+
+        def write(measured: Measured) -> None:
+            rows = [row for own, _ in measured for row in own]
+            for own, _ in measured:
+                self.console.print(table_of(own, self._title(own[0].model)))
+            self._write("eval.json", rows=rows)
+            self._write_text("eval.md", markdown_of(rows))
+
+        self._add(cases, write)
+
+    def run(self) -> None:
+        """Measure everything that was added, print it and write it."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        measured = iter(run_jobs(self.console, held_out(self.samples), self._jobs))
+        for write in self._writers:
+            write([next(measured) for _ in self.models])
+
+    def _add(self, cases: Sequence[Sequence[Case]], write: Callable[[Measured], None]) -> None:
+        self._jobs += [Job(*model, own) for model, own in zip(self.models, cases, strict=True)]
+        self._writers.append(write)
+
+    def _title(self, subject: str) -> str:
+        return f"{subject}, {self.samples} held-out scenes"
+
+    def _write(self, name: str, **parts: Sequence[Any]) -> None:
+        write_results(self.output / name, self.samples, self.device, **parts)
+        self._wrote(name)
+
+    def _write_text(self, name: str, text: str) -> None:
+        (self.output / name).write_text(text, encoding="utf-8")
+        self._wrote(name)
+
+    def _wrote(self, name: str) -> None:
+        self.console.print(f"wrote {self.output / name}", highlight=False, soft_wrap=True)

@@ -1,0 +1,41 @@
+"""Several measurements one after the other, with one progress bar over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from gap_triton.demo.scenes import Scenes
+from gap_triton.demo.table import Case, Row, measure
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure of one model: no pruning, and each of ``cases``."""
+
+    model: Any
+    processor: Any
+    cases: Sequence[Case]
+
+
+def run_jobs(console: Console, scenes: Scenes, jobs: Sequence[Job]) -> list[tuple[list[Row], list[Tensor]]]:
+    """Rows and IoUs of each job, as `measure` gives them."""
+    columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=len(scenes) * sum(len(job.cases) + 1 for job in jobs))
+        for job in jobs:
+            model = job.model.config.model_type
+            bar.update(task, description=f"{model}: timing prefills")
+
+            def advance(name: str, done: int, model: str = model) -> None:
+                bar.update(task, advance=done, description=f"{model}: {name}")
+
+            results.append(measure(job.model, job.processor, scenes, job.cases, progress=advance))
+        bar.update(task, description="done")
+    return results

@@ -1,0 +1,140 @@
+"""Results as text: tables for the terminal and for Markdown, and the JSON that both can be made from again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gap_triton.demo.compare import Comparison
+from gap_triton.demo.table import IOU_THRESHOLD, NO_PRUNING, Row
+from gap_triton.environment import device_name, installed_versions
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    """The rows as a table for the terminal, with a line before each new method and share."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in ("tokens", "position ids"):
+        table.add_column(name, no_wrap=True)
+    for name in ("accuracy (95% CI)", "mean IoU", "prefill", "KV cache"):
+        table.add_column(name, justify="right", no_wrap=True)
+    methods = {row.method for row in rows[1:]}
+    previous = rows[0]
+    for row in rows:
+        if (row.method, row.keep) != (previous.method, previous.keep):
+            table.add_section()
+        if row.method != previous.method and len(methods) > 1:
+            table.add_row(f"[bold]{row.method}[/bold]")
+        previous = row
+        table.add_row(
+            f"{row.tokens_kept} ({row.keep:.3g})" if row.keep < 1 else str(row.tokens_kept),
+            NO_PRUNING if row.method == NO_PRUNING else {"kept": "kept (GAP)"}.get(row.ids, row.ids),
+            f"{row.accuracy:.3f} ({row.accuracy_low:.3f}-{row.accuracy_high:.3f})",
+            f"{row.mean_iou:.3f}",
+            *cost_cells(row),
+        )
+    table.caption = (
+        f"tokens: visual tokens kept, of {rows[0].tokens_kept}; accuracy: IoU >= {IOU_THRESHOLD} of the answered box; "
+        "prefill: its time, vision tower included, relative to no pruning; KV cache: of one prompt"
+    )
+    return table
+
+
+def write_results(path: Path, samples: int, device: torch.device, **parts: Sequence[Any]) -> None:
+    """Write results with all that is needed to place them; ``parts``: by name, things with ``as_dict()``."""
+    results = {
+        **{name: [each.as_dict() for each in part] for name, part in parts.items()},
+        "samples": samples,
+        "iou_threshold": IOU_THRESHOLD,
+        "versions": installed_versions(),
+        "device": device_name(device),
+    }
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def markdown_of(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, one table for each model; with one id rule, one line for each method."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    parts = []
+    for model in models:
+        own = [row for row in rows if row.model == model]
+        one_rule = len({row.ids for row in own if row.method != NO_PRUNING}) == 1
+        table = _by_method(own) if one_rule else _by_row(own)
+        parts.append(f"**{model}**\n\n{table}" if len(models) > 1 else table)
+    return "\n".join(parts)
+
+
+def _by_row(rows: Sequence[Row]) -> str:
+    return markdown(
+        (
+            *("method", "keep", "visual tokens", "ids", "accuracy (95% interval)", "mean IoU"),
+            *("prefill time", "KV cache"),
+        ),
+        [
+            (
+                row.method,
+                budget_name(row.keep),
+                str(row.tokens_kept),
+                "" if row.method == NO_PRUNING else row.ids,
+                accuracy(row),
+                f"{row.mean_iou:.3f}",
+                *cost_cells(row),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _by_method(rows: Sequence[Row]) -> str:
+    keeps = list(dict.fromkeys(row.keep for row in rows if row.method != NO_PRUNING))
+    by = {(row.method, row.keep): row for row in rows}
+    unpruned = next(row for row in rows if row.method == NO_PRUNING)
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows if row.method != NO_PRUNING):
+        own = [by[method, keep] for keep in keeps]
+        costs = zip(*map(cost_cells, own), strict=True)
+        lines.append((method, *map(accuracy, own), *map(" / ".join, costs)))
+    ids = next(row.ids for row in rows if row.method != NO_PRUNING)
+    header = ("method", *(f"accuracy at {budget_name(keep)}" for keep in keeps), "prefill time", "KV cache")
+    return f"Ids {ids}; no pruning: accuracy {accuracy(unpruned)}, {cost_cells(unpruned)[1]}.\n\n" + markdown(
+        header, lines
+    )
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = "|" + "---|" * len(header) + "\n"
+    first, *others = (f"| {' | '.join(row)} |\n" for row in (header, *lines))
+    return first + rule + "".join(others)
+
+
+def budget_name(keep: float | int) -> str:
+    """A share in percent, or a count of tokens."""
+    return f"{100 * keep:.3g}%" if isinstance(keep, float) else f"{keep} tokens"
+
+
+def accuracy(row: Row) -> str:
+    """Accuracy with its interval."""
+    return f"{row.accuracy:.3f} ({row.accuracy_low:.3f} to {row.accuracy_high:.3f})"
+
+
+def difference(comparison: Comparison) -> str:
+    """Difference of two accuracies with its interval."""
+    return f"{comparison.value:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
+
+
+def cost_cells(row: Row) -> tuple[str, str]:
+    """Prefill time and size of the cache."""
+    return f"{row.prefill_ratio:.2f}x", f"{row.kv_bytes / 1024:.0f} KiB"
