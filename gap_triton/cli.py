@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,10 +113,20 @@ def run(
         str, typer.Option(help="What to ask. The image token is put in front where it is missing.")
     ],
     keep: Keep = "0.5",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Published method by name, such as fastv or nuwa; --keep is its budget."),
+    ] = None,
     layer: Annotated[
-        int, typer.Option(help="Decoder layer whose attention scores; dropped before the next.")
-    ] = 2,
-    score: Annotated[Score, typer.Option(help="What ranks a visual token.")] = "last_token",
+        int | None,
+        typer.Option(
+            help="Decoder layer whose attention scores; dropped before the next. -1: after the vision encoder. "
+            f"Default: {GapConfig.layer}"
+        ),
+    ] = None,
+    score: Annotated[
+        Score | None, typer.Option(help=f"What ranks a visual token. Default: {GapConfig.score}")
+    ] = None,
     ids: Annotated[Ids, typer.Option(help="Position ids of the survivors; 'kept' is GAP.")] = "kept",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most, in tokens.")] = 64,
     overlay: Annotated[
@@ -125,14 +136,27 @@ def run(
     """Ask any supported model about an image, pruned, and show what was kept.
 
     Example: gap-triton run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "Where is the cat?" --keep 0.25
+
+    With a published method: gap-triton run ... --method nuwa --keep 64
     """
     from gap_triton.single import ask
 
-    config = make_config(keep=parse_keep(keep), layer=layer, score=score, ids=ids)
+    budget = parse_keep(keep)
+    own = {"layer": layer, "score": score}
+    given = {name: value for name, value in own.items() if value is not None}
+    if method is not None and given:
+        raise typer.BadParameter(f"--{next(iter(given))} is part of a method: leave it out, or --method")
+    config = None if method is not None else make_config(keep=budget, ids=ids, **given)
+
+    def config_for(loaded: Any) -> GapConfig:
+        if config is not None:
+            return config
+        return replace(GapConfig.preset(method, budget=budget, model=loaded), ids=ids)  # type: ignore[arg-type]
+
     if overlay is not None and (overlay.suffix.lower() != ".png" or not overlay.absolute().parent.is_dir()):
         raise typer.BadParameter(f"--overlay {str(overlay)!r}: expected a .png file in a folder that exists")
     try:
-        ask(model, image, prompt, config, max_new_tokens, overlay, console)
+        ask(model, image, prompt, config_for, max_new_tokens, overlay, console)
     except (
         OSError,
         ValueError,

@@ -192,11 +192,14 @@ class GapConfig(Stage):
         return (Stage(self.keep, self.layer, self.score, self.coverage, self.merge), *self.then)
 
     @classmethod
-    def preset(cls, name: str, **options: Any) -> GapConfig:
-        """The configuration of a published method, by name: see `gap_triton.presets`."""
+    def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
+        """The configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
+
+        Example: ``GapConfig.preset("nuwa", budget=64, model=model)``.
+        """
         from .presets import preset
 
-        return preset(name, **options)
+        return preset(name, model=model, **options)
 
 
 def asks_for_places(stage: Stage) -> bool:

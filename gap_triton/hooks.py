@@ -91,7 +91,7 @@ def before_owner(
             _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
         state.given_mask = kwargs.get("attention_mask")
         if state.visual is not None:
-            state.owner_kwargs = dict(kwargs)
+            state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
             watch_tower(state)
     kwargs[STATE_KEY] = state
     return args, kwargs

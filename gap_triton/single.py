@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def ask(
     model_path: str,
     image_path: Path,
     prompt: str,
-    config: GapConfig,
+    config_for: Callable[[Any], GapConfig],
     max_new_tokens: int,
     overlay: Path | None,
     console: Console,
@@ -34,7 +35,7 @@ def ask(
         image_path: Any image file that pillow reads.
         prompt: The question; the processor's image token is put in front where it is missing, through the chat template
             where the processor has one.
-        config: What to prune.
+        config_for: What to prune in a model that has been loaded.
         max_new_tokens: Length of the answer at most.
         overlay: Where to write a picture of the kept tokens, None = nowhere.
         console: Where to print.
@@ -57,6 +58,7 @@ def ask(
     if overlay is not None:
         check_overlay(model)
     model = model.to(device)
+    config = config_for(model)
     gap_triton.configure(model, config)
     processor = AutoProcessor.from_pretrained(model_path)
     inputs = processor(

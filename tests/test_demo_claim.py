@@ -90,6 +90,9 @@ def test_run_on_an_image_file(tmp_path) -> None:
     assert "kept 16 of 64 visual tokens after layer 1, ids kept" in result.output
     with Image.open(overlay) as picture:
         assert min(picture.size) > 200
+    result = cli(*arguments, "--keep", "0.25", "--method", "nuwa", "--overlay", str(overlay))
+    assert result.exit_code == 0, result.output
+    assert "kept 23 of 64 visual tokens before the decoder, 10 after layer 2, ids kept" in result.output
     result = cli(*arguments, "--keep", "1.0")
     assert "nothing dropped" in result.output
 
@@ -101,6 +104,8 @@ def test_run_on_an_image_file(tmp_path) -> None:
         (["--keep", "0"], "GapConfig.keep=0: an int counts"),
         (["--layer", "-1"], "GapConfig.score='last_token' with layer=-1"),
         (["--ids", "shifted"], "shifted"),
+        (["--method", "nuva"], "preset 'nuva': expected one of 'prumerge'"),
+        (["--method", "nuwa", "--layer", "1"], "--layer is part of a method: leave it out, or --method"),
         (["--layer", "5"], "this model's decoder has 6 layers; expected -1 to 4"),
     ],
 )

@@ -148,3 +148,18 @@ def test_a_composed_method_needs_no_preset() -> None:
     assert GapConfig.preset("nuwa", budget=64) == GapConfig(
         112, -1, "cls", "region", "aggregation", then=(Stage(16, 15, "last_token"),)
     )
+
+
+def test_a_model_tells_its_depth_and_whether_it_has_a_cls_token() -> None:
+    llava, qwen = ways.build("llava"), ways.build(ways.MROPE)
+    for name in PRESETS:
+        assert GapConfig.preset(name, model=llava) == for_model_defaults(name, "cls")
+        assert GapConfig.preset(name, model=qwen) == for_model_defaults(name, "received")
+    assert GapConfig.preset("cls", model=qwen, score="cls").score == "cls"
+    assert GapConfig.preset("fastv", model=qwen, layers=32).layer == 1
+
+
+def for_model_defaults(name: str, score: str) -> GapConfig:
+    known = inspect.signature(PRESETS[name]).parameters
+    told = {"layers": LAYERS, "score": score}
+    return PRESETS[name](**{key: value for key, value in told.items() if key in known})

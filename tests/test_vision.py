@@ -23,12 +23,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.models import find_parts
 from gap_triton.prompt import find_visual_tokens
-from gap_triton.vision.layout import Layout, layout_of
+from gap_triton.vision.layout import Layout, _picture_of, layout_of
 from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "projection_layer")  # of the attention of vision towers
-CLIP = {**tiny.VISION, "num_hidden_layers": 7}
+CLIP = {**tiny.VISION, "num_hidden_layers": 6}
 
 
 # --------------------------------------------------------------------------------------------- watching
@@ -172,6 +172,24 @@ def test_a_tower_without_cls_tells_what_an_eager_one_shows() -> None:
     expected = eager_tower(model, inputs["pixel_values"], -2, leading=0)
     for need in sorted(ALL | {"features"}):
         torch.testing.assert_close(getattr(output, need), expected[need], rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_patch_that_the_model_leaves_out_is_left_out() -> None:
+    """As it is where a tower without a CLS token meets the strategy for one that has it."""
+    model = llava(siglip())
+    model.config.vision_feature_select_strategy = "default"
+    owner, pixels = find_parts(model).owner, tiny.prompt("llava")["pixel_values"]
+    tower = find_tower(owner)
+    handles, watch = install(tower), TowerWatch(tower, ALL)
+    watch.start()
+    with torch.no_grad():
+        owner.get_image_features(pixels)
+    watch.stop()
+    for handle in handles:
+        handle.remove()
+    expected = eager_tower(model, pixels, -2, leading=1)
+    for need in sorted(ALL):
+        torch.testing.assert_close(getattr(watch.output(), need), expected[need], rtol=1e-4, atol=1e-5)
 
 
 def test_projected_features_are_what_enters_the_decoder() -> None:
@@ -631,6 +649,21 @@ def test_nothing_is_recorded_without_need() -> None:
         handle.remove()
 
 
+def test_a_watch_is_for_its_own_tower() -> None:
+    model, other = llava(siglip()), llava()
+    tower = find_tower(find_parts(model).owner)
+    handles = install(tower)
+    watch = TowerWatch(find_tower(find_parts(other).owner), frozenset({"cls"}))
+    watch.start()
+    with torch.no_grad():
+        features = tower.owner.get_image_features(tiny.prompt("llava")["pixel_values"])
+    watch.stop()
+    for handle in handles:
+        handle.remove()
+    assert not watch.encoded
+    assert not hasattr(features, "_gap_encoded")
+
+
 def test_a_copy_of_a_model_watches_its_own_tower() -> None:
     model = llava()
     inputs = tiny.prompt("llava")
@@ -706,6 +739,15 @@ def test_missing_sizes_are_named(name: str, missing: str) -> None:
     visual = torch.tensor([[False, True, True, True, True, False]])
     with pytest.raises(ValueError, match=f"was not given {missing}"):
         layout_of(find_parts(model).owner, {}, visual, *index_of(visual))
+
+
+def test_an_average_of_features_is_none_of_them() -> None:
+    """Not even where the average of their numbers is the number of another: that of 4 and 6 is not 5."""
+    numbers = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, -1.0])
+    squares = numbers.square() + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="interpolates"):
+        _picture_of(numbers, squares, 2)
+    assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
 
 
 def test_runs_that_are_squares_are_images() -> None:

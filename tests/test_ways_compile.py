@@ -8,10 +8,10 @@ import transformers
 from test_oracle import TOLERANCE, error
 from tiny import generate
 from torch._dynamo.utils import counters
-from ways import MODELS, make, pair
+from ways import MODELS, build, make, pair
 
 import gap_triton
-from gap_triton import GapConfig
+from gap_triton import GapConfig, Stage
 
 
 class Graphs:
@@ -59,6 +59,32 @@ def test_decode_steps_are_one_graph(name: str, shrinks: bool) -> None:
         assert error(compiled, expected) <= TOLERANCE
         cache.reset()
     assert not torch.equal(kept[0], kept[1])
+    assert (graphs.count, graphs.breaks, graphs.reads) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GapConfig(0.4, -1, "random"),
+        GapConfig(0.6, -1, "random", then=(Stage(0.3, 2, "text"),)),
+        GapConfig(0.6, 0, "text", ids="compacted", then=(Stage(0.3, 2, "text"),)),
+    ],
+    ids=["before", "before, then inside", "compacted"],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_decode_steps_behind_several_stages_are_one_graph(name: str, config: GapConfig) -> None:
+    model = build(name, "gap_triton")
+    gap_triton.configure(model, config)
+    graphs = Graphs()
+    options = {"compile_config": config_for(graphs)}
+    cache = gap_triton.static_cache(model, max_cache_len=70)
+    for seed in (1, 2):
+        inputs = make(name, "left-padded", seed)
+        expected = generate(model, inputs)
+        compiled = generate(model, inputs, past_key_values=cache, **options)
+        assert torch.equal(compiled.sequences, expected.sequences)
+        assert error(compiled, expected) <= TOLERANCE
+        cache.reset()
     assert (graphs.count, graphs.breaks, graphs.reads) == (1, 0, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +15,6 @@ from gap_triton.config import Ids
 from gap_triton.demo.compare import Comparison
 from gap_triton.demo.report import accuracy, budget_name, cost_cells, difference, markdown
 from gap_triton.demo.table import NO_PRUNING, Case, Row
-from gap_triton.presets import PRESETS
 
 PLAIN = "cls"  # plain top-k: what the others are compared with
 IDS: tuple[Ids, ...] = ("kept", "compacted")
@@ -49,8 +47,7 @@ def method_cases(
     """What to measure of the presets ``names``.
 
     Args:
-        model: An embedded model, under ``"gap_triton"``. Its number of layers is passed on to presets that take it, and
-            ``score="received"`` to those that rank by the CLS token where its vision encoder has none.
+        model: An embedded model, under ``"gap_triton"``.
         names: Of `PRESETS`.
         budgets: Shares or counts, handed to each preset in its own sense.
 
@@ -61,7 +58,7 @@ def method_cases(
     for name in names:
         for budget in budgets:
             try:
-                config = GapConfig.preset(name, budget=budget, **_options(model, name))
+                config = GapConfig.preset(name, budget=budget, model=model)
                 gap_triton.configure(model, config)
             except ValueError as error:
                 refused.append(Refusal(model.config.model_type, name, budget, str(error)))
@@ -71,22 +68,8 @@ def method_cases(
 
 
 def score_without_cls(model: Any) -> bool:
-    """Whether presets that rank by the CLS token need ``score="received"`` on ``model``."""
-    try:
-        gap_triton.configure(model, GapConfig.preset(PLAIN))
-    except ValueError:
-        return True
-    return False
-
-
-def _options(model: Any, name: str) -> dict[str, Any]:
-    known = inspect.signature(PRESETS[name]).parameters
-    options: dict[str, Any] = {}
-    if "layers" in known:
-        options["layers"] = model.config.get_text_config().num_hidden_layers
-    if "score" in known and score_without_cls(model):
-        options["score"] = "received"
-    return options
+    """Whether methods that rank by the CLS token need ``score="received"`` on ``model``."""
+    return GapConfig.preset(PLAIN, model=model).score == "received"
 
 
 def methods_markdown(

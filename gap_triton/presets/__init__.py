@@ -11,7 +11,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..config import GapConfig
+from ..config import GapConfig, Score
+from ..models import find_parts
+from ..vision.tower import find_tower
 from . import (
     cls,
     fastv,
@@ -45,17 +47,18 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
 }
 
 
-def preset(name: str, **options: Any) -> GapConfig:
+def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     """The configuration of a published method.
 
     Args:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"visionzip"``, ``"feather"``.
+        model: The model that it is for, which tells ``layers``, and ``score`` where its vision encoder has no CLS token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
-            method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the
-            decoder, whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS
-            token, where the vision encoder has none.
+            method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
+            whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the
+            vision encoder has none.
 
     Raises:
         ValueError: There is no such method, or it takes no such option, or the option is out of range.
@@ -66,4 +69,18 @@ def preset(name: str, **options: Any) -> GapConfig:
     for option in options:
         if option not in known:
             raise ValueError(f"preset {name!r} takes no {option!r}: it takes {', '.join(map(repr, known))}")
+    if model is not None:
+        told = {"layers": _layers_of, "score": _score_of}
+        options = {option: told[option](model) for option in known if option in told} | options
     return PRESETS[name](**options)
+
+
+def _layers_of(model: Any) -> int:
+    return len(find_parts(model).text.layers)
+
+
+def _score_of(model: Any) -> Score:
+    try:
+        return "cls" if find_tower(find_parts(model).owner).has_cls else "received"
+    except ValueError:
+        return "cls"  # refused with its reason when the model is configured

@@ -48,6 +48,8 @@ def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
 
 def _told_now(attachment: Attachment) -> Needs:
     assert attachment.tower is not None
+    if attachment.owner.training:
+        return frozenset()  # nothing is pruned then
     return _told_by(attachment.tower, attachment.config)
 
 
