@@ -15,6 +15,8 @@ from test_demo_claim import cli
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
 from gap_triton.demo import table
+from gap_triton.demo.architectures import QWEN2_5_VL
+from gap_triton.demo.build import build_model
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
 from gap_triton.demo.evaluation import Evaluation, sweep_configs
@@ -213,6 +215,32 @@ def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
     assert {case.method for case in cases} | {each.method for each in refused} == set(PRESETS)
     assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather"}
     assert all(each.model == "llava" and "budget=16" in each.reason for each in refused)
+
+
+def test_without_cls_token_attention_received_ranks() -> None:
+    model = build_model(QWEN2_5_VL).eval()
+    model.set_attn_implementation("gap_triton")
+    cases, refused = method_cases(model, list(PRESETS), SHARES)
+    assert not refused
+    assert len(cases) == len(PRESETS) * len(SHARES) * 2
+    first = {case.method: case.config.score for case in cases}
+    assert {name for name, score in first.items() if score == "received"} == {
+        *("prumerge", "prumerge+", "cls", "nuwa", "visionzip")
+    }
+    assert not any(case.config.score == "cls" for case in cases + coverage_cases(model, SHARES))
+    named = methods_markdown(
+        [
+            row("no pruning", "kept", torch.zeros(4), keep=1.0, model="qwen2_5_vl"),
+            *(
+                row("cls", ids, torch.zeros(4), model="qwen2_5_vl", config={"score": "received"})
+                for ids in ("kept", "compacted")
+            ),
+        ],
+        [Comparison("qwen2_5_vl", 0.5, "cls", "kept", "cls", "compacted", 0.0, -0.1, 0.1, 0, 0)],
+        [],
+    )
+    assert named.startswith("**qwen2_5_vl**, no pruning: accuracy 0.000")
+    assert 'methods that rank by the CLS token use `score="received"` here' in named
 
 
 def test_coverage_crosses_everything(llava) -> None:
