@@ -1,7 +1,9 @@
-"""The embedded model: packing is exact, text and boxes survive the round trip, the shipped files load and answer."""
+"""The embedded models: packing is exact, text and boxes survive the round trip, the shipped files load and answer."""
 
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gap_triton.demo import curve, scenes
+from gap_triton.demo.architecture import Architecture
+from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL, find
 from gap_triton.demo.build import build_model, save
 from gap_triton.demo.grounding import box_iou, boxes_from_tokens, evaluate, location_ids, prompt
 from gap_triton.demo.naming import naming_loss
@@ -18,70 +22,100 @@ from gap_triton.demo.packing import (
     BLOCK,
     IGNORED,
     PREDICTED,
-    PREFIX,
     QUESTION,
     Packed,
     pack,
     with_wrong_answers,
 )
 from gap_triton.demo.schedule import PEAK_RATE, STAGES, learning_rate, stage_at
-from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train, visual_features
-from gap_triton.demo.vocabulary import EOS, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
+from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
+from gap_triton.demo.vocabulary import EOS, IMAGE_PAD, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
 
-SHIPPED = Path(curve.__file__).parent / "model"
+
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model, saved: what does not depend on the weights is tested on it."""
     path = tmp_path_factory.mktemp("model")
-    save(build_model(seed=3), path)
+    save(architecture, build_model(architecture, seed=3), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def processor(folder: Path):
-    return AutoProcessor.from_pretrained(folder)
+def processor(architecture: Architecture, folder: Path):
+    return architecture.load_processor(folder)
 
 
-def logits_in_training(model, packed: Packed) -> Tensor:
+def logits_in_training(architecture: Architecture, model, packed: Packed) -> Tensor:
     with torch.no_grad():
-        return answer_logits(model, packed, visual_features(model, packed))
+        features = architecture.visual_features(model, packed.pixel_values)
+        return answer_logits(architecture, model, packed, features)
 
 
-def test_packed_logits_equal_those_of_questions_asked_alone() -> None:
-    model = build_model(seed=1).eval()
+def asked_alone(architecture: Architecture, model, packed: Packed, slot: int) -> dict[str, Tensor]:
+    """Inputs of one question with its answer, as the model takes them without any help from packing."""
+    start = packed.prefix + slot * BLOCK
+    input_ids = torch.cat(
+        [packed.input_ids[:, : packed.prefix], packed.input_ids[:, start : start + BLOCK]], 1
+    )
+    inputs = {"input_ids": input_ids, "pixel_values": packed.pixel_values}
+    if architecture is QWEN2_5_VL:
+        inputs["image_grid_thw"] = torch.tensor([[1, 16, 16]] * len(input_ids))
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            inputs["mm_token_type_ids"] = (input_ids == token_id(architecture.image_token)).long()
+    return inputs
+
+
+def test_packed_logits_equal_those_of_questions_asked_alone(architecture: Architecture) -> None:
+    model = build_model(architecture, seed=1).eval()
     # Larger weights than the initial ones, so that attention is far from uniform and a leak would show.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    packed = pack(scenes.draw(2, seed=5, fewest=4))
-    logits = logits_in_training(model, packed).unflatten(1, (-1, PREDICTED))
+    packed = pack(scenes.draw(2, seed=5, fewest=4), architecture)
+    logits = logits_in_training(architecture, model, packed).unflatten(1, (-1, PREDICTED))
     for slot in range(scenes.MOST_OBJECTS):
-        block = packed.input_ids[:, PREFIX + slot * BLOCK : PREFIX + (slot + 1) * BLOCK]
-        alone = torch.cat([packed.input_ids[:, :PREFIX], block], 1)
         with torch.no_grad():
-            expected = model(input_ids=alone, pixel_values=packed.pixel_values).logits[:, -PREDICTED:]
+            expected = model(**asked_alone(architecture, model, packed, slot)).logits[:, -PREDICTED:]
         assert expected.std() > 0.1
         torch.testing.assert_close(logits[:, slot], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_training_attention_equals_sdpa() -> None:
-    model = build_model(seed=1).eval()
-    packed = pack(scenes.draw(2, seed=5))
-    expected = logits_in_training(model, packed)
+def test_packed_position_ids_are_those_of_get_rope_index() -> None:
+    model = build_model(QWEN2_5_VL)
+    packed = pack(scenes.draw(2, seed=5, fewest=4), QWEN2_5_VL)
+    for slot in range(scenes.MOST_OBJECTS):
+        inputs = asked_alone(QWEN2_5_VL, model, packed, slot)
+        inputs.pop("pixel_values")
+        expected, _ = model.model.get_rope_index(**inputs)
+        start = packed.prefix + slot * BLOCK
+        own = [packed.position_ids[..., : packed.prefix], packed.position_ids[..., start : start + BLOCK]]
+        assert torch.equal(torch.cat(own, -1).expand_as(expected), expected)
+        assert expected[:, 0].unique(dim=1).shape[1] == expected.shape[2]  # no two tokens share all three ids
+
+
+def test_training_attention_equals_sdpa(architecture: Architecture) -> None:
+    model = build_model(architecture, seed=1).eval()
+    packed = pack(scenes.draw(2, seed=5), architecture)
+    expected = logits_in_training(architecture, model, packed)
     model.set_attn_implementation(ATTENTION)
-    torch.testing.assert_close(logits_in_training(model, packed), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits_in_training(architecture, model, packed), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_wrong_answers_are_fed_in_turns_and_touch_nothing_else() -> None:
-    packed = pack(scenes.draw(4, seed=5, fewest=4))
-    right = packed.input_ids[:, PREFIX:].unflatten(1, (-1, BLOCK))
+    packed = pack(scenes.draw(4, seed=5, fewest=4), LLAVA)
+    right = packed.input_ids[:, packed.prefix :].unflatten(1, (-1, BLOCK))
     for step in (0, 1):
         mixed = with_wrong_answers(packed, step)
         assert torch.equal(mixed.labels, packed.labels)
-        assert torch.equal(mixed.input_ids[:, :PREFIX], packed.input_ids[:, :PREFIX])
-        fed = mixed.input_ids[:, PREFIX:].unflatten(1, (-1, BLOCK))
+        assert torch.equal(mixed.input_ids[:, : packed.prefix], packed.input_ids[:, : packed.prefix])
+        fed = mixed.input_ids[:, packed.prefix :].unflatten(1, (-1, BLOCK))
         assert torch.equal(fed[..., :QUESTION], right[..., :QUESTION])
         wrong = (fed != right).any(2)
         assert torch.equal(wrong, (torch.arange(4)[:, None] + torch.arange(4) + step) % 2 == 0)
@@ -115,24 +149,36 @@ def test_the_stages_go_from_words_to_one_object_to_several() -> None:
     assert rates[-1] < 1e-5 * PEAK_RATE
 
 
-def test_packed_prompt_is_what_the_processor_makes(processor) -> None:
+def test_packed_prompt_is_what_the_processor_makes(architecture: Architecture, processor) -> None:
+    check_processor(architecture, processor)
+
+
+def test_packed_prompt_is_what_auto_processor_makes(architecture: Architecture, folder: Path) -> None:
+    if architecture is QWEN2_5_VL:
+        pytest.importorskip("torchvision", reason="transformers wants it for Qwen2.5-VL's video half")
+    check_processor(architecture, AutoProcessor.from_pretrained(folder))
+
+
+def check_processor(architecture: Architecture, processor) -> None:
     part = scenes.draw(2, seed=9, fewest=4)
-    packed = pack(part)
+    packed = pack(part, architecture)
     for slot in range(scenes.MOST_OBJECTS):
         inputs = processor(
             images=[part.image(i) for i in range(2)],
-            text=[prompt(part.question(i, slot)) for i in range(2)],
+            text=[prompt(part.question(i, slot), processor) for i in range(2)],
             return_tensors="pt",
         )
-        start = PREFIX + slot * BLOCK
+        start = packed.prefix + slot * BLOCK
         question = packed.input_ids[:, start : start + QUESTION]
-        assert torch.equal(inputs["input_ids"], torch.cat([packed.input_ids[:, :PREFIX], question], 1))
+        assert torch.equal(
+            inputs["input_ids"], torch.cat([packed.input_ids[:, : packed.prefix], question], 1)
+        )
         torch.testing.assert_close(inputs["pixel_values"], packed.pixel_values)
 
 
 def test_labels_follow_the_boxes_and_leave_absent_objects_out() -> None:
     part = scenes.draw(40, seed=2)
-    labels = pack(part).labels.unflatten(1, (-1, PREDICTED))
+    labels = pack(part, LLAVA).labels.unflatten(1, (-1, PREDICTED))
     assert (labels[~part.present] == IGNORED).all()
     assert torch.equal(labels[part.present][:, 0], part.shapes[part.present] + token_id(scenes.SHAPES[0]))
     assert (labels[part.present][:, 1 + ANSWER] == token_id(EOS)).all()
@@ -145,7 +191,7 @@ def test_labels_follow_the_boxes_and_leave_absent_objects_out() -> None:
 
 def test_teacher_forced_accuracy_counts_present_objects_only() -> None:
     part = scenes.draw(20, seed=2)
-    labels = pack(part).labels.clamp(min=0)
+    labels = pack(part, LLAVA).labels.clamp(min=0)
     perfect = torch.nn.functional.one_hot(labels, len(TOKENS)).float()
     assert teacher_forced_accuracy(perfect, part) == 1.0
     assert teacher_forced_accuracy(perfect.roll(1, 0), part) < 0.5
@@ -160,8 +206,11 @@ def test_text_survives_the_round_trip(processor) -> None:
     assert processor.tokenizer("where is the purple dog?")["input_ids"].count(token_id("<unk>")) == 2
 
 
-def test_every_token_has_its_id(processor) -> None:
-    assert processor.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS)))
+def test_every_token_has_its_id(architecture: Architecture, processor) -> None:
+    tokens = architecture.tokens
+    assert processor.tokenizer.convert_tokens_to_ids(list(tokens)) == list(range(len(tokens)))
+    assert tokens[: len(TOKENS)] == TOKENS  # the shipped LLaVA's
+    assert [token_id(token) for token in tokens] == list(range(len(tokens)))
     with pytest.raises(ValueError, match=r"token is 'dog'; it must be one of <pad>, "):
         token_id("dog")
 
@@ -211,12 +260,12 @@ def test_bad_boxes_are_named(boxes: Tensor, message: str) -> None:
         location_ids(boxes)
 
 
-def test_saved_config_names_no_attention(folder: Path) -> None:
-    for path in (folder / "config.json", SHIPPED / "config.json"):
+def test_saved_config_names_no_attention(architecture: Architecture, folder: Path) -> None:
+    for path in (folder / "config.json", architecture.folder / "config.json"):
         assert "attn" not in path.read_text()
 
 
-def test_shipped_files_are_those_of_the_code(folder: Path) -> None:
+def test_shipped_files_are_those_of_the_code(architecture: Architecture, folder: Path) -> None:
     names = {"config.json", "generation_config.json", "preprocessor_config.json"}
     names |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
@@ -226,30 +275,65 @@ def test_shipped_files_are_those_of_the_code(folder: Path) -> None:
         return loaded
 
     for name in names - {"config.json"}:  # what a config spells out differs between versions of transformers
-        assert content(SHIPPED / name) == content(folder / name), name
+        assert content(architecture.folder / name) == content(folder / name), name
 
 
-def test_shipped_weights_are_small() -> None:
-    assert (SHIPPED / "model.safetensors").stat().st_size <= 8_000_000
+def test_shipped_weights_are_small(architecture: Architecture) -> None:
+    assert (architecture.folder / "model.safetensors").stat().st_size <= 8_000_000
 
 
 @pytest.fixture(scope="module")
-def shipped():
-    return AutoModelForImageTextToText.from_pretrained(SHIPPED).eval(), AutoProcessor.from_pretrained(SHIPPED)
+def shipped(architecture: Architecture):
+    model = AutoModelForImageTextToText.from_pretrained(architecture.folder).eval()
+    return model, architecture.load_processor(architecture.folder)
 
 
-def test_shipped_model_points_at_things_in_an_image_of_any_size(shipped) -> None:
-    model, processor = shipped
+def test_shipped_model_points_at_things_in_an_image_of_any_size(architecture: Architecture, shipped) -> None:
+    if architecture is QWEN2_5_VL:
+        pytest.importorskip("torchvision", reason="transformers wants it for Qwen2.5-VL's video half")
+    model, processor = shipped[0], AutoProcessor.from_pretrained(architecture.folder)
+    # Qwen2.5-VL keeps the shape of an image, so the grid it was trained on is that of squares.
+    size = (333, 333) if architecture is QWEN2_5_VL else (333, 201)
     part = scenes.held_out(8)
     right = 0
     for i in range(len(part)):
-        image = part.image(i).resize((333, 201), Image.Resampling.BICUBIC)
-        inputs = processor(images=image, text="<image> " + part.question(i), return_tensors="pt")
+        image = part.image(i).resize(size, Image.Resampling.BICUBIC)
+        inputs = processor(images=image, text=prompt(part.question(i), processor), return_tensors="pt")
         generated = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
         assert generated[-1] == token_id(EOS)
         answer = processor.decode(generated, skip_special_tokens=True)
         right += int(box_iou(boxes_from_tokens([answer])[0], part.target_boxes[i] / scenes.IMAGE_SIZE) >= 0.5)
     assert right >= 6
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "message"),
+    [
+        (
+            (96, 64),
+            IMAGE_PAD,
+            r"images holds a RGB image of 96 x 64 pixels; expected RGB, 64 x 64: .* resize",
+        ),
+        (
+            (64, 64),
+            "where is it",
+            r"text has \[0\] times <\|image_pad\|> in its 1 prompts, for 1 images; expected",
+        ),
+    ],
+)
+def test_the_native_processor_refuses(size: tuple[int, int], text: str, message: str) -> None:
+    processor = QWEN2_5_VL.load_processor(QWEN2_5_VL.folder)
+    with pytest.raises(ValueError, match=message):
+        processor(images=Image.new("RGB", size), text=text)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"architecture is 'qwen3_vl'; it must be one of llava, qwen2_5_vl"):
+        find("qwen3_vl")
+    with pytest.raises(
+        ValueError, match=r"processor has the image token '<img>'; .* <image>, <\|image_pad\|>"
+    ):
+        prompt("where is it", SimpleNamespace(image_token="<img>"))
 
 
 def test_evaluate_is_right_on_held_out_scenes_and_independent_of_the_batch_size(shipped) -> None:
@@ -267,12 +351,14 @@ def test_evaluate_names_a_bad_batch_size(shipped) -> None:
         evaluate(*shipped, scenes.held_out(1), batch_size=0)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    architecture: Architecture, tmp_path: Path
+) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train(whole, steps=6, batch=2)
-    train(resumed, steps=6, batch=2, stop_at=3)
+    train(whole, architecture, steps=6, batch=2)
+    train(resumed, architecture, steps=6, batch=2, stop_at=3)
     done: list[int] = []
-    train(resumed, steps=6, batch=2, report=lambda step, row: done.append(step))
+    train(resumed, architecture, steps=6, batch=2, report=lambda step, row: done.append(step))
     assert done == [4, 5, 6]
     first, second = (
         torch.load(path / "checkpoint.pt", weights_only=True)["model"] for path in (whole, resumed)
@@ -291,6 +377,8 @@ def test_a_run_refuses_the_checkpoint_of_another(tmp_path: Path) -> None:
     train(tmp_path, steps=2, batch=1, stop_at=1)
     with pytest.raises(ValueError, match=r"output is .*'steps': 2, .*'steps': 3, .*another folder"):
         train(tmp_path, steps=3, batch=1)
+    with pytest.raises(ValueError, match=r"'architecture': 'llava', .*'architecture': 'qwen2_5_vl', "):
+        train(tmp_path, QWEN2_5_VL, steps=2, batch=1)
 
 
 @pytest.mark.parametrize(

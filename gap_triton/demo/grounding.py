@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.demo.scenes import IMAGE_SIZE, Scenes
-from gap_triton.demo.vocabulary import IMAGE, LOCATION_TOKENS, LOCATIONS, token_id
+from gap_triton.demo.vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
 
 _ANSWER = re.compile(r"\s*".join([r"<loc(\d\d)>"] * 4))
 
@@ -53,9 +54,14 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     return (shared / (areas[0] + areas[1] - shared).clamp(min=1e-12)).nan_to_num(0.0)
 
 
-def prompt(question: str) -> str:
-    """The model's prompt for one question about one image."""
-    return f"{IMAGE} {question}"
+def prompt(question: str, processor: Any) -> str:
+    """Prompt for one question about one image, as the embedded model that ``processor`` belongs to was trained on."""
+    known = {architecture.image_token: architecture for architecture in ARCHITECTURES.values()}
+    if processor.image_token not in known:
+        raise ValueError(
+            f"processor has the image token {processor.image_token!r}; the embedded models have {', '.join(known)}"
+        )
+    return known[processor.image_token].prompt(question)
 
 
 def prepare(processor: Any, scenes: Scenes) -> Any:
@@ -63,7 +69,7 @@ def prepare(processor: Any, scenes: Scenes) -> Any:
     indices = range(len(scenes))
     return processor(
         images=[scenes.image(i) for i in indices],
-        text=[prompt(scenes.question(i)) for i in indices],
+        text=[prompt(scenes.question(i), processor) for i in indices],
         padding=True,
         return_tensors="pt",
     )
@@ -88,8 +94,8 @@ def evaluate(
     """Compare the answers to the scenes' questions with the true boxes.
 
     Args:
-        model: what ``AutoModelForImageTextToText.from_pretrained`` returned, pruned or not.
-        processor: what ``AutoProcessor.from_pretrained`` returned.
+        model: an embedded model, from ``AutoModelForImageTextToText.from_pretrained``, pruned or not.
+        processor: the processor of that model.
         scenes: the scenes to ask about.
         batch_size: scenes per call of ``generate``.
         progress: called after every batch with the number of scenes in it.

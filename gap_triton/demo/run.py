@@ -13,18 +13,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import gap_triton
 from gap_triton import GapConfig
 from gap_triton.config import Ids, Score
+from gap_triton.demo.architectures import LLAVA, find
 from gap_triton.demo.grounding import answer_boxes
 from gap_triton.demo.pictures import Example, kept_grid, save_bars, save_overlay
 from gap_triton.demo.scenes import GRID, IMAGE_SIZE, Scenes, held_out
 from gap_triton.demo.table import IOU_THRESHOLD, Row, measure
 from gap_triton.environment import default_device, device_name, installed_versions
 
-MODEL_PATH = Path(__file__).parent / "model"
+MODEL_PATH = LLAVA.folder  # of the model that the demo shows
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
 SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
@@ -34,10 +35,16 @@ SHOWN = 4  # scenes in the overlay: the first held-out ones, not chosen
 SHOWN_KEEP = 0.5
 
 
-def load_embedded_model(device: torch.device | None = None) -> tuple[Any, Any]:
-    """The embedded model under ``"gap_triton"``, and its processor, through the public API of transformers."""
-    model = AutoModelForImageTextToText.from_pretrained(MODEL_PATH, attn_implementation="gap_triton")
-    return model.to(device or default_device()), AutoProcessor.from_pretrained(MODEL_PATH)
+def load_embedded_model(device: torch.device | None = None, name: str = LLAVA.name) -> tuple[Any, Any]:
+    """Load an embedded model under ``"gap_triton"``, and its processor, through the public API of transformers.
+
+    Args:
+        device: where to put the model; None = the best there is.
+        name: its architecture, ``"llava"`` or ``"qwen2_5_vl"``.
+    """
+    architecture = find(name)
+    model = AutoModelForImageTextToText.from_pretrained(architecture.folder, attn_implementation="gap_triton")
+    return model.to(device or default_device()), architecture.load_processor(architecture.folder)
 
 
 def demo_configs() -> list[GapConfig]:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.demo.architecture import VISUAL
 from gap_triton.demo.grounding import evaluate, prepare
 from gap_triton.demo.scenes import Scenes
 
@@ -91,7 +92,7 @@ def measure(
     """Evaluate ``model`` under each configuration, no pruning first.
 
     Args:
-        model: The embedded model, under ``"gap_triton"``.
+        model: An embedded model, under ``"gap_triton"``.
         processor: Its processor.
         scenes: Held-out scenes.
         configs: What to compare with no pruning.
@@ -115,7 +116,7 @@ def measure(
                 method=method_name(config),
                 keep=float(config.keep),
                 ids=config.ids,
-                tokens_kept=config.count(model.config.image_seq_length),
+                tokens_kept=config.count(VISUAL),
                 accuracy=hits / len(ious),
                 accuracy_low=low,
                 accuracy_high=high,

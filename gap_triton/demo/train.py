@@ -20,10 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from gap_triton.demo import curve
+from gap_triton.demo.architecture import Architecture
+from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, find
 from gap_triton.demo.build import build_model, save
 from gap_triton.demo.grounding import box_iou
 from gap_triton.demo.naming import naming_loss
-from gap_triton.demo.packing import ANSWER, PREDICTED, PREFIX, Packed, pack, with_wrong_answers
+from gap_triton.demo.packing import ANSWER, PREDICTED, Packed, pack, with_wrong_answers
 from gap_triton.demo.scenes import HELD_OUT_SEED, IMAGE_SIZE, MOST_OBJECTS, Scenes, draw
 from gap_triton.demo.schedule import learning_rate, stage_at
 from gap_triton.demo.vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
@@ -59,17 +61,11 @@ AttentionInterface.register(ATTENTION, matmul_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def visual_features(model: Any, packed: Packed) -> Tensor:
-    """Visual tokens as the decoder gets them: ``[N, VISUAL, C]``."""
-    hidden = model.model.vision_tower(packed.pixel_values).last_hidden_state
-    return model.model.multi_modal_projector(hidden[:, 1:])  # without CLS
-
-
-def answer_logits(model: Any, packed: Packed, features: Tensor) -> Tensor:
+def answer_logits(architecture: Architecture, model: Any, packed: Packed, features: Tensor) -> Tensor:
     """Logits at the supervised positions: float32 ``[N, M * PREDICTED, vocabulary]``."""
     words = model.get_input_embeddings()(packed.input_ids)
     output = model(
-        inputs_embeds=torch.cat([words[:, :1], features.to(words.dtype), words[:, PREFIX:]], 1),
+        inputs_embeds=architecture.splice(words, features),
         attention_mask=packed.attention_mask,
         position_ids=packed.position_ids,
         logits_to_keep=packed.predicting,
@@ -93,6 +89,7 @@ def teacher_forced_accuracy(logits: Tensor, scenes: Scenes) -> float:
 
 def train(
     output: Path,
+    architecture: Architecture = LLAVA,
     *,
     steps: int,
     batch: int,
@@ -107,6 +104,7 @@ def train(
 
     Args:
         output: folder for the checkpoint, the log ``training.jsonl`` and the model; created if missing.
+        architecture: what to train.
         steps: length of the whole schedule.
         batch: scenes per step.
         seed: of the initial weights and of the scenes.
@@ -124,8 +122,8 @@ def train(
         raise ValueError(f"stop_at is {stop_at}; it must be in 1..{steps}, the number of steps")
 
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": steps, "batch": batch, "seed": seed}
-    model = build_model(seed)
+    settings = {"architecture": architecture.name, "steps": steps, "batch": batch, "seed": seed}
+    model = build_model(architecture, seed)
     model.set_attn_implementation(ATTENTION)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -134,12 +132,12 @@ def train(
     for step in range(start, last):
         stage = stage_at(step, steps)
         scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=stage.fewest, most=stage.most)
-        packed = pack(scenes)
+        packed = pack(scenes, architecture)
         with torch.autocast("cpu", torch.bfloat16):
-            features = visual_features(model, packed)
+            features = architecture.visual_features(model, packed.pixel_values)
             names, accuracy = naming_loss(features, model.get_input_embeddings().weight, scenes)
             if stage.answers:
-                logits = answer_logits(model, with_wrong_answers(packed, step), features)
+                logits = answer_logits(architecture, model, with_wrong_answers(packed, step), features)
         if stage.answers:
             answers = F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten())
             loss = answers + NAMING_WEIGHT * names
@@ -166,13 +164,14 @@ def train(
             }
             curve.append(output / "training.jsonl", row)
         if done % SAVE_EVERY == 0 or done == last:
-            _checkpoint(output, settings, model, optimizer, done, seconds)
+            _checkpoint(output, architecture, settings, model, optimizer, done, seconds)
         report(done, row)
 
 
 def _checkpoint(
     output: Path,
-    settings: dict[str, int],
+    architecture: Architecture,
+    settings: dict[str, Any],
     model: Any,
     optimizer: torch.optim.Optimizer,
     done: int,
@@ -182,11 +181,11 @@ def _checkpoint(
     state = {"settings": settings, "done": done, "seconds": seconds}
     torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
     partial.replace(output / "checkpoint.pt")  # interrupted while writing, the older checkpoint stays whole
-    save(model, output / "model")
+    save(architecture, model, output / "model")
 
 
 def _resume(
-    output: Path, settings: dict[str, int], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    output: Path, settings: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
     """Load the checkpoint, if any, and cut the log back to it: steps done, and seconds spent on them."""
     checkpoint, log = output / "checkpoint.pt", output / "training.jsonl"
@@ -213,6 +212,9 @@ def main(
         Path,
         typer.Option(help="Folder for the run: checkpoint.pt, training.jsonl, training.png and model/."),
     ],
+    architecture: Annotated[
+        str, typer.Option(help=f"What to train: {' or '.join(ARCHITECTURES)}.")
+    ] = LLAVA.name,
     steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 8000,
     batch: Annotated[int, typer.Option(help="Scenes per step; each is asked about all of its objects.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of the training scenes.")] = 0,
@@ -246,7 +248,7 @@ def main(
                 print(f"step {row['step']}/{steps}: {state}, {row['seconds']:.0f} s", flush=True)
 
         try:
-            train(output, steps=steps, batch=batch, seed=seed, report=report)
+            train(output, find(architecture), steps=steps, batch=batch, seed=seed, report=report)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     curve.plot(output / "training.jsonl", output / "training.png")

@@ -15,12 +15,20 @@ PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
 LOCATIONS = 2 * GRID + 1  # one step is half a visual token
 LOCATION_TOKENS = tuple(f"<loc{i:02d}>" for i in range(LOCATIONS))
 TOKENS = (PAD, UNKNOWN, BOS, EOS, IMAGE, "where", "is", "the", *COLOURS, *SHAPES, *LOCATION_TOKENS)
+# What Qwen2.5-VL's prompts and processor need, behind the rest: a token has the same id in every vocabulary.
+VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = (
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+)
+MORE_TOKENS = (*TOKENS, VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD)
 
-_IDS = {token: index for index, token in enumerate(TOKENS)}
+_IDS = {token: index for index, token in enumerate(MORE_TOKENS)}
 
 
 def token_id(token: str) -> int:
     """Id of one token of the vocabulary."""
     if token not in _IDS:
-        raise ValueError(f"token is {token!r}; it must be one of {', '.join(TOKENS)}")
+        raise ValueError(f"token is {token!r}; it must be one of {', '.join(MORE_TOKENS)}")
     return _IDS[token]
