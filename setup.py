@@ -29,7 +29,7 @@ setup(
     package_dir={"gap_kernels": "kernels/gap_kernels", "gap_triton": "gap_triton"},
     package_data={
         "gap_kernels": ["py.typed"],
-        "gap_triton": ["py.typed", "demo/model/*"],
+        "gap_triton": ["py.typed", "demo/model/*", "demo/model_mrope/*"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

@@ -15,7 +15,7 @@ from gap_triton.demo import curve, scenes
 from gap_triton.demo.architecture import Architecture
 from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL, find
 from gap_triton.demo.build import build_model, save
-from gap_triton.demo.grounding import box_iou, boxes_from_tokens, evaluate, location_ids, prompt
+from gap_triton.demo.grounding import answer_boxes, box_iou, boxes_from_tokens, evaluate, location_ids, prompt
 from gap_triton.demo.naming import naming_loss
 from gap_triton.demo.packing import (
     ANSWER,
@@ -344,6 +344,25 @@ def test_evaluate_is_right_on_held_out_scenes_and_independent_of_the_batch_size(
     assert iou.shape == (48,)
     assert (iou >= 0.5).float().mean() >= 0.8
     torch.testing.assert_close(evaluate(model, processor, part[:7], batch_size=3), iou[:7])
+
+
+@torch.no_grad()
+def test_where_things_are_comes_from_the_3d_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(QWEN2_5_VL.folder).eval()
+    processor = QWEN2_5_VL.load_processor(QWEN2_5_VL.folder)
+    part, threshold = scenes.held_out(32), 0.5
+    right = model.model.get_rope_index
+
+    def transposed(*args, **kwargs) -> tuple[Tensor, Tensor]:
+        ids, delta = right(*args, **kwargs)
+        return ids[[0, 2, 1]], delta  # text has the same id along all axes, so only the image changes
+
+    monkeypatch.setattr(model.model, "get_rope_index", transposed)
+    boxes = answer_boxes(model, processor, part)
+    truth = part.target_boxes / scenes.IMAGE_SIZE
+    assert (box_iou(boxes, truth) >= threshold).float().mean() < 0.3
+    # Most are where the ids now say that the thing is. Not all: where it begins within a token was not transposed.
+    assert (box_iou(boxes[:, [1, 0, 3, 2]], truth) >= threshold).float().mean() > 0.5
 
 
 def test_evaluate_names_a_bad_batch_size(shipped) -> None:

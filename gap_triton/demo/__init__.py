@@ -1,1 +1,1 @@
-"""A small vision-language model that ships with the package, and the scenes it was trained and is tested on."""
+"""Small vision-language models that ship with the package, and the scenes they were trained and are tested on."""

@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing on two CPU cores: ``python -m gap_triton.demo.train --help``.
+"""Train an embedded model from nothing on a CPU: ``python -m gap_triton.demo.train --help``.
 
 Dense attention over every visual token, no pruning of any kind: what the demo shows later is training-free.
 """
@@ -219,7 +219,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Scenes per step; each is asked about all of its objects.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of the training scenes.")] = 0,
 ) -> None:
-    """Train the demo's vision-language model from nothing, on a CPU.
+    """Train one of the embedded vision-language models from nothing, on a CPU.
 
     Run it again with the same options to go on after an interruption: it resumes from the last checkpoint, one
     every 250 steps, and ends with exactly the weights of an uninterrupted run.
