@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from gap_triton.demo import curve, scenes
 from gap_triton.demo.architecture import Architecture
@@ -157,6 +157,18 @@ def test_packed_prompt_is_what_auto_processor_makes(architecture: Architecture, 
     if architecture is QWEN2_5_VL:
         pytest.importorskip("torchvision", reason="transformers wants it for Qwen2.5-VL's video half")
     check_processor(architecture, AutoProcessor.from_pretrained(folder))
+
+
+def test_training_pixels_are_what_the_image_processor_makes(architecture: Architecture, folder: Path) -> None:
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    except ImportError as error:  # some versions of transformers want torchvision even for one image
+        pytest.skip(str(error))
+    part = scenes.draw(2, seed=9)
+    made = image_processor([part.image(i) for i in range(2)], return_tensors="pt")
+    torch.testing.assert_close(made["pixel_values"], architecture.pixel_values(part.images))
+    if architecture is QWEN2_5_VL:
+        assert torch.equal(made["image_grid_thw"], QWEN2_5_VL.image_grid(2))
 
 
 def check_processor(architecture: Architecture, processor) -> None:
