@@ -296,6 +296,18 @@ def test_eval_of_methods(tmp_path, one_round) -> None:
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
 
 
+def test_eval_of_both_models(tmp_path, one_round) -> None:
+    options = ("--methods", "cls", "--budgets", "0.25", "--samples", "2", "--output", str(tmp_path))
+    result = cli("eval", *options, "--model", "all")
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = json.loads((tmp_path / "methods.json").read_text())["rows"]
+    assert [(each["model"], each["ids"]) for each in rows] == [
+        (model, ids) for model in ("llava", "qwen2_5_vl") for ids in ("kept", "kept", "compacted")
+    ]
+    assert [each["config"]["score"] for each in rows[1::3]] == ["cls", "received"]
+    assert {each["tokens_mean"] for each in rows[1::3]} == {16.0}
+
+
 def test_eval_of_coverage(tmp_path, one_round) -> None:
     result = cli("eval", "--coverage", "--budgets", "0.5", "--samples", "4", "--output", str(tmp_path))
     assert result.exit_code == 0, (result.output, result.exception)
