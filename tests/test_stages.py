@@ -97,6 +97,8 @@ def test_layers_hold_what_each_stage_left() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_turns_with_new_images(config: GapConfig, batch: str) -> None:
     """Prompt, an image in the next turn, then words only, on one cache."""
+    if config.score == "cls" and not ways.V5:
+        pytest.skip("generate() of this transformers encodes the images of the first turn only")
     model, inputs = prepared(config), make_prompt("llava", batch)
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     outputs, gone = [], None
