@@ -71,7 +71,7 @@ class Stage:
 
     keep: float | int | Outliers = 0.5
     layer: int = 2
-    score: Score = "last_token"
+    score: Score = "text"
     coverage: Coverage = "topk"
     merge: Merge = "none"
 
@@ -146,7 +146,8 @@ class GapConfig(Stage):
     """How visual tokens are chosen and which position ids the survivors carry.
 
     ``keep``, ``layer``, ``score``, ``coverage`` and ``merge`` are those of the first place at which tokens are dropped, as
-    in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name.
+    in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name. The defaults run on every
+    supported model, and are the best that does so early in the decoder on the embedded models (docs/layers.md).
 
     Attributes:
         ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each

@@ -62,7 +62,7 @@ class MaskingOracle:
         model: PreTrainedModel,
         layer: int,
         keep: float | int,
-        score: str = "last_token",
+        score: str = "text",
         chosen: torch.Tensor | None = None,
         then: Sequence[tuple[int, float | int, str] | tuple[int, torch.Tensor]] = (),
     ) -> None:

@@ -44,7 +44,7 @@ from gap_triton import GapConfig, Stage
         ({"score": np.array(["text"])}, r"GapConfig.score=array.*: expected one of"),
         (
             {"layer": -1},
-            r"GapConfig.score='last_token' with layer=-1: after the vision encoder .* is one of 'cls'",
+            r"GapConfig.score='text' with layer=-1: after the vision encoder .* is one of 'cls'",
         ),
     ],
 )

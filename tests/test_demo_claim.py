@@ -110,7 +110,7 @@ def test_run_on_an_image_file(tmp_path) -> None:
     [
         (["--keep", "half"], "'half': expected a share such as 0.25 or a count such as 64"),
         (["--keep", "0"], "GapConfig.keep=0: an int counts"),
-        (["--layer", "-1"], "GapConfig.score='last_token' with layer=-1"),
+        (["--layer", "-1"], "GapConfig.score='text' with layer=-1"),
         (["--ids", "shifted"], "shifted"),
         (["--method", "nuva"], "preset 'nuva': expected one of 'prumerge'"),
         (["--method", "nuwa", "--layer", "1"], "--layer is part of a method: leave it out, or --method"),
