@@ -18,7 +18,7 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in (
         "oracle", "generation", "ids", "activation", "refusals", "visual_mask", "models", "models_structure",
-        "vision", "ways_assisted", "ways_caches", "ways_generation",
+        "vision", "strategies", "scores", "methods", "stages", "presets", "ways_assisted", "ways_caches", "ways_generation",
     )
 )  # fmt: skip
 

@@ -52,12 +52,12 @@ def topk_per_region(
     check_region(shapes, scores, neighbours, per_region)
     count, counts = split_count("k", k, shapes)
     num_entries = scores.shape[1]
-    count = torch.sym_min(count, num_entries)
+    count = min(count, num_entries)
     if length is not None:
         check_length(length, at_least=count)
     elif counts is not None:
         largest = read_max(counts, "the number of columns depends on the values of k")
-        length = torch.sym_min(largest, num_entries)
+        length = min(largest, num_entries)
     else:
         length = count
     return topk_per_region_op(scores, neighbours, per_region, count, counts, length)
