@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import ways
@@ -225,3 +228,22 @@ def test_newlines_all_stay(name: str) -> None:
     for b in range(2):
         assert torch.isin(newlines[b].nonzero()[:, 0], first.index[b]).all()
         assert int((first.visual_index[b] >= 0).sum()) < int(first.visual[b].sum())
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_a_copy_watches_its_own_vision_encoder(model: str, duplicate) -> None:
+    original = ways.build(model, "gap_triton")
+    gap_triton.configure(original, GapConfig.preset("nuwa", budget=SHARE, model=original))
+    twin = duplicate(original)
+    inputs = ways.make(model, "left-padded")
+    expected = generate(original, inputs)
+    gap_triton.detach(original)
+    assert not [name for name in vars(original.model) if name.startswith("get_")]
+    generate(original, inputs)
+    output = generate(twin, inputs)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert gap_triton.last_selection(twin) is not None
+    assert gap_triton.last_selection(original) is None
