@@ -12,7 +12,7 @@ from tiny import generate
 from ways import CONFIG, V5, make, pair
 
 import gap_triton
-from gap_triton import prune
+from gap_triton import scores
 
 
 def load(folder: str) -> transformers.PreTrainedModel:
@@ -35,8 +35,8 @@ def main(folder: str, name: str) -> None:
     expected = generate(whole, inputs)
     kept = gap_triton.last_selection(whole)
     heads = []
-    observe = prune.visual_importance
-    prune.visual_importance = lambda query, *args, **kwargs: (
+    observe = scores.visual_importance
+    scores.visual_importance = lambda query, *args, **kwargs: (
         heads.append(query.shape[1]) or observe(query, *args, **kwargs)
     )
     actual = generate(model, inputs)
@@ -52,7 +52,7 @@ def main(folder: str, name: str) -> None:
     assert torch.equal(*everywhere)  # to the bit, so that ties fall alike
 
     # Without the reduction each process would keep other tokens, which is what this test is there to see.
-    prune.mean_over_ranks = lambda scores, group: scores
+    scores.mean_over_ranks = lambda local, group: local
     generate(model, inputs, tokens=1)
     local = gap_triton.last_selection(model).index
     everywhere = [torch.empty_like(local) for _ in range(2)]

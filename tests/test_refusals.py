@@ -109,21 +109,10 @@ def test_another_turn_with_another_layer() -> None:
     ids = torch.cat([output.sequences, second["input_ids"]], 1)
     mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
-    with pytest.raises(ValueError, match=r"GapConfig.layer=2, but this cache was pruned after layer 1"):
+    with pytest.raises(
+        ValueError, match=r"GapConfig prunes at layers 2, but this cache was pruned at layers 1"
+    ):
         generate(model, inputs, tokens=2, past_key_values=cache)
-
-
-def test_another_turn_after_pruning_before_the_decoder() -> None:
-    model = build("llava", "gap_triton")
-    gap_triton.configure(model, GapConfig(keep=0.5, layer=-1, score="random"))
-    cache = transformers.DynamicCache(config=model.config.get_text_config())
-    with torch.no_grad():
-        model(**make_prompt("llava", "even"), past_key_values=cache)
-        model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
-        with pytest.raises(
-            ValueError, match=r"layer=-1 prunes before the decoder, and then a cache can't take another"
-        ):
-            model(input_ids=torch.full((2, 4), 7), past_key_values=cache)
 
 
 def test_another_turn_with_another_id_rule() -> None:
@@ -166,7 +155,8 @@ def test_a_cache_that_is_cropped_by_hand() -> None:
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, :-3], layer.values[:, :, :-3]
         with pytest.raises(
-            ValueError, match=r"changed behind its own methods after it was pruned: layer 0 holds 46.*crop\("
+            ValueError,
+            match=r"changed behind its own methods after it was pruned: layer 3 \d+ tokens are.* 46 .*crop\(",
         ):
             model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
 
