@@ -234,6 +234,8 @@ def test_another_turn_in_which_tokens_see_later_ones() -> None:
 @pytest.mark.parametrize("name", ways.MODELS)
 def test_a_model_that_counts_by_a_cache_pruned_before_the_decoder(name: str) -> None:
     """The cache answers as if unpruned, so the model's own ids are those that generate() gives."""
+    if name == ways.MROPE and not ways.V5:
+        pytest.skip("this transformers counts from 0 where it is told no positions, pruned or not")
     model, inputs = ways.build(name, "gap_triton"), ways.make(name, "even")
     gap_triton.configure(model, GapConfig(keep=0.4, layer=-1, score="random"))
     answer = generate(model, inputs, tokens=3)
