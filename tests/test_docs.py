@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -87,3 +88,28 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
     return names
+
+
+def test_what_the_text_says_of_methods_is_what_was_measured() -> None:
+    methods, coverage = (
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("methods", "coverage")
+    )
+    text = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    for results, pairs in ((methods, 78), (coverage, 48)):
+        by_ids = [each for each in results["comparisons"] if each["against_ids"] == "compacted"]
+        assert len(by_ids) == pairs
+        assert all(each["low"] > 0 for each in by_ids)
+    assert "no interval of the 78 differences holds 0" in text
+    compacted = sorted(row["accuracy"] for row in methods["rows"] if row["ids"] == "compacted")
+    assert compacted[-1] == pytest.approx(0.168, abs=5e-4)
+    assert compacted[-2] == pytest.approx(0.041, abs=5e-4)
+    for model, said in (("qwen2_5_vl", "+0.096 (+0.053 to +0.138)"), ("llava", "+0.006 (-0.045 to +0.057)")):
+        (nuwa,) = (
+            each
+            for each in methods["comparisons"]
+            if (each["model"], each["method"], each["keep"], each["against"]) == (model, "nuwa", 0.125, "cls")
+            and each["against_ids"] == "kept"
+        )
+        assert f"{nuwa['value']:+.3f} ({nuwa['low']:+.3f} to {nuwa['high']:+.3f})" == said
+        assert said in text
