@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from .strategies import Coverage
+
 Score = Literal[
     "last_token",
     "text",
@@ -23,7 +25,6 @@ Score = Literal[
     "random",
     "spatial",
 ]
-Coverage = Literal["topk", "region", "stride"]
 Merge = Literal["none", "aggregation", "contextual", "nearest", "average"]
 Ids = Literal["kept", "compacted", "permuted"]
 Outliers = Literal["outliers"]

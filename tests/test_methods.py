@@ -114,10 +114,10 @@ def test_outliers(model: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("model", ways.MODELS)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if name != "nuwa"]
+)  # whose second stage always drops
 def test_keep_everything_is_sdpa_bit_for_bit(name: str, model: str) -> None:
-    if name in ("feather", "sparsevlm", "nuwa"):
-        pytest.skip("a schedule that keeps everything at every stage is no point of this preset")
     inputs = ways.make(model, "left-padded")
     dense = generate(ways.build(model, "sdpa"), inputs)
     pruned_model = ways.build(model, "gap_triton")
@@ -125,7 +125,6 @@ def test_keep_everything_is_sdpa_bit_for_bit(name: str, model: str) -> None:
     pruned = generate(pruned_model, inputs)
     assert torch.equal(pruned.sequences, dense.sequences)
     assert error(pruned, dense) == 0.0
-    assert SHARE < 1
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

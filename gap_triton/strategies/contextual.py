@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from gap_kernels import topk_indices
-from gap_kernels.validation import ShapeChecker, check_length, read_max, split_count
+from gap_kernels.validation import ShapeChecker, split_count, width_of
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
@@ -63,12 +63,7 @@ def contextual(
     shapes = ShapeChecker()
     shapes.check("features", features, "B N C", (features.dtype,))
     number, numbers = split_count("count", count, shapes)
-    if length is not None:
-        check_length(length, at_least=number)
-    elif numbers is not None:
-        length = read_max(numbers, "the number of columns depends on the values of count")
-    else:
-        length = number
+    length = width_of("count", number, numbers, length)
     groups, num_rows, _ = features.shape
     own = gather_rows(features, kept)
 

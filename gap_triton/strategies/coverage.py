@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from gap_kernels import topk_indices, topk_per_region
 from gap_kernels.region.op import check_region
-from gap_kernels.validation import ShapeChecker, check_length, check_range, describe, read_max, split_count
+from gap_kernels.validation import ShapeChecker, check_range, describe, split_count, width_of
 from torch import Tensor
 
 from .rows import best_of, last_where, members
@@ -75,12 +75,7 @@ def choose(
     elif counts.is_cpu:
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
-    if length is not None:
-        check_length(length, at_least=count)
-    elif counts is not None:
-        length = read_max(counts, "the number of columns depends on the values of keep")
-    else:
-        length = count
+    length = width_of("keep", count, counts, length)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)

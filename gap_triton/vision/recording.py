@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
-INSTEAD = "use score='random', or prune at a decoder layer >= 0"
+INSTEAD = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
 
 recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)

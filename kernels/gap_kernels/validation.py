@@ -127,6 +127,26 @@ def check_length(value: object, at_least: int) -> None:
         raise ValueError(f"length: expected at least {at_least}, got {value}")
 
 
+def width_of(name: str, count: int, counts: Tensor | None, length: int | None) -> int:
+    """Number of columns of a result with ``count`` entries, or ``counts`` [B] of them by sample.
+
+    Args:
+        name: argument name of the counts, used in messages.
+        count: how many, beside a tensor the least that is known.
+        counts: int64 [B], or None.
+        length: what the caller asks for; None = ``count``, or the largest of ``counts``, which takes one read.
+
+    Raises:
+        ValueError: if ``length`` is less than ``count``, or missing where ``counts`` can't be read.
+    """
+    if length is not None:
+        check_length(length, at_least=count)
+        return length
+    if counts is not None:
+        return read_max(counts, f"the number of columns depends on the values of {name}")
+    return count
+
+
 def check_range(name: str, value: Tensor, low: int, high: int) -> None:
     """Check that every entry of a CPU tensor lies in ``low..high`` (both inclusive).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..validation import ShapeChecker, check_length, read_max, split_count
+from ..validation import ShapeChecker, split_count, width_of
 from .grid import grid_neighbours
 from .op import check_region, topk_per_region_op
 
@@ -52,11 +52,6 @@ def topk_per_region(
     count, counts = split_count("k", k, shapes)
     num_entries = scores.shape[1]
     count = min(count, num_entries)
-    if length is not None:
-        check_length(length, at_least=count)
-    elif counts is not None:
-        largest = read_max(counts, "the number of columns depends on the values of k")
-        length = min(largest, num_entries)
-    else:
-        length = count
+    largest = width_of("k", count, counts, length)
+    length = min(largest, num_entries) if length is None else length
     return topk_per_region_op(scores, neighbours, per_region, count, counts, length)

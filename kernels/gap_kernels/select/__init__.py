@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import ShapeChecker, check_length, read_max, split_count
+from ..validation import ShapeChecker, split_count, width_of
 from .op import topk_indices_op
 
 __all__ = ["topk_indices"]
@@ -37,10 +37,5 @@ def topk_indices(scores: Tensor, k: int | Tensor, *, length: int | None = None) 
     count, counts = split_count("k", k, shapes)
     if counts is None and count > scores.shape[1]:
         raise ValueError(f"k: expected 0..{scores.shape[1]} (N of scores), got {count}")
-    if length is not None:
-        check_length(length, at_least=count)
-    elif counts is not None:
-        length = read_max(counts, "the number of columns depends on the values of k")
-    else:
-        length = count
+    length = width_of("k", count, counts, length)
     return topk_indices_op(scores, count, counts, length)
