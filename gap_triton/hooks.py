@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .arguments import by_name, cache_of
 from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
@@ -49,6 +50,7 @@ def before_head(
     model: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """Pass on what the module with the language head would keep to itself."""
+    args, kwargs = by_name(model, args, kwargs)
     return args, {**kwargs, CALL_KEY: _call_of(kwargs, attachment)}
 
 
@@ -69,7 +71,7 @@ def before_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
-    kwargs = dict(kwargs)
+    args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask = kwargs.pop(VISUAL_MASK, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
@@ -83,8 +85,9 @@ def before_owner(
     if state.enabled:
         input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if visual_mask is not None:
-            cache = kwargs.get("past_key_values")
-            state.visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache, call.drafts)
+            state.visual = named_visual_tokens(
+                owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts
+            )
         elif owner is not attachment.text:
             state.visual = find_visual_tokens(owner, input_ids, embeds)
         else:
@@ -109,15 +112,16 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     """Decide what this forward drops, and find out what the cache already lacks."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None or not state.enabled:
-        refuse_pruned_cache(kwargs.get("past_key_values"))
+        refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None
     state.entered = True
+    args, kwargs = by_name(text, args, kwargs)
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     batch, queries = inputs.shape[:2]
     # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
-    cache, mask = kwargs.get("past_key_values"), state.given_mask
+    cache, mask = cache_of(kwargs), state.given_mask
     state.kept = state.before = kept_tokens_of(cache, batch)
     state.batch, state.queries = batch, queries
     if state.kept is None and queries == 1:

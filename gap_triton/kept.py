@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .arguments import CACHE
 from .config import BEFORE_THE_DECODER, GapConfig
 from .state import Drop, ForwardState, KeptRows, KeptTokens
 
@@ -32,7 +33,7 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
-            f"past_key_values was pruned for a batch of {kept.stages[0].index.shape[0]} and is continued with a batch of "
+            f"{CACHE} was pruned for a batch of {kept.stages[0].index.shape[0]} and is continued with a batch of "
             f"{batch}: expand the inputs before the prompt is run, or the cache with its own methods "
             "(batch_repeat_interleave, batch_select_indices, reorder_cache)"
         )
@@ -79,8 +80,8 @@ def original_length(
             f"layer {stage.layer + 1} {length}" for length, stage in zip(held, kept.stages, strict=True)
         )
         raise ValueError(
-            f"past_key_values was changed behind its own methods after it was pruned: {found} tokens are held, which with "
-            f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use past_key_values.crop(...), "
+            f"{CACHE} was changed behind its own methods after it was pruned: {found} tokens are held, which with "
+            f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
             "which knows what was dropped, or start a new cache"
         )
     return lengths[0]
@@ -110,7 +111,7 @@ def refuse_pruned_cache(cache: Any | None) -> None:
     """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
     if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
         raise ValueError(
-            "past_key_values was pruned, and goes on in a model that does not prune now (training mode, another attention "
+            f"{CACHE} was pruned, and goes on in a model that does not prune now (training mode, another attention "
             "implementation, or a call of the decoder by itself): go on with the model that pruned it, or start a new cache"
         )
 
@@ -296,7 +297,7 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
     left = _cropped(int(length), amount)
     if left < kept.covered and any(record.id_shift is not None for record in kept.stages):
         raise ValueError(
-            f"past_key_values.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
+            f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
             f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
         )
     # Nobody crops between the chunks of a prompt.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .arguments import ALL_CACHE_NAMES, cache_of
 from .ids import lowered
 from .masks import causal_mask, column_positions, take_from_mask
 from .models import sliding_window
@@ -19,7 +20,7 @@ TOKEN_AXIS = {
     "position_embeddings_local": -2,
 }
 # Arguments that are not cut down but made anew, or that say nothing about single tokens.
-OTHERWISE = ("attention_mask", "cache_position", "past_key_values", "past_key_value")
+OTHERWISE = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
 
 
 def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int) -> None:
@@ -34,7 +35,7 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
     assert state.kept is not None
     kept = state.kept.at(index)
     assert kept is not None
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = sliding_window(state.attachment.text.config, index)
     mask = kwargs.get("attention_mask")

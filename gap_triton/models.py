@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from .arguments import ALL_CACHE_NAMES
 from .config import GapConfig
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
 
@@ -57,16 +58,15 @@ LAYER_PARAMETERS = frozenset(
         "position_embeddings_global",
         "position_embeddings_local",
         "moe_mm_token_type_ids",
-        "past_key_value",
-        "past_key_values",
         "cache_position",
         "use_cache",
         "output_attentions",
         "output_router_logits",
+        *ALL_CACHE_NAMES,
     }
 )
 # What only a module that remembers tokens is told, and one that looks at others.
-REMEMBERS_TOKENS = frozenset({"past_key_value", "past_key_values", "cache_params"})
+REMEMBERS_TOKENS = frozenset({*ALL_CACHE_NAMES, "cache_params"})
 SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
 DECODER_PARAMETERS = frozenset(
     {
@@ -77,7 +77,6 @@ DECODER_PARAMETERS = frozenset(
         "mm_encoder_outputs",
         "attention_mask",
         "position_ids",
-        "past_key_values",
         "cache_position",
         "moe_mm_token_type_ids",
         "visual_pos_masks",
@@ -89,6 +88,7 @@ DECODER_PARAMETERS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "return_dict",
+        *ALL_CACHE_NAMES,
     }
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens
 
+from .arguments import cache_of
 from .config import ATTENTION_SCORES, BEFORE_THE_DECODER
 from .ids import compact, lowered, score_order
 from .kept import extend, store
@@ -99,7 +100,7 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
     before = state.before.stages if state.before is not None else ()
     already = () if state.kept is None or not state.done else state.kept.stages[: state.done]
     state.kept = KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids)
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     store(cache, state.kept)
     if state.past == 0 and not state.done:
         fit(cache, {each.stage.layer: prompt - each.length for each in state.drops})

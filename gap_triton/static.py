@@ -22,7 +22,7 @@ def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
         max_cache_len: Number of tokens that the cache can stand for, prompt and generated, dropped ones included.
 
     Returns:
-        The cache, for ``past_key_values=``.
+        The cache, for ``cache=`` (``past_key_values=`` before transformers 5.24).
 
     Raises:
         ValueError: ``model`` can't be pruned, or ``max_cache_len`` is not a positive int.

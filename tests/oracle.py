@@ -96,7 +96,7 @@ class MaskingOracle:
         else:
             table = module.get_input_embeddings().weight
             visual = (embeds == table[IMAGE]).all(-1)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         self.past = 0 if cache is None else int(cache.get_seq_length())
         if self.past == 0:
             self.dropped = torch.zeros(visual.shape[0], 0, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import IMAGE, Image, build, generate, pixels, prompt
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.arguments import CACHE, CACHE_NAMES
 
 CONFIG = GapConfig(keep=0.4, layer=1)
 
@@ -259,3 +261,37 @@ def test_later_layers_hold_fewer_tokens() -> None:
         full - dropped,
         full - dropped,
     ]
+
+
+@pytest.mark.parametrize("argument", CACHE_NAMES)
+def test_the_cache_by_every_name_of_its_argument(argument: str) -> None:
+    """transformers 5.24 has a new name, and takes the old one too."""
+    model, reference, oracle = pair()
+    outputs = []
+    with oracle, torch.no_grad():
+        for candidate in (model, reference):
+            cache = transformers.DynamicCache(config=candidate.config.get_text_config())
+            inputs = make_prompt("llava", "left-padded")
+            generate(candidate, inputs, tokens=3, **{argument: cache})
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+            token = torch.full((2, 1), 7)
+            outputs.append(candidate(token, attention_mask=mask, **{argument: cache}).logits)
+    assert float((outputs[0] - outputs[1]).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("part", ["head", "owner"])
+def test_arguments_by_position(part: str) -> None:
+    """A mask, a cache and labels count wherever they stand in a call."""
+    model, _, _ = pair()
+    module = model if part == "head" else model.model
+    inputs = make_prompt("llava", "left-padded")
+    names = list(inspect.signature(module.forward).parameters)
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    given = {**inputs, CACHE: cache}
+    last = max(names.index(name) for name in given)
+    with torch.no_grad():
+        expected = module(**inputs)[0]
+        output = module(*(given.get(name) for name in names[: last + 1]))[0]
+    assert torch.equal(output, expected)
+    held = [layer.get_seq_length() for layer in cache.layers]
+    assert held[-1] < held[0] == inputs["input_ids"].shape[1]

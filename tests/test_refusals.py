@@ -11,6 +11,7 @@ from tiny import LAYERS, TEXT, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig, _requirements, attention
+from gap_triton.arguments import CACHE
 
 
 def mllama(attn_implementation: str) -> transformers.PreTrainedModel:
@@ -139,7 +140,7 @@ def test_a_pruned_cache_in_a_model_that_does_not_prune() -> None:
         model(**make_prompt("llava", "even"), past_key_values=cache)
         model.train()
         with pytest.raises(
-            ValueError, match="past_key_values was pruned, and goes on in a model that does not prune now"
+            ValueError, match=f"{CACHE} was pruned, and goes on in a model that does not prune now"
         ):
             model(input_ids=torch.full((2, 1), 7), past_key_values=cache)
         model.eval()

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.arguments import CACHE
 from gap_triton.config import BEFORE_THE_DECODER, Stage
 from gap_triton.demo.architecture import VISUAL
 from gap_triton.demo.grounding import evaluate, prepare
@@ -183,7 +184,8 @@ def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[G
         for own, config in zip(times, configs, strict=True):
             gap_triton.configure(model, config)
             cache = DynamicCache(config=model.config.get_text_config())
-            seconds = _timed(partial(model, **inputs, past_key_values=cache, logits_to_keep=1), model.device)
+            call = partial(model, **inputs, **{CACHE: cache}, logits_to_keep=1)
+            seconds = _timed(call, model.device)
             if round_number:
                 own.append(seconds)
                 continue
