@@ -21,6 +21,7 @@ help:
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
 	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
+	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
@@ -41,12 +42,12 @@ bench:
 gpu-check:
 	$(call where_the_gpu_is,-m bench.gpu_check $(ARGS),test)
 
-# `make compat-NAME` runs one combination; the names are in tests/compat.py.
+# `make compat-NAME` runs one combination; the names are in tests/compat.py. ARGS=--record writes docs/compatibility.md.
 compat:
-	$(PYTHON) tests/compat.py
+	$(PYTHON) tests/compat.py $(ARGS)
 
 compat-%:
-	$(PYTHON) tests/compat.py $*
+	$(PYTHON) tests/compat.py $* $(ARGS)
 
 kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/kernels_aot.py
