@@ -47,7 +47,12 @@ class Conversation:
 
 
 def converse(
-    name: str, inputs: dict[str, torch.Tensor], act, config: GapConfig = CONFIG, blocks=(1, 3, 1), cache_of=None
+    name: str,
+    inputs: dict[str, torch.Tensor],
+    act,
+    config: GapConfig = CONFIG,
+    blocks=(1, 3, 1),
+    cache_of=None,
 ) -> None:
     """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it.
 
