@@ -59,6 +59,7 @@ COMBINATIONS = {
     "torch-2.11": Combination(
         ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "numpy<2.4"), KERNELS
     ),
+    "torch-2.15": Combination(("torch==2.15.0", "triton==3.9.0", "transformers==5.24.0"), (*KERNELS, *SHORT)),
     "transformers-4.57": Combination(("torch==2.13.0", "transformers==4.57.6"), CORE),
     "transformers-5.17": Combination(("torch==2.13.0", "transformers==5.17.0"), CORE),
     "transformers-5.23": Combination(("torch==2.13.0", "transformers==5.23.0"), CORE),
