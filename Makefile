@@ -20,7 +20,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
-	@echo "make compat  kernel tests on the oldest and newest torch and Triton, core tests on three versions of transformers"
+	@echo "make compat  kernel tests on an older and the newest torch and Triton, core tests on three versions of transformers"
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
 	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
