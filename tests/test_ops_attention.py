@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gap_kernels import AttentionOutput, attention, visual_importance
+from gap_kernels import AttentionOutput, attention, blocks, visual_importance
 from gap_kernels.attention import reference
 from test_ops_importance import make
 from test_ops_importance import oracle as importance_oracle
@@ -236,7 +236,7 @@ def test_strided_inputs() -> None:
 def test_blocks_of_rows_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*make_all((2, 2, 1, 7, 9, 8)), True, torch.rand(2, 9) < 0.7, None, None, None)
     expected = reference.attention(*arguments)
-    monkeypatch.setattr(reference, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
     for given, wanted in zip(reference.attention(*arguments), expected, strict=True):
         torch.testing.assert_close(given, wanted)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gap_kernels import attention, attention_received
+from gap_kernels import attention, attention_received, blocks
 from gap_kernels.received import reference
 from test_ops_importance import make as make_pair
 from torch import Tensor
@@ -197,7 +197,7 @@ def test_blocks_of_rows_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
     bounds = torch.tensor([0, 2, 7], dtype=torch.int32)
     arguments = (query, key, torch.rand(1, 7) < 0.7, bounds, True, None, None)
     expected = reference.attention_received(*arguments)
-    monkeypatch.setattr(reference, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
     torch.testing.assert_close(reference.attention_received(*arguments), expected)
 
 

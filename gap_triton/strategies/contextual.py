@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from gap_kernels import topk_indices
+from gap_kernels.blocks import row_blocks
+from gap_kernels.precision import without_autocast
 from gap_kernels.validation import ShapeChecker, split_count, width_of
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
     return min(max(int(count), 1), keep)
 
 
+@without_autocast
 def contextual(
     features: Tensor, keys: Tensor, kept: Tensor, count: int | Tensor, *, length: int | None = None
 ) -> Merged:
@@ -75,16 +78,20 @@ def contextual(
     # 1 for targets, 0 for others: exact top-k finds their rows in order.
     targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
 
-    unit = F.normalize(keys.float(), dim=-1)
-    cosine = unit @ gather_rows(unit, targets).transpose(1, 2)  # [G, N, M]
-    # NaN ranks below everything: below any cosine (-2), but above filler.
-    cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
-    best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, min(length, 1))
-    goes_to = best == torch.arange(length, device=features.device)  # [G, N, M]
-    goes_to &= (left & ~is_target)[..., None] & (targets >= 0)[:, None]
-
     dtype = accumulation_dtype(features)
-    total = goes_to.transpose(1, 2).to(dtype) @ features.to(dtype)
-    mean = total / goes_to.sum(1).clamp(min=1)[..., None]
+    unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
+    target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
+    total = torch.zeros(groups, length, features.shape[2], dtype=dtype, device=features.device)
+    number_of = total.new_zeros(groups, length, dtype=torch.int64)
+    for block in row_blocks(num_rows, groups * length):
+        cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
+        # NaN ranks below everything: below any cosine (-2), but above filler.
+        cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
+        best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
+        goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
+        goes_to &= (left & ~is_target)[:, block, None] & (targets >= 0)[:, None]
+        total += goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype)
+        number_of += goes_to.sum(1)
+    mean = total / number_of.clamp(min=1)[..., None]
     target_features = gather_rows(features, targets)
     return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))
