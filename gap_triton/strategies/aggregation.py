@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from gap_kernels import spatial_aggregate
+from gap_kernels.precision import without_autocast
 from gap_kernels.validation import describe
 from torch import Tensor
 
@@ -59,6 +60,7 @@ QWEN = AggregationRule(0.1, 0.8, True, None)
 """Qwen2.5-VL: 0.8 of the diagonal; the anchor is one of those that are averaged."""
 
 
+@without_autocast
 def aggregate(
     features: Tensor,
     similarity: Tensor,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from gap_kernels.precision import without_autocast
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
 from .rows import accumulation_dtype, best_of, gather_rows, members
 
 
+@without_autocast
 def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add the mean of all dropped tokens' features as one more token.
 
