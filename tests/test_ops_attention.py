@@ -324,7 +324,7 @@ COLUMNS = torch.tensor([[0, 1], [2, 3]])
         ((QUERY, KEY[:, :, :4], VALUE[:, :, :4]), {}, "key: expected at least the 5 positions of query"),
         (make_all((1, 1, 1, 2, 2, 257)), {}, r"query: expected D in 1..256, got shape \[1, 1, 2, 257\]"),
         ((QUERY, KEY, VALUE), {"causal": 1}, r"causal: expected a bool, got 1 \(int\)"),
-        ((QUERY, KEY, VALUE), {"scale": "1"}, r"scale: expected a float or None, got '1' \(str\)"),
+        ((QUERY, KEY, VALUE), {"scale": "1"}, r"scale: expected a finite float or None, got '1' \(str\)"),
         (
             (QUERY, KEY, VALUE),
             {"attention_mask": torch.ones(2, 5, dtype=torch.bool)},

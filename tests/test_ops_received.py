@@ -265,7 +265,7 @@ BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((QUERY[:, :3], KEY), {}, "query: expected a multiple of the 2 heads of key, got 3 heads"),
         ((QUERY[..., :0], KEY[..., :0]), {}, r"query: expected D in 1..256, got shape \[2, 4, 5, 0\]"),
         ((QUERY, KEY), {"causal": None}, r"causal: expected a bool, got None \(NoneType\)"),
-        ((QUERY, KEY), {"scale": "1"}, r"scale: expected a float or None, got '1' \(str\)"),
+        ((QUERY, KEY), {"scale": "1"}, r"scale: expected a finite float or None, got '1' \(str\)"),
         (
             (QUERY, KEY),
             {"attention_mask": torch.ones(2, 5)},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from gap_kernels import topk_indices
 from gap_kernels.blocks import row_blocks
 from gap_kernels.precision import without_autocast
-from gap_kernels.validation import ShapeChecker, split_count, width_of
+from gap_kernels.validation import ShapeChecker, check_range, describe, is_int, split_count, width_of
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
@@ -22,11 +22,20 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
 
     Returns:
         ``round(keep * 10 / 64)``, halves rounded up, at least 1 but never more than ``keep``.
+
+    Raises:
+        ValueError: if ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
     """
-    count = (keep * 10 + 32) // 64
     if isinstance(keep, Tensor):
-        return torch.minimum(torch.as_tensor(count).clamp(min=1), keep)
-    return min(max(int(count), 1), keep)
+        ShapeChecker().check("keep", keep, " ".join(f"n{i}" for i in range(keep.dim())), (torch.int64,))
+        if keep.is_cpu:
+            check_range("keep", keep, 0, torch.iinfo(torch.int64).max)
+        # By parts: ten times a large number has no place in int64.
+        count = keep // 64 * 10 + (keep % 64 * 10 + 32) // 64
+        return torch.minimum(count.clamp(min=1), keep)
+    if not is_int(keep) or keep < 0:
+        raise ValueError(f"keep: expected an int >= 0 or an int64 tensor, got {describe(keep)}")
+    return min(max((keep * 10 + 32) // 64, 1), keep)
 
 
 @without_autocast
@@ -60,12 +69,14 @@ def contextual(
 
     Raises:
         ValueError: if an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
-            for rows out of range.
+            for rows out of range or repeated, and for a ``length`` less than a row's contextual tokens.
     """
     check_merge(features, {"kept": kept}, keys=keys)
     shapes = ShapeChecker()
     shapes.check("features", features, "B N C", (features.dtype,))
     number, numbers = split_count("count", count, shapes)
+    if numbers is not None and numbers.is_cpu:
+        check_range("count", numbers, 0, torch.iinfo(torch.int64).max)
     length = width_of("count", number, numbers, length)
     groups, num_rows, _ = features.shape
     own = gather_rows(features, kept)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from gap_kernels import topk_indices, topk_per_region
 from gap_kernels.region.op import check_region
-from gap_kernels.validation import ShapeChecker, check_range, describe, split_count, width_of
+from gap_kernels.validation import ShapeChecker, check_range, describe, describe_number, split_count, width_of
 from torch import Tensor
 
 from .rows import best_of, last_where, members
@@ -71,7 +71,7 @@ def choose(
     count, counts = split_count("keep", keep, shapes)
     if counts is None:
         if count > num_rows:
-            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {count}")
+            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {describe_number(count)}")
     elif counts.is_cpu:
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
@@ -98,7 +98,7 @@ def choose(
             )
         return _by_stride(scores, order.expand_as(scores), keep, length)
     raise ValueError(
-        f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {coverage!r}"
+        f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
     )
 
 
@@ -110,7 +110,9 @@ def _by_region(
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
         filler = (neighbours < 0).all(-1) & scores.isneginf()
         first = torch.arange(neighbours.shape[2], dtype=neighbours.dtype, device=neighbours.device)
-        neighbours = torch.where(filler[..., None], first.where(first < scores.shape[1], -1), neighbours)
+        row = torch.arange(scores.shape[1], device=neighbours.device)[:, None]
+        others = torch.where((first < scores.shape[1]) & (first != row), first, -1)  # [N, R]
+        neighbours = torch.where(filler[..., None], others, neighbours)
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
     needed = _needed_per_region(neighbours, keep)

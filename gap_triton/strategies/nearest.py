@@ -44,7 +44,8 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range.
+        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+            or repeated.
     """
     check_merge(features, {"kept": kept}, keys=keys, scores=scores)
     num_rows = features.shape[1]

@@ -64,7 +64,8 @@ def visual_importance(
     for block in row_blocks(rows.shape[1], batch * query_heads * widest):
         row = rows[:, block]  # [B, r]
         asking = wanted[:, :, :, block].flatten(2, 3)  # [B, Hkv, G * r, D]
-        if given_lse is not None:
+        if every_key is None:
+            assert given_lse is not None
             row_lse = given_lse[..., block]
         else:
             logits = (asking @ every_key).unflatten(2, (group, row.shape[1]))  # [B, Hkv, G, r, S]
