@@ -70,14 +70,32 @@ def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_r
         ValueError: if one has another shape, dtype or device than documented, or is out of range.
     """
     shapes.check("scores", scores, "B N", (torch.float32,))
+    check_neighbours(shapes, neighbours)
+    check_per_region(per_region)
+
+
+def check_neighbours(shapes: ShapeChecker, neighbours: Tensor) -> None:
+    """Check the neighbours of entries whose ``B`` and ``N`` are known.
+
+    Raises:
+        ValueError: if they have another shape, dtype or device than documented.
+    """
     shapes.check("neighbours", neighbours, "B|1 N R", (torch.int32,))
-    batch, groups, most = scores.shape[0], neighbours.shape[0], neighbours.shape[2]
+    batch, groups, most = shapes.sizes["B"], neighbours.shape[0], neighbours.shape[2]
     if groups not in (1, batch):
         raise ValueError(
             f"neighbours: expected [B, N, R] with B = {batch}, or [1, N, R], got {describe(neighbours)}"
         )
     if most > MAX_NEIGHBOURS:
         raise ValueError(f"neighbours: expected R = 0..{MAX_NEIGHBOURS} of an entry, got {most}")
+
+
+def check_per_region(per_region: object) -> None:
+    """Check the number of candidates of a region.
+
+    Raises:
+        ValueError: if it isn't an int >= 1.
+    """
     if not is_int(per_region):
         raise ValueError(f"per_region: expected an int, got {describe(per_region)}")
     if per_region < 1:
