@@ -21,9 +21,13 @@ from gap_kernels.validation import describe
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.masked import masked_tensor
 
 from gap_triton import strategies
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(prototype|beta) s"
+)  # of other kinds of tensors, which are refused
 CALLS = int(os.environ.get("FUZZ_CALLS", "4000"))
 MAX_LENGTH = 2**24
 fuzzed = settings(
@@ -185,9 +189,11 @@ def bad_tensors(call: Call, name: str, value: Tensor) -> list[tuple[str, Any]]:
         for dim in fixed_dims(call, name, value):
             found.append(("shape", value.new_zeros([n + 7 * (d == dim) for d, n in enumerate(value.shape)])))
     if name != first:
-        found.append(("value", value.to("meta")))
+        found.append(("shape", value.to("meta")))
     if value.dim() and value.dtype != torch.bool:
         found.append(("value", value.to_sparse()))
+    if value.dtype in (torch.float32, torch.float64, torch.int64):
+        found.append(("value", masked_tensor(value.clone(), torch.ones_like(value, dtype=torch.bool))))
     if value.dim() == 2 and value.dtype != torch.bool:
         found.append(("value", value.to_sparse_csr()))
     if value.dtype == torch.float32 and value.numel():

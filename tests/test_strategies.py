@@ -770,3 +770,20 @@ def test_raters_by_hand() -> None:
     assert raters(visual, everything, text, one).tolist() == one.tolist()
     assert raters(visual, ~everything, text, ~one).tolist() == (~one).tolist()
     assert raters(visual * NAN, everything, text, ~one).tolist() == (~one).tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_merges_and_scores_compile(autocast: bool) -> None:
+    features, keys, scores = make(2, 6)
+    calls: list[tuple[Callable, tuple]] = [
+        (average, (features, scores, KEPT)),
+        (nearest, (features, keys, scores, KEPT)),
+        (contextual, (features, keys, KEPT, 2)),
+        (text_similarity, (features, features[:, :2], scores[:, :2] > 0)),
+    ]
+    for function, arguments in calls:
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close(found, function(*arguments), rtol=0, atol=0)
+    torch._dynamo.reset()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from gap_kernels import topk_indices
 from gap_kernels.blocks import row_blocks
 from gap_kernels.precision import without_autocast
-from gap_kernels.validation import ShapeChecker, check_range, describe, is_int, split_count, width_of
+from gap_kernels.validation import (
+    ShapeChecker,
+    check_range,
+    describe,
+    is_int,
+    is_readable,
+    split_count,
+    width_of,
+)
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
@@ -28,7 +38,7 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
     """
     if isinstance(keep, Tensor):
         ShapeChecker().check("keep", keep, " ".join(f"n{i}" for i in range(keep.dim())), (torch.int64,))
-        if keep.is_cpu:
+        if is_readable(keep):
             check_range("keep", keep, 0, torch.iinfo(torch.int64).max)
         # By parts: ten times a large number has no place in int64.
         count = keep // 64 * 10 + (keep % 64 * 10 + 32) // 64
@@ -75,7 +85,7 @@ def contextual(
     shapes = ShapeChecker()
     shapes.check("features", features, "B N C", (features.dtype,))
     number, numbers = split_count("count", count, shapes)
-    if numbers is not None and numbers.is_cpu:
+    if numbers is not None and is_readable(numbers):
         check_range("count", numbers, 0, torch.iinfo(torch.int64).max)
     length = width_of("count", number, numbers, length)
     groups, num_rows, _ = features.shape
@@ -92,17 +102,20 @@ def contextual(
     dtype = accumulation_dtype(features)
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
     target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
-    total = torch.zeros(groups, length, features.shape[2], dtype=dtype, device=features.device)
-    number_of = total.new_zeros(groups, length, dtype=torch.int64)
-    for block in row_blocks(num_rows, groups * length):
+
+    def gathered(block: slice) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
         cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
         # NaN ranks below everything: below any cosine (-2), but above filler.
         cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
         best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
         goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
         goes_to &= (left & ~is_target)[:, block, None] & (targets >= 0)[:, None]
-        total += goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype)
-        number_of += goes_to.sum(1)
+        return goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype), goes_to.sum(1)
+
+    total, number_of = functools.reduce(
+        lambda sums, more: (sums[0].add_(more[0]), sums[1].add_(more[1])),
+        map(gathered, row_blocks(num_rows, groups * length)),
+    )
     mean = total / number_of.clamp(min=1)[..., None]
     target_features = gather_rows(features, targets)
     return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))

@@ -8,7 +8,15 @@ from typing import Literal, get_args
 import torch
 from gap_kernels import topk_indices, topk_per_region
 from gap_kernels.region.op import check_neighbours, check_per_region
-from gap_kernels.validation import ShapeChecker, check_range, describe, describe_number, split_count, width_of
+from gap_kernels.validation import (
+    ShapeChecker,
+    check_range,
+    describe,
+    describe_number,
+    is_readable,
+    split_count,
+    width_of,
+)
 from torch import Tensor
 
 from .rows import best_of, last_where, members
@@ -72,7 +80,7 @@ def choose(
     if counts is None:
         if count > num_rows:
             raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {describe_number(count)}")
-    elif counts.is_cpu:
+    elif is_readable(counts):
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
     length = width_of("keep", count, counts, length)

@@ -57,15 +57,17 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
     row = torch.arange(num_rows, device=kept.device)
     most = max(0, min(COLLECTED, num_rows - 1))
-    collected = torch.empty_like(own, dtype=dtype)
-    for block in row_blocks(kept.shape[1], features.shape[0] * num_rows):
-        some = kept[:, block]  # [G, k]
+
+    def collect(block: slice) -> Tensor:  # [G, k, C], a block of the kept tokens
+        some = kept[:, block]
         cosine = (gather_rows(unit, some) @ unit.transpose(1, 2)).float()  # [G, k, N]
         ranked = last_where(some[..., None] == row, cosine).flatten(0, 1)
         near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
         near &= (some >= 0)[..., None]
-        collected[:, block] = own[:, block].to(dtype) + torch.where(near, weights[:, None], 0) @ values
+        return own[:, block].to(dtype) + torch.where(near, weights[:, None], 0) @ values
 
+    parts = [collect(block) for block in row_blocks(kept.shape[1], features.shape[0] * num_rows)]
+    collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     dropped = ~members(kept, num_rows)
     added = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
     summed = torch.where(dropped, weights, 0)[:, None] @ values

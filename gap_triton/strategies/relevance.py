@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from gap_kernels.blocks import row_blocks
@@ -71,13 +73,14 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     dtype = accumulation_dtype(visual)
     words = torch.where(text_mask[..., None], text.to(dtype), 0)
     patches = torch.where(visual_mask[..., None], visual.to(dtype), 0)
-    relevance = torch.zeros(text_mask.shape, dtype=dtype, device=text.device)
-    for block in row_blocks(patches.shape[1], text_mask.numel()):
-        product = patches[:, block] @ words.transpose(1, 2)  # [B, v, T]
-        share = product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1)
-        # A sum is enough: all text tokens of a sample are divided by the same number of visual ones. What is masked is a
-        # row of zeros and adds the same to each.
-        relevance += share.sum(1)
+
+    def shares(block: slice) -> Tensor:  # [B, T], summed over a block of the visual tokens
+        product = patches[:, block] @ words.transpose(1, 2)
+        return product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1).sum(1)
+
+    # A sum is enough: all text tokens of a sample are divided by the same number of visual ones. What is masked is a row
+    # of zeros and adds the same to each.
+    relevance = functools.reduce(Tensor.add_, map(shares, row_blocks(patches.shape[1], text_mask.numel())))
     mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
     chosen = text_mask & (relevance >= mean[:, None])
     return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)

@@ -12,6 +12,7 @@ from typing import NoReturn, TypeGuard
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.masked import MaskedTensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_LENGTH = 1 << 24
@@ -25,8 +26,9 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         if value.is_nested:  # asking for its shape may be an error
             return f"a nested tensor, {value.dtype}, device {value.device}"
-        layout = "" if value.layout is torch.strided else f", layout {value.layout}"
-        return f"shape {list(value.shape)}, {value.dtype}{layout}, device {value.device}"
+        kind = "" if value.layout is torch.strided else f", layout {value.layout}"
+        kind += ", masked" if isinstance(value, MaskedTensor) else ""
+        return f"shape {list(value.shape)}, {value.dtype}{kind}, device {value.device}"
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an int of {value.bit_length()} bits"  # Python refuses to print the longest
     return f"{_printed(value)} ({type(value).__name__})"
@@ -71,9 +73,8 @@ class ShapeChecker:
         if (
             isinstance(value, Tensor)
             and value.dtype in dtypes
-            and value.layout is torch.strided
             and value.dim() == len(names)
-            and not value.is_nested
+            and is_dense(value)
         ):
             device = value.device
             if self.device is None:
@@ -94,7 +95,7 @@ class ShapeChecker:
         if value.dtype not in dtypes:
             allowed = " or ".join(str(dtype) for dtype in dtypes)
             raise ValueError(f"{name}: expected dtype {allowed}, got {describe(value)}")
-        if value.layout is not torch.strided or value.is_nested:
+        if not is_dense(value):
             raise ValueError(f"{name}: expected a dense tensor {shape}, got {describe(value)}")
         if value.dim() != len(names):
             raise ValueError(f"{name}: expected {len(names)} dimensions {shape}, got {describe(value)}")
@@ -183,6 +184,16 @@ def is_finite(value: object) -> TypeGuard[float]:
     return is_number(value) and (
         isinstance(value, torch.SymFloat) or -MAX_NUMBER <= value <= MAX_NUMBER  # NaN is neither
     )
+
+
+def is_dense(value: Tensor) -> bool:
+    """Return whether a tensor has a number at each place of its shape, and strides."""
+    return value.layout is torch.strided and not value.is_nested and not isinstance(value, MaskedTensor)
+
+
+def is_readable(value: Tensor) -> bool:
+    """Return whether values can be checked at no cost: on the CPU, where there are any."""
+    return value.is_cpu and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
 def is_int(value: object) -> TypeGuard[int]:
