@@ -95,7 +95,8 @@ def scores_of(
     """
     if stage.score == "random":
         generator = torch.Generator().manual_seed(state.config.seed + state.done)
-        return torch.rand(plan.visual_index.shape, generator=generator).to(plan.visual.device)
+        scores = torch.rand(plan.visual_index.shape, generator=generator, dtype=torch.float32)
+        return scores.to(plan.visual.device)
     if stage.score == "spatial":
         assert state.places is not None
         return -state.places.order_of(where).float()

@@ -91,7 +91,7 @@ def choose_before_the_decoder(
     scores = _scores(state, prompt, stage, layout.views, told, embeds)
     batch, length = prompt.visual.shape
     device = prompt.visual.device
-    by_row = torch.full((batch, length), torch.inf, device=device)
+    by_row = torch.full((batch, length), torch.inf, dtype=torch.float32, device=device)
     stays = layout.unplaced.clone()
     keep = list(prompt.visual_counts)  # of those that stand nowhere, in the end
     for view, score in zip(layout.views, scores, strict=True):
@@ -145,7 +145,9 @@ def _scores(
     views = tuple(views)
     if stage.score == "random":
         generator = torch.Generator().manual_seed(state.config.seed)
-        return [torch.rand(len(view.rows), generator=generator).to(device) for view in views]
+        return [
+            torch.rand(len(view.rows), generator=generator, dtype=torch.float32).to(device) for view in views
+        ]
     if stage.score == "spatial":
         return [-spatial_order(view.grid).to(device).float() for view in views]
     if stage.score == "text_similarity":

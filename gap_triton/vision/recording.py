@@ -133,12 +133,12 @@ class Recording:
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
-            self._parts["cls"].append(score.flatten())
+            self._parts["cls"].append(score.flatten().float())
         if "received" in self.needs:
             bounds = None if mask is None else _sequences(mask)
             whole = bounds is None or len(bounds) == 2
             score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            self._parts["received"].append(score[:, first:].flatten())
+            self._parts["received"].append(score[:, first:].flatten().float())
         if self.needs & {"key_norm", "keys"}:
             rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
             if "key_norm" in self.needs:

@@ -482,7 +482,7 @@ def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
 
 
 def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
-    return rows.float().mean(dim=dim).to(rows.dtype)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(dim=dim).to(rows.dtype)
 
 
 def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:

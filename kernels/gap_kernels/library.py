@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from .precision import without_autocast
+
 NAMESPACE = "gap_kernels"
 # `torch.library.custom_op` would do the same for several times the host time of a call.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as the implementation of an operator, for every device.
+    """Register the decorated function as the implementation of an operator, for every device, with autocast off.
 
     The function must not return one of its arguments, nor change one.
 
@@ -27,7 +29,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     def register(function: Callable[..., Any]) -> Any:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, without_autocast(function), "CompositeExplicitAutograd")
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
