@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.cli import app
 from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.demo.grounding import evaluate, prepare
 from gap_triton.demo.run import IDS, LAYER, SCORE, demo_configs, load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import Row
+from gap_triton_cli import app
 
 SCENES = 96
 KEYS = (
