@@ -46,14 +46,26 @@ def name_of_missing(error: ImportError) -> str | None:
 
 def missing(command: str, error: ImportError) -> str:
     """One sentence that names the package that ``command`` needs, and how to install it."""
-    name = name_of_missing(error)
+    # What transformers can't import, it reports by the name that it was to import; the cause tells why.
+    causes = [error, *causes_of(error)]
+    name = next(
+        (found for each in causes if isinstance(each, ImportError) and (found := name_of_missing(each))), None
+    )
     if name is None:
-        return f"{command}: {first_sentence(error)}"
+        because = f" ({first_sentence(causes[-1])})" if len(causes) > 1 else ""
+        return f"{command}: {first_sentence(error)}{because}"
     sentence = f"{command} needs {name} for this, and it is not installed: pip install {name}"
     if name == "torchvision":
         # The index has the one for CUDA alone, which can't be imported beside another torch.
         sentence += f", the build that goes with torch {version('torch')}, as https://pytorch.org/get-started/locally says"
     return sentence
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """What ``error`` was raised from, the first cause last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+        yield error
 
 
 class Commands(TyperGroup):

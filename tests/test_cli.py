@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,12 @@ def refuses(sentence: str, *arguments: str) -> None:
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | {"COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 
@@ -448,6 +454,26 @@ def test_every_command_says_what_is_missing(name: str, command: str, scene: Path
     ],
 )
 def test_an_import_error_in_one_sentence(error: ImportError, sentence: str) -> None:
+    assert missing("gap-triton run", error) == sentence
+
+
+@pytest.mark.parametrize(
+    ("cause", "sentence"),
+    [
+        (
+            ModuleNotFoundError("No module named 'einops'", name="einops"),
+            "gap-triton run needs einops for this, and it is not installed: pip install einops",
+        ),
+        (  # torchvision for CUDA beside a torch for the CPU
+            RuntimeError("operator torchvision::nms does not exist"),
+            "gap-triton run: Could not import module 'PreTrainedModel'. (operator torchvision::nms does not exist)",
+        ),
+    ],
+)
+def test_an_import_error_with_a_cause(cause: Exception, sentence: str) -> None:
+    # As transformers raises it, with a sentence that does not say what is missing.
+    error = ModuleNotFoundError("Could not import module 'PreTrainedModel'.")
+    error.__cause__ = cause
     assert missing("gap-triton run", error) == sentence
 
 

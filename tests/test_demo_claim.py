@@ -84,7 +84,7 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
 
 # --------------------------------------------------------------------------------------------- the command line
 def cli(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "500", "TERM": "dumb"})
 
 
 def test_run_on_an_image_file(tmp_path) -> None:
