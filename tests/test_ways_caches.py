@@ -20,9 +20,9 @@ from gap_triton import GapConfig
 class Conversation:
     """One model, its cache, and the mask and the ids of everything that has gone through it."""
 
-    def __init__(self, model, inputs: dict[str, torch.Tensor]) -> None:
+    def __init__(self, model, inputs: dict[str, torch.Tensor], cache=None) -> None:
         self.model = model
-        self.cache = transformers.DynamicCache(config=model.config.get_text_config())
+        self.cache = cache or transformers.DynamicCache(config=model.config.get_text_config())
         self.mask = inputs["attention_mask"]
         with torch.no_grad():
             self.logits = [model(**inputs, past_key_values=self.cache).logits[:, -1:]]
@@ -47,12 +47,21 @@ class Conversation:
 
 
 def converse(
-    name: str, inputs: dict[str, torch.Tensor], act, config: GapConfig = CONFIG, blocks=(1, 3, 1)
+    name: str,
+    inputs: dict[str, torch.Tensor],
+    act,
+    config: GapConfig = CONFIG,
+    blocks=(1, 3, 1),
+    cache_of=None,
 ) -> None:
-    """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it."""
+    """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it.
+
+    The pruned model has the cache that ``cache_of`` makes for it.
+    """
     model, reference, oracle = pair(name, config)
     with oracle:
-        talks = [Conversation(model, inputs), Conversation(reference, inputs)]
+        cache = cache_of and cache_of(model)
+        talks = [Conversation(model, inputs, cache), Conversation(reference, inputs)]
         for talk in talks:
             talk.go_on(1, 1)
             assert talk.model is model or oracle.dropped.any()
@@ -104,6 +113,32 @@ def test_crop(name: str, batch: str, tokens: int) -> None:
         assert talk.cache.get_seq_length() == left
 
     converse(name, make(name, batch), crop)
+
+
+STATIC = {
+    "full": lambda model: transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=120),
+    "shorter-layers": lambda model: gap_triton.static_cache(model, max_cache_len=120),
+}
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="this transformers can't crop a static cache",
+)
+@pytest.mark.parametrize("tokens", [1, 4, 20, 40], ids=lambda n: f"minus-{n}")
+@pytest.mark.parametrize("kind", STATIC)
+@pytest.mark.parametrize("name", MODELS)
+def test_crop_of_a_static_cache(name: str, kind: str, tokens: int) -> None:
+    def crop(talk: Conversation, oracle=None) -> None:
+        left = talk.mask.shape[1] - (0 if oracle is not None else tokens)
+        if oracle is not None:
+            oracle.dropped = oracle.dropped[:, :left]
+            return
+        talk.cache.crop(-tokens)
+        talk.mask = talk.mask[:, :left]
+        assert int(talk.cache.get_seq_length()) == left
+
+    converse(name, make(name, "left-padded"), crop, cache_of=STATIC[kind])
 
 
 @pytest.mark.skipif(
