@@ -58,11 +58,12 @@ def ask(
     path = model_path if embedded is None else str(embedded.folder)
     # Weights are loaded last: they take longest.
     with naming_the_model(model_path, Exception):  # its files are others', and so is the code that reads them
-        if overlay is not None:
-            check_overlay(AutoConfig.from_pretrained(path))
+        loaded_config = AutoConfig.from_pretrained(path)
         processor = (
             AutoProcessor.from_pretrained(path) if embedded is None else embedded.load_processor(Path(path))
         )
+    if overlay is not None:
+        check_overlay(loaded_config)
     if embedded is not None:
         images = [image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for image in images]
     image_text = None if embedded is None else embedded.image_text

@@ -263,6 +263,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch, scene: Path) -> None:
         (["--keep", "1.5"], "GapConfig.keep=1.5: expected a float in (0, 1]"),
         (["--keep", "nan"], "GapConfig.keep=nan"),
         (["--layer", "-2"], "GapConfig.layer=-2: expected a decoder layer"),
+        (["--model", "embedded-mrope", "--image", "scene.png"], "expected one in each prompt"),
         (["--layer", "5"], "this model's decoder has 6 layers; expected -1 to 4"),
         (["--layer", "one"], "Invalid value for '--layer'"),
         (["--score", "best"], "'best' is not one of 'last_token'"),
@@ -276,7 +277,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch, scene: Path) -> None:
         (["--overlay", "kept.jpg"], "--overlay 'kept.jpg': expected a .png file"),
         (
             ["--model", "embedded-mrope", "--overlay", "kept.png"],
-            "overlay: kept tokens can be drawn for llava",
+            "Invalid value: overlay: kept tokens can be drawn for",
         ),
         (["--model", "nobody/has-this-model"], "model 'nobody/has-this-model' can't be loaded: "),
         (["--model", "no/such/folder"], "model 'no/such/folder' can't be loaded: "),
@@ -307,7 +308,7 @@ def of_another_type(folder: Path, **changes: object) -> None:
     [
         (lambda folder: of_another_type(folder, model_type="llama"), "LlamaConfig"),
         (lambda folder: of_another_type(folder, model_type="unheard_of"), "model type `unheard_of`"),
-        (lambda folder: (folder / "config.json").write_text("{"), "line 1 column 2"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         (lambda folder: (folder / "config.json").unlink(), "model_type"),
         (lambda folder: (folder / "processor_config.json").write_text("{"), "processor_config.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "line 1 column 2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert [tuple(row) for row in results["rows"]] == [KEYS] * 10
     assert [Row(**row) for row in results["rows"]] == rows
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] == version("torch")
     assert "CPU" in results["device"] or torch.cuda.is_available()
     assert rows[0].method == "no pruning"
     assert [(row.keep, row.ids) for row in rows[1:]] == [(c.keep, c.ids) for c in demo_configs()]
@@ -133,4 +134,4 @@ def test_info() -> None:
     for word in ("torch", "transformers", "triton", "flash-attn", "dense attention"):
         assert word in result.output
     found = json.loads(cli("info", "--json").output)
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
