@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 
 from .precision import without_autocast
 
-NAMESPACE = "gap_kernels"
+# The name that this package was imported by: PyTorch takes a namespace once in a process, which may hold copies of this
+# package under other names, as Hugging Face's `kernels` loads them.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 # `torch.library.custom_op` would do the same for several times the host time of a call.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
