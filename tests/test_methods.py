@@ -12,10 +12,10 @@ from methods import NAMES, SHARE, method, preset
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle, core_of
 from test_oracle import BATCHES, TOLERANCE, error, make_prompt
-from tiny import IMAGE, LAYERS, VIDEO, build, generate
+from tiny import IMAGE, LAYERS, VIDEO, Image, build, generate, prompt
 
 import gap_triton
-from gap_triton import GapConfig, Selection
+from gap_triton import GapConfig, Selection, Stage
 from gap_triton.presets import PRESETS
 
 
@@ -168,6 +168,54 @@ def test_where_tokens_merge(factor: float) -> None:
         others = [r for r in visual if r not in selection.visual_index[b].tolist()]
         behind = whole[b, row] + whole[b, others].mean(0)
         assert torch.allclose(contextual[b, row], behind, atol=1e-5) == (factor != 1.0)
+
+
+DRAWS = {
+    "before": GapConfig(0.4, -1, "random"),
+    "before, by region": GapConfig(9, -1, "random", "region"),
+    "inside, spread": GapConfig(0.4, 1, "random", "stride", seed=3),
+    "three times": GapConfig(
+        0.7, -1, "random", then=(Stage(0.5, 0, "random", "region"), Stage(5, 2, "random")), seed=2**63 - 1
+    ),
+}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("config", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("model", [*ways.MODELS, "llava_next"])
+def test_a_draw_is_that_of_the_sample_alone(model: str, config: GapConfig, padding: str) -> None:
+    """At any row of any batch, however it is padded: what is drawn depends on the number of visual tokens alone."""
+    images = [(Image(),), (Image(), Image(24, 48)), (Image(),), (Image(),) * 3]
+    orders = [(0,), (1,), (2,), (3,), (0, 1, 2, 3), (3, 2, 1, 0), (2, 3)]
+    pruned = ways.build(model, "gap_triton")
+    gap_triton.configure(pruned, config)
+    found: dict[int, list[list[list[int]]]] = {}
+    for order in orders:
+        inputs = prompt(
+            "llava" if model == ways.MROPE else model,
+            images=[images[i] for i in order],
+            before=[(3, 1, 7, 2)[i] for i in order],
+            after=[(5, 9, 4, 6)[i] for i in order],
+            padding=padding,
+        )
+        if model == ways.MROPE:
+            inputs = ways.as_mrope(inputs)
+        with torch.no_grad():
+            pruned(**inputs)
+        starts = inputs["attention_mask"].int().argmax(1).tolist()
+        for row, sample in enumerate(order):
+            kept = [
+                [i - starts[row] for i in stage.visual_index[row].tolist() if i >= 0]
+                for stage in stages_of(gap_triton.last_selection(pruned))
+            ]
+            found.setdefault(sample, []).append(kept)
+    for runs in found.values():
+        assert all(run == runs[0] for run in runs)
+    assert found[0][0] != found[1][0]
+    # One number for each of its visual tokens, from a generator of this seed.
+    if config is DRAWS["before"] and model != "llava_next":
+        drawn = torch.rand(36, generator=torch.Generator().manual_seed(0))
+        assert found[0][0][0] == [4 + i for i in sorted(drawn.topk(15).indices.tolist())]
 
 
 def video_prompt() -> dict[str, torch.Tensor]:

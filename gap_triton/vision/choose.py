@@ -15,6 +15,7 @@ import torch
 from gap_kernels import grid_neighbours
 
 from gap_triton.config import Stage, asks_for_places
+from gap_triton.draw import draw
 from gap_triton.prompt import positions_first
 from gap_triton.state import Chosen, ForwardState, Prompt
 from gap_triton.strategies import (
@@ -144,8 +145,9 @@ def _scores(
     device = prompt.visual.device
     views = tuple(views)
     if stage.score == "random":
-        generator = torch.Generator().manual_seed(state.config.seed)
-        return [torch.rand(len(view.rows), generator=generator).to(device) for view in views]
+        drawn = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
+        place = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
+        return [drawn[place[view.sample, view.rows]] for view in views]
     if stage.score == "spatial":
         return [-spatial_order(view.grid).to(device).float() for view in views]
     if stage.score == "text_similarity":
