@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
+import transformers
 import ways
 from methods import NAMES, SHARE, method, preset
 from oracle import NAME as ORACLE
 from oracle import MaskingOracle, core_of
 from test_oracle import BATCHES, TOLERANCE, error, make_prompt
-from tiny import IMAGE, LAYERS, VIDEO, Image, build, generate, prompt
+from tiny import IMAGE, IMAGE_SIZE, LAYERS, VIDEO, Image, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig, Selection, Stage
@@ -168,6 +170,93 @@ def test_where_tokens_merge(factor: float) -> None:
         others = [r for r in visual if r not in selection.visual_index[b].tolist()]
         behind = whole[b, row] + whole[b, others].mean(0)
         assert torch.allclose(contextual[b, row], behind, atol=1e-5) == (factor != 1.0)
+
+
+BAD = [float("nan"), float("inf")]
+
+
+def spoilt(inputs: dict[str, torch.Tensor], image: int, value: float) -> dict[str, torch.Tensor]:
+    """``inputs`` with one bad pixel in an image."""
+    pixels = inputs["pixel_values"].clone()
+    images = pixels.view(int((inputs["input_ids"] == IMAGE).sum()) // 36, -1)
+    images[image, 5] = value
+    return {**inputs, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("name", [*NAMES, "outliers"])
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_a_bad_pixel_stays_in_its_sample(model: str, name: str, image: int) -> None:
+    """What the other samples keep, their ids and their logits are bit for bit what they are without it."""
+    cls = model == "llava"
+    config = preset("prumerge", LAYERS, cls, "outliers") if name == "outliers" else method(name, LAYERS, cls)
+    inputs = ways.make(model, "left-padded")
+    pruned = ways.build(model, "gap_triton")
+
+    def run(inputs: dict[str, torch.Tensor]):
+        gap_triton.configure(pruned, config)
+        output = generate(pruned, inputs, tokens=3)
+        return output, stages_of(gap_triton.last_selection(pruned))
+
+    expected, stages = run(inputs)
+    for value in BAD:
+        output, found = run(spoilt(inputs, image, value))
+        assert not output.logits[0][image].isfinite().all()
+        other = 1 - image
+        assert torch.equal(output.sequences[other], expected.sequences[other])
+        for stage, reference in zip(found, stages, strict=True):
+            if name != "outliers":  # where the other's number of tokens, so the width, depends on its values
+                for field in ("index", "candidates", "score", "visual_index"):
+                    assert torch.equal(getattr(stage, field)[other], getattr(reference, field)[other]), field
+                assert torch.equal(stage.position_ids[..., other, :], reference.position_ids[..., other, :])
+            rows = [x.visual_index[other][x.visual_index[other] >= 0] for x in (stage, reference)]
+            assert torch.equal(*rows)
+        for step, reference in zip(output.logits, expected.logits, strict=True):
+            if name != "outliers":
+                assert torch.equal(step[other], reference[other])
+            assert float((step[other] - reference[other]).abs().max()) <= TOLERANCE
+
+
+def test_where_tokens_merge_is_found_by_any_prompt_and_kept() -> None:
+    model, inputs = ways.build("llava", "gap_triton"), ways.make("llava", "left-padded")
+    bad = spoilt(spoilt(inputs, 0, BAD[0]), 1, BAD[0])
+    gap_triton.configure(model, method("visionzip", LAYERS, cls=True))
+    expected = generate(model, inputs)
+    attachment = model.model.language_model._gap_attachment
+    for prompts, found in (((bad,), None), ((bad, inputs), True), ((inputs, bad), True)):
+        gap_triton.configure(model, method("visionzip", LAYERS, cls=True))
+        outputs = [generate(model, each) for each in prompts]
+        assert attachment.projector_is_last is found
+        for each, output in zip(prompts, outputs, strict=True):
+            assert each is bad or error(output, expected) == 0.0
+
+
+def test_tiles_are_aggregated_alike_in_every_batch() -> None:
+    """By the constants of the model, not by whether an image of the batch was cut into tiles: OneVision cuts no images of
+    a sample that has several."""
+    if "batch_num_images" not in inspect.signature(transformers.LlavaOnevisionModel.forward).parameters:
+        pytest.skip("this release cuts every image")
+    model = build("llava_onevision", "gap_triton")
+    gap_triton.configure(model, GapConfig(0.4, -1, "received", "region", "aggregation"))
+    embeds: list[torch.Tensor] = []
+    embeds_of_prompt(model, embeds)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    several = [1, *[IMAGE] * 37, 30, *[IMAGE] * 37, 40]
+    cut = [1, *[IMAGE] * (36 + 12 * 13), 40]
+    ids = torch.tensor([several + [0] * (len(cut) - len(several)), cut])
+    inputs = {
+        "input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels,
+        "image_sizes": torch.tensor([[48, 48]] * 3), "batch_num_images": torch.tensor([2, 1]),
+    }  # fmt: skip
+    alone = {key: value[:1] for key, value in inputs.items()} | {
+        "pixel_values": pixels[:2], "image_sizes": inputs["image_sizes"][:2]
+    }  # fmt: skip
+    with torch.no_grad():
+        model(**inputs)
+        model(**alone)
+    together, single = embeds
+    torch.testing.assert_close(together[0], single[0])
 
 
 DRAWS = {

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from gap_kernels import grid_neighbours
+from transformers import PreTrainedModel
 
 from gap_triton.config import Stage, asks_for_places
 from gap_triton.draw import draw
 from gap_triton.prompt import positions_first
-from gap_triton.state import Chosen, ForwardState, Prompt
+from gap_triton.state import Attachment, Chosen, ForwardState, Prompt
 from gap_triton.strategies import (
     LLAVA,
     LLAVA_NEXT,
@@ -36,11 +37,13 @@ from gap_triton.strategies import (
 )
 
 from .layout import Layout, View, layout_of
-from .tower import TowerOutput
+from .tower import TowerOutput, packs
 
 Kwargs = dict[str, Any]
 
 ADDS_ONE = ("nearest", "average")  # merges that keep one token more, made of all that are dropped
+
+CLOSE = 1e-2  # relative; a model that does something behind its projector does more than that
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def choose_before_the_decoder(
     for view, score in zip(layout.views, scores, strict=True):
         keep[view.sample] -= len(view.rows)
         by_row[view.sample, view.rows] = score
-    before = stage.merge != "none" and _merges_before_projector(layout, told, embeds)
-    rule = _rule_of(layout, before)
+    before = stage.merge != "none" and _merges_before_projector(state.attachment, layout, told, embeds)
+    rule = _rule_of(state.attachment.owner, before)
     for grids in _grouped(layout.views, scores, stage):
         sample = torch.tensor(grids.sample, device=device)[:, None]
         index, merged = _choose(grids, stage, told, embeds, before, rule)
@@ -283,18 +286,41 @@ def _merge(
     return nearest(features, of_tower(told.keys), score, kept(grids.keep - 1))
 
 
-def _merges_before_projector(layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None) -> bool:
-    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it."""
-    if told is None or told.features is None or embeds is None or not layout.views:
+def _merges_before_projector(
+    attachment: Attachment, layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None
+) -> bool:
+    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it.
+
+    That is a property of the model, found once per configuration, by the first prompt that shows it.
+    """
+    if told is None or told.features is None or embeds is None:
         return False
-    view = layout.views[0]
-    mapped = told.project(told.features[view.features[:1].to(told.features.device)]).float()
-    given = embeds[view.sample, view.rows[:1].to(embeds.device)].float().to(mapped.device)
-    return bool(torch.allclose(mapped, given, rtol=1e-2, atol=1e-2 * float(given.abs().max())))
+    if attachment.projector_is_last is None:
+        attachment.projector_is_last = _projector_is_last(layout, told, embeds)
+    return attachment.projector_is_last is not False
 
 
-def _rule_of(layout: Layout, before_projector: bool) -> AggregationRule:
+def _projector_is_last(layout: Layout, told: TowerOutput, embeds: torch.Tensor) -> bool | None:
+    """Whether the decoder gets what the projector puts out, by a token of each image; None where none is finite. One read."""
+    assert told.features is not None
+    if not layout.views:
+        return None
+    sample = torch.tensor([view.sample for view in layout.views])
+    rows, features = (
+        torch.stack([getattr(view, name)[0] for view in layout.views]) for name in ("rows", "features")
+    )
+    mapped = told.project(told.features[features.to(told.features.device)]).float()
+    given = embeds[sample.to(embeds.device), rows.to(embeds.device)].float().to(mapped.device)
+    size = given.abs().amax(dim=-1, keepdim=True)
+    # An image of nothing but NaN, or of zeros, shows nothing.
+    shows = (mapped.isfinite() & given.isfinite()).all(dim=-1) & (size[:, 0] > 0)
+    close = ((mapped - given).abs() <= CLOSE * (size + given.abs())).all(dim=-1)
+    any_shows, all_close = torch.stack([shows.any(), (close | ~shows).all()]).tolist()
+    return all_close if any_shows else None
+
+
+def _rule_of(owner: PreTrainedModel, before_projector: bool) -> AggregationRule:
     """Nüwa's constants for this kind of model: merged behind a projector, images cut into tiles, or one grid for each."""
     if not before_projector:
         return QWEN
-    return LLAVA_NEXT if len(layout.views) > len({view.image for view in layout.views}) else LLAVA
+    return LLAVA_NEXT if packs(owner) else LLAVA
