@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -348,18 +349,125 @@ def test_videos(name: str) -> None:
         assert 0 < int(first) < int((rows >= 0).sum()) or name in ("text", "feather")
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision/qwen2"])
-def test_newlines_all_stay(name: str) -> None:
+TILED = ["llava_next", "llava_onevision/qwen2"]
+# Two images beside one, tiles of four shapes, 6 to 24 newlines in a sample.
+TILES = ((Image(24, 48), Image(48, 24)), (Image(48, 48),), (Image(24, 24), Image(48, 48), Image(24, 48)))
+ASKING = {
+    "tower": GapConfig(0.5, -1, "received"),
+    "spatial": GapConfig(0.5, -1, "spatial"),
+    "region": GapConfig(0.5, -1, "random", "region"),
+    "stride": GapConfig(0.5, -1, "text_similarity", "stride"),
+    "aggregation": GapConfig(0.5, -1, "received", "region", "aggregation"),
+    "contextual": GapConfig(0.5, -1, "key_norm", merge="contextual"),
+    "nearest": GapConfig(0.5, -1, "received", merge="nearest"),
+    "average": GapConfig(0.5, -1, "received", merge="average"),
+    "random": GapConfig(0.5, -1, "random"),
+    "inside": GapConfig(0.5, 1, "spatial"),
+    "inside, region": GapConfig(0.5, 1, "text", "region"),
+    "inside, stride": GapConfig(0.5, 1, "text", "stride"),
+}
+
+
+def newlines_of(model: torch.nn.Module, embeds: torch.Tensor) -> torch.Tensor:
+    """[B, Q] bool, the newline tokens in what the decoder is given."""
+    return (embeds == model.model.image_newline).all(-1)
+
+
+@pytest.mark.parametrize("asking", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("name", TILED)
+def test_a_budget_counts_newlines(name: str, asking: GapConfig) -> None:
+    """Exactly as many survive as ``keep`` says, in every sample, also where they are fewer than images or newlines."""
+    model = build(name, "gap_triton")
+    embeds: list[torch.Tensor] = []
+    embeds_of_prompt(model, embeds)
+    inputs = prompt(name, images=TILES, before=(3, 7, 2), after=(5, 9, 4))
+    for keep in (1, 3, 16, 10_000, 0.005, 0.25):
+        config = dataclasses.replace(asking, keep=keep)
+        gap_triton.configure(model, config)
+        with torch.no_grad():
+            model(**inputs)
+        selection = gap_triton.last_selection(model)
+        counts = (inputs["input_ids"] == IMAGE).sum(1).tolist()
+        expected = [config.count(count) for count in counts]
+        if expected == counts:  # nothing is dropped
+            continue
+        assert (selection.visual_index >= 0).sum(1).tolist() == expected
+        if config.layer == -1 and asking is not ASKING["random"]:
+            newlines = newlines_of(model, embeds[-1])
+            for b, total in enumerate(expected):
+                rows = newlines[b].nonzero()[:, 0]
+                stay = torch.isin(rows, selection.visual_index[b])
+                most = max(total // 2, total - (counts[b] - len(rows)))
+                assert int(stay.sum()) == min(len(rows), most)
+
+
+@pytest.mark.parametrize("asking", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("name", TILED)
+def test_keep_everything_keeps_newlines_too(name: str, asking: GapConfig) -> None:
+    inputs = prompt(name, images=TILES, before=(3, 7, 2), after=(5, 9, 4))
+    dense = generate(build(name, "sdpa"), inputs, tokens=2)
+    model = build(name, "gap_triton")
+    gap_triton.configure(model, dataclasses.replace(asking, keep=1.0))
+    assert error(generate(model, inputs, tokens=2), dense) == 0.0
+
+
+@pytest.mark.parametrize("keep", [9, 0.1])
+@pytest.mark.parametrize("name", TILED)
+def test_some_newlines_equal_the_oracle(name: str, keep: float) -> None:
+    inputs = prompt(name, images=TILES, before=(3, 7, 2), after=(5, 9, 4))
+    (first,) = compare(name, inputs, GapConfig(keep, -1, "received", "region", "aggregation"))
+    assert first.score.isneginf().any()
+    assert first.score.isposinf().any()
+
+
+def test_newlines_that_stay_are_evenly_spread() -> None:
+    model = build("llava_next", "gap_triton")
+    gap_triton.configure(model, GapConfig(12, -1, "cls"))
+    embeds: list[torch.Tensor] = []
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        model(**prompt("llava_next", images=((Image(48, 48),),), before=(3,), after=(4,)))
+    rows = newlines_of(model, embeds[0])[0].nonzero()[:, 0]
+    kept = torch.isin(rows, gap_triton.last_selection(model).visual_index[0]).nonzero()[:, 0].tolist()
+    assert kept == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("keep", [1, 3, 0.01])
+def test_a_budget_below_the_number_of_frames(keep: float) -> None:
+    """A video of two frames, and an image beside a video: exactly as many as asked for, of any of them."""
+    for config in (
+        GapConfig(keep, -1, "spatial"),
+        GapConfig(keep, -1, "received", "region", "aggregation"),
+        GapConfig(keep, -1, "received", merge="nearest"),
+        GapConfig(keep, -1, "key_norm", merge="contextual"),
+        GapConfig(keep, 1, "last_token", "region"),
+    ):
+        (first,) = compare(ways.MROPE, video_prompt(), config)
+        assert (first.visual_index >= 0).sum(1).tolist() == [config.count(72)] * 2
+
+
+def test_a_prompt_that_ends_in_an_image_keeps_its_last_row_besides() -> None:
+    """The documented exception: its logits are read. Here the last row is a newline."""
+    inputs = prompt("llava_next", images=((Image(48, 48),), (Image(24, 24),)), before=(3, 5), after=(0, 0))
+    inputs = inputs | {key: inputs[key][:, :-2] for key in ("input_ids", "attention_mask")}
+    model = build("llava_next", "gap_triton")
+    gap_triton.configure(model, GapConfig(1, -1, "cls"))
+    with torch.no_grad():
+        model(**inputs)
+    assert (gap_triton.last_selection(model).visual_index >= 0).sum(1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_newlines_all_stay_where_they_are_few(name: str) -> None:
     """They stand in no grid, and tell where a row of the picture ends."""
     model, inputs = build(name, "gap_triton"), make_prompt(name, "ragged-images")
-    newline = model.model.image_newline
     embeds: list[torch.Tensor] = []
     gap_triton.configure(model, method("nuwa", LAYERS, cls="next" in name))
     embeds_of_prompt(model, embeds)
     with torch.no_grad():
         model(**inputs)
     first = stages_of(gap_triton.last_selection(model))[0]
-    newlines = (embeds[0] == newline).all(-1)
+    newlines = newlines_of(model, embeds[0])
     assert int(newlines.sum(1).min()) >= 6
     for b in range(2):
         assert torch.isin(newlines[b].nonzero()[:, 0], first.index[b]).all()

@@ -7,7 +7,7 @@ token is ever computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +31,16 @@ from gap_triton.strategies import (
     contextual,
     contextual_count,
     nearest,
-    outlier_count,
     spatial_order,
     text_similarity,
 )
 
+from .budget import budget_of, newlines_that_stay
 from .layout import Layout, View, layout_of
 from .tower import TowerOutput, packs
 
 Kwargs = dict[str, Any]
 
-ADDS_ONE = ("nearest", "average")  # merges that keep one token more, made of all that are dropped
 
 CLOSE = 1e-2  # relative; a model that does something behind its projector does more than that
 
@@ -93,23 +92,22 @@ def choose_before_the_decoder(
             "pass inputs_embeds"
         )
     scores = _scores(state, prompt, stage, layout.views, told, embeds)
-    batch, length = prompt.visual.shape
     device = prompt.visual.device
-    by_row = torch.full((batch, length), torch.inf, device=device)
-    stays = layout.unplaced.clone()
-    keep = list(prompt.visual_counts)  # of those that stand nowhere, in the end
+    budget = budget_of(layout.views, scores, stage, prompt.visual_counts)
+    keep = list(budget.newlines)
+    for view, kept in zip(layout.views, budget.views, strict=True):
+        keep[view.sample] += kept
+    stays = newlines_that_stay(layout.unplaced, budget)
+    by_row = torch.where(stays, torch.inf, -torch.inf).to(torch.float32)
     for view, score in zip(layout.views, scores, strict=True):
-        keep[view.sample] -= len(view.rows)
         by_row[view.sample, view.rows] = score
     before = stage.merge != "none" and _merges_before_projector(state.attachment, layout, told, embeds)
     rule = _rule_of(state.attachment.owner, before)
-    for grids in _grouped(layout.views, scores, stage):
+    for grids in _grouped(layout.views, scores, budget.views):
         sample = torch.tensor(grids.sample, device=device)[:, None]
         index, merged = _choose(grids, stage, told, embeds, before, rule)
         chosen = grids.rows.gather(1, index)
         stays[sample, chosen] = True
-        for b in grids.sample:
-            keep[b] += grids.keep
         if merged is not None:
             assert embeds is not None
             if embeds is kwargs["inputs_embeds"]:
@@ -179,11 +177,10 @@ def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Te
     return found
 
 
-def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) -> list[Grids]:
+def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence[int]) -> list[Grids]:
     """Views of one size that keep equally many, together."""
-    views = tuple(views)
     groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for number, keep in enumerate(_shares(views, scores, stage)):
+    for number, keep in enumerate(shares):
         if keep:
             groups.setdefault((views[number].grid, keep), []).append(number)
     return [
@@ -197,23 +194,6 @@ def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) ->
         )
         for (grid, keep), members in groups.items()
     ]
-
-
-def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -> list[int]:
-    """How many tokens each view keeps: its part of what its sample keeps."""
-    if stage.keep == "outliers":
-        more = int(stage.merge in ADDS_ONE)
-        return [min(int(outlier_count(score[None])[0]) + more, len(score)) for score in scores]
-    sizes: dict[int, int] = {}
-    for view in views:
-        sizes[view.sample] = sizes.get(view.sample, 0) + len(view.rows)
-    shares, before = [], dict.fromkeys(sizes, 0)
-    for view in views:
-        size, start = sizes[view.sample], before[view.sample]
-        end = before[view.sample] = start + len(view.rows)
-        total = stage.count(size)
-        shares.append(total * end // size - total * start // size)
-    return shares
 
 
 def _choose(
@@ -301,7 +281,7 @@ def _merges_before_projector(
 
 
 def _projector_is_last(layout: Layout, told: TowerOutput, embeds: torch.Tensor) -> bool | None:
-    """Whether the decoder gets what the projector puts out, by a token of each image; None where none is finite. One read."""
+    """Whether the decoder gets what the projector puts out, by a token of each image; None where none tells. One read."""
     assert told.features is not None
     if not layout.views:
         return None
