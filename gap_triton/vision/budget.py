@@ -62,7 +62,7 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
 
 
 def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
-    """[B, Q] bool, those of the tokens in no view, ``unplaced`` [B, Q] bool, that ``budget`` keeps, evenly spread over them."""
+    """[B, Q] bool, those of ``unplaced`` [B, Q] bool, the tokens in no view, that ``budget`` keeps: evenly spread ones."""
     if budget.newlines == budget.unplaced:
         return unplaced.clone()
     stays = torch.zeros(len(budget.unplaced), max(budget.unplaced), dtype=torch.bool)
