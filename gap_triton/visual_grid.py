@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .plain import is_int, plain, shown
@@ -32,24 +32,24 @@ def named_grids(given: Any) -> Grid | list[Grid]:
     one = _grid_of(given)
     if one is not None:
         return one
-    if isinstance(given, Sequence) or hasattr(given, "__array__"):
-        several = [_grid_of(each) for each in given]
-        if several and None not in several:
-            return [grid for grid in several if grid is not None]
-    raise ValueError(
-        f"visual_grid={shown(given)}: expected [H, W], two ints >= 1, rows and columns of visual tokens of every image, "
-        "or a list of one [H, W] per image"
-    )
+    several = [_grid_of(each) for each in _listed(given) or ()]
+    grids = [grid for grid in several if grid is not None]
+    if not grids or len(grids) < len(several):
+        raise ValueError(
+            f"visual_grid={shown(given)}: expected [H, W], two ints >= 1, rows and columns of visual tokens of every image, "
+            "or a list of one [H, W] per image"
+        )
+    return grids
 
 
 def _grid_of(given: Any) -> Grid | None:
-    if isinstance(given, str) or not (isinstance(given, Sequence) or hasattr(given, "__array__")):
-        return None
-    try:
-        sizes = [plain(size) for size in given]
-    except TypeError:  # an array of no dimension
-        return None
-    match sizes:
+    match [plain(size) for size in _listed(given) or ()]:
         case [height, width] if is_int(height) and is_int(width) and height >= 1 and width >= 1:
             return height, width
     return None
+
+
+def _listed(given: Any) -> list[Any] | None:
+    if isinstance(given, np.ndarray):
+        return list(given) if given.ndim else None
+    return list(given) if isinstance(given, (list, tuple)) else None

@@ -798,18 +798,30 @@ def test_images_of_another_shape() -> None:
 
 def test_tokens_made_by_attention_stand_nowhere() -> None:
     """Latents of Idefics 2 and Aria: also where they are as many as there are patches, or as a square has."""
-    for name in ("idefics2", "aria"):
+    for name in {"idefics2", "aria", "granite4_vision"} & set(families.TYPES):
         owner = find_parts(family(name)).owner
         for tokens in (9, 36):
             visual = torch.ones(1, tokens, dtype=torch.bool)
-            with pytest.raises(
-                ValueError, match=r"nothing tells how many rows and columns .*: pass visual_grid"
-            ):
-                layout_of(owner, {"pixel_values": torch.ones(1, 3, 24, 24)}, visual, *index_of(visual))
+            for sizes in ({}, {"image_sizes": torch.tensor([[24, 24]])}):
+                given = {"pixel_values": torch.ones(1, 3, 24, 24), **sizes}
+                with pytest.raises(ValueError, match=r"nothing tells how many rows .*: pass visual_grid"):
+                    layout_of(owner, given, visual, *index_of(visual))
             given = {"pixel_values": torch.ones(1, 3, 24, 24), "visual_grid": (1, tokens)}
             assert layout_of(owner, given, visual, *index_of(visual)).views[0].grid == (1, tokens)
-        with pytest.raises(ValueError, match="makes each of its visual tokens of all patches, by attention"):
+        with pytest.raises(
+            ValueError, match=r"of all patches, by attention|of several of the tower's features"
+        ):
             find_tower(owner)
+
+
+@pytest.mark.parametrize("name", sorted({"step3p7", "granite_docling", "got_ocr2"} & set(families.TYPES)))
+def test_strides_and_remainders_leave_the_grid_unknown(name: str) -> None:
+    """Towers that merge patches by strided convolutions, and squares that the patches are not a multiple of."""
+    owner = find_parts(family(name)).owner
+    for tokens in (1, 4, 16, 36):
+        visual = torch.ones(1, tokens, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"pass visual_grid"):
+            layout_of(owner, {}, visual, *index_of(visual))
 
 
 def test_patches_are_averaged_in_squares_only_where_the_config_says_so() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gap_triton.models import text_model_of
@@ -255,9 +255,11 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
             f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
             f"{INSTEAD}"
         )
+    if resamples(owner):
+        return None
     if packs(owner):
         return {"image": _packed(owner, arguments)}
-    if arguments.get("image_sizes") is not None:
+    if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner):
         height, width = patch_size_of(owner.config.vision_config) or (1, 1)
         sizes = [
             [1, image[0] // height, image[1] // width]
@@ -280,16 +282,14 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
         raise ValueError(
             f"nothing tells how many rows and columns the visual tokens of {name} make: {instead}"
         )
-    pool = pooling_of(owner)
+    pool, shape = pooling_of(owner), image_shape(arguments)
     grid = (size[0] // pool, size[1] // pool)
-    tokens, shape = grid[0] * grid[1], image_shape(arguments)
-    wrong = next((run for run in runs if not tokens or run % tokens), None)
-    if wrong is None and shape is not None and shape[0] * tokens != sum(runs):
-        wrong = sum(runs)
-    if wrong is not None:
+    tokens, visual = grid[0] * grid[1], sum(runs)
+    whole = tokens * pool**2 == size[0] * size[1] > 0
+    if not whole or any(run % tokens for run in runs) or (shape is not None and shape[0] * tokens != visual):
         images = "an image" if shape is None else f"each of {shape[0]} images"
         raise ValueError(
-            f"{name} has {wrong} visual tokens, and {images} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
+            f"{name} has {visual} visual tokens, and {images} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
             f"by its config, so how many rows and columns they make is not known: {instead}"
         )
     return grid
@@ -311,16 +311,16 @@ def _patches_of(owner: PreTrainedModel, arguments: dict[str, Any]) -> tuple[int,
     if len(sides) != 2:
         return None
     grid = (sides[0] // patch[0], sides[1] // patch[1])
-    cells = grid[0] * grid[1]
     text = text_model_of(owner)
-    learned = (
-        parameter.shape
-        for child in owner.children()
-        if child is not text
-        for name, parameter in child.named_parameters()
-        if "position" in name
-    )
-    return grid if any(cells in shape or cells + 1 in shape for shape in learned) else None
+    towers = (child for child in owner.children() if child is not text)
+    return grid if any(_has_learned(tower, grid[0] * grid[1]) for tower in towers) else None
+
+
+def _has_learned(tower: nn.Module, cells: int) -> bool:
+    """Whether ``tower`` adds positions to ``cells`` patches, with a CLS token or without, and merges none by strides."""
+    shapes = [parameter.shape for name, parameter in tower.named_parameters() if "position" in name]
+    strided = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
 def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:

@@ -32,7 +32,13 @@ GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
-POOLING_FIELDS = ("spatial_merge_size", "downsample_factor", "scale_factor", "hidden_stride")
+POOLING_FIELDS = (
+    "spatial_merge_size",
+    "downsample_factor",
+    "scale_factor",
+    "hidden_stride",
+    "projector_pooling_ratio",
+)
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 
 # Weak: a forward that fails never stops its watch, and then nothing else holds it.
