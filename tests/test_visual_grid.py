@@ -203,14 +203,31 @@ def test_of_a_vision_language_model_the_caller_may_name_what_it_does_not_tell() 
     model = build("llava/llama", "gap_triton")
     gap_triton.configure(model, ASKING["before"])
     inputs = features(32, 32)
-    with pytest.raises(ValueError, match=r"LlavaModel has 32 visual tokens.*pass visual_grid"):
+    with pytest.raises(ValueError, match=r"LlavaModel has 64 visual tokens.*pass visual_grid"):
         generate(model, inputs, tokens=2)
     generate(model, inputs | {"visual_grid": [4, 8]}, tokens=2)
     assert kept(model, inputs) == [spread((4, 8))] * 2
+    # As many as there are images, where the model is given them.
+    spared = make_prompt("llava", "ragged-images")
+    mask = (spared["input_ids"] == IMAGE) & ((spared["input_ids"] == IMAGE).cumsum(1) > 36)
+    for grid in ({}, {"visual_grid": [6, 6]}):
+        with pytest.raises(ValueError, match=r"72 visual tokens, and (each of 4 images|pixel_values hold 4)"):
+            model(**spared, visual_mask=mask, **grid)
     # Merged features of its own tower are of the size that the tower has learned.
     own = merged("llama", make_prompt("llava", "left-padded"))
     generate(model, own, tokens=2)
     assert kept(model, own) == [spread((6, 6))] * 2
+
+
+def test_of_a_model_with_grids_that_was_given_none() -> None:
+    model = ways.build(ways.MROPE, "gap_triton")
+    gap_triton.configure(model, ASKING["inside"])
+    inputs = features(32, 64)
+    with pytest.raises(ValueError, match="was not given image_grid_thw"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs, visual_grid=[[4, 8], [16, 4]])
+    assert kept(model, inputs) == [spread((4, 8)), spread((16, 4))]
 
 
 @pytest.mark.parametrize("name", [ways.MROPE, "llava_next"])

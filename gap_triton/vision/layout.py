@@ -235,8 +235,13 @@ def _pictures(
         return own
     if named is None:
         named = _by_patches(owner, arguments, _runs(samples))
-    visual = sum(map(len, samples))
+    visual, shape = sum(map(len, samples)), image_shape(arguments)
     grids = named if isinstance(named, list) else [named] * -(-visual // (named[0] * named[1]))
+    if shape is not None and len(grids) != shape[0]:
+        raise ValueError(
+            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {shape[0]}: "
+            "expected the rows and columns of visual tokens of each of them"
+        )
     return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
 
 
@@ -245,7 +250,7 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
         return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
-    if GRID_FIELDS["image"] in _parameters(owner):
+    if GRID_FIELDS["image"] in _parameters(owner) and arguments.get(VISUAL_GRID) is None:
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
             f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
@@ -259,11 +264,11 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
         return None
     if packs(owner):
         return {"image": _packed(owner, arguments)}
-    if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner):
-        height, width = patch_size_of(owner.config.vision_config) or (1, 1)
+    patch = patch_size_of(getattr(owner.config, "vision_config", None))
+    if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner) and patch is not None:
         sizes = [
-            [1, image[0] // height, image[1] // width]
-            for image in torch.as_tensor(arguments["image_sizes"]).tolist()
+            [1, height // patch[0], width // patch[1]]
+            for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
         ]
         return _by_grids({"image": sizes}, pooling_of(owner))
     return None
