@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lone import lone, merged, without
 from test_oracle import make_prompt
+from test_vision import family
 from tiny import IMAGE, Image, build, generate, prompt
 
 import gap_triton
@@ -213,6 +215,16 @@ def test_of_a_vision_language_model_the_caller_may_name_what_it_does_not_tell() 
     for grid in ({}, {"visual_grid": [6, 6]}):
         with pytest.raises(ValueError, match=r"72 visual tokens, and (each of 4 images|pixel_values hold 4)"):
             model(**spared, visual_mask=mask, **grid)
+    # And as many as the vision encoder made, in models whose samples are filled up with images of zeros.
+    filled = family("idefics3")
+    filled.set_attn_implementation("gap_triton")
+    gap_triton.configure(filled, GapConfig(0.5, -1, "received"))
+    inputs = families.prompt_with_pixels(filled, "images by sample")
+    mask = (inputs["input_ids"] == IMAGE) & ((inputs["input_ids"] == IMAGE).cumsum(1) > 9)
+    with torch.no_grad():
+        filled(**inputs)
+    with pytest.raises(ValueError, match="visual tokens, and the vision encoder made 27"):
+        filled(**inputs, visual_mask=mask)
     # Merged features of its own tower are of the size that the tower has learned.
     own = merged("llama", make_prompt("llava", "left-padded"))
     generate(model, own, tokens=2)

@@ -45,7 +45,9 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
     unplaced = tuple(count - inside for count, inside in zip(counts, placed, strict=True))
     if stage.keep == "outliers":
         more = int(stage.merge in ADDS_ONE)
-        kept = (min(int(outlier_count(score[None])[0]) + more, len(score)) for score in scores)
+        # One read for all.
+        outliers = torch.cat([outlier_count(score[None]) for score in scores]).tolist() if scores else []
+        kept = (min(count + more, len(score)) for count, score in zip(outliers, scores, strict=True))
         return Budget(tuple(kept), unplaced, unplaced)
     totals = list(map(stage.count, counts))
     newlines = tuple(

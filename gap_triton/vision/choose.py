@@ -91,6 +91,13 @@ def choose_before_the_decoder(
             f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
             "pass inputs_embeds"
         )
+    if told is not None and told.tokens and not packs(state.attachment.owner):
+        placed = sum(len(view.rows) for view in layout.views)
+        if placed % told.tokens:  # a multiple where generate() has repeated the prompt
+            raise ValueError(
+                f"the prompt has {placed} visual tokens, and the vision encoder made {told.tokens}: pass the images of the "
+                "prompt only, and a visual_mask that names all of their tokens"
+            )
     scores = _scores(state, prompt, stage, layout.views, told, embeds)
     device = prompt.visual.device
     budget = budget_of(layout.views, scores, stage, prompt.visual_counts)

@@ -237,9 +237,10 @@ def _pictures(
         named = _by_patches(owner, arguments, _runs(samples))
     visual, shape = sum(map(len, samples)), image_shape(arguments)
     grids = named if isinstance(named, list) else [named] * -(-visual // (named[0] * named[1]))
-    if shape is not None and len(grids) != shape[0]:
+    images = None if shape is None else shape[0]
+    if images is not None and len(grids) != images:
         raise ValueError(
-            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {shape[0]}: "
+            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {images}: "
             "expected the rows and columns of visual tokens of each of them"
         )
     return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
@@ -291,10 +292,11 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
     grid = (size[0] // pool, size[1] // pool)
     tokens, visual = grid[0] * grid[1], sum(runs)
     whole = tokens * pool**2 == size[0] * size[1] > 0
-    if not whole or any(run % tokens for run in runs) or (shape is not None and shape[0] * tokens != visual):
-        images = "an image" if shape is None else f"each of {shape[0]} images"
+    images = None if shape is None else shape[0]
+    if not whole or any(run % tokens for run in runs) or (images is not None and images * tokens != visual):
+        each = "an image" if images is None else f"each of {images} images"
         raise ValueError(
-            f"{name} has {visual} visual tokens, and {images} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
+            f"{name} has {visual} visual tokens, and {each} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
             f"by its config, so how many rows and columns they make is not known: {instead}"
         )
     return grid

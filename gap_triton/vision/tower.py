@@ -219,15 +219,15 @@ def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     return {modality: encoded for modality, encoded in found.items() if encoded is not None}
 
 
-def image_shape(arguments: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size."""
+def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
+    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
+
+    The number is None where samples with fewer images than others are filled up.
+    """
     pixels = arguments.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.dim() < 4:
         return None
-    count = len(pixels)
-    if pixels.dim() > 4:  # samples with fewer images than others are filled up with zeros
-        count = int((pixels.flatten(-3) != 0).any(dim=-1).sum())
-    return count, pixels.shape[-2], pixels.shape[-1]
+    return len(pixels) if pixels.dim() == 4 else None, pixels.shape[-2], pixels.shape[-1]
 
 
 def patch_size_of(config: Any) -> tuple[int, int] | None:
@@ -382,14 +382,10 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
 
 def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
-    small = {
+    return {
         name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    if (shape := image_shape(arguments)) is not None:
-        count, height, width = shape
-        small["pixel_values"] = torch.empty((count, 3, height, width), device="meta")
-    return small
 
 
 def _count(output: Any) -> int:
