@@ -54,6 +54,12 @@ class TowerOutput:
     features: Tensor | None = None
     projector: nn.Module | None = None
 
+    @property
+    def tokens(self) -> int:
+        """F."""
+        told = (self.cls, self.received, self.key_norm, self.keys, self.similarity, self.features)
+        return next((len(rows) for rows in told if rows is not None), 0)
+
     def project(self, rows: Tensor) -> Tensor:
         """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
 
