@@ -185,9 +185,12 @@ def test_a_tensor_handed_through_to_a_layer_is_cut_to_the_survivors() -> None:
 @pytest.mark.parametrize("ids", ["compacted", "permuted"])
 def test_renumbering_is_refused_where_it_is_not_defined(ids: str) -> None:
     model = tiny("gemma3")
-    gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
-    with pytest.raises(ValueError, match=rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"):
-        model(**families.prompt(model))
+    message = rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"
+    with pytest.raises(ValueError, match=message):
+        gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
+    gap_triton.attach(model)
+    with pytest.raises(ValueError, match=message):
+        gap_triton.configure(model, GapConfig(keep=0.4, layer=1, ids=ids))
 
 
 def test_looks_ahead() -> None:
