@@ -259,14 +259,13 @@ def _synchronize(model: PreTrainedModel) -> None:
 
 
 def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
-    before = attachment_of(text)
     try:
         parts = find_parts(module)
     except ValueError:
-        if before is not None:
+        if attachment_of(text) is not None:
             return  # the decoder was attached alone, inside a model that can't be
         raise
-    attachment = _bring_up(model, parts, GapConfig() if before is None or before.closing else None)
+    attachment = _bring_up(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
 
@@ -275,24 +274,25 @@ def _bring_up(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attac
     """The attachment of ``parts``, put on now, or anew where they were replaced; ``config`` None = what it was."""
     earlier = _attachments_of(parts, model)
     attachment = next((each for each in earlier if _covers(each, parts)), None)
-    if attachment is not None:
-        attachment.closing = False
-        if config is not None:
-            let_tower_tell(attachment, config)
-            attachment.config = config
-        hook_layers(attachment)
+    stale = [each for each in earlier if each is not attachment]
+    if any(each.running for each in stale):
+        raise RuntimeError(
+            f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
+            "is still under way: attach again when it has ended"
+        )
+    config = config or next((each.config for each in earlier if not each.closing), GapConfig())
+    restore = next((each.restore for each in earlier if each.restore is not None), None)
+    for each in stale:
+        each.restore = None
+        each.close()
+    if attachment is None:
+        attachment = _install(parts, config)
     else:
-        if any(each.running for each in earlier):
-            raise RuntimeError(
-                f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began "
-                "before is still under way: attach again when it has ended"
-            )
-        restore = next((each.restore for each in earlier if each.restore is not None), None)
-        for each in earlier:
-            config, each.restore = config or each.config, None
-            each.close()
-        attachment = _install(parts, config or GapConfig())
-        attachment.restore = restore
+        attachment.closing = False
+        let_tower_tell(attachment, config)
+        attachment.config = config
+        hook_layers(attachment)
+    attachment.restore = restore
     _follow_heads(attachment, model)
     return attachment
 
@@ -302,7 +302,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     attachment = Attachment(config, owner, text)
     _register(attachment, "register_forward_pre_hook", owner, before_owner)
     _register(attachment, "register_forward_pre_hook", text, before_text)
-    _register(attachment, "register_forward_hook", text, after_text)
+    _register(attachment, "register_forward_hook", text, after_text, always_call=True)
     _register(attachment, "register_forward_hook", owner, after_owner, always_call=True)
     hook_layers(attachment)
     for module in (owner, text):
@@ -353,8 +353,8 @@ def _attachments_in(model: nn.Module) -> list[Attachment]:
 
 
 def _attachments_of(parts: Parts, model: nn.Module) -> list[Attachment]:
-    """What is attached to ``parts`` and to the modules around them, also if that was before one of them was replaced."""
-    modules = [*parts, *(head for head, _ in _heads_of(parts.owner, model))]
+    """What is attached to ``parts`` and around them, outermost first, also if that was before one of them was replaced."""
+    modules = [*(head for head, _ in _heads_of(parts.owner, model)), *parts]
     return list(dict.fromkeys(filter(None, map(attachment_of, modules))))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import GapConfig
-from .state import Attachment, attachment_of
+from .state import Attachment, Call, attachment_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,16 @@ def generation_of(model: nn.Module) -> Iterator[None]:
             attachment.close_if_idle()
 
 
-def config_now(attachment: Attachment) -> GapConfig | None:
-    """The configuration of the call that runs in this thread; None if it prunes nothing."""
+def config_now(attachment: Attachment, call: Call | None = None) -> GapConfig | None:
+    """The configuration of the call that runs in this thread; None if it prunes nothing.
+
+    Args:
+        attachment: What is attached to the model that runs.
+        call: What its head told of this forward, None if it is not known.
+    """
     generation = _generation_now.get()
     if generation is not None and generation.concerns(attachment):
         return generation.config
-    return None if attachment.closing else attachment.config
+    if attachment.closing:
+        return None
+    return attachment.config if call is None or call.config is None else call.config

@@ -36,6 +36,7 @@ from .raters import find_raters
 from .state import Attachment, Call, ForwardState, changing, remember_selection
 from .static import fit
 from .unpruned import (
+    refuse_export,
     refuse_paged_cache,
     say_that_it_was_called_by_itself,
     say_that_no_placeholder_was_found,
@@ -55,7 +56,7 @@ Kwargs = dict[str, Any]
 def before_head(
     model: PreTrainedModel,
     args: Args,
-    kwargs: Kwargs,
+    kwargs: Kwargs | None = None,
     *,
     attachment: Attachment,
     owner_name: str,
@@ -66,11 +67,14 @@ def before_head(
     Args:
         model: That module.
         args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        kwargs: Its keyword arguments; None where the hook was removed by one that ran right before it, of which torch
+            forgets at once that it takes them.
         attachment: What is attached to the module that it holds.
         owner_name: The name under which it holds it.
         takes_more: Its forward takes keyword arguments that it does not list.
     """
+    if kwargs is None:
+        return None
     if model._modules.get(owner_name) is not attachment.owner and model in attachment.heads:
         raise RuntimeError(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
@@ -81,13 +85,19 @@ def before_head(
     if not takes_more:
         _refuse_to_keep_quiet(model, kwargs, call, attachment)
         return None
+    call.config = attachment.config
     return args, {**kwargs, CALL_KEY: call}
 
 
 def after_head(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any = None, *, attachment: Attachment
 ) -> None:
-    """Say so if the module with the language head kept its keyword arguments to itself."""
+    """Say so if the module with the language head kept its keyword arguments to itself.
+
+    Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
+    """
+    if output is None:
+        return
     call: Call | None = kwargs.get(CALL_KEY)
     if call is not None and not call.arrived:
         _refuse_to_keep_quiet(model, kwargs, call, attachment)
@@ -125,12 +135,12 @@ def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
 
 
 def before_owner(
-    owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
-) -> tuple[Args, Kwargs]:
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs | None = None, *, attachment: Attachment
+) -> tuple[Args, Kwargs] | None:
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
+    if kwargs is None:
+        return None  # as in `before_head`
     args, kwargs = _begin(owner, args, kwargs, attachment)
-    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
-        attachment.running.add(kwargs[STATE_KEY])
     return args, kwargs
 
 
@@ -157,15 +167,27 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
             say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
         state.given_mask = kwargs.get("attention_mask")
         if state.visual is not None:
-            config = config_now(attachment)
+            refuse_export()
+            config = config_now(attachment, call)
             state.enabled = config is not None
             state.config = config or state.config
     if state.enabled and state.visual is not None:
         refuse_paged_cache(cache_of(kwargs))
         state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         watch_tower(state)
+    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
+        attachment.running.add(state)
     kwargs[STATE_KEY] = state
     return args, kwargs
+
+
+def _end(state: ForwardState) -> None:
+    if state.watch is not None:
+        state.watch.stop()
+    if not torch.compiler.is_compiling():
+        state.attachment.running.discard(state)
+        if state.attachment.closing:
+            state.attachment.close_if_idle()
 
 
 def hook_layers(attachment: Attachment) -> None:
@@ -201,8 +223,7 @@ def before_text(
         if kwargs.get(VISUAL_MASK) is not None:
             args, kwargs = _begin(text, args, kwargs, attachment)
             state = kwargs[STATE_KEY]
-            if state.watch is not None:
-                state.watch.stop()  # no vision encoder runs in here
+            state.by_itself = True
         else:
             say_that_it_was_called_by_itself(text, args, kwargs, attachment)
     if state is None or not state.enabled:
@@ -311,9 +332,14 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 def after_text(
     text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
 ) -> Any:
-    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
+    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt.
+
+    After a forward that failed ``output`` is None.
+    """
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or not state.drops:
+    if state is not None and state.by_itself:
+        _end(state)
+    if state is None or not state.drops or output is None:
         return None
     if state.done < len(state.drops):
         raise RuntimeError(
@@ -347,12 +373,7 @@ def after_owner(
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         return
-    if state.watch is not None:
-        state.watch.stop()
-    if not torch.compiler.is_compiling():
-        attachment.running.discard(state)
-        if attachment.closing:
-            attachment.close_if_idle()
+    _end(state)
     if state.enabled and not state.entered and output is not None:
         if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
             raise RuntimeError(

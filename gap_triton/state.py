@@ -257,11 +257,13 @@ class Call:
     Attributes:
         drafts: Number of last rows that are guesses to be verified, not prompt: ``logits_to_keep`` less one.
         labels: [B, Q] int64 targets of the loss, -100 = none.
+        config: The configuration when the forward began; None where no head told.
         arrived: They have been handed on to the module that receives ``input_ids``.
     """
 
     drafts: int = 0
     labels: torch.Tensor | None = None
+    config: GapConfig | None = None
     arrived: bool = False
 
 
@@ -288,6 +290,7 @@ class ForwardState:
         visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
         enabled: False in training mode, or when the model was switched to another implementation.
         entered: The decoder has seen this state.
+        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
         watch: What looks on while the vision encoder runs; None where nothing is asked of it.
         owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
         sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
@@ -324,6 +327,7 @@ class ForwardState:
     visual: torch.Tensor | None
     enabled: bool = True
     entered: bool = False
+    by_itself: bool = False
     watch: TowerWatch | None = None
     owner_kwargs: dict[str, Any] = field(default_factory=dict)
     sought: bool = False

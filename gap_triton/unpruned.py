@@ -76,6 +76,15 @@ def refuse_paged_cache(cache: Any | None) -> None:
         )
 
 
+def refuse_export() -> None:
+    """Raise ValueError while `torch.export` traces a prompt: how many rows later layers get is read from the prompt."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export can't take in a prompt of a model that is pruned, whose later layers get as many rows as each "
+            "prompt keeps: call gap_triton.detach(model) first, or export its vision encoder or a step of decoding"
+        )
+
+
 def is_prompt(inputs: torch.Tensor | None) -> bool:
     """Whether ``inputs`` [B, Q, ...] are more than one token, so no step of decoding."""
     return inputs is not None and inputs.shape[1] > 1
