@@ -13,8 +13,10 @@ from .attach import (  # noqa: E402
     detach,
     follow_attention_name,
     last_selection,
+    let_calls_keep_their_configuration,
     let_generate_take_visual_mask,
     pruning,
+    refuse_continuous_batching,
 )
 from .attention import register  # noqa: E402
 from .config import GapConfig, Stage  # noqa: E402
@@ -26,6 +28,8 @@ register()
 follow_attention_name()
 follow_cache_methods()
 let_generate_take_visual_mask()
+let_calls_keep_their_configuration()
+refuse_continuous_batching()
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from packaging.version import Version
 MINIMUM = {"torch": "2.9", "triton": "3.5", "transformers": "4.57"}
 # Triton publishes wheels for Linux alone; elsewhere the PyTorch reference of every operator runs.
 OPTIONAL = frozenset() if sys.platform == "linux" else frozenset({"triton"})
+NEWEST_TESTED = {"transformers": "5.24"}
 PYTHON = ((3, 10), (3, 13))
 
 
@@ -49,3 +50,11 @@ def check_versions() -> None:
             raise ImportError(
                 f"gap-triton needs {package} >= {minimum}, found {found}: pip install -U '{package}>={minimum}'"
             )
+
+
+def newer_than_tested(package: str) -> str:
+    """`` (package X is newer than Y, the newest tested)``, to be put behind a refusal; empty where it is not."""
+    found, newest = version(package), NEWEST_TESTED[package]
+    if Version(found).release[: len(Version(newest).release)] <= Version(newest).release:
+        return ""
+    return f" ({package} {found} is newer than {newest}, the newest tested)"

@@ -11,97 +11,117 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .attention import NAME
+from .calls import generation_of
 from .config import GapConfig
-from .hooks import after_owner, after_text, before_head, before_layer, before_owner, before_text
+from .hooks import (
+    after_head,
+    after_owner,
+    after_text,
+    before_head,
+    before_owner,
+    before_text,
+    hook_layers,
+)
+from .ids import refuse_ablation
 from .models import (
     Parts,
     check_layers,
     find_parts,
     is_vision_language_model,
     lone_decoder_of,
+    takes_more,
     text_model_of,
+    unwrap,
 )
 from .selection import Selection
-from .state import Attachment, recall_selection
+from .state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
+from .unrotated import refuse_unrotated
 from .vision.watch import let_tower_tell
 from .visual_grid import VISUAL_GRID
 from .visual_mask import VISUAL_MASK
 
 OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
-ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
-
-def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
+def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """Prune in ``model`` from now on, whatever attention implementation it was loaded with.
 
     The text model runs under ``"gap_triton"`` until `detach`, which restores the implementation that it had. On a
-    model that is attached already this sets the configuration.
+    model that is attached already this sets the configuration, and hooks those modules that were replaced since.
 
     Args:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
             ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens, and by
             ``visual_grid`` ([H, W], or a list of one per image) how many rows and columns they make, where that is asked.
+            Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
     Raises:
-        ValueError: The model can't be pruned, or ``config.layer`` is outside its decoder.
+        ValueError: The model can't be pruned, or not as ``config`` says.
+        RuntimeError: Modules of the model were replaced, and a call that began before is still under way.
     """
+    model = unwrap(model)
     parts = find_parts(model)
     config = _checked(config if config is not None else GapConfig(), parts)
-    attachment = _attachment_of(parts.text)
-    if attachment is not None and _covers(attachment, parts):
-        _set(attachment, config)
-        _follow_head(attachment, model)
-        return
-    if attachment is not None:
-        restore = attachment.restore
-        _remove(attachment)
-        attachment = _install(parts, config)
-        attachment.restore = restore
-        _follow_head(attachment, model)
-        return
-    attachment = _install(parts, config)
-    _follow_head(attachment, model)
-    previous = parts.text.config._attn_implementation
-    if previous != NAME:
-        parts.text.set_attn_implementation(NAME)
+    with changing:
+        new = not _attachments_of(parts, model)
+        attachment = _bring_up(model, parts, config)
+        previous = parts.text.config._attn_implementation
+        if previous == NAME:
+            return
+        try:
+            parts.text.set_attn_implementation(NAME)
+        except ValueError:
+            if new:
+                attachment.close()
+            raise
         attachment.restore = previous
 
 
-def detach(model: PreTrainedModel) -> None:
+def detach(model: nn.Module) -> None:
     """Take off everything that `attach`, or loading by name, put on ``model``.
 
     A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
     name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. A cache
     that was pruned before can't go on afterwards, and nothing is left that could say so.
+
+    Calls that are under way in other threads, or around this one, run to their end as they began: then the hooks are taken
+    off when the last of them ends. Calls that begin meanwhile are dense.
     """
-    for module in model.modules():
-        attachment = _attachment_of(module)
-        if attachment is None:
-            continue
-        _remove(attachment)
-        if attachment.restore is not None:
-            attachment.text.set_attn_implementation(attachment.restore)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
+    with changing:
+        for attachment in _attachments_in(model):
+            attachment.close()
 
 
-def configure(model: PreTrainedModel, config: GapConfig) -> None:
+def configure(model: nn.Module, config: GapConfig) -> None:
     """Set the configuration of a model that is attached or was loaded by name, for all threads that use it.
 
+    Calls that are under way, a `generate` with all its steps, keep the configuration that they started with. Modules that
+    were replaced since the model was attached get their hooks.
+
     Raises:
-        ValueError: The model is not under ``"gap_triton"``, or ``config.layer`` is outside its decoder.
+        ValueError: The model is not under ``"gap_triton"``, or can't be pruned as ``config`` says.
+        RuntimeError: Modules of the model were replaced, and a call that began before is still under way.
     """
+    model = unwrap(model)
     parts = find_parts(model)
-    attachment = _attachment_of(parts.text)
-    if attachment is None:
-        raise ValueError(
-            f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
-            f'model.set_attn_implementation("{NAME}"), or use gap_triton.attach(model, config)'
-        )
-    _set(attachment, _checked(config, parts))
+    with changing:
+        if parts.text.config._attn_implementation != NAME:
+            raise ValueError(
+                f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
+                f'model.set_attn_implementation("{NAME}"), or use gap_triton.attach(model, config)'
+            )
+        if all(attachment.closing for attachment in _attachments_of(parts, model)):
+            raise ValueError(
+                f'{type(model).__name__} runs under "{NAME}", but nothing is attached to it: use '
+                "gap_triton.attach(model, config)"
+            )
+        _bring_up(model, parts, _checked(config, parts))
 
 
 @contextmanager
-def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator[PreTrainedModel]:
+def pruning(model: nn.Module, config: GapConfig | None = None) -> Iterator[nn.Module]:
     """Prune inside the ``with`` block only; afterwards the model is what it was before.
 
     The block changes the model for everybody: threads that share one should configure it once instead.
@@ -113,27 +133,26 @@ def pruning(model: PreTrainedModel, config: GapConfig | None = None) -> Iterator
     Yields:
         ``model``.
     """
-    before = _attachment_of(find_parts(model).text)
+    before = _attachment_on(model)
     config_before = None if before is None else before.config
     attach(model, config)
     try:
         yield model
     finally:
-        if before is None:
+        if config_before is None:
             detach(model)
-        else:
-            assert config_before is not None
-            before.config = config_before
+        elif (attachment := _attachment_on(model)) is not None:
+            attachment.config = config_before
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether ``model``, or a part of it, runs under ``"gap_triton"``."""
-    return any(_attachment_of(module) is not None for module in model.modules())
+    return any(not attachment.closing for attachment in _attachments_in(model))
 
 
-def last_selection(model: PreTrainedModel) -> Selection | None:
+def last_selection(model: nn.Module) -> Selection | None:
     """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
-    attachment = _attachment_of(find_parts(model).text)
+    attachment = _attachment_on(model)
     return None if attachment is None else recall_selection(attachment)
 
 
@@ -158,8 +177,9 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
         before = [config._attn_implementation for config in configs]
         result = method(self, *args, **kwargs)
         try:
-            _synchronize(self)
-        except ValueError:
+            with changing:
+                _synchronize(self)
+        except (ValueError, RuntimeError):
             for config, implementation in zip(configs, before, strict=True):
                 config._attn_implementation = implementation
             raise
@@ -188,89 +208,176 @@ def let_generate_take_visual_mask() -> None:
     GenerationMixin._validate_model_kwargs = wrapped
 
 
+def let_calls_keep_their_configuration() -> None:
+    """Let every `generate` note the configuration that it starts with, see `gap_triton.calls`."""
+    generate = GenerationMixin.generate
+    if hasattr(generate, "_gap_follows"):
+        return
+
+    @functools.wraps(generate)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with generation_of(self):
+            return generate(self, *args, **kwargs)
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    GenerationMixin.generate = wrapped
+
+
+def refuse_continuous_batching() -> None:
+    """Let models that are attached refuse continuous batching, which would switch to another attention without a word."""
+    name = "init_continuous_batching"  # every way into it goes through this one
+    method = getattr(GenerationMixin, name, None)
+    if method is None or hasattr(method, "_gap_follows"):
+        return
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_attached(self):
+            raise ValueError(
+                f"{type(self).__name__}: continuous batching packs the tokens of several requests into one row, which "
+                "gap_triton can't prune. Use generate(), or call gap_triton.detach(model) and "
+                "model.set_attn_implementation('sdpa') first"
+            )
+        return method(self, *args, **kwargs)
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    setattr(GenerationMixin, name, wrapped)
+
+
 def _synchronize(model: PreTrainedModel) -> None:
+    for attachment in _attachments_in(model):
+        if attachment.text.config._attn_implementation != NAME:
+            attachment.restore = None
+            attachment.close()
     for module in model.modules():
-        attachment = _attachment_of(module)
-        if attachment is not None:
-            if attachment.text.config._attn_implementation != NAME:
-                _remove(attachment)
-            else:
-                attachment.restore = None  # the name was given by hand, so there is nothing to go back to
-                _follow_head(attachment, model)
-            continue
         text = text_model_of(module)
-        if text is not None and text.config._attn_implementation == NAME and _attachment_of(text) is None:
-            _follow_head(_install(find_parts(module), GapConfig()), model)
+        if text is not None and text.config._attn_implementation == NAME:
+            _bring_up_by_name(model, module, text)
     # Of a decoder stack alone nobody knows yet whether it will be part of a vision-language model.
-    decoder = lone_decoder_of(model) if model.can_generate() else None
-    if (
-        decoder is not None
-        and decoder.config._attn_implementation == NAME
-        and _attachment_of(decoder) is None
-    ):
-        _follow_head(_install(find_parts(model), GapConfig()), model)
+    decoder = lone_decoder_of(model)
+    if decoder is not None and decoder is not model and decoder.config._attn_implementation == NAME:
+        _bring_up_by_name(model, model, decoder)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
         find_parts(model)  # a model that can't be pruned says so now
 
 
+def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
+    try:
+        parts = find_parts(module)
+    except ValueError:
+        if attachment_of(text) is not None:
+            return  # the decoder was attached alone, inside a model that can't be
+        raise
+    attachment = _bring_up(model, parts, None)
+    attachment.restore = None  # the name was given by hand, so there is nothing to go back to
+
+
 # --------------------------------------------------------------------------------------------- hooks
+def _bring_up(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
+    """The attachment of ``parts``, put on now, or anew where they were replaced; ``config`` None = what it was."""
+    earlier = _attachments_of(parts, model)
+    attachment = next((each for each in earlier if _covers(each, parts)), None)
+    stale = [each for each in earlier if each is not attachment]
+    if any(each.running for each in stale):
+        raise RuntimeError(
+            f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
+            "is still under way: attach again when it has ended"
+        )
+    config = config or next((each.config for each in earlier if not each.closing), GapConfig())
+    restore = next((each.restore for each in earlier if each.restore is not None), None)
+    for each in stale:
+        each.restore = None
+        each.close()
+    if attachment is None:
+        attachment = _install(parts, config)
+    else:
+        attachment.closing = False
+        let_tower_tell(attachment, config)
+        attachment.config = config
+        hook_layers(attachment)
+    attachment.restore = restore
+    _follow_heads(attachment, model)
+    return attachment
+
+
 def _install(parts: Parts, config: GapConfig) -> Attachment:
     owner, text = parts
     attachment = Attachment(config, owner, text)
-    register_pre = functools.partial(_register, attachment, "register_forward_pre_hook")
-    register_pre(owner, functools.partial(before_owner, attachment=attachment))
-    register_pre(text, before_text)
-    for index, layer in enumerate(text.layers):
-        register_pre(layer, functools.partial(before_layer, index=index))
-    _register(attachment, "register_forward_hook", text, after_text)
-    _register(attachment, "register_forward_hook", owner, after_owner)
-    object.__setattr__(text, ATTACHMENT_ATTRIBUTE, attachment)
+    _register(attachment, "register_forward_pre_hook", owner, before_owner)
+    _register(attachment, "register_forward_pre_hook", text, before_text)
+    _register(attachment, "register_forward_hook", text, after_text, always_call=True)
+    _register(attachment, "register_forward_hook", owner, after_owner, always_call=True)
+    hook_layers(attachment)
+    for module in (owner, text):
+        object.__setattr__(module, ATTACHMENT_ATTRIBUTE, attachment)
     try:
         let_tower_tell(attachment, config)
     except ValueError:
-        _remove(attachment)
+        attachment.close()
         raise
     return attachment
 
 
-def _follow_head(attachment: Attachment, model: PreTrainedModel) -> None:
-    """Hook ``model`` too where it is the module around the owner, with the language head."""
-    if attachment.head is None and any(child is attachment.owner for child in model.children()):
-        attachment.head = model
+def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
+    """Hook the modules of ``model`` that hold the owner, which have the language head."""
+    for head, name in _heads_of(attachment.owner, model):
+        if any(head is known for known in attachment.heads):
+            continue
+        attachment.heads.append(head)
+        object.__setattr__(head, ATTACHMENT_ATTRIBUTE, attachment)
         _register(
             attachment,
             "register_forward_pre_hook",
-            model,
-            functools.partial(before_head, attachment=attachment),
+            head,
+            functools.partial(before_head, owner_name=name, takes_more=takes_more(head)),
         )
+        _register(attachment, "register_forward_hook", head, after_head)
 
 
-def _register(attachment: Attachment, method: str, module: Any, hook: Callable[..., Any]) -> None:
-    attachment.handles.append(getattr(module, method)(hook, with_kwargs=True))
+def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:
+    return [
+        (module, name)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for name, child in module.named_children()
+        if child is owner
+    ]
 
 
-def _remove(attachment: Attachment) -> None:
-    for handle in reversed(attachment.handles):
-        handle.remove()
-    object.__delattr__(attachment.text, ATTACHMENT_ATTRIBUTE)
+def _register(
+    attachment: Attachment, method: str, module: Any, hook: Callable[..., Any], **options: Any
+) -> None:
+    hook = functools.partial(hook, attachment=attachment)
+    attachment.handles.append(getattr(module, method)(hook, with_kwargs=True, **options))
 
 
-def _set(attachment: Attachment, config: GapConfig) -> None:
-    let_tower_tell(attachment, config)
-    attachment.config = config
+def _attachments_in(model: nn.Module) -> list[Attachment]:
+    return list(dict.fromkeys(filter(None, map(attachment_of, model.modules()))))
 
 
-def _attachment_of(module: Any) -> Attachment | None:
-    return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+def _attachments_of(parts: Parts, model: nn.Module) -> list[Attachment]:
+    """What is attached to ``parts`` and around them, outermost first, also if that was before one of them was replaced."""
+    modules = [*(head for head, _ in _heads_of(parts.owner, model)), *parts]
+    return list(dict.fromkeys(filter(None, map(attachment_of, modules))))
+
+
+def _attachment_on(model: nn.Module) -> Attachment | None:
+    attachment = attachment_of(find_parts(model).text)
+    return None if attachment is None or attachment.closing else attachment
 
 
 def _covers(attachment: Attachment, parts: Parts) -> bool:
-    """False if the decoder was attached alone, and is now to be attached as part of a vision-language model."""
-    return attachment.owner is not attachment.text or parts.owner is parts.text
+    """Whether the hooks are where they belong; a decoder inside a whole that is attached is covered by it."""
+    if attachment.text is not parts.text:
+        return False
+    inside = parts.owner is parts.text and text_model_of(attachment.owner) is parts.text
+    return attachment.owner is parts.owner or inside
 
 
 def _checked(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
     check_layers(config, len(parts.text.layers))
+    refuse_ablation(config, parts.text)
+    refuse_unrotated(config, parts.text)
     return config

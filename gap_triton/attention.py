@@ -87,8 +87,7 @@ def gap_attention_forward(
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
-            "Set the name with from_pretrained(...) or model.set_attn_implementation(...), or call "
-            "gap_triton.attach(model, config)."
+            "Call gap_triton.attach(model, config) to prune."
         )
     if _flash_applies(query, attention_mask, kwargs):
         return _flash_attention(module, query, key, value, **kwargs), None

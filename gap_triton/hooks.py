@@ -7,20 +7,21 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .arguments import by_name, cache_of
 from .attention import CALL_KEY, NAME, STATE_KEY
+from .calls import config_now
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
 from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
 from .later import shorten
-from .models import check_layers, layer_type
+from .models import check_layers, find_parts, layer_type, text_model_of
 from .places import places_of
 from .prompt import (
     decide,
@@ -32,14 +33,20 @@ from .prompt import (
 )
 from .prune import drop
 from .raters import find_raters
-from .state import Attachment, Call, ForwardState, remember_selection
+from .state import Attachment, Call, ForwardState, changing, remember_selection
 from .static import fit
+from .unpruned import (
+    refuse_export,
+    refuse_paged_cache,
+    say_that_it_was_called_by_itself,
+    say_that_no_placeholder_was_found,
+    say_that_nothing_is_named,
+    say_that_nothing_is_pruned,
+)
 from .vision.choose import choose_before_the_decoder
 from .vision.watch import watch_tower
 from .visual_grid import VISUAL_GRID, named_grids
 from .visual_mask import VISUAL_MASK, named_visual_tokens
-
-logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -48,11 +55,71 @@ Kwargs = dict[str, Any]
 
 
 def before_head(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
-) -> tuple[Args, Kwargs]:
-    """Pass on what the module with the language head would keep to itself."""
+    model: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs | None = None,
+    *,
+    attachment: Attachment,
+    owner_name: str,
+    takes_more: bool,
+) -> tuple[Args, Kwargs] | None:
+    """Pass on what the module with the language head would keep to itself.
+
+    Args:
+        model: That module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments; None where the hook was removed by one that ran right before it, of which torch
+            forgets at once that it takes them.
+        attachment: What is attached to the module that it holds.
+        owner_name: The name under which it holds it.
+        takes_more: Its forward takes keyword arguments that it does not list.
+    """
+    if kwargs is None:
+        return None
+    if model._modules.get(owner_name) is not attachment.owner and model in attachment.heads:
+        raise RuntimeError(
+            f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
+            "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
+        )
     args, kwargs = by_name(model, args, kwargs)
-    return args, {**kwargs, CALL_KEY: _call_of(kwargs, attachment)}
+    call = _call_of(kwargs, attachment)
+    if not takes_more:
+        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+        return None
+    call.config = attachment.config
+    return args, {**kwargs, CALL_KEY: call}
+
+
+def after_head(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any = None, *, attachment: Attachment
+) -> None:
+    """Say so if the module with the language head kept its keyword arguments to itself.
+
+    Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
+    """
+    if output is None:
+        return
+    call: Call | None = kwargs.get(CALL_KEY)
+    if call is not None and not call.arrived:
+        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+
+
+def _refuse_to_keep_quiet(model: PreTrainedModel, kwargs: Kwargs, call: Call, attachment: Attachment) -> None:
+    """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
+    labels = call.labels
+    told = {
+        VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
+        # Other labels than one per token belong to the whole input.
+        "labels": isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1,
+        "logits_to_keep": call.drafts > 0,
+    }
+    names = [name for name, given in told.items() if given]
+    if names and attachment.prunes(model):
+        raise RuntimeError(
+            f"{type(model).__name__} does not hand further keyword arguments on to {type(attachment.owner).__name__}, which "
+            f"must know {' and '.join(names)} to prune: let it take **kwargs and hand them on, leave "
+            f"{'it' if len(names) == 1 else 'them'} out, or call gap_triton.detach(model) to run it unpruned"
+        )
 
 
 def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
@@ -69,51 +136,99 @@ def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
 
 
 def before_owner(
-    owner: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
-) -> tuple[Args, Kwargs]:
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs | None = None, *, attachment: Attachment
+) -> tuple[Args, Kwargs] | None:
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
+    if kwargs is None:
+        return None  # as in `before_head`
+    args, kwargs = _begin(owner, args, kwargs, attachment)
+    return args, kwargs
+
+
+def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
+    call.arrived = True
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
-    training = owner.training or attachment.text.training
-    state.enabled = attachment.text.config._attn_implementation == NAME and not training
-    if training:
-        logger.warning_once(
-            "gap_triton prunes at inference only: in training mode the model runs dense and unpruned. Call model.eval() "
-            "to prune."
-        )
-    if state.enabled:
-        input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
+    input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if not state.enabled:
+        say_that_nothing_is_pruned(owner, attachment, embeds if input_ids is None else input_ids)
+    else:
+        alone = attachment.owner is attachment.text
         if visual_mask is not None:
             state.visual = named_visual_tokens(
                 owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts
             )
-        elif owner is not attachment.text:
+        elif not alone:
             state.visual = find_visual_tokens(owner, input_ids, embeds)
+            state.sought = input_ids is None
         else:
-            _say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+            say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
         state.given_mask = kwargs.get("attention_mask")
         if state.visual is not None:
-            state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
-            if visual_grid is not None:
-                state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
-            watch_tower(state)
+            refuse_export()
+            config = config_now(attachment, call)
+            state.enabled = config is not None
+            state.config = config or state.config
+    if state.enabled and state.visual is not None:
+        refuse_paged_cache(cache_of(kwargs))
+        state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+        if visual_grid is not None:
+            state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
+        watch_tower(state)
+    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
+        attachment.running.add(state)
     kwargs[STATE_KEY] = state
     return args, kwargs
 
 
-def _say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | None) -> None:
-    if inputs is not None and inputs.shape[1] > 1:
-        logger.warning_once(
-            f"{type(decoder).__name__} got a prompt and no visual_mask, so gap_triton prunes nothing in it. Pass "
-            "visual_mask, a [B, Q] bool tensor that is True at visual tokens, to forward() or generate() to prune."
-        )
+def _end(state: ForwardState) -> None:
+    if state.watch is not None:
+        state.watch.stop()
+    if not torch.compiler.is_compiling():
+        state.attachment.running.discard(state)
+        if state.attachment.closing:
+            state.attachment.close_if_idle()
 
 
-def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+def hook_layers(attachment: Attachment) -> None:
+    """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
+    text = attachment.text
+    with changing:
+        if attachment.layers == tuple(text.layers):
+            return
+        for handle in attachment.layer_handles:
+            handle.remove()
+        attachment.layer_handles = [
+            layer.register_forward_pre_hook(functools.partial(before_layer, index=index), with_kwargs=True)
+            for index, layer in enumerate(text.layers)
+        ]
+        attachment.layers = tuple(text.layers)
+
+
+def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
+    if torch.compiler.is_compiling() or text is not attachment.text:  # a replica of DataParallel has its own
+        return
+    if attachment.layers != tuple(text.layers):
+        find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
+        hook_layers(attachment)
+
+
+def before_text(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
+) -> tuple[Args, Kwargs] | None:
     """Decide what this forward drops, and find out what the cache already lacks."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None:
+        # The decoder was called past its owner. There a mask can name visual tokens too.
+        if kwargs.get(VISUAL_MASK) is not None:
+            args, kwargs = _begin(text, args, kwargs, attachment)
+            state = kwargs[STATE_KEY]
+            state.by_itself = True
+        else:
+            say_that_it_was_called_by_itself(text, args, kwargs, attachment)
     if state is None or not state.enabled:
         refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None
@@ -144,6 +259,8 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
         refuse_ablation(state.config, text)
         kwargs = take_out(state, kwargs)
 
+    if state.drops or state.kept is not None:
+        _follow_layers(attachment, text)
     if state.kept is None:
         if not state.drops:
             fit(cache, {})
@@ -171,6 +288,8 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     new = None if state.real is None else state.real[:, state.past :][:, :length]
     prompt = read_prompt(state.visual[:, :length], new)
     if not any(prompt.visual_counts):
+        if state.sought:
+            say_that_no_placeholder_was_found(state)
         return kwargs
     stages = state.config.stages
     if stages[0].layer == BEFORE_THE_DECODER:
@@ -213,10 +332,17 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     return (hidden_states,), kwargs
 
 
-def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
+def after_text(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+) -> Any:
+    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt.
+
+    After a forward that failed ``output`` is None.
+    """
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or not state.drops:
+    if state is not None and state.by_itself:
+        _end(state)
+    if state is None or not state.drops or output is None:
         return None
     if state.done < len(state.drops):
         raise RuntimeError(
@@ -240,15 +366,23 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
     return output
 
 
-def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:
+def after_owner(
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+) -> None:
     """Stop looking at the vision encoder; say so if the owner kept its keyword arguments to itself.
 
-    The decoder would have run unpruned without a word.
+    The decoder would have run unpruned without a word. After a forward that failed ``output`` is None.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is not None and state.watch is not None:
-        state.watch.stop()
-    if state is not None and state.enabled and not state.entered:
+    if state is None:
+        return
+    _end(state)
+    if state.enabled and not state.entered and output is not None:
+        if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
+            raise RuntimeError(
+                f"the decoder of {type(owner).__name__} was replaced after gap_triton was attached, so nothing was dropped: "
+                "call gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
+            )
         raise RuntimeError(
             f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"

@@ -14,18 +14,24 @@ Whatever falls outside is refused, in a sentence that says why.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ._requirements import newer_than_tested
 from .arguments import ALL_CACHE_NAMES
-from .config import GapConfig
+from .attention import MORE_THAN_DENSE
+from .config import BEFORE_THE_DECODER, GapConfig
 from .prompt import TOKEN_ID_FIELDS, visual_token_ids
 
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
+PLAIN = "plain dense attention under this name"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 
 # What each kind of layer does besides attending to its own keys and values.
@@ -137,34 +143,73 @@ def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
     return None if REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])) else text
 
 
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers that ``model`` is, or that it is wrapped around: a PeftModel, what `torch.compile` returns,
+    DataParallel, any module that holds one.
+
+    Raises:
+        ValueError: It holds none, or several.
+    """
+    found, inside = [], [model] if isinstance(model, nn.Module) else []
+    while inside:
+        module = inside.pop(0)
+        if isinstance(module, PreTrainedModel):
+            found.append(module)
+        else:
+            inside += [child for child in module.children() if child not in inside]
+    if len(found) != 1:
+        several = (
+            f", and it holds several: {', '.join(type(each).__name__ for each in found)}" if found else ""
+        )
+        raise ValueError(
+            f"model={type(model).__name__}: expected a transformers PreTrainedModel, or a wrapper around one{several}"
+        )
+    return found[0]
+
+
 def find_parts(model: nn.Module) -> Parts:
-    """Locate owner and decoder stack of ``model``.
+    """Locate owner and decoder stack of ``model``, or of the model that it is wrapped around.
 
     Raises:
         ValueError: The model can't be pruned; the sentence says why and what to do instead.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
+    model = unwrap(model)
     model_type = getattr(model.config, "model_type", None)
-    instead = "Load it with attn_implementation='sdpa' to run it unpruned."
     parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)
     if parts is None and (decoder := lone_decoder_of(model)) is not None:
         parts = Parts(decoder, decoder)
     reason = _why_not(model, parts)
+    implementation = "eager" if reason is not None and PLAIN in reason else "sdpa"
+    instead = f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
     if reason is not None:
         raise ValueError(
-            f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. {instead}"
+            f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. "
+            f"{_alone_instead(model, parts)}{instead}"
         )
     if parts is None:
         raise ValueError(
             f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected "
             f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {instead}"
         )
-    if parts.owner is not parts.text and not visual_token_ids(parts.owner.config):
-        raise ValueError(
-            f"model.config of {type(model).__name__} names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
-        )
     return parts
+
+
+def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
+    """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
+    if parts is None or parts.owner is parts.text or _why_not(parts.text, Parts(parts.text, parts.text)):
+        return ""
+    around = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and isinstance(module, PreTrainedModel)
+        and not any(child is parts.owner for child in module.modules())
+        and any(child is parts.text for child in module.modules())
+    ]
+    return (
+        f"Its decoder can be pruned by itself: gap_triton.attach(model.{around[0]}, config), and hand visual_mask, a [B, Q] "
+        "bool tensor that is True at visual tokens, to its forward or generate. "
+    )
 
 
 def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
@@ -184,6 +229,7 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
         or _unsafe_config(text)
         or _unsafe_signatures(owner, text)
         or _unsafe_layers(text)
+        or _nameless(owner, text)
     )
 
 
@@ -211,11 +257,17 @@ def _unsafe_config(text: PreTrainedModel) -> str | None:
 
 def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     for module in (owner, text, text.layers[0]):
-        if not any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values()):
+        if not takes_more(module):
             return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
     return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
         text, DECODER_PARAMETERS
     )
+
+
+def _nameless(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+    if owner is text or visual_token_ids(owner.config):
+        return None
+    return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
 
 
 def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
@@ -230,7 +282,7 @@ def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
-    for index, layer in enumerate(text.layers):
+    for index, layer in enumerate(map(_unwrapped, text.layers)):
         inside = [m for m in layer.modules() if m is not layer]
         own = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
         if len(own) != 1:
@@ -243,7 +295,7 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
         others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
         if others:
             return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
-        reason = _unsafe_parameters(attention, LAYER_PARAMETERS)
+        reason = _more_than_dense(attention) or _unsafe_parameters(attention, LAYER_PARAMETERS)
         if reason is not None:
             return reason
         mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
@@ -252,13 +304,63 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
     return None
 
 
+def _more_than_dense(attention: nn.Module) -> str | None:
+    """What ``attention`` asks of the attention function besides dense attention, as its code and its attributes tell."""
+    for keyword, given in _keywords_given(inspect.unwrap(type(attention).forward)):
+        # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
+        if isinstance(given, str) and getattr(attention, given, None) is None:
+            continue
+        return f"{type(attention).__name__} needs {MORE_THAN_DENSE[keyword]} ({keyword!r}), and attention is {PLAIN}"
+    return None
+
+
+@cache
+def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
+    """Which keywords of `MORE_THAN_DENSE` the calls in ``function`` name, each with the attribute of self that it gives."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return ()  # no source: the attention function itself refuses what it is given
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.keyword) or node.arg not in MORE_THAN_DENSE:
+            continue
+        value = node.value
+        if isinstance(value, ast.Constant) and value.value is None:
+            continue
+        own = None
+        if (
+            isinstance(value, ast.Attribute)
+            and isinstance(value.value, ast.Name)
+            and value.value.id == "self"
+        ):
+            own = value.attr
+        found.append((node.arg, own))
+    return tuple(found)
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` takes keyword arguments that it does not list."""
+    return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Whether ``module`` is an attention module that calls transformers' attention interface."""
     return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    return dict(inspect.signature(inspect.unwrap(type(_unwrapped(module)).forward)).parameters)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """``module``, or the one that it is wrapped around and hands everything on to, as `torch.compile` makes them."""
+    while len(module._modules) == 1:
+        parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
+        if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            break
+        (module,) = module.children()
+    return module
 
 
 def layer_type(config: Any, index: int) -> str:
@@ -281,7 +383,9 @@ def check_layers(config: GapConfig, layers: int) -> None:
     """Raise ValueError unless at least one of the decoder's ``layers`` layers follows every pruning layer."""
     last = config.stages[-1].layer
     if last > layers - 2:
+        allowed = f"-1 to {layers - 2}" if layers > 1 else f"{BEFORE_THE_DECODER}, before the decoder"
+        count = f"{layers} layer{'' if layers == 1 else 's'}"
         raise ValueError(
-            f"GapConfig.layer={last}: this model's decoder has {layers} layers; expected -1 to {layers - 2}, so that at "
-            f"least one layer follows the pruning layer (a preset is scaled to the decoder by layers={layers})"
+            f"GapConfig.layer={last}: this model's decoder has {count}; expected {allowed}, so that at least one"
+            f" layer follows the pruning layer (a preset is scaled to the decoder by layers={layers})"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention import NAME
 from .config import ATTENTION_SCORES, GapConfig, Stage
 from .selection import Selection
 
@@ -19,36 +20,81 @@ if TYPE_CHECKING:
     from .places import Places
     from .vision.tower import Tower, TowerWatch
 
+ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+
+changing = threading.RLock()  # held while hooks are put on a model or taken off
+
 
 @dataclass(eq=False)
 class Attachment:
     """What `attach` put on one model.
 
     Attributes:
-        config: The configuration that the next forward reads.
+        config: The configuration that the next call reads.
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
-        text: The decoder stack whose layers carry the hooks.
-        head: The module with the language head around ``owner``, where it is known.
+        text: The decoder stack.
+        layers: Its layers that carry the hooks; the model may have got others since.
+        heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration has asked it for something.
         notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
         projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
-        handles: Removers of the installed hooks.
+        handles: Removers of the hooks on everything but the layers and the vision encoder.
+        layer_handles, tower_handles: Removers of the hooks on those.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
+        running: The calls that are under way: forwards, and whole generations.
+        closing: Detached; the hooks stay until no call is under way any more, and do nothing in new ones.
     """
 
     config: GapConfig
     owner: PreTrainedModel
     text: PreTrainedModel
-    head: PreTrainedModel | None = None
+    layers: tuple[nn.Module, ...] = ()
+    heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     notes_sizes: bool = False
     projector_is_last: bool | None = None
-    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+    layer_handles: list[Any] = field(default_factory=list)
+    tower_handles: list[Any] = field(default_factory=list)
     restore: str | None = None
+    running: set[Any] = field(default_factory=set)
+    closing: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
 
     def modules(self) -> list[PreTrainedModel]:
         """The modules that carry hooks for a whole forward, outermost first."""
-        return [module for module in (self.head, self.owner, self.text) if module is not None]
+        return list(dict.fromkeys((*self.heads, self.owner, self.text)))
+
+    def prunes(self, module: nn.Module) -> bool:
+        """Whether a forward of ``module`` prunes: not in training mode, nor under another implementation of attention."""
+        return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
+
+    def close(self) -> None:
+        """Take everything off; while a call is under way, when the last one ends."""
+        self.closing = True
+        self.close_if_idle()
+
+    def close_if_idle(self) -> None:
+        """Take everything off a model that was detached, if no call is under way."""
+        with changing:
+            if not self.closing or self.running:
+                return
+            for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):
+                handle.remove()
+            self.handles, self.layer_handles, self.tower_handles = [], [], []
+            for module in self.modules():
+                if module.__dict__.get(ATTACHMENT_ATTRIBUTE) is self:
+                    object.__delattr__(module, ATTACHMENT_ATTRIBUTE)
+            restore, self.restore = self.restore, None
+            if restore is not None and self.text.config._attn_implementation == NAME:
+                self.text.set_attn_implementation(restore)
+
+
+def attachment_of(module: Any) -> Attachment | None:
+    """The attachment whose hooks ``module`` carries for a whole forward."""
+    return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
 
 
 @dataclass(frozen=True)
@@ -206,17 +252,21 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """Arguments of a forward that the module with the language head keeps to itself.
 
     Attributes:
         drafts: Number of last rows that are guesses to be verified, not prompt: ``logits_to_keep`` less one.
         labels: [B, Q] int64 targets of the loss, -100 = none.
+        config: The configuration when the forward began; None where no head told.
+        arrived: They have been handed on to the module that receives ``input_ids``.
     """
 
     drafts: int = 0
     labels: torch.Tensor | None = None
+    config: GapConfig | None = None
+    arrived: bool = False
 
 
 @dataclass
@@ -232,18 +282,20 @@ class Deepstack:
     features: dict[int, torch.Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class ForwardState:
     """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
 
     Attributes:
-        config: The configuration, read once at the start of the forward.
+        config: The configuration, read once at the start of the call.
         attachment: The attachment that the forward runs under.
         visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
         enabled: False in training mode, or when the model was switched to another implementation.
         entered: The decoder has seen this state.
+        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
         watch: What looks on while the vision encoder runs; None where nothing is asked of it.
         owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
+        sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
         prompt: The prompt that this forward prunes; None where it drops nothing.
         drops: The stages of this forward, first to last; empty where it drops nothing.
         done: How many of them have been.
@@ -277,8 +329,10 @@ class ForwardState:
     visual: torch.Tensor | None
     enabled: bool = True
     entered: bool = False
+    by_itself: bool = False
     watch: TowerWatch | None = None
     owner_kwargs: dict[str, Any] = field(default_factory=dict)
+    sought: bool = False
     prompt: Prompt | None = None
     drops: tuple[Drop, ...] = ()
     done: int = 0

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .config import GapConfig
+from .models import calls_interface
 from .state import ForwardState
 
 # Names under which modeling files keep the function that rotates queries and keys.
@@ -26,14 +28,9 @@ def unrotated(
     """
     assert state.scorer is not None
     module: Any = state.scorer
-    functions = vars(inspect.getmodule(type(module)))
-    rotate = next((functions[name] for name in ROTATIONS if name in functions), None)
-    rotary = state.rotary
+    rotate, rotary = rotation_of(module), state.rotary
     if rotate is None or not isinstance(rotary, tuple) or len(rotary) != 2:
-        raise ValueError(
-            f"score='unrotated': {type(module).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
-            "rotation can't be undone; use score='last_token'"
-        )
+        raise _no_rotation(module)
     cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
     sections: tuple[Any, ...] = ()
     if "mrope_section" in inspect.signature(rotate).parameters:
@@ -43,3 +40,26 @@ def unrotated(
     # Some embeddings scale cos and sin (YaRN), forth and back alike; the channels that turn are scaled twice by now.
     stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
     return query / stretch, key / stretch
+
+
+def rotation_of(attention: Any) -> Any | None:
+    """The function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
+    functions = vars(inspect.getmodule(type(attention)))
+    return next((functions[name] for name in ROTATIONS if name in functions), None)
+
+
+def refuse_unrotated(config: GapConfig, text: Any) -> None:
+    """Raise ValueError if a stage asks a layer of the decoder ``text`` for a rotation to be undone that it doesn't name."""
+    for stage in config.stages:
+        if stage.score != "unrotated":
+            continue
+        attention = next(module for module in text.layers[stage.layer].modules() if calls_interface(module))
+        if rotation_of(attention) is None:
+            raise _no_rotation(attention)
+
+
+def _no_rotation(attention: Any) -> ValueError:
+    return ValueError(
+        f"score='unrotated': {type(attention).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
+        "rotation can't be undone; use score='last_token'"
+    )

@@ -8,15 +8,16 @@ import torch
 import transformers
 import ways
 from oracle import core_of
+from test_activation import hooks
 from test_models import tiny
 from test_oracle import make_prompt
-from tiny import build, generate
+from tiny import IMAGE, TEXT, VISION, build, generate
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 
 import gap_triton
-from gap_triton import GapConfig, attention
+from gap_triton import GapConfig, _requirements, attention, models, unrotated
 from gap_triton.prompt import looks_ahead
 from gap_triton.single import check_overlay
 
@@ -157,6 +158,97 @@ def test_positional_arguments_of_a_layer() -> None:
         model(**inputs)
 
 
+class BiasedAttention(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        position_bias = torch.zeros(1)
+        interface = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return interface(self, hidden_states, position_bias=position_bias, **kwargs)
+
+
+def gemma2(implementation: str = "eager", softcap: float | None = 50.0) -> transformers.PreTrainedModel:
+    config = transformers.Gemma2Config(**TEXT, head_dim=16, attn_logit_softcapping=softcap)
+    return transformers.Gemma2ForCausalLM._from_config(config, attn_implementation=implementation).eval()
+
+
+def paligemma2(implementation: str = "eager") -> transformers.PreTrainedModel:
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.Gemma2Config(**TEXT, head_dim=16),
+        vision_config=transformers.SiglipVisionConfig(**VISION),
+        image_token_index=IMAGE,
+        projection_dim=TEXT["hidden_size"],
+    )
+    return transformers.PaliGemmaForConditionalGeneration._from_config(
+        config, attn_implementation=implementation
+    )
+
+
+def gpt_oss(implementation: str = "eager") -> transformers.PreTrainedModel:
+    config = transformers.GptOssConfig(**TEXT, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    return transformers.GptOssForCausalLM._from_config(config, attn_implementation=implementation)
+
+
+def biased(implementation: str = "sdpa") -> transformers.PreTrainedModel:
+    model = build("llava", "sdpa")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.__class__ = BiasedAttention
+    if implementation == "gap_triton":
+        model.set_attn_implementation(implementation)
+    return model
+
+
+MORE_THAN_DENSE = {
+    gemma2: r"Gemma2Attention needs soft-capped attention logits \('softcap'\)",
+    paligemma2: r"Gemma2Attention needs soft-capped attention logits \('softcap'\)",
+    gpt_oss: r"GptOssAttention needs attention sinks \('s_aux'\)",
+    biased: r"BiasedAttention needs a position bias \('position_bias'\)",
+}
+
+
+@pytest.mark.parametrize("way", ["name", "set", "attach", "configure"])
+@pytest.mark.parametrize("make", MORE_THAN_DENSE, ids=lambda make: make.__name__)
+def test_attention_that_asks_for_more_is_refused_before_it_runs(make, way: str) -> None:
+    """Its code names what it asks for, and its attributes say whether it is there."""
+    message = (
+        rf"{MORE_THAN_DENSE[make]}, and attention is plain dense .* Load it with attn_implementation='eager'"
+    )
+    if way == "name":
+        with pytest.raises(ValueError, match=message):
+            make("gap_triton")
+        return
+    model = make()
+    before = model.config._attn_implementation
+    function = {
+        "set": lambda: model.set_attn_implementation("gap_triton"),
+        "attach": lambda: gap_triton.attach(model),
+        "configure": lambda: gap_triton.configure(model, GapConfig()),
+    }[way]
+    with pytest.raises(ValueError, match=message):
+        function()
+    assert model.config._attn_implementation == before
+    assert hooks(model) == 0
+
+
+def test_attention_that_could_ask_for_more_and_does_not() -> None:
+    """Gemma 2 without the cap that it could have."""
+    model, ids = gemma2("eager", None), torch.arange(5, 45)[None]
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 3:30] = True
+    with torch.no_grad():
+        dense = model(input_ids=ids).logits
+        gap_triton.attach(model, GapConfig(keep=1.0))
+        assert float((model(input_ids=ids, visual_mask=mask).logits - dense).abs().max()) <= 1e-5
+        gap_triton.configure(model, GapConfig(keep=0.4, layer=1))
+        model(input_ids=ids, visual_mask=mask)
+    assert gap_triton.last_selection(model).visual_index.shape == (1, 11)
+
+
+def test_code_that_can_not_be_read() -> None:
+    """Then the attention function says so when it is called, as below."""
+    namespace: dict[str, object] = {}
+    exec("def forward(self, x, **kwargs):\n    return call(self, softcap=self.cap)", namespace)
+    assert models._keywords_given(namespace["forward"]) == ()
+
+
 @pytest.mark.parametrize("keyword", ["s_aux", "sinks", "softcap", "position_bias"])
 def test_attention_that_is_more_than_dense(keyword: str) -> None:
     tensors = torch.zeros(3, 1, 1, 2, 4)
@@ -185,9 +277,12 @@ def test_a_tensor_handed_through_to_a_layer_is_cut_to_the_survivors() -> None:
 @pytest.mark.parametrize("ids", ["compacted", "permuted"])
 def test_renumbering_is_refused_where_it_is_not_defined(ids: str) -> None:
     model = tiny("gemma3")
-    gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
-    with pytest.raises(ValueError, match=rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"):
-        model(**families.prompt(model))
+    message = rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"
+    with pytest.raises(ValueError, match=message):
+        gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
+    gap_triton.attach(model)
+    with pytest.raises(ValueError, match=message):
+        gap_triton.configure(model, GapConfig(keep=0.4, layer=1, ids=ids))
 
 
 def test_looks_ahead() -> None:
@@ -255,6 +350,75 @@ def test_a_released_decoder_of_another_kind_inside_a_known_owner() -> None:
     text.config.layer_types = ["full_attention"] * 4 + ["chunked_attention"]
     with pytest.raises(ValueError, match=r"decoder layer 4 is 'chunked_attention': it attends in chunks"):
         gap_triton.attach(model)
+
+
+def test_a_rotation_that_has_no_name_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known from the code of the layer that scores, so before any forward."""
+    monkeypatch.setattr(unrotated, "ROTATIONS", ("spin",))
+    model, config = build("llava", "gap_triton"), GapConfig(keep=0.4, layer=1, score="unrotated")
+    for function in (gap_triton.attach, gap_triton.configure):
+        with pytest.raises(
+            ValueError, match="score='unrotated': LlamaAttention has no spin with one cos and sin"
+        ):
+            function(model, config)
+
+
+class Remote(modeling_llava.LlavaPreTrainedModel):
+    """Laid out as InternVL's own code: the decoder with its head, and a forward that merges by itself."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_model = transformers.CLIPVisionModel(config.vision_config)
+        self.mlp1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = transformers.LlamaForCausalLM(config.text_config)
+
+    def forward(self, pixel_values, input_ids=None, attention_mask=None, labels=None):
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask)
+
+
+def test_remote_code_around_a_decoder_that_can_be_pruned() -> None:
+    model = Remote(build("llava", "sdpa").config).eval()
+    with pytest.raises(
+        ValueError,
+        match=r"Remote.forward takes no further keyword arguments.* Its decoder can be pruned by itself: "
+        r"gap_triton.attach\(model.language_model, config\), and hand visual_mask, a \[B, Q\] bool tensor",
+    ):
+        gap_triton.attach(model)
+    gap_triton.attach(model.language_model, GapConfig(keep=0.4, layer=1))
+    ids = make_prompt("llava", "even")["input_ids"]
+    embeds = model.language_model.get_input_embeddings()(ids).detach()
+    inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "visual_mask": ids == IMAGE}
+    generate(model.language_model, inputs, tokens=2)
+    assert gap_triton.last_selection(model.language_model).visual_index.shape == (2, 15)
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    assert hooks(model.language_model) > 0
+
+
+def test_a_model_without_an_image_token_names_its_decoder_too() -> None:
+    model = build("llava", "sdpa")
+    model.model.config.__dict__["image_token_index"] = None
+    message = r"names no image token; .* by itself: gap_triton.attach\(model.model.language_model, config\)"
+    with pytest.raises(ValueError, match=message):
+        gap_triton.attach(model)
+
+
+@pytest.mark.parametrize(
+    ("installed", "newer"), [("5.24.7", False), ("5.25.0.dev0", True), ("6.0", True), ("4.57.6", False)]
+)
+def test_refusals_under_a_transformers_that_nobody_has_tested(
+    installed: str, newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_requirements, "version", lambda package: installed)
+    model = build("llava", "sdpa")
+    change(model, "convolution")
+    hint = rf" \(transformers {installed} is newer than 5.24, the newest tested\)" if newer else ""
+    for refused in (
+        model,
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)),
+    ):
+        with pytest.raises(ValueError, match=rf"attn_implementation='sdpa' to run it unpruned{hint}\.$"):
+            gap_triton.attach(refused)
 
 
 def test_gemma3n_whose_vision_tower_needs_timm() -> None:

@@ -69,6 +69,18 @@ def test_layer_outside_the_model(layer: int) -> None:
         gap_triton.configure(build("llava", "gap_triton"), GapConfig(layer=layer))
 
 
+def test_a_decoder_of_one_layer() -> None:
+    config = transformers.LlamaConfig(**{**TEXT, "num_hidden_layers": 1})
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    with pytest.raises(
+        ValueError,
+        match=r"GapConfig.layer=0: this model's decoder has 1 layer; expected -1, before the decoder, so that at least one "
+        "layer follows",
+    ):
+        gap_triton.attach(model, GapConfig(layer=0))
+    gap_triton.attach(model, GapConfig(layer=-1, score="random"))
+
+
 def test_config_of_the_wrong_type() -> None:
     with pytest.raises(ValueError, match=r"config=\{'keep': 0.5\}: expected a gap_triton.GapConfig"):
         gap_triton.attach(build("llava", "sdpa"), {"keep": 0.5})

@@ -207,7 +207,7 @@ def test_projected_features_are_what_enters_the_decoder() -> None:
 def without_mixing(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with a vision tower whose attention adds nothing, so that a patch reaches no row but its own."""
     tower = find_tower(find_parts(model).owner)
-    for module in tower.layers.modules():
+    for module in (module for layer in tower.layers for module in layer.modules()):
         for name, child in module.named_children():
             if name in OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
                 for parameter in child.parameters():

@@ -178,6 +178,7 @@ class Recording:
         found: dict[str, Tensor] = {}
         for need, parts in self._parts.items():
             if not parts:
+                self._refuse_if_replaced()
                 raise ValueError(
                     f"{type(self.tower.module).__name__} ran without reporting {need!r} of its scoring layer, "
                     f"{type(self.tower.attention).__name__}: its implementation of attention must be 'gap_triton' meanwhile"
@@ -194,9 +195,17 @@ class Recording:
                 )
         return TowerOutput(**found, projector=self.tower.projector)
 
+    def _refuse_if_replaced(self) -> None:
+        if not self.tower.stands():
+            raise ValueError(
+                f"the vision tower of {type(self.tower.owner).__name__}, or a part of it, was replaced after the model was "
+                "configured: call gap_triton.configure(model, config) again"
+            )
+
     def _check_states(self) -> None:
         wanted = 1 + len(self.tower.layers) // 3
         if self._states != wanted:
+            self._refuse_if_replaced()
             raise ValueError(
                 f"{type(self.tower.module).__name__} ran {self._states // wanted} times for one call of its encoder, which "
                 f"is not supported: {INSTEAD}"

@@ -65,7 +65,7 @@ class Tower:
 
     owner: PreTrainedModel
     module: PreTrainedModel
-    layers: nn.ModuleList
+    layers: tuple[nn.Module, ...]
     attention: nn.Module
     projector: nn.Module | None
     has_cls: bool
@@ -105,6 +105,17 @@ class Tower:
             ]
         )
 
+    def stands(self) -> bool:
+        """Whether the model still holds this tower, and none of what was found of it has been replaced."""
+        try:
+            found = find_tower(self.owner)
+        except ValueError:
+            return False
+        same = all(
+            getattr(found, name) is getattr(self, name) for name in ("module", "attention", "projector")
+        )
+        return same and found.layers == self.layers
+
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
         if any(name in arguments for name in GRID_FIELDS.values()):
@@ -142,7 +153,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
     return Tower(
         owner=owner,
         module=module,
-        layers=layers,
+        layers=tuple(layers),
         attention=_attention_of(layers[_scoring_layer(owner, module, len(layers))])[0],
         projector=_projector_of(owner),
         has_cls=has_cls,
@@ -290,7 +301,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
             handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
-    for layer in list(tower.layers)[-1 - len(tower.layers) // 3 :]:
+    for layer in tower.layers[-1 - len(tower.layers) // 3 :]:
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
         handles.append(tower.projector.register_forward_pre_hook(_before_projector))

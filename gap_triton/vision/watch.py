@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from gap_triton.calls import config_now
 from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
 from gap_triton.state import Attachment, ForwardState
 
@@ -29,14 +30,18 @@ def needs_of(config: GapConfig) -> Needs:
 
 
 def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
-    """Install hooks on the vision encoder, once, if ``config`` asks it for something.
+    """Install hooks on the vision encoder, if ``config`` asks it for something: once, and anew where it was replaced.
 
     Raises:
         ValueError: There is no vision encoder that could tell it; the sentence says what can be done instead.
     """
+    if attachment.tower is not None and not attachment.tower.stands():
+        for handle in reversed(attachment.tower_handles):
+            handle.remove()
+        attachment.tower, attachment.tower_handles, attachment.notes_sizes = None, [], False
     if any(asks_for_places(stage) for stage in config.stages) and not attachment.notes_sizes:
         attachment.notes_sizes = True
-        attachment.handles += note_sizes(attachment.owner)
+        attachment.tower_handles += note_sizes(attachment.owner)
     attachment.projector_is_last = None  # the model may have been changed since
     if not needs_of(config):
         return
@@ -44,14 +49,14 @@ def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
     check_needs(tower, _told_by(tower, config))
     if attachment.tower is None:
         attachment.tower = tower
-        attachment.handles += install(tower, functools.partial(_told_now, attachment))
+        attachment.tower_handles += install(tower, functools.partial(_told_now, attachment))
 
 
 def _told_now(attachment: Attachment) -> Needs:
-    assert attachment.tower is not None
-    if attachment.owner.training:
+    config = config_now(attachment)
+    if attachment.tower is None or config is None or attachment.owner.training:
         return frozenset()  # nothing is pruned then
-    return _told_by(attachment.tower, attachment.config)
+    return _told_by(attachment.tower, config)
 
 
 def watch_tower(state: ForwardState) -> None:
