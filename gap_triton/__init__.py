@@ -13,6 +13,7 @@ from .attach import (  # noqa: E402
     detach,
     follow_attention_name,
     last_selection,
+    let_generate_count_what_it_feeds_again,
     let_generate_take_visual_mask,
     pruning,
 )
@@ -26,6 +27,7 @@ register()
 follow_attention_name()
 follow_cache_methods()
 let_generate_take_visual_mask()
+let_generate_count_what_it_feeds_again()
 
 __version__ = "0.1.0"
 

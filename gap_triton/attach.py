@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .answers import GENERATED
 from .attention import NAME
 from .config import GapConfig
 from .hooks import after_owner, after_text, before_head, before_layer, before_owner, before_text
@@ -183,6 +184,32 @@ def let_generate_take_visual_mask() -> None:
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
     GenerationMixin._validate_model_kwargs = wrapped
+
+
+def let_generate_count_what_it_feeds_again() -> None:
+    """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
+
+    Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
+    """
+    update = GenerationMixin._update_model_kwargs_for_generation
+    if hasattr(update, "_gap_follows"):
+        return
+
+    @functools.wraps(update)
+    def wrapped(
+        self: Any,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        model_kwargs = update(self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if not model_kwargs.get("use_cache", True) and is_attached(self):
+            model_kwargs[GENERATED] = model_kwargs.get(GENERATED, 0) + num_new_tokens
+        return model_kwargs
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    GenerationMixin._update_model_kwargs_for_generation = wrapped
 
 
 def _synchronize(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .answers import answer_rows, call_of, drafts_of, refuse_lost_labels
 from .arguments import by_name, cache_of
 from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER, asks_for_places
@@ -40,8 +41,6 @@ from .visual_mask import VISUAL_MASK, named_visual_tokens
 
 logger = logging.get_logger(__name__)
 
-IGNORED_LABEL = -100
-
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -50,7 +49,7 @@ def before_head(
     model: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """Pass on what the module with the language head would keep to itself."""
-    args, kwargs = by_name(model, args, kwargs)
+    args, kwargs = by_name(model, args, dict(kwargs))
     return args, {**kwargs, CALL_KEY: _call_of(kwargs, attachment)}
 
 
@@ -61,10 +60,7 @@ def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
             f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
             "for the weights of every layer, load the model with attn_implementation='eager'"
         )
-    logits = kwargs.get("logits_to_keep", 0)
-    # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
-    drafts = logits - 1 if isinstance(logits, int) and logits > 1 else 0
-    return Call(drafts=drafts, labels=kwargs.get("labels"))
+    return call_of(kwargs)
 
 
 def before_owner(
@@ -161,12 +157,9 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     assert state.visual is not None
     assert isinstance(state.past, int)
-    drafts = state.call.drafts
-    if drafts >= state.queries or (drafts and bool(state.visual[:, -drafts:].any())):
-        drafts = 0  # the caller wants the logits of the prompt itself
-    length = state.queries - drafts
-    new = None if state.real is None else state.real[:, state.past :][:, :length]
-    prompt = read_prompt(state.visual[:, :length], new)
+    new = None if state.real is None else state.real[:, state.past :]
+    state.drafts = drafts_of(state.call, state.visual)
+    prompt = read_prompt(state.visual, new, answer_rows(state.call, state.drafts, state.visual))
     if not any(prompt.visual_counts):
         return kwargs
     stages = state.config.stages
@@ -176,6 +169,7 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     if not state.drops:
         return kwargs
     check_layers(state.config, layers)
+    refuse_lost_labels(state.call, prompt, state.drops[-1].keep)
     state.prompt = prompt
     if any(stage.score == "raters" for stage in stages):
         state.raters = find_raters(prompt, kwargs)
@@ -229,7 +223,6 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
     # One more row at the end takes the filler and is cut off again.
     full = hidden_states.new_zeros(batch, state.queries + 1, channels)
     target = torch.where(survivors < 0, state.queries, survivors)
-    _refuse_lost_labels(state, target)
     full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
     if isinstance(output, tuple):
         return (full, *output[1:])
@@ -249,20 +242,4 @@ def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any)
         raise RuntimeError(
             f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"
-        )
-
-
-def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
-    """Raise ValueError if a label is to be predicted from a row that ``rows`` [B, L] lacks; Q stands for filler."""
-    labels = state.call.labels
-    if labels is None or labels.shape != (rows.shape[0], state.queries):
-        return
-    lost = torch.ones(rows.shape[0], state.queries + 1, dtype=torch.bool, device=rows.device)
-    lost = lost.scatter(1, rows, False)[:, : state.queries - 1]
-    wanted = (labels.to(rows.device)[:, 1:] != IGNORED_LABEL) & lost
-    if bool(wanted.any()):
-        sample, row = wanted.nonzero()[0].tolist()
-        raise ValueError(
-            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token and "
-            f"has no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, padding and the tokens right after"
         )

@@ -159,23 +159,23 @@ def extend(state: ForwardState, drop: Drop, positions: torch.Tensor) -> KeptRows
     Args:
         state: The running forward.
         drop: The stage.
-        positions: [B, L] int64, original positions of the surviving rows, -1 = filler.
+        positions: [B, L] int64, original positions of the surviving rows, -1 = filler. Drafts, which are the last of them,
+            are not recorded: like all that follows a prompt, they are held one to one.
 
     Returns:
         The extension of the stage's record in ``state.before``, or a new one where nothing had been dropped.
     """
     assert isinstance(state.past, int)
-    assert state.prompt is not None
     before = None if state.before is None else state.before.stages[state.done]
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
-    new = torch.cat([between, positions], dim=1)
+    new = torch.cat([between, positions[:, : positions.shape[1] - state.drafts]], dim=1)
     if state.real is not None:
         new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
     return KeptRows(
         layer=drop.stage.layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
-        covered=state.past + state.prompt.visual.shape[1],
+        covered=state.past + state.queries - state.drafts,
         # Of earlier tokens only the device knows whether they are padding.
         dense=drop.dense and before is None and state.past == 0,
         id_shift=None if before is None else before.id_shift,

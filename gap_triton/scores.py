@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from gap_kernels import visual_importance
+from torch.nn.functional import pad
 
 from .attention import NAME
 from .config import Stage
@@ -52,24 +53,20 @@ def attention_of(state: ForwardState, stage: Stage, plan: Plan) -> Attention:
             f"layer {stage.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
             'attn_implementation="gap_triton" for the text model'
         )
-    assert state.prompt is not None
     assert isinstance(state.past, int)
-    # A static cache hands over its whole buffer, and behind the prompt there may be drafts.
-    rows, prompt = plan.visual.shape[1], state.prompt.visual.shape[1]
-    drafts = state.queries - prompt
+    rows = plan.visual.shape[1]
     held = state.kept.stages[state.done - 1] if state.done and state.kept is not None else None
-    columns = state.past + prompt if held is None else held.index.shape[1]
-    query = query[:, :, :rows]
-    key = key[:, :, : min(key.shape[2], columns + drafts) - drafts]
-    real = None
+    columns = state.past + state.queries if held is None else held.index.shape[1] + state.drafts
+    key = key[:, :, :columns]  # a static cache hands over its whole buffer
+    real = state.real
     if held is not None:
-        real = None if held.dense else (held.index >= 0)[:, -key.shape[2] :].to(plan.real.device)
-    elif state.real is not None:
-        real = state.real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
+        real = None if held.dense else pad(held.index >= 0, (0, state.drafts), value=True)
+    if real is not None:
+        real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
     window = sliding_window(state.attachment.text.config, stage.layer)
     window = window if window is not None and window < key.shape[2] else None
     # The last row sees all that comes before it, whatever the model's mask; other rows may see later ones too.
-    mask = state.mask[:, :, :rows] if isinstance(state.mask, torch.Tensor) else None
+    mask = state.mask if isinstance(state.mask, torch.Tensor) else None
     ahead = plan.rows.shape[1] > 1 and looks_ahead(mask, plan.real)
     group = tensor_parallel_group(state.attachment, query)
     if stage.score == "unrotated":
