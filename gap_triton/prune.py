@@ -81,8 +81,13 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         source = state.survivors.clamp(min=0)
         survivors = hidden_states.gather(1, source[..., None].expand_as(survivors))
     if state.config.ids != "kept":
-        new_ids, shift = compact(position_ids, surviving, real, record.id_shift)
+        asking = state.prompt.asking.to(device)
+        new_ids, shift = compact(position_ids, surviving, asking, record.id_shift)
         record = replace(record, id_shift=shift)
+        if state.prompt.asking is not state.prompt.real:  # an answer is numbered as tokens of later steps are
+            following = _take(lowered(position_ids, shift), surviving)
+            is_answer = (real & ~asking).gather(1, surviving.clamp(min=0))
+            new_ids = torch.where(is_answer, following, new_ids)
         state.new_ids = new_ids
     elif one_pair:
         state.taken.append((rotary, (pruned.cos, pruned.sin)))

@@ -27,6 +27,8 @@ def compare(name: str, inputs: dict[str, torch.Tensor], **options: object) -> No
     pruned = generate(model, inputs, **options)
     torch.manual_seed(7)
     with oracle:
+        # Without a cache the oracle would take what has been written for a part of the prompt.
+        options.pop("use_cache", None)
         expected = generate(reference, inputs, **options)
     assert oracle.dropped.any()
     assert torch.equal(pruned.sequences, expected.sequences)
@@ -146,25 +148,6 @@ def test_gradients_flow_through_a_pruned_forward() -> None:
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
         assert bool(actual.any())
-
-
-def test_a_label_without_logits_is_refused() -> None:
-    model, _, _ = pair()
-    inputs = make("llava", "even")
-    labels = torch.full_like(inputs["input_ids"], -100)
-    with torch.no_grad():
-        model(**inputs)
-    selection = gap_triton.last_selection(model)
-    candidates, kept = set(selection.candidates[1].tolist()), set(selection.index[1].tolist())
-    lost = max(candidates - kept)
-    labels[1, max(kept & candidates) + 1] = 7  # predicted from a survivor
-    with torch.no_grad():
-        model(**inputs, labels=labels)
-        labels[1, lost + 1] = 7
-        with pytest.raises(
-            ValueError, match=rf"labels\[1, {lost + 1}\] is to be predicted from row {lost}, .*-100"
-        ):
-            model(**inputs, labels=labels)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
