@@ -19,9 +19,17 @@ from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
-from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
+from .kept import (
+    begin,
+    kept_tokens_of,
+    original_length,
+    refuse_continuation,
+    refuse_pruned_cache,
+    settle,
+)
 from .later import shorten
 from .models import check_layers, layer_type
+from .outputs import refuse_router_logits, restore_rows
 from .places import places_of
 from .prompt import (
     decide,
@@ -120,7 +128,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     cache, mask = cache_of(kwargs), state.given_mask
     state.kept = state.before = kept_tokens_of(cache, batch)
     state.batch, state.queries = batch, queries
-    if state.kept is None and queries == 1:
+    if state.kept is None and queries <= 1:
         fit(cache, {})
         return None
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
@@ -135,14 +143,16 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if state.drops:
         assert state.position_ids is not None
         refuse_ablation(state.config, text)
+        refuse_router_logits(state, kwargs)
         kwargs = take_out(state, kwargs)
 
     if state.kept is None:
         if not state.drops:
             fit(cache, {})
+        begin(state, cache)
         return args, kwargs
     if queries > 1 and not verifies:
-        refuse_continuation(state.kept, state.config if state.drops else None, queries)
+        refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
         new = None if state.real is None else state.real[:, state.past :]
         if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
             raise ValueError(
@@ -150,6 +160,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
                 "turn: start a new cache with the whole conversation"
             )
     state.kept.settled = True
+    begin(state, cache)
     return args, kwargs
 
 
@@ -160,7 +171,8 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     new = None if state.real is None else state.real[:, state.past :]
     state.drafts = drafts_of(state.call, state.visual)
     prompt = read_prompt(state.visual, new, answer_rows(state.call, state.drafts, state.visual))
-    if not any(prompt.visual_counts):
+    state.sees_image = any(prompt.visual_counts)
+    if not state.sees_image:
         return kwargs
     stages = state.config.stages
     if stages[0].layer == BEFORE_THE_DECODER:
@@ -216,18 +228,8 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
         )
     if state.selection is not None:
         remember_selection(state.attachment, state.selection)
-    hidden_states = output[0]
-    batch, _, channels = hidden_states.shape
-    assert state.survivors is not None
-    survivors = state.survivors.to(hidden_states.device)
-    # One more row at the end takes the filler and is cut off again.
-    full = hidden_states.new_zeros(batch, state.queries + 1, channels)
-    target = torch.where(survivors < 0, state.queries, survivors)
-    full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
-    if isinstance(output, tuple):
-        return (full, *output[1:])
-    output.last_hidden_state = full
-    return output
+    settle(state.cache)
+    return restore_rows(state, output)
 
 
 def after_owner(owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> None:

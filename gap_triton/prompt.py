@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import BEFORE_THE_DECODER, Stage
+from .masks import visible
 from .state import Chosen, Drop, Plan, Prompt
 
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -67,18 +68,22 @@ def real_positions(
         return None
     if isinstance(past, torch.Tensor):
         real = mask if mask.dim() == 2 else mask[:, 0, -1]
-        real = real if real.dtype == torch.bool else real == 0 if mask.dim() == 4 else real != 0
+        real = visible(real) if mask.dim() == 4 else real != 0
         return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
     total = past + queries
     if mask.dim() == 2:
         # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
         real = mask[:, :total] != 0
         return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, Q, K]
+    allowed = visible(mask).any(dim=1)  # by some head, [B, Q, K]
     first = max(total - mask.shape[-1], 0)  # the mask of a sliding layer covers the last K positions only
     allowed = allowed[..., : total - first]
-    # A padded row may not attend to itself. An earlier column that no row looks at is padding, or out of reach for good.
+    # A padded row is seen by no other row, and sees at most itself, where a mask must leave it something. An earlier column
+    # that no row looks at is padding, or out of reach for good.
     own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    if queries > 1:
+        seen = allowed.sum(dim=1)[:, past - first :] - own.long()  # by other rows
+        own = (seen > 0) | (own & (allowed.sum(dim=2) > 1))
     earlier = allowed[..., : past - first].any(dim=1)
     return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
 
@@ -111,7 +116,7 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
         return any(looks_ahead(each, real) for each in mask.values())
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return False
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    allowed = visible(mask).any(dim=1)
     # Where every row sees itself and nothing later, the last column seen moves on from row to row.
     last = torch.where(allowed, torch.arange(mask.shape[-1], device=mask.device), -1).amax(dim=-1)
     moves_on = last[:, 1:] > last[:, :-1]

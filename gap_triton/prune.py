@@ -9,7 +9,7 @@ import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
 from .arguments import cache_of
-from .config import ATTENTION_SCORES, BEFORE_THE_DECODER
+from .config import ATTENTION_SCORES, BEFORE_THE_DECODER, asks_for_text
 from .ids import compact, lowered, score_order
 from .kept import extend, store
 from .later import survivors_of
@@ -18,6 +18,8 @@ from .scores import attention_of, scores_of
 from .selection import Selection
 from .state import Drop, ForwardState, KeptTokens, Plan
 from .static import fit
+
+FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -60,7 +62,9 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         plan,
         index,
         (
-            *(hidden_states, cos, sin),
+            hidden_states,
+            cos,
+            sin,
             whole_ids if index is None else _take(whole_ids, index),
             plan.visual_index,
         ),
@@ -92,9 +96,14 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
     elif one_pair:
         state.taken.append((rotary, (pruned.cos, pruned.sin)))
 
+    state.left.append(state.survivors)
+    if now.stage.layer == BEFORE_THE_DECODER:
+        state.embeds = hidden_states
+
     before = state.before.stages if state.before is not None else ()
     already = () if state.kept is None or not state.done else state.kept.stages[: state.done]
-    state.kept = KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids)
+    whole = not any(asks_for_text(each.stage) for each in state.drops) and not any(state.prompt.ends_in_image)
+    state.kept = KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids, whole)
     cache = cache_of(kwargs)
     store(cache, state.kept)
     if state.past == 0 and not state.done:
@@ -126,7 +135,7 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _score_and_prune(
-    state: ForwardState, now: Drop, plan: Plan, index: torch.Tensor | None, tokens: tuple[torch.Tensor, ...]
+    state: ForwardState, now: Drop, plan: Plan, index: torch.Tensor | None, tokens: FiveTensors
 ) -> PrunedTokens:
     """``tokens``: hidden states, cos, sin, position ids, visual index."""
     real = plan.real if plan.padded else None
@@ -160,7 +169,9 @@ def _score_and_prune(
             chosen = _best(scores, plan, max(now.keep))
         else:
             assert state.places is not None
-            chosen = state.places.choose(scores, plan.visual_index, where, plan.keep, stage, max(now.keep)) > 0
+            chosen = (
+                state.places.choose(scores, plan.visual_index, where, plan.keep, stage, max(now.keep)) > 0
+            )
     keep = plan.keep
     if plan.stays is not None:
         chosen = chosen | plan.stays

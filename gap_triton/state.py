@@ -83,11 +83,14 @@ class KeptTokens:
     Attributes:
         stages: One record for each pruning layer, first to last.
         ids: The id rule that the survivors follow.
-        settled: The pruned prompt is known to have been complete: generated tokens or a crop followed it.
+        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
+            was read so far does not end in an image.
+        settled: Generated tokens follow the pruned prompt, so it was complete.
     """
 
     stages: tuple[KeptRows, ...]
     ids: str
+    whole: bool = False
     settled: bool = False
 
     @property
@@ -253,6 +256,7 @@ class ForwardState:
         entered: The decoder has seen this state.
         watch: What looks on while the vision encoder runs; None where nothing is asked of it.
         owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
+        sees_image: The rows of this forward hold visual tokens.
         prompt: The prompt that this forward prunes; None where it drops nothing.
         drafts: Number of last rows, of all samples, that are drafts.
         drops: The stages of this forward, first to last; empty where it drops nothing.
@@ -263,6 +267,7 @@ class ForwardState:
         kept: What all layers hold after this forward; None while nothing has been dropped.
         before: The same before this forward.
         call: What the caller asked of the model around the decoder.
+        cache: The KV cache that this forward prunes; None where it drops nothing, or has none.
         past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
         batch, queries: Number of samples and rows of this forward, B and Q.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
@@ -276,6 +281,8 @@ class ForwardState:
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
             ``ids="permuted"``.
+        left: The same after each stage so far.
+        embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
         new_ids: [B, L] (or [A, B, L]) int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
@@ -289,6 +296,7 @@ class ForwardState:
     entered: bool = False
     watch: TowerWatch | None = None
     owner_kwargs: dict[str, Any] = field(default_factory=dict)
+    sees_image: bool = False
     prompt: Prompt | None = None
     drafts: int = 0
     drops: tuple[Drop, ...] = ()
@@ -299,6 +307,7 @@ class ForwardState:
     kept: KeptTokens | None = None
     before: KeptTokens | None = None
     call: Call = field(default_factory=Call)
+    cache: Any = None
     past: int | torch.Tensor = 0
     batch: int = 0
     queries: int = 0
@@ -315,6 +324,8 @@ class ForwardState:
     rotary: Any = None
     slots: torch.Tensor | None = None
     survivors: torch.Tensor | None = None
+    left: list[torch.Tensor] = field(default_factory=list)
+    embeds: torch.Tensor | None = None
     selection: Selection | None = None
     new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
