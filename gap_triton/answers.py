@@ -103,6 +103,6 @@ def refuse_lost_labels(call: Call, prompt: Prompt, keep: tuple[int, ...]) -> Non
         sample, row = lost.nonzero()[0].tolist()
         raise ValueError(
             f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a visual token that may "
-            f"be dropped, and then has no logits: set it to {call.ignored_label}, as all labels of padding, of visual tokens "
-            "and of what comes right after them, but for the answer's first token"
+            f"be dropped, and then has no logits: set it to {call.ignored_label}, as all labels of padding, visual tokens "
+            "and what comes right after them, but for the answer's first token"
         )

@@ -69,12 +69,14 @@ class MaskingOracle:
     ) -> None:
         """With ``chosen`` [B, N] bool, those of the first N tokens are dropped and nothing is scored.
 
-        ``then`` has further stages: layer, keep and score, or layer and the tokens that are dropped. The last ``answer`` rows
-        of a prefill rank nothing.
+        ``then`` has further stages: layer, keep and score, or layer and the tokens that are dropped. The last ``answer``
+        rows of a prefill rank nothing.
         """
         self.chosen = chosen
         self.answer = answer
-        self.padding: torch.Tensor | None = None  # [B, Q] bool, the real rows, where no mask of two dimensions says so
+        self.padding: torch.Tensor | None = (
+            None  # [B, Q] bool, the real rows, where no mask of two dimensions says so
+        )
         self.then = then
         self.layer, self.keep, self.score = layer, keep, score
         self.owner, text = core_of(model)
