@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .answers import GENERATED
 from .attention import NAME
 from .calls import generation_of
 from .config import GapConfig
@@ -41,6 +42,7 @@ from .visual_grid import VISUAL_GRID
 from .visual_mask import VISUAL_MASK
 
 OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
+
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """Prune in ``model`` from now on, whatever attention implementation it was loaded with.
@@ -242,6 +244,32 @@ def refuse_continuous_batching() -> None:
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
     setattr(GenerationMixin, name, wrapped)
+
+
+def let_generate_count_what_it_feeds_again() -> None:
+    """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
+
+    Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
+    """
+    update = GenerationMixin._update_model_kwargs_for_generation
+    if hasattr(update, "_gap_follows"):
+        return
+
+    @functools.wraps(update)
+    def wrapped(
+        self: Any,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        model_kwargs = update(self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if not model_kwargs.get("use_cache", True) and is_attached(self):
+            model_kwargs[GENERATED] = model_kwargs.get(GENERATED, 0) + num_new_tokens
+        return model_kwargs
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    GenerationMixin._update_model_kwargs_for_generation = wrapped
 
 
 def _synchronize(model: PreTrainedModel) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
+from .masks import mask_for_attention
 from .vision.recording import recording_now
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def register() -> None:
     would silently attend to padding.
     """
     AttentionInterface.register(NAME, gap_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask_for_attention)
 
 
 def gap_attention_forward(

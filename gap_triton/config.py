@@ -34,6 +34,8 @@ DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "rand
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
 # What a decoder layer's query and key are asked for; the other scores need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
+# What looks at the text of the prompt; the other scores are the same whatever text follows the image.
+TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,11 @@ class GapConfig(Stage):
         from .presets import preset
 
         return preset(name, model=model, **options)
+
+
+def asks_for_text(stage: Stage) -> bool:
+    """Whether what ``stage`` keeps depends on the text of the prompt."""
+    return stage.score in TEXT_SCORES
 
 
 def asks_for_places(stage: Stage) -> bool:

@@ -226,6 +226,7 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
     owner, text = parts
     return (
         _second_decoder(model, owner)
+        or _reads_every_row(model, owner)
         or _unsafe_config(text)
         or _unsafe_signatures(owner, text)
         or _unsafe_layers(text)
@@ -242,6 +243,22 @@ def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | Non
         if not REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])):
             return f"a second decoder, {name} ({type(module).__name__}), reads what the first one holds of every token"
     return None
+
+
+def _reads_every_row(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module is not owner and owner in module.modules()
+    ]
+    if not around or any(module.can_generate() for module in around):
+        return None
+    if any(type(module).__name__.endswith("ForSequenceClassification") for module in around):
+        return None  # by the last token, which stays
+    return (
+        f"{type(around[-1]).__name__} makes an output of every token's last hidden state, and dropped tokens have none; "
+        "prune in the model below it and read what survives"
+    )
 
 
 def _unsafe_config(text: PreTrainedModel) -> str | None:

@@ -170,7 +170,7 @@ def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Te
     """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
     all_text = [real - visual for real, visual in zip(prompt.real_counts, prompt.visual_counts, strict=True)]
     ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
-    text = torch.where(ends_in_image[:, None], prompt.real & ~prompt.visual, prompt.text_after)
+    text = torch.where(ends_in_image[:, None], prompt.asking & ~prompt.visual, prompt.text_after)
     rows = positions_first(
         text, max(after or whole for after, whole in zip(prompt.text_counts, all_text, strict=True))
     )
