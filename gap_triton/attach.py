@@ -11,7 +11,6 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .answers import GENERATED
-from .attention import NAME
 from .calls import generation_of
 from .config import GapConfig
 from .hooks import (
@@ -26,6 +25,7 @@ from .hooks import (
 from .ids import refuse_ablation
 from .models import (
     Parts,
+    check_heads,
     check_layers,
     find_parts,
     is_vision_language_model,
@@ -34,8 +34,10 @@ from .models import (
     text_model_of,
     unwrap,
 )
+from .names import NAME
 from .selection import Selection
 from .state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
+from .unpruned import say_what_a_head_gets
 from .unrotated import refuse_unrotated
 from .vision.watch import let_tower_tell
 from .visual_grid import VISUAL_GRID
@@ -296,6 +298,7 @@ def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: Pre
         if attachment_of(text) is not None:
             return  # the decoder was attached alone, inside a model that can't be
         raise
+    check_heads(model, parts)
     attachment = _bring_up(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
@@ -352,6 +355,7 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
         if any(head is known for known in attachment.heads):
             continue
         attachment.heads.append(head)
+        say_what_a_head_gets(head)
         object.__setattr__(head, ATTACHMENT_ATTRIBUTE, attachment)
         _register(
             attachment,

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .answers import answer_rows, call_of, drafts_of, refuse_lost_labels
 from .arguments import by_name, cache_of
-from .attention import CALL_KEY, NAME, STATE_KEY
 from .calls import config_now
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
@@ -30,6 +29,7 @@ from .kept import (
 )
 from .later import shorten
 from .models import check_layers, find_parts, layer_type, text_model_of
+from .names import CALL_KEY, NAME, STATE_KEY
 from .outputs import refuse_router_logits, restore_rows
 from .places import places_of
 from .prompt import (

@@ -9,10 +9,10 @@ import torch
 from gap_kernels import visual_importance
 from torch.nn.functional import pad
 
-from .attention import NAME
 from .config import Stage
 from .draw import draw
 from .masks import is_plain
+from .names import NAME
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .state import ForwardState, Plan
 from .unrotated import unrotated

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME
 from .config import ATTENTION_SCORES, GapConfig, Stage
+from .names import NAME
 from .selection import Selection
 
 if TYPE_CHECKING:

@@ -59,7 +59,7 @@ def named_visual_tokens(
             whole = f", or {[batch, past + queries]} with the {past} tokens in the cache" if past else ""
             raise ValueError(
                 f"visual_mask has shape {list(mask.shape)}: expected one entry per row of this forward, "
-                f"{[batch, queries]}{whole}. Chunked prefill and use_cache=False feed other rows than the prompt's, and "
+                f"{[batch, queries]}{whole}. Chunked prefill feeds other rows than the prompt's, and "
                 "can't be combined with it"
             )
         mask = mask[:, past:]

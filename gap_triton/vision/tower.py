@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
+from ..names import NAME, WATCHED
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
