@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench gpu-check compat endurance kernel-table clean
+.PHONY: help demo test fuzz lint bench gpu-check compat endurance kernel-table clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -17,6 +17,7 @@ endef
 help:
 	@echo "make demo   prune the embedded model, with and without GAP: table, pictures and JSON in demo-output/"
 	@echo "make test   all tests that need no GPU"
+	@echo "make fuzz   100,000 random calls, right and wrong, of all operators and strategies (about 10 minutes)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
@@ -31,6 +32,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed-test
+	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

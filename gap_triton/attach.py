@@ -24,8 +24,10 @@ from .models import (
 from .selection import Selection
 from .state import Attachment, recall_selection
 from .vision.watch import let_tower_tell
+from .visual_grid import VISUAL_GRID
 from .visual_mask import VISUAL_MASK
 
+OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
 
@@ -37,7 +39,8 @@ def attach(model: PreTrainedModel, config: GapConfig | None = None) -> None:
 
     Args:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
-            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens.
+            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens, and by
+            ``visual_grid`` ([H, W], or a list of one per image) how many rows and columns they make, where that is asked.
         config: What to prune, ``GapConfig()`` if None.
 
     Raises:
@@ -167,7 +170,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def let_generate_take_visual_mask() -> None:
-    """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` on to forward.
+    """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` and ``visual_grid`` on to forward.
 
     `generate` forwards keyword arguments that it does not know, but first refuses those that forward does not list.
     """
@@ -178,7 +181,7 @@ def let_generate_take_visual_mask() -> None:
     @functools.wraps(validate)
     def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
         if is_attached(self):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != VISUAL_MASK}
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OURS}
         validate(self, model_kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]

@@ -36,6 +36,7 @@ from .state import Attachment, Call, ForwardState, remember_selection
 from .static import fit
 from .vision.choose import choose_before_the_decoder
 from .vision.watch import watch_tower
+from .visual_grid import VISUAL_GRID, named_grids
 from .visual_mask import VISUAL_MASK, named_visual_tokens
 
 logger = logging.get_logger(__name__)
@@ -72,7 +73,7 @@ def before_owner(
 ) -> tuple[Args, Kwargs]:
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     args, kwargs = by_name(owner, args, dict(kwargs))
-    visual_mask = kwargs.pop(VISUAL_MASK, None)
+    visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
     training = owner.training or attachment.text.training
@@ -95,6 +96,8 @@ def before_owner(
         state.given_mask = kwargs.get("attention_mask")
         if state.visual is not None:
             state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+            if visual_grid is not None:
+                state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
             watch_tower(state)
     kwargs[STATE_KEY] = state
     return args, kwargs

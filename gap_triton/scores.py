@@ -10,6 +10,7 @@ from gap_kernels import visual_importance
 
 from .attention import NAME
 from .config import Stage
+from .draw import draw
 from .models import sliding_window
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .prompt import looks_ahead
@@ -94,8 +95,8 @@ def scores_of(
         asked: What the layer's attention left; None for scores that ask none.
     """
     if stage.score == "random":
-        generator = torch.Generator().manual_seed(state.config.seed + state.done)
-        return torch.rand(plan.visual_index.shape, generator=generator).to(plan.visual.device)
+        drawn = draw(state.config.seed, state.done, plan.visual_index.shape[1])
+        return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
     if stage.score == "spatial":
         assert state.places is not None
         return -state.places.order_of(where).float()

@@ -31,6 +31,7 @@ class Attachment:
         head: The module with the language head around ``owner``, where it is known.
         tower: The vision encoder, once a configuration has asked it for something.
         notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
+        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
         handles: Removers of the installed hooks.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
     """
@@ -41,6 +42,7 @@ class Attachment:
     head: PreTrainedModel | None = None
     tower: Tower | None = None
     notes_sizes: bool = False
+    projector_is_last: bool | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     restore: str | None = None
 

@@ -415,7 +415,7 @@ VISUAL = torch.tensor([[0, 1], [2, 3]])
         ),
         ((QUERY, KEY, VISUAL), {"lse": torch.zeros(2, 4, 2)}, r"lse: expected \[B, Hq, R\] with R = 1"),
         ((QUERY, KEY, VISUAL), {"lse": torch.zeros(2, 2, 1)}, r"lse: expected \[B, Hq, R\] with Hq = 4"),
-        ((QUERY, KEY, VISUAL), {"scale": "1"}, r"scale: expected a float or None, got '1' \(str\)"),
+        ((QUERY, KEY, VISUAL), {"scale": "1"}, r"scale: expected a finite float or None, got '1' \(str\)"),
         ((QUERY, KEY.to("meta"), VISUAL), {}, "key: expected device cpu, got .*meta"),
         ((QUERY, KEY, VISUAL), {"causal": 1}, r"causal: expected a bool, got 1 \(int\)"),
         ((QUERY, KEY, VISUAL), {"value": KEY.half()}, "value: expected dtype torch.float32, got .*float16"),

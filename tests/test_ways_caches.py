@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -284,3 +285,8 @@ def test_static_cache_before_the_decoder(batch: str) -> None:
 def test_static_cache_of_a_bad_length(length: object) -> None:
     with pytest.raises(ValueError, match=rf"max_cache_len={length}: expected an int >= 1"):
         gap_triton.static_cache(build("llava", "gap_triton"), length)
+
+
+def test_static_cache_of_a_length_of_numpy() -> None:
+    cache = gap_triton.static_cache(build("llava", "gap_triton"), np.int64(80))
+    assert type(cache.layers[0].max_cache_len) is int
