@@ -317,7 +317,7 @@ def of_another_type(folder: Path, **changes: object) -> None:
         (lambda folder: families.config_of("llama4").save_pretrained(folder), "attends in chunks"),
         (
             lambda folder: of_another_type(folder, text_config={"model_type": "llama", "hidden_size": 8}),
-            "Error",
+            "mismatch",
         ),
     ],
 )
