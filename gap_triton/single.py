@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import gap_triton
@@ -57,7 +56,7 @@ def ask(
     embedded = EMBEDDED.get(model_path)
     path = model_path if embedded is None else str(embedded.folder)
     # Weights are loaded last: they take longest.
-    with naming_the_model(model_path, Exception):  # its files are others', and so is the code that reads them
+    with naming_the_model(model_path):
         loaded_config = AutoConfig.from_pretrained(path)
         processor = (
             AutoProcessor.from_pretrained(path) if embedded is None else embedded.load_processor(Path(path))
@@ -70,7 +69,7 @@ def ask(
     text = with_images(processor, prompt, len(images), image_text)
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with naming_the_model(model_path, OSError, ValueError, RuntimeError, SafetensorError):
+    with naming_the_model(model_path):
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="gap_triton"
         ).to(device)
@@ -106,14 +105,18 @@ def ask(
 
 
 @contextmanager
-def naming_the_model(model_path: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Make errors of ``kinds`` inside a ValueError that names the model; that a package is missing stays what it is."""
+def naming_the_model(model_path: str) -> Iterator[None]:
+    """Make any error inside a ValueError that names the model; that a package is missing stays what it is.
+
+    A model's files are others', and so is the code that reads them: there is no saying what it raises.
+    """
     try:
         yield
     except ImportError:
         raise
-    except kinds as error:
-        raise ValueError(f"model {model_path!r} can't be loaded: {error}") from error
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(f"model {model_path!r} can't be loaded: {kind}{error}") from error
 
 
 def check_overlay(config: Any) -> None:

@@ -312,10 +312,13 @@ def of_another_type(folder: Path, **changes: object) -> None:
         (lambda folder: (folder / "config.json").unlink(), "model_type"),
         (lambda folder: (folder / "processor_config.json").write_text("{"), "processor_config.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "line 1 column 2"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), ""),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(bytes(99)), "invalid JSON in header"),
-        (lambda folder: families.config_of("mllama").save_pretrained(folder), "cross-attention"),
+        (lambda folder: families.config_of("llama4").save_pretrained(folder), "attends in chunks"),
+        (
+            lambda folder: of_another_type(folder, text_config={"model_type": "llama", "hidden_size": 8}),
+            "mismatch",
+        ),
     ],
 )
 def test_a_folder_that_holds_no_model_that_runs_is_refused(
