@@ -86,21 +86,30 @@ def before_head(
         _refuse_to_keep_quiet(model, kwargs, call, attachment)
         return None
     call.config = attachment.config
-    return args, {**kwargs, CALL_KEY: call}
+    kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
+    return args, kwargs
 
 
 def after_head(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any = None, *, attachment: Attachment
+    model: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs,
+    output: Any = None,
+    *,
+    attachment: Attachment,
+    handles: list[Any],
 ) -> None:
-    """Say so if the module with the language head kept its keyword arguments to itself.
+    """Say so if the module with the language head kept its keyword arguments to itself; once it has not, look no more.
 
     Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
     """
-    if output is None:
+    call: Call | None = None if output is None else kwargs.get(CALL_KEY)
+    if call is None:
         return
-    call: Call | None = kwargs.get(CALL_KEY)
-    if call is not None and not call.arrived:
+    if not call.arrived:
         _refuse_to_keep_quiet(model, kwargs, call, attachment)
+    elif not torch.compiler.is_compiling():
+        handles[0].remove()
 
 
 def _refuse_to_keep_quiet(model: PreTrainedModel, kwargs: Kwargs, call: Call, attachment: Attachment) -> None:
@@ -206,11 +215,12 @@ def hook_layers(attachment: Attachment) -> None:
 
 
 def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
-    if torch.compiler.is_compiling() or text is not attachment.text:  # a replica of DataParallel has its own
+    layers = text._modules["layers"]._modules.values()
+    # A replica of DataParallel has layers of its own, and what was compiled sees no others than it was compiled with.
+    if torch.compiler.is_compiling() or tuple(layers) == attachment.layers or text is not attachment.text:
         return
-    if attachment.layers != tuple(text.layers):
-        find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
-        hook_layers(attachment)
+    find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
+    hook_layers(attachment)
 
 
 def before_text(

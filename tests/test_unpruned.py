@@ -92,7 +92,7 @@ def test_a_retrieval_model(named: bool, warnings: pytest.LogCaptureFixture) -> N
     """It merges by itself, and hands no keyword arguments on."""
     config = transformers.ColQwen2Config(vlm_config=families.config_of("qwen2_vl"), embedding_dim=16)
     model = transformers.ColQwen2ForRetrieval._from_config(config, attn_implementation="gap_triton").eval()
-    gap_triton.configure(model, CONFIG)
+    gap_triton.configure(model.vlm, CONFIG)
     batch = families.prompt_with_pixels(families.build("qwen2_vl"), "patches of two frames")
     patches = int(batch["image_grid_thw"][0].prod())
     inputs = {name: batch[name][:1] for name in ("input_ids", "attention_mask", "image_grid_thw")}
@@ -153,7 +153,7 @@ def test_a_decoder_that_was_switched_past_the_methods(warnings: pytest.LogCaptur
     )
 
 
-class Classifier(modeling_llava.LlavaPreTrainedModel):
+class ListingForSequenceClassification(modeling_llava.LlavaPreTrainedModel):
     """A head whose forward lists its arguments."""
 
     def __init__(self, config: transformers.LlavaConfig) -> None:
@@ -167,7 +167,7 @@ class Classifier(modeling_llava.LlavaPreTrainedModel):
         return self.score(output.last_hidden_state[:, -1])
 
 
-class QuietClassifier(Classifier):
+class QuietForSequenceClassification(ListingForSequenceClassification):
     """A head that takes more, and keeps it to itself."""
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, **kwargs):
@@ -175,8 +175,10 @@ class QuietClassifier(Classifier):
 
 
 @pytest.mark.parametrize("by_name", [True, False], ids=["name", "attach"])
-@pytest.mark.parametrize("kind", [Classifier, QuietClassifier])
-def test_a_head_that_tells_its_owner_nothing(kind: type[Classifier], by_name: bool) -> None:
+@pytest.mark.parametrize("kind", [ListingForSequenceClassification, QuietForSequenceClassification])
+def test_a_head_that_tells_its_owner_nothing(
+    kind: type[ListingForSequenceClassification], by_name: bool
+) -> None:
     """It runs, since nothing needs to be told; labels of every token, drafts and a mask would be lost on the way."""
     inputs = make_prompt("llava", "left-padded")
     model = kind._from_config(
@@ -194,7 +196,7 @@ def test_a_head_that_tells_its_owner_nothing(kind: type[Classifier], by_name: bo
         assert torch.equal(found, model.score(states))
         assert torch.equal(model(**inputs, labels=torch.tensor([1, 2])), found)  # of the whole input
         told = {"labels": inputs["input_ids"], "logits_to_keep": 3}
-        if kind is QuietClassifier:
+        if kind is QuietForSequenceClassification:
             told["visual_mask"] = inputs["input_ids"] == IMAGE
         for name, value in told.items():
             with pytest.raises(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from test_activation import hooks, same
-from test_oracle import make_prompt
+from test_oracle import TOLERANCE, error, make_prompt
 from tiny import IMAGE, LAYERS, build, generate
 from torch import nn
 
@@ -65,6 +65,13 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """A module that `torch.compile` wrapped runs as it is: what is compiled is tested in test_ways_compile.py."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_every_public_function_looks_through(wrapper: str) -> None:
     inputs = make_prompt("llava", "left-padded")
@@ -106,7 +113,9 @@ def test_generate_through_a_wrapper(wrapper: str) -> None:
     gap_triton.configure(plain, CONFIG)
     wrapped = WRAPPERS[wrapper](model)
     gap_triton.configure(wrapped, CONFIG)
-    assert same(generate(wrapped, inputs), generate(plain, inputs))
+    found, expected = generate(wrapped, inputs), generate(plain, inputs)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert error(found, expected) <= TOLERANCE  # PEFT adds zeros, and rounds once more
 
 
 def test_a_wrapped_decoder_alone() -> None:
