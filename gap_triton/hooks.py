@@ -83,7 +83,7 @@ def before_head(
     args, kwargs = by_name(model, args, kwargs)
     call = _call_of(kwargs, attachment)
     if not takes_more:
-        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
         return None
     call.config = attachment.config
     kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
@@ -107,18 +107,22 @@ def after_head(
     if call is None:
         return
     if not call.arrived:
-        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
     elif not torch.compiler.is_compiling():
         handles[0].remove()
 
 
-def _refuse_to_keep_quiet(model: PreTrainedModel, kwargs: Kwargs, call: Call, attachment: Attachment) -> None:
+def _refuse_to_keep_quiet(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
+) -> None:
     """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
     labels = call.labels
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = [each for each in given if isinstance(each, torch.Tensor)]
     told = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
-        "labels": isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1,
+        "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
         "logits_to_keep": call.drafts > 0,
     }
     names = [name for name, given in told.items() if given]

@@ -194,7 +194,8 @@ def test_a_head_that_tells_its_owner_nothing(
         assert gap_triton.last_selection(model).visual_index.shape == (2, 15)
         states = model.model(**inputs).last_hidden_state[:, -1]
         assert torch.equal(found, model.score(states))
-        assert torch.equal(model(**inputs, labels=torch.tensor([1, 2])), found)  # of the whole input
+        for labels in (torch.tensor([1, 2]), torch.ones(2, 3)):  # of the whole input
+            assert torch.equal(model(**inputs, labels=labels), found)
         told = {"labels": inputs["input_ids"], "logits_to_keep": 3}
         if kind is QuietForSequenceClassification:
             told["visual_mask"] = inputs["input_ids"] == IMAGE
