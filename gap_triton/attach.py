@@ -363,7 +363,9 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
             head,
             functools.partial(before_head, owner_name=name, takes_more=takes_more(head)),
         )
-        _register(attachment, "register_forward_hook", head, after_head)
+        looks: list[Any] = []
+        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=looks))
+        looks.append(attachment.handles[-1])
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:

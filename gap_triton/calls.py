@@ -24,19 +24,11 @@ class Generation:
 
     Attributes:
         model: The model that generates.
-        attachment: What was attached to it at the start, None if nothing was.
-        config: The configuration at the start, None if nothing was to be pruned.
+        configs: What was attached to it at the start, each with its configuration; None for what was being detached.
     """
 
     model: nn.Module
-    attachment: Attachment | None
-    config: GapConfig | None
-
-    def concerns(self, attachment: Attachment) -> bool:
-        """Whether ``attachment`` is on the model that generates; it may have been attached since."""
-        return attachment is self.attachment or any(
-            module is attachment.owner for module in self.model.modules()
-        )
+    configs: dict[Attachment, GapConfig | None]
 
 
 _generation_now: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
@@ -45,17 +37,20 @@ _generation_now: ContextVar[Generation | None] = ContextVar("gap_triton_generati
 @contextmanager
 def generation_of(model: nn.Module) -> Iterator[None]:
     """A ``generate()`` of ``model``, which keeps its configuration and its hooks until it ends."""
-    attachment = attachment_of(model) or next(filter(None, map(attachment_of, model.modules())), None)
-    config = None if attachment is None or attachment.closing else attachment.config
-    generation = Generation(model, attachment, config)
+    attached = attachment_of(model)
+    attachments = (
+        [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
+    )
+    configs = {each: None if each.closing else each.config for each in attachments}
+    generation = Generation(model, configs)
     token = _generation_now.set(generation)
-    if attachment is not None:
+    for attachment in configs:
         attachment.running.add(generation)
     try:
         yield
     finally:
         _generation_now.reset(token)
-        if attachment is not None:
+        for attachment in configs:
             attachment.running.discard(generation)
             attachment.close_if_idle()
 
@@ -68,8 +63,11 @@ def config_now(attachment: Attachment, call: Call | None = None) -> GapConfig | 
         call: What its head told of this forward, None if it is not known.
     """
     generation = _generation_now.get()
-    if generation is not None and generation.concerns(attachment):
-        return generation.config
+    if generation is not None:
+        if attachment in generation.configs:
+            return generation.configs[attachment]
+        if any(module is attachment.owner for module in generation.model.modules()):
+            return None  # attached since: what was encoded before was not watched
     if attachment.closing:
         return None
     return attachment.config if call is None or call.config is None else call.config

@@ -91,33 +91,46 @@ def before_head(
     args, kwargs = by_name(model, args, dict(kwargs))
     call = _call_of(kwargs, attachment)
     if not takes_more:
-        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
         return args, kwargs
     call.config = attachment.config
-    return args, {**kwargs, CALL_KEY: call}
+    kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
+    return args, kwargs
 
 
 def after_head(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any = None, *, attachment: Attachment
+    model: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs,
+    output: Any = None,
+    *,
+    attachment: Attachment,
+    handles: list[Any],
 ) -> None:
-    """Say so if the module with the language head kept its keyword arguments to itself.
+    """Say so if the module with the language head kept its keyword arguments to itself; once it has not, look no more.
 
     Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
     """
-    if output is None:
+    call: Call | None = None if output is None else kwargs.get(CALL_KEY)
+    if call is None:
         return
-    call: Call | None = kwargs.get(CALL_KEY)
-    if call is not None and not call.arrived:
-        _refuse_to_keep_quiet(model, kwargs, call, attachment)
+    if not call.arrived:
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    elif not torch.compiler.is_compiling():
+        handles[0].remove()
 
 
-def _refuse_to_keep_quiet(model: PreTrainedModel, kwargs: Kwargs, call: Call, attachment: Attachment) -> None:
+def _refuse_to_keep_quiet(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
+) -> None:
     """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
     labels = call.labels
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = [each for each in given if isinstance(each, torch.Tensor)]
     told = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
-        "labels": isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1,
+        "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
         "use_cache=False": call.written > 0,
         "logits_to_keep": call.drafts > call.written or call.rows_asked is not None,
     }
@@ -214,11 +227,12 @@ def hook_layers(attachment: Attachment) -> None:
 
 
 def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
-    if torch.compiler.is_compiling() or text is not attachment.text:  # a replica of DataParallel has its own
+    layers = text._modules["layers"]._modules.values()
+    # A replica of DataParallel has layers of its own, and what was compiled sees no others than it was compiled with.
+    if torch.compiler.is_compiling() or tuple(layers) == attachment.layers or text is not attachment.text:
         return
-    if attachment.layers != tuple(text.layers):
-        find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
-        hook_layers(attachment)
+    find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
+    hook_layers(attachment)
 
 
 def before_text(

@@ -183,7 +183,8 @@ def test_a_head_that_tells_its_owner_nothing(
             )
             == 1
         )
-        assert torch.equal(model(**inputs, labels=torch.tensor([1, 2])), found)  # of the whole input
+        for labels in (torch.tensor([1, 2]), torch.ones(2, 3)):  # of the whole input
+            assert torch.equal(model(**inputs, labels=labels), found)
         told = {"labels": inputs["input_ids"], "logits_to_keep": 3}
         if kind is QuietClassifier:
             told["visual_mask"] = inputs["input_ids"] == IMAGE
