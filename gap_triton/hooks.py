@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .answers import answer_rows, call_of, drafts_of, refuse_lost_labels
+from .answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from .arguments import by_name, cache_of
 from .attention import CALL_KEY, NAME, STATE_KEY
 from .config import BEFORE_THE_DECODER, asks_for_places
@@ -134,7 +134,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
+    verifies = queries > 1 and state.past > 0 and follows_prompt(state, inputs.device)
     if state.visual is not None and not verifies:
         kwargs = _plan(state, kwargs, len(text.layers))
     state.owner_kwargs = {}
@@ -149,6 +149,7 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
     if state.kept is None:
         if not state.drops:
             fit(cache, {})
+            return args, kwargs
         begin(state, cache)
         return args, kwargs
     if queries > 1 and not verifies:
@@ -219,7 +220,10 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or not state.drops:
+    if state is None or not state.enabled:
+        return None
+    settle(state.cache)
+    if not state.drops:
         return None
     if state.done < len(state.drops):
         raise RuntimeError(
@@ -228,7 +232,6 @@ def after_text(text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any) -
         )
     if state.selection is not None:
         remember_selection(state.attachment, state.selection)
-    settle(state.cache)
     return restore_rows(state, output)
 
 
