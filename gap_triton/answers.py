@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .state import Call, Prompt
+from .state import Call, ForwardState, Prompt
 
 IGNORED_LABEL = -100
 GENERATED = "gap_generated"  # how many tokens `generate` has written, where it feeds them again
@@ -42,6 +42,21 @@ def drafts_of(call: Call, visual: torch.Tensor) -> int:
     if not drafts or drafts >= visual.shape[1] or bool(visual[:, -drafts:].any()):
         return 0
     return drafts
+
+
+def follows_prompt(state: ForwardState, device: torch.device) -> bool:
+    """Whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
+
+    One read where labels, or rows by a tensor, say so; never in `generate`.
+    """
+    call, shape = state.call, (state.batch, state.queries)
+    if state.queries == call.drafts + 1:
+        return True
+    visual = state.visual
+    if visual is None:
+        visual = torch.zeros(shape, dtype=torch.bool, device=device)
+    answer = answer_rows(call, 0, visual)
+    return answer is not None and bool(answer[:, 1:].all())
 
 
 def answer_rows(call: Call, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:

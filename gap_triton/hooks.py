@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .answers import answer_rows, call_of, drafts_of, refuse_lost_labels
+from .answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from .arguments import by_name, cache_of
 from .calls import config_now
 from .config import BEFORE_THE_DECODER, asks_for_places
@@ -267,7 +267,7 @@ def before_text(
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
+    verifies = queries > 1 and state.past > 0 and follows_prompt(state, inputs.device)
     if state.visual is not None and not verifies:
         kwargs = _plan(state, kwargs, len(text.layers))
     state.owner_kwargs = {}
@@ -284,6 +284,7 @@ def before_text(
     if state.kept is None:
         if not state.drops:
             fit(cache, {})
+            return args, kwargs
         begin(state, cache)
         return args, kwargs
     if queries > 1 and not verifies:
@@ -361,9 +362,14 @@ def after_text(
     After a forward that failed ``output`` is None.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is not None and state.by_itself:
+    if state is None:
+        return None
+    if state.by_itself:
         _end(state)
-    if state is None or not state.drops or output is None:
+    if not state.enabled or output is None:
+        return None
+    settle(state.cache)
+    if not state.drops:
         return None
     if state.done < len(state.drops):
         raise RuntimeError(
@@ -372,7 +378,6 @@ def after_text(
         )
     if state.selection is not None:
         remember_selection(state.attachment, state.selection)
-    settle(state.cache)
     return restore_rows(state, output)
 
 

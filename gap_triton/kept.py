@@ -47,8 +47,11 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
 
 
 def begin(state: ForwardState, cache: Any | None) -> None:
-    """Mark the cache of a forward that drops; `settle` takes the mark away, and an exception in between leaves it."""
-    if state.drops and cache is not None:
+    """Mark the cache of a forward that drops, or adds several rows to a pruned cache, until `settle` takes the mark away.
+
+    An exception in between leaves it.
+    """
+    if cache is not None and (state.drops or state.queries > 1):
         state.cache = cache
         setattr(cache, UNFINISHED_ATTRIBUTE, True)
 

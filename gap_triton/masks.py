@@ -42,8 +42,8 @@ def mask_for_attention(
     function that makes it.
     """
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-    if mask is None:
-        return None
+    if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
+        return mask  # nothing ranks in a decode step
     made = _parts_of(mask_function)
     return _reaching(mask, math.inf if made == _CAUSAL else local_size if made == _SLIDING else None)
 

@@ -323,7 +323,7 @@ class ForwardState:
         kept: What all layers hold after this forward; None while nothing has been dropped.
         before: The same before this forward.
         call: What the caller asked of the model around the decoder.
-        cache: The KV cache that this forward prunes; None where it drops nothing, or has none.
+        cache: The KV cache, while it is half filled (`kept.begin`).
         past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
         batch, queries: Number of samples and rows of this forward, B and Q.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a

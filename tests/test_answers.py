@@ -259,3 +259,41 @@ def test_labels_in_a_later_turn() -> None:
     (alone, logits), (behind, longer) = kept
     assert torch.equal(alone, behind)
     assert float((logits - longer[:, :-2]).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_answer_on_the_cache_of_its_prompt(name: str, batch: str) -> None:
+    """Its labels say that the prompt is complete."""
+    model, inputs = prepared(name, CONFIGS["text"]), make(name, batch)
+    answer, logits, _ = written(model, inputs)
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ANSWER), value=1)
+    with torch.no_grad():
+        first = model(**inputs, past_key_values=cache).logits[:, -1:]
+        block = {"input_ids": answer, "attention_mask": mask, "past_key_values": cache}
+        if name == "llava":
+            block["position_ids"] = (mask.cumsum(1) - 1)[:, -ANSWER:]
+        with pytest.raises(ValueError, match="chosen by a prompt that was not complete"):
+            model(**block)
+        rest = model(**block, labels=answer).logits[:, :-1]
+    assert float((torch.cat([first, rest], 1) - logits).abs().max()) <= TOLERANCE
+
+
+def test_beams_without_a_cache() -> None:
+    model, inputs = prepared("llava", CONFIGS["text"]), make("llava", "left-padded")
+    cached, again = (generate(model, inputs, tokens=3, num_beams=2, use_cache=use) for use in (True, False))
+    assert torch.equal(again.sequences, cached.sequences)
+    assert error(again, cached) <= TOLERANCE
+
+
+def test_labels_on_a_static_cache() -> None:
+    """Which hands the scoring layer a buffer that is longer than the prompt."""
+    model, inputs = prepared("llava", CONFIGS["text"]), make("llava", "left-padded")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    outputs = []
+    for cache in (None, gap_triton.static_cache(model, max_cache_len=90)):
+        with torch.no_grad():
+            outputs.append(model(**inputs, labels=labels, past_key_values=cache).loss)
+    assert float((outputs[0] - outputs[1]).abs()) <= TOLERANCE

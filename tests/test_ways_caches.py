@@ -357,6 +357,23 @@ def test_a_cache_that_a_failed_prompt_leaves(kind: str, layer: int) -> None:
     assert error(again, expected) <= TOLERANCE
 
 
+def test_a_block_of_words_that_failed() -> None:
+    """In a layer that nothing else would tell from the ones before it."""
+    model, _, _ = pair()
+    talk = Conversation(model, make("llava", "even"))
+    talk.go_on(1)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.language_model.layers[LAYERS - 1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        talk.go_on(3)
+    handle.remove()
+    with pytest.raises(ValueError, match=rf"{CACHE} is left from a forward that failed"):
+        talk.go_on(3)
+
+
 @pytest.mark.parametrize("config", [CONFIG, GapConfig(0.4, -1, "random")], ids=str)
 def test_no_rows_at_all(config: GapConfig) -> None:
     """Whatever the unpruned model makes of them."""
