@@ -12,9 +12,11 @@ from test_oracle import make_prompt
 from tiny import IMAGE, build, config_of, generate
 from torch import nn
 from transformers.models.llava import modeling_llava
+from ways import V5
 
 import gap_triton
 from gap_triton import GapConfig, unpruned
+from gap_triton.models import takes_more
 
 CONFIG = GapConfig(keep=0.4, layer=1)
 MERGED = "LlavaModel got inputs_embeds without input_ids, and no row of them is the embedding of an image placeholder"
@@ -98,6 +100,8 @@ def test_a_retrieval_model(named: bool, warnings: pytest.LogCaptureFixture) -> N
     inputs = {name: batch[name][:1] for name in ("input_ids", "attention_mask", "image_grid_thw")}
     inputs["pixel_values"] = batch["pixel_values"][:patches][None]
     with torch.no_grad():
+        if named and not takes_more(model):
+            pytest.skip("this transformers lists the arguments of its forward, so Python refuses a mask")
         if named:
             with pytest.raises(
                 RuntimeError,
@@ -252,6 +256,8 @@ def test_what_can_be_exported() -> None:
     tower = torch.export.export(model.model.vision_tower, (prompt["pixel_values"],), strict=False)
     assert tower is not None
     gap_triton.detach(model)
+    if not V5:
+        return  # there transformers itself reads from the prompt
     exported = torch.export.export(model, (), whole, strict=False)
     with torch.no_grad():
         assert error_of(exported.module()(**whole), build("llava/llama", "sdpa")(**whole)) <= 1e-5
