@@ -12,6 +12,7 @@ from test_oracle import make_prompt
 from tiny import IMAGE, build, config_of, generate
 from torch import nn
 from transformers.models.llava import modeling_llava
+from ways import V5
 
 import gap_triton
 from gap_triton import GapConfig, unpruned
@@ -241,6 +242,8 @@ def test_what_can_be_exported() -> None:
     tower = torch.export.export(model.model.vision_tower, (prompt["pixel_values"],), strict=False)
     assert tower is not None
     gap_triton.detach(model)
+    if not V5:
+        return  # there transformers itself reads from the prompt
     exported = torch.export.export(model, (), whole, strict=False)
     with torch.no_grad():
         assert error_of(exported.module()(**whole), build("llava/llama", "sdpa")(**whole)) <= 1e-5
