@@ -147,10 +147,10 @@ def before_text(text: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args
         kwargs = take_out(state, kwargs)
 
     if state.kept is None:
-        if not state.drops:
+        if state.drops:
+            begin(state, cache)
+        else:
             fit(cache, {})
-            return args, kwargs
-        begin(state, cache)
         return args, kwargs
     if queries > 1 and not verifies:
         refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
