@@ -282,10 +282,10 @@ def before_text(
     if state.drops or state.kept is not None:
         _follow_layers(attachment, text)
     if state.kept is None:
-        if not state.drops:
+        if state.drops:
+            begin(state, cache)
+        else:
             fit(cache, {})
-            return args, kwargs
-        begin(state, cache)
         return args, kwargs
     if queries > 1 and not verifies:
         refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)

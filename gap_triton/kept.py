@@ -31,11 +31,7 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     Raises:
         ValueError: The cache was pruned for another batch size, or by a forward that failed on the way.
     """
-    if getattr(cache, UNFINISHED_ATTRIBUTE, False):
-        raise ValueError(
-            f"{CACHE} is left from a forward that failed before its last layer, so some layers hold its tokens and others "
-            "don't: start a new cache, or reset() this one"
-        )
+    _refuse_unfinished_cache(cache)
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
@@ -129,8 +125,17 @@ def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
     return length
 
 
+def _refuse_unfinished_cache(cache: Any | None) -> None:
+    if getattr(cache, UNFINISHED_ATTRIBUTE, False):
+        raise ValueError(
+            f"{CACHE} is left from a forward that failed before its last layer, so some layers hold its tokens and others "
+            "don't: start a new cache, or reset() this one"
+        )
+
+
 def refuse_pruned_cache(cache: Any | None) -> None:
     """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
+    _refuse_unfinished_cache(cache)
     if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
         raise ValueError(
             f"{CACHE} was pruned, and goes on in a model that does not prune now (training mode, another attention "

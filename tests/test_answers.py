@@ -272,8 +272,9 @@ def test_an_answer_on_the_cache_of_its_prompt(name: str, batch: str) -> None:
     with torch.no_grad():
         first = model(**inputs, past_key_values=cache).logits[:, -1:]
         block = {"input_ids": answer, "attention_mask": mask, "past_key_values": cache}
-        if name == "llava":
-            block["position_ids"] = (mask.cumsum(1) - 1)[:, -ANSWER:]
+        if name == MROPE:
+            ids = (mask.cumsum(1) - 1)[:, -ANSWER:] + model.model.rope_deltas
+            block["position_ids"] = ids.expand(3, -1, -1)
         with pytest.raises(ValueError, match="chosen by a prompt that was not complete"):
             model(**block)
         rest = model(**block, labels=answer).logits[:, :-1]
