@@ -298,6 +298,9 @@ def test_an_overlay_of_two_images_is_refused(monkeypatch, scene: Path) -> None:
     )
 
 
+LLAMA = json.loads((LLAVA.folder / "config.json").read_text())["text_config"]
+
+
 def of_another_type(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -316,7 +319,7 @@ def of_another_type(folder: Path, **changes: object) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(bytes(99)), "invalid JSON in header"),
         (lambda folder: families.config_of("llama4").save_pretrained(folder), "attends in chunks"),
         (
-            lambda folder: of_another_type(folder, text_config={"model_type": "llama", "hidden_size": 8}),
+            lambda folder: of_another_type(folder, text_config={**LLAMA, "hidden_size": 64}),
             "mismatch",
         ),
     ],
