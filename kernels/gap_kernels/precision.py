@@ -24,10 +24,12 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def in_own_dtypes(*args: P.args, **kwargs: P.kwargs) -> T:
-        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        tensor = args[0] if args else None
+        if not isinstance(tensor, Tensor):
+            tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         kind = "meta" if tensor is None else tensor.device.type
-        # Meta tensors have no autocast, and asking for its state would be an error.
-        if kind == "meta" or not torch.is_autocast_enabled(kind):
+        # Where there is no autocast, as of meta tensors, asking for its state would be an error.
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
