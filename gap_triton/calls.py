@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import GapConfig
-from .state import Attachment, Call, attachment_of
+from .state import Attachment, Call, attachment_of, changing
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,11 @@ def generation_of(model: nn.Module) -> Iterator[None]:
     configs = {each: None if each.closing else each.config for each in attachments}
     generation = Generation(model, configs)
     token = _generation_now.set(generation)
-    for attachment in configs:
+    for attachment in attachments:
         attachment.running.add(generation)
+        if attachment.closing:
+            with changing:  # a removal that began before this call was seen comes to its end first
+                configs[attachment] = configs[attachment] if attachment.handles else None
     try:
         yield
     finally:

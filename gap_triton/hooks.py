@@ -159,8 +159,7 @@ def before_owner(
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     if kwargs is None:
         return None  # as in `before_head`
-    args, kwargs = _begin(owner, args, kwargs, attachment)
-    return args, kwargs
+    return _begin(owner, args, kwargs, attachment)
 
 
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
@@ -198,6 +197,9 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         watch_tower(state)
     if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
         attachment.running.add(state)
+        if attachment.closing:
+            with changing:  # a removal that began before this call was seen comes to its end first
+                state.enabled = state.enabled and bool(attachment.handles)
     kwargs[STATE_KEY] = state
     return args, kwargs
 
@@ -235,19 +237,29 @@ def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
     hook_layers(attachment)
 
 
+def _begin_by_itself(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment
+) -> tuple[Args, Kwargs]:
+    """The decoder was called past its owner; there a mask can name visual tokens too."""
+    args, kwargs = _begin(text, args, kwargs, attachment)
+    state: ForwardState = kwargs[STATE_KEY]
+    state.by_itself = True
+    try:
+        return before_text(text, args, kwargs, attachment=attachment) or (args, kwargs)
+    except Exception:
+        _end(state)  # nobody else gets to see it
+        raise
+
+
 def before_text(
     text: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
 ) -> tuple[Args, Kwargs] | None:
     """Decide what this forward drops, and find out what the cache already lacks."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
-        # The decoder was called past its owner. There a mask can name visual tokens too.
         if kwargs.get(VISUAL_MASK) is not None:
-            args, kwargs = _begin(text, args, kwargs, attachment)
-            state = kwargs[STATE_KEY]
-            state.by_itself = True
-        else:
-            say_that_it_was_called_by_itself(text, args, kwargs, attachment)
+            return _begin_by_itself(text, args, kwargs, attachment)
+        say_that_it_was_called_by_itself(text, args, kwargs, attachment)
     if state is None or not state.enabled:
         refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None

@@ -88,6 +88,32 @@ def test_a_decoder_called_past_its_owner(warnings: pytest.LogCaptureFixture) -> 
     )
 
 
+@pytest.mark.parametrize("how", ["prunes", "trains", "one token", "fails"])
+def test_a_decoder_called_past_its_owner_holds_nothing_back(how: str) -> None:
+    inputs = merged("llama", make_prompt("llava", "left-padded"))
+    model = model_with()
+    text = model.model.language_model
+    if how == "trains":
+        text.train()
+    elif how == "one token":
+        inputs = {"input_ids": torch.full((2, 1), 7), "visual_mask": torch.zeros(2, 1, dtype=torch.bool)}
+    with torch.no_grad():
+        if how == "fails":
+            paged = type("PagedAttentionCache", (transformers.DynamicCache,), {})()
+            with pytest.raises(ValueError, match="a PagedAttentionCache holds"):
+                text(**inputs, past_key_values=paged)
+            cache = transformers.DynamicCache(config=text.config)
+            text(**inputs, past_key_values=cache)
+            inputs["attention_mask"] = torch.ones(2, 2 * inputs["inputs_embeds"].shape[1])
+            with pytest.raises(ValueError, match=r"(?i)chunked prefill|prefill"):
+                text(**inputs, past_key_values=cache)
+        else:
+            text(**inputs)
+    assert not model.model.language_model.__dict__["_gap_attachment"].running
+    gap_triton.detach(model)
+    assert hooks(model) == 0
+
+
 def test_a_retrieval_model() -> None:
     """It makes a vector of every token."""
     config = transformers.ColQwen2Config(vlm_config=families.config_of("qwen2_vl"), embedding_dim=16)
