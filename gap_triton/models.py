@@ -212,7 +212,9 @@ def _unpruned_instead(implementation: str = "sdpa") -> str:
 
 def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
     """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
-    if parts is None or parts.owner is parts.text or _why_not(parts.text, Parts(parts.text, parts.text)):
+    if parts is None or parts.owner is parts.text or _second_decoder(model, parts.owner):
+        return ""
+    if _why_not(parts.text, Parts(parts.text, parts.text)):
         return ""
     around = [
         name
