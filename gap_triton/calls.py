@@ -25,10 +25,12 @@ class Generation:
     Attributes:
         model: The model that generates.
         configs: What was attached to it at the start, each with its configuration; None for what was being detached.
+        inside: It runs inside of another one, as that of an assistant does.
     """
 
     model: nn.Module
     configs: dict[Attachment, GapConfig | None]
+    inside: bool
 
 
 _generation_now: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
@@ -42,7 +44,7 @@ def generation_of(model: nn.Module) -> Iterator[None]:
         [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
     )
     configs = {each: None if each.closing else each.config for each in attachments}
-    generation = Generation(model, configs)
+    generation = Generation(model, configs, inside=_generation_now.get() is not None)
     token = _generation_now.set(generation)
     for attachment in attachments:
         attachment.running.add(generation)
@@ -56,6 +58,12 @@ def generation_of(model: nn.Module) -> Iterator[None]:
         for attachment in configs:
             attachment.running.discard(generation)
             attachment.close_if_idle()
+
+
+def drafts_now() -> bool:
+    """Whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
+    generation = _generation_now.get()
+    return generation is not None and generation.inside
 
 
 def config_now(attachment: Attachment, call: Call | None = None) -> GapConfig | None:

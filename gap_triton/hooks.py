@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from .arguments import by_name, cache_of
-from .calls import config_now
+from .calls import config_now, drafts_now
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
@@ -300,6 +300,10 @@ def before_text(
             fit(cache, {})
         return args, kwargs
     if queries > 1 and not verifies:
+        if drafts_now():
+            # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
+            # several tokens: what it had and what the other model wrote.
+            state.kept.settled = True
         refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
         new = None if state.real is None else state.real[:, state.past :]
         if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
