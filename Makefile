@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench gpu-check compat kernel-table clean
+.PHONY: help demo test fuzz lint bench gpu-check compat endurance kernel-table clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -17,10 +17,13 @@ endef
 help:
 	@echo "make demo   prune the embedded model, with and without GAP: table, pictures and JSON in demo-output/"
 	@echo "make test   all tests that need no GPU"
+	@echo "make fuzz   100,000 random calls, right and wrong, of all operators and strategies (about 10 minutes)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
 	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
-	@echo "make compat  kernel tests on torch 2.11 and Triton 3.6, core tests on three versions of transformers"
+	@echo "make compat  kernel tests on an older and the newest torch and Triton, core tests on three versions of transformers"
+	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
+	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
 	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
@@ -29,6 +32,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed-test
+	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -41,12 +47,15 @@ bench:
 gpu-check:
 	$(call where_the_gpu_is,-m bench.gpu_check $(ARGS),test)
 
-# `make compat-NAME` runs one combination; the names are in tests/compat.py.
+# `make compat-NAME` runs one combination; the names are in tests/compat.py. ARGS=--record writes docs/compatibility.md.
 compat:
-	$(PYTHON) tests/compat.py
+	$(PYTHON) tests/compat.py $(ARGS)
 
 compat-%:
-	$(PYTHON) tests/compat.py $*
+	$(PYTHON) tests/compat.py $* $(ARGS)
+
+endurance: $(VENV)/.installed-test
+	$(BIN)/python tests/endurance.py $(ARGS)
 
 kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/kernels_aot.py

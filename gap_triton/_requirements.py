@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -12,6 +14,19 @@ MINIMUM = {"torch": "2.9", "triton": "3.5", "transformers": "4.57"}
 OPTIONAL = frozenset() if sys.platform == "linux" else frozenset({"triton"})
 NEWEST_TESTED = {"transformers": "5.24"}
 PYTHON = ((3, 10), (3, 13))
+
+
+def installed_version(package: str) -> str | None:
+    """Version of the package that is imported under this name, None = not installed.
+
+    Triton's builds for ROCm and XPU come in distributions of other names.
+    """
+    if find_spec(package) is None:
+        return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return getattr(import_module(package), "__version__", None)
 
 
 def check_versions() -> None:
@@ -23,14 +38,13 @@ def check_versions() -> None:
             f"found {sys.version_info[0]}.{sys.version_info[1]}"
         )
     for package, minimum in MINIMUM.items():
-        try:
-            found = version(package)
-        except PackageNotFoundError:
+        found = installed_version(package)
+        if found is None:
             if package in OPTIONAL:
                 continue
             raise ImportError(
                 f"gap-triton needs {package} >= {minimum}, and it is not installed: pip install '{package}>={minimum}'"
-            ) from None
+            )
         # Pre-releases and local builds of the minimum ("2.9.0a0", "2.13.0+cpu") count as that release.
         if Version(Version(found).base_version) < Version(minimum):
             raise ImportError(

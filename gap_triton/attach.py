@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from .attention import NAME
+from .answers import GENERATED
 from .calls import generation_of
 from .config import GapConfig
 from .hooks import (
@@ -25,6 +25,7 @@ from .hooks import (
 from .ids import refuse_ablation
 from .models import (
     Parts,
+    check_heads,
     check_layers,
     find_parts,
     is_vision_language_model,
@@ -33,11 +34,16 @@ from .models import (
     text_model_of,
     unwrap,
 )
+from .names import NAME
 from .selection import Selection
 from .state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
+from .unpruned import say_what_a_head_gets
 from .unrotated import refuse_unrotated
 from .vision.watch import let_tower_tell
+from .visual_grid import VISUAL_GRID
 from .visual_mask import VISUAL_MASK
+
+OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
@@ -48,7 +54,8 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
 
     Args:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
-            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens.
+            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens, and by
+            ``visual_grid`` ([H, W], or a list of one per image) how many rows and columns they make, where that is asked.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
@@ -187,7 +194,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def let_generate_take_visual_mask() -> None:
-    """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` on to forward.
+    """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` and ``visual_grid`` on to forward.
 
     `generate` forwards keyword arguments that it does not know, but first refuses those that forward does not list.
     """
@@ -198,7 +205,7 @@ def let_generate_take_visual_mask() -> None:
     @functools.wraps(validate)
     def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
         if is_attached(self):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != VISUAL_MASK}
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OURS}
         validate(self, model_kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -241,6 +248,32 @@ def refuse_continuous_batching() -> None:
     setattr(GenerationMixin, name, wrapped)
 
 
+def let_generate_count_what_it_feeds_again() -> None:
+    """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
+
+    Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
+    """
+    update = GenerationMixin._update_model_kwargs_for_generation
+    if hasattr(update, "_gap_follows"):
+        return
+
+    @functools.wraps(update)
+    def wrapped(
+        self: Any,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        model_kwargs = update(self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if not model_kwargs.get("use_cache", True) and is_attached(self):
+            model_kwargs[GENERATED] = model_kwargs.get(GENERATED, 0) + num_new_tokens
+        return model_kwargs
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    GenerationMixin._update_model_kwargs_for_generation = wrapped
+
+
 def _synchronize(model: PreTrainedModel) -> None:
     for attachment in _attachments_in(model):
         if attachment.text.config._attn_implementation != NAME:
@@ -265,6 +298,7 @@ def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: Pre
         if attachment_of(text) is not None:
             return  # the decoder was attached alone, inside a model that can't be
         raise
+    check_heads(model, parts)
     attachment = _bring_up(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
@@ -321,6 +355,7 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
         if any(head is known for known in attachment.heads):
             continue
         attachment.heads.append(head)
+        say_what_a_head_gets(head)
         object.__setattr__(head, ATTACHMENT_ATTRIBUTE, attachment)
         _register(
             attachment,

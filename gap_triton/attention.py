@@ -13,20 +13,17 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
+from .masks import mask_for_attention
+from .names import NAME, WATCHED
 from .vision.recording import recording_now
 
 if TYPE_CHECKING:
     from .state import ForwardState
 
 logger = logging.get_logger(__name__)
-
-NAME = "gap_triton"
-STATE_KEY = "gap_state"  # the keyword under which the state of one forward travels through the model
-CALL_KEY = "gap_call"  # and what the module with the language head tells it
-WATCHED = "_gap_watched"  # marks the attention of a vision tower's scoring layer
 
 # What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
 MORE_THAN_DENSE = {
@@ -46,7 +43,7 @@ def register() -> None:
     would silently attend to padding.
     """
     AttentionInterface.register(NAME, gap_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask_for_attention)
 
 
 def gap_attention_forward(

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, Literal, get_args
 
-import numpy as np
-
+from .plain import is_int, plain, shown
 from .strategies import Coverage
 
 Score = Literal[
@@ -36,6 +34,8 @@ DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "rand
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
 # What a decoder layer's query and key are asked for; the other scores need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
+# What looks at the text of the prompt; the other scores are the same whatever text follows the image.
+TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Stage:
 
     Attributes:
         keep: A float in (0, 1] is the share of each sample's unpruned visual tokens that survives, rounded up; an int
-            >= 1 is their number per sample (a sample with fewer keeps all of them). After the vision encoder the images of
-            a sample, tiles and frames included, share it by their size. ``"outliers"`` keeps, there only, the tokens of each
-            image whose score lies above the third quartile by more than 1.5 interquartile ranges (PruMerge,
-            arXiv 2403.15388, section 3.2).
+            >= 1 is their number per sample (a sample with fewer keeps all of them). Exactly so many survive, and one more
+            only where a prompt ends in a visual token that was not chosen, whose logits are read. After the vision encoder
+            the images of a sample, tiles and frames included, share it by their size; where there are fewer than images,
+            some get none. The newline tokens of LLaVA-NeXT and its kin, which stand in no grid, count among the survivors:
+            where a score or a coverage asks where tokens stand, all of them stay as long as they take at most half of the
+            number, else so many as make half of it, evenly spread. ``"outliers"`` keeps, there only, the newlines and the
+            tokens of each image whose score lies above the third quartile by more than 1.5 interquartile ranges
+            (PruMerge, arXiv 2403.15388, section 3.2).
         layer: 0-based decoder layer. Tokens are scored in this layer's attention and dropped before the next layer.
             ``-1`` is after the vision encoder: they are dropped before the first decoder layer.
         score: What ranks a visual token. In the decoder: ``"last_token"``, the attention of the last prompt token, mean
@@ -77,8 +81,10 @@ class Stage:
     merge: Merge = "none"
 
     def __post_init__(self) -> None:
+        for field in ("keep", "layer", "score", "coverage", "merge"):
+            object.__setattr__(self, field, plain(getattr(self, field)))
         self._check_keep()
-        if not _is_int(self.layer) or self.layer < BEFORE_THE_DECODER:
+        if not is_int(self.layer) or self.layer < BEFORE_THE_DECODER:
             raise self._error(
                 "layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder"
             )
@@ -93,7 +99,7 @@ class Stage:
         )
         if self.score not in allowed:
             raise self._error(
-                "score", f"{place} it is one of {_listed(allowed)}", f" with layer={self.layer}"
+                "score", f"{place} it is one of {_listed(allowed)}", f" with layer={shown(self.layer)}"
             )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
@@ -102,14 +108,9 @@ class Stage:
                 "keep",
                 "outliers are those of a score measured after the vision encoder; use layer=-1 and such a score",
             )
-        # numpy's numbers are accepted; plain ones are kept. A narrow float is read as the decimal that it prints.
-        if not isinstance(self.keep, str):
-            keep = int(self.keep) if _is_int(self.keep) else float(str(self.keep))
-            object.__setattr__(self, "keep", keep)
-        object.__setattr__(self, "layer", int(self.layer))
 
     def _error(self, field: str, expected: str, context: str = "") -> ValueError:
-        return ValueError(f"{type(self).__name__}.{field}={getattr(self, field)!r}{context}: {expected}")
+        return ValueError(f"{type(self).__name__}.{field}={shown(getattr(self, field))}{context}: {expected}")
 
     def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)
@@ -117,12 +118,12 @@ class Stage:
             raise self._error(field, f"expected one of {_listed(allowed)}")
 
     def _check_keep(self) -> None:
-        if _is_int(self.keep):
-            if self.keep < 1:  # type: ignore[operator]
+        if is_int(self.keep):
+            if self.keep < 1:
                 raise self._error("keep", "an int counts the tokens kept and must be >= 1")
         elif isinstance(self.keep, str) and self.keep == "outliers":
             return
-        elif not isinstance(self.keep, (float, np.floating)) or not 0.0 < float(self.keep) <= 1.0:
+        elif not isinstance(self.keep, float) or not 0.0 < self.keep <= 1.0:
             raise self._error(
                 "keep", "expected a float in (0, 1] (a share), an int >= 1 (a count) or 'outliers'"
             )
@@ -137,8 +138,8 @@ class Stage:
         """
         if isinstance(self.keep, str):
             raise self._error("keep", "how many tokens that is depends on their scores")
-        if _is_int(self.keep):
-            return min(int(self.keep), visual_tokens)
+        if is_int(self.keep):
+            return min(self.keep, visual_tokens)
         return math.ceil(Fraction(repr(self.keep)) * visual_tokens)
 
 
@@ -156,7 +157,8 @@ class GapConfig(Stage):
             ``"compacted"`` numbers the survivors 0, 1, 2, ... (on every axis, where a model has several);
             ``"permuted"`` does that with the visual survivors in score order. The last two are the defects that the paper
             names, for measuring their effect only.
-        seed: Seed of ``score="random"``. The draw is one of a whole batch: a sample's tokens depend on its row.
+        seed: Seed of ``score="random"``. What is drawn for a sample depends on the seed, the stage and the number of its
+            visual tokens alone: not on the batch, nor on padding, and samples of equally many tokens keep the same ones.
         then: Further stages, at later and later layers, each of which keeps some of what the one before kept.
 
     Raises:
@@ -170,22 +172,25 @@ class GapConfig(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in ("ids", "seed"):
+            object.__setattr__(self, field, plain(getattr(self, field)))
         self._check_choice("ids", get_args(Ids))
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+        if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise self._error("seed", "expected an int in 0..2**63 - 1")
-        object.__setattr__(self, "seed", int(self.seed))
-        if isinstance(self.then, Stage) or not all(type(stage) is Stage for stage in self.then):
+        object.__setattr__(self, "then", _listed_once(self.then))
+        if not isinstance(self.then, tuple) or not all(type(stage) is Stage for stage in self.then):
             raise self._error("then", "expected a tuple of gap_triton.Stage")
-        object.__setattr__(self, "then", tuple(self.then))
         if self.then and self.ids == "permuted":
             raise self._error(
                 "ids", "score order is defined for one stage; leave then out, or use 'compacted'"
             )
         for before, after in pairwise(self.stages):
             if after.layer <= before.layer:
-                raise self._error("then", f"layers must increase, and {after.layer} follows {before.layer}")
+                raise self._error(
+                    "then", f"layers must increase, and {shown(after.layer)} follows {shown(before.layer)}"
+                )
             if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
-                found = f"keep={after.keep} follows {before.keep}"
+                found = f"keep={shown(after.keep)} follows {shown(before.keep)}"
                 raise self._error("then", f"a stage can't keep more than the one before, and {found}")
 
     @property
@@ -204,6 +209,11 @@ class GapConfig(Stage):
         return preset(name, model=model, **options)
 
 
+def asks_for_text(stage: Stage) -> bool:
+    """Whether what ``stage`` keeps depends on the text of the prompt."""
+    return stage.score in TEXT_SCORES
+
+
 def asks_for_places(stage: Stage) -> bool:
     """Whether ``stage`` must know where in its image each visual token stands."""
     spreads = stage.coverage != "topk" or stage.score == "spatial"
@@ -214,9 +224,13 @@ def asks_for_places(stage: Stage) -> bool:
     )
 
 
+def _listed_once(values: object) -> object:
+    """What can be gone through as a tuple, for it may be a generator, which can't be gone through twice."""
+    try:
+        return tuple(iter(values))  # type: ignore[call-overload]
+    except TypeError:
+        return values
+
+
 def _listed(values: tuple[str, ...]) -> str:
     return ", ".join(map(repr, values))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

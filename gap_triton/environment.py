@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TypedDict
 
 import torch
+
+from gap_triton._requirements import installed_version
 
 PACKAGES = ("gap-triton", "torch", "triton", "transformers", "flash-attn")
 
@@ -21,13 +22,8 @@ class Environment(TypedDict):
 
 def installed_versions() -> dict[str, str | None]:
     """Version of each package that matters here, and of Python."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    found = {package: installed_version(package.replace("-", "_")) for package in PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def device_name(device: torch.device | str) -> str:

@@ -13,15 +13,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from .arguments import by_name, cache_of
-from .attention import CALL_KEY, NAME, STATE_KEY
 from .calls import config_now
 from .config import BEFORE_THE_DECODER, asks_for_places
 from .deepstack import add_behind, take_out
 from .ids import refuse_ablation
-from .kept import kept_tokens_of, original_length, refuse_continuation, refuse_pruned_cache
+from .kept import (
+    begin,
+    kept_tokens_of,
+    original_length,
+    refuse_continuation,
+    refuse_pruned_cache,
+    settle,
+)
 from .later import shorten
 from .models import check_layers, find_parts, layer_type, text_model_of
+from .names import CALL_KEY, NAME, STATE_KEY
+from .outputs import refuse_router_logits, restore_rows
 from .places import places_of
 from .prompt import (
     decide,
@@ -45,9 +54,8 @@ from .unpruned import (
 )
 from .vision.choose import choose_before_the_decoder
 from .vision.watch import watch_tower
+from .visual_grid import VISUAL_GRID, named_grids
 from .visual_mask import VISUAL_MASK, named_visual_tokens
-
-IGNORED_LABEL = -100
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -80,11 +88,11 @@ def before_head(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
-    args, kwargs = by_name(model, args, kwargs)
+    args, kwargs = by_name(model, args, dict(kwargs))
     call = _call_of(kwargs, attachment)
     if not takes_more:
         _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
-        return None
+        return args, kwargs
     call.config = attachment.config
     kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
     return args, kwargs
@@ -123,7 +131,8 @@ def _refuse_to_keep_quiet(
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
         "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
-        "logits_to_keep": call.drafts > 0,
+        "use_cache=False": call.written > 0,
+        "logits_to_keep": call.drafts > call.written or call.rows_asked is not None,
     }
     names = [name for name, given in told.items() if given]
     if names and attachment.prunes(model):
@@ -141,10 +150,7 @@ def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
             f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
             "for the weights of every layer, load the model with attn_implementation='eager'"
         )
-    logits = kwargs.get("logits_to_keep", 0)
-    # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
-    drafts = logits - 1 if isinstance(logits, int) and logits > 1 else 0
-    return Call(drafts=drafts, labels=kwargs.get("labels"))
+    return call_of(kwargs)
 
 
 def before_owner(
@@ -158,7 +164,7 @@ def before_owner(
 
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, dict(kwargs))
-    visual_mask = kwargs.pop(VISUAL_MASK, None)
+    visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     call.arrived = True
     state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
@@ -186,6 +192,8 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     if state.enabled and state.visual is not None:
         refuse_paged_cache(cache_of(kwargs))
         state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+        if visual_grid is not None:
+            state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
         watch_tower(state)
     if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
         attachment.running.add(state)
@@ -265,13 +273,13 @@ def before_text(
     cache, mask = cache_of(kwargs), state.given_mask
     state.kept = state.before = kept_tokens_of(cache, batch)
     state.batch, state.queries = batch, queries
-    if state.kept is None and queries == 1:
+    if state.kept is None and queries <= 1:
         fit(cache, {})
         return None
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = queries > 1 and queries == state.call.drafts + 1 and state.past > 0
+    verifies = queries > 1 and state.past > 0 and follows_prompt(state, inputs.device)
     if state.visual is not None and not verifies:
         kwargs = _plan(state, kwargs, len(text.layers))
     state.owner_kwargs = {}
@@ -280,16 +288,19 @@ def before_text(
     if state.drops:
         assert state.position_ids is not None
         refuse_ablation(state.config, text)
+        refuse_router_logits(state, kwargs)
         kwargs = take_out(state, kwargs)
 
     if state.drops or state.kept is not None:
         _follow_layers(attachment, text)
     if state.kept is None:
-        if not state.drops:
+        if state.drops:
+            begin(state, cache)
+        else:
             fit(cache, {})
         return args, kwargs
     if queries > 1 and not verifies:
-        refuse_continuation(state.kept, state.config if state.drops else None, queries)
+        refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
         new = None if state.real is None else state.real[:, state.past :]
         if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
             raise ValueError(
@@ -297,6 +308,7 @@ def before_text(
                 "turn: start a new cache with the whole conversation"
             )
     state.kept.settled = True
+    begin(state, cache)
     return args, kwargs
 
 
@@ -304,13 +316,11 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     assert state.visual is not None
     assert isinstance(state.past, int)
-    drafts = state.call.drafts
-    if drafts >= state.queries or (drafts and bool(state.visual[:, -drafts:].any())):
-        drafts = 0  # the caller wants the logits of the prompt itself
-    length = state.queries - drafts
-    new = None if state.real is None else state.real[:, state.past :][:, :length]
-    prompt = read_prompt(state.visual[:, :length], new)
-    if not any(prompt.visual_counts):
+    new = None if state.real is None else state.real[:, state.past :]
+    state.drafts = drafts_of(state.call, state.visual)
+    prompt = read_prompt(state.visual, new, answer_rows(state.call, state.drafts, state.visual))
+    state.sees_image = any(prompt.visual_counts)
+    if not state.sees_image:
         if state.sought:
             say_that_no_placeholder_was_found(state)
         return kwargs
@@ -321,6 +331,7 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     if not state.drops:
         return kwargs
     check_layers(state.config, layers)
+    refuse_lost_labels(state.call, prompt, state.drops[-1].keep)
     state.prompt = prompt
     if any(stage.score == "raters" for stage in stages):
         state.raters = find_raters(prompt, kwargs)
@@ -363,9 +374,14 @@ def after_text(
     After a forward that failed ``output`` is None.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is not None and state.by_itself:
+    if state is None:
+        return None
+    if state.by_itself:
         _end(state)
-    if state is None or not state.drops or output is None:
+    if not state.enabled or output is None:
+        return None
+    settle(state.cache)
+    if not state.drops:
         return None
     if state.done < len(state.drops):
         raise RuntimeError(
@@ -374,19 +390,7 @@ def after_text(
         )
     if state.selection is not None:
         remember_selection(state.attachment, state.selection)
-    hidden_states = output[0]
-    batch, _, channels = hidden_states.shape
-    assert state.survivors is not None
-    survivors = state.survivors.to(hidden_states.device)
-    # One more row at the end takes the filler and is cut off again.
-    full = hidden_states.new_zeros(batch, state.queries + 1, channels)
-    target = torch.where(survivors < 0, state.queries, survivors)
-    _refuse_lost_labels(state, target)
-    full = full.scatter(1, target[..., None].expand_as(hidden_states), hidden_states)[:, :-1]
-    if isinstance(output, tuple):
-        return (full, *output[1:])
-    output.last_hidden_state = full
-    return output
+    return restore_rows(state, output)
 
 
 def after_owner(
@@ -409,20 +413,4 @@ def after_owner(
         raise RuntimeError(
             f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"
-        )
-
-
-def _refuse_lost_labels(state: ForwardState, rows: torch.Tensor) -> None:
-    """Raise ValueError if a label is to be predicted from a row that ``rows`` [B, L] lacks; Q stands for filler."""
-    labels = state.call.labels
-    if labels is None or labels.shape != (rows.shape[0], state.queries):
-        return
-    lost = torch.ones(rows.shape[0], state.queries + 1, dtype=torch.bool, device=rows.device)
-    lost = lost.scatter(1, rows, False)[:, : state.queries - 1]
-    wanted = (labels.to(rows.device)[:, 1:] != IGNORED_LABEL) & lost
-    if bool(wanted.any()):
-        sample, row = wanted.nonzero()[0].tolist()
-        raise ValueError(
-            f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a dropped visual token and "
-            f"has no logits: set it to {IGNORED_LABEL}, as all labels of visual tokens, padding and the tokens right after"
         )

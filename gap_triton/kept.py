@@ -15,6 +15,7 @@ from .config import BEFORE_THE_DECODER, GapConfig
 from .state import Drop, ForwardState, KeptRows, KeptTokens
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
+UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has begun to fill
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 
@@ -28,8 +29,9 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     """What the cache's later layers hold, None where nothing was dropped from it.
 
     Raises:
-        ValueError: The cache was pruned for another batch size.
+        ValueError: The cache was pruned for another batch size, or by a forward that failed on the way.
     """
+    _refuse_unfinished_cache(cache)
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is not None and kept.stages[0].index.shape[0] != batch:
         raise ValueError(
@@ -38,6 +40,22 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
             "(batch_repeat_interleave, batch_select_indices, reorder_cache)"
         )
     return kept
+
+
+def begin(state: ForwardState, cache: Any | None) -> None:
+    """Mark the cache of a forward that drops, or adds several rows to a pruned cache, until `settle` takes the mark away.
+
+    An exception in between leaves it.
+    """
+    if cache is not None and (state.drops or state.queries > 1):
+        state.cache = cache
+        setattr(cache, UNFINISHED_ATTRIBUTE, True)
+
+
+def settle(cache: Any | None) -> None:
+    """Take away what `begin` left on a cache."""
+    if cache is not None:
+        delattr(cache, UNFINISHED_ATTRIBUTE)
 
 
 def original_length(
@@ -107,8 +125,17 @@ def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
     return length
 
 
+def _refuse_unfinished_cache(cache: Any | None) -> None:
+    if getattr(cache, UNFINISHED_ATTRIBUTE, False):
+        raise ValueError(
+            f"{CACHE} is left from a forward that failed before its last layer, so some layers hold its tokens and others "
+            "don't: start a new cache, or reset() this one"
+        )
+
+
 def refuse_pruned_cache(cache: Any | None) -> None:
     """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
+    _refuse_unfinished_cache(cache)
     if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
         raise ValueError(
             f"{CACHE} was pruned, and goes on in a model that does not prune now (training mode, another attention "
@@ -116,23 +143,25 @@ def refuse_pruned_cache(cache: Any | None) -> None:
         )
 
 
-def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int) -> None:
+def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int, sees_image: bool) -> None:
     """Refuse a block of ``queries`` > 1 tokens that the cache can't take.
 
     Args:
         kept: What the cache's later layers hold.
         config: How this block is pruned, None where it is not.
         queries: Number of tokens in the block.
+        sees_image: There are visual tokens among them.
 
     Raises:
-        ValueError: The pruned prompt was not complete; or the cache was pruned after another layer, by another id rule, or
-            before the decoder.
+        ValueError: The pruned prompt was not complete, and its choice depends on what follows; or the cache was pruned after
+            another layer, by another id rule, or before the decoder.
     """
-    if not kept.settled:
+    if not kept.settled and (sees_image or not kept.whole):
         raise ValueError(
             f"{queries} more prompt tokens follow a pruned prompt with no generated token in between: the tokens were "
             "chosen by a prompt that was not complete. Chunked prefill can't be combined with pruning: pass the whole "
-            "prompt in one forward (prefill_chunk_size=None), or keep=1.0"
+            "prompt in one forward (prefill_chunk_size=None), or keep=1.0. Only text may follow a first part that holds all "
+            "images and ends in text, where no score looks at text (cls, received, key_norm, random, spatial)"
         )
     if config is None:
         return
@@ -159,23 +188,23 @@ def extend(state: ForwardState, drop: Drop, positions: torch.Tensor) -> KeptRows
     Args:
         state: The running forward.
         drop: The stage.
-        positions: [B, L] int64, original positions of the surviving rows, -1 = filler.
+        positions: [B, L] int64, original positions of the surviving rows, -1 = filler. Drafts, which are the last of them,
+            are not recorded: like all that follows a prompt, they are held one to one.
 
     Returns:
         The extension of the stage's record in ``state.before``, or a new one where nothing had been dropped.
     """
     assert isinstance(state.past, int)
-    assert state.prompt is not None
     before = None if state.before is None else state.before.stages[state.done]
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
-    new = torch.cat([between, positions], dim=1)
+    new = torch.cat([between, positions[:, : positions.shape[1] - state.drafts]], dim=1)
     if state.real is not None:
         new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
     return KeptRows(
         layer=drop.stage.layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
-        covered=state.past + state.prompt.visual.shape[1],
+        covered=state.past + state.queries - state.drafts,
         # Of earlier tokens only the device knows whether they are padding.
         dense=drop.dense and before is None and state.past == 0,
         id_shift=None if before is None else before.id_shift,
@@ -215,6 +244,8 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
         kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
+        if method.__name__ == "reset":
+            self.__dict__.pop(UNFINISHED_ATTRIBUTE, None)
         if kept is None:
             return method(self, *args, **kwargs)
         kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
@@ -300,8 +331,8 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
             f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
             f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
         )
-    # Nobody crops between the chunks of a prompt.
-    after = replace(kept, settled=True)
+    # Without the generated tokens the prompt is as complete as it was, and another one may be on its way.
+    after = replace(kept, settled=left > kept.covered)
     if left < kept.covered:
         after = after.map(functools.partial(_cut, left=left))
     for number, layer in enumerate(cache.layers):

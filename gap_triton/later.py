@@ -8,7 +8,7 @@ import torch
 
 from .arguments import ALL_CACHE_NAMES, cache_of
 from .ids import lowered
-from .masks import causal_mask, column_positions, take_from_mask
+from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
 from .models import sliding_window
 from .state import ForwardState, KeptRows
 
@@ -131,5 +131,5 @@ def _later_mask(
     if state.real is not None:
         real = state.real.to(columns.device)
         real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
-        allowed = allowed & real[:, None, None, :]
-    return allowed.to(device)
+        allowed = as_plain_as(allowed & real[:, None, None, :], allowed)
+    return as_plain_as(allowed.to(device), allowed)

@@ -8,15 +8,67 @@ survives. In every later step it is built from the original positions of the hel
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from .state import KeptRows
 
+HIDES = -1e4
+"""Additive masks hide a column by this or less; a larger value is a bias, which only makes a column weigh less or more."""
+
+REACH = (
+    "_gap_reach"  # on a mask that says nothing but "causal" and "padding": how many columns back a row sees
+)
+
 # transformers 5.x asks by length, 4.57 by a tensor of that length.
 _SIZES_BY_LENGTH = "query_length" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
+
+
+def mask_for_attention(
+    *args: Any,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask for sdpa; a mask that is plain says so, which saves asking the device.
+
+    Whatever else a model puts into its mask (image tokens that see each other, prefixes, packed sequences) changes the
+    function that makes it.
+    """
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+    if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
+        return mask  # nothing ranks in a decode step
+    made = _parts_of(mask_function)
+    return _reaching(mask, math.inf if made == _CAUSAL else local_size if made == _SLIDING else None)
+
+
+def _parts_of(function: Any) -> Any:
+    """What a mask function is made of: the code of it and of the functions that it holds, without their numbers."""
+    if isinstance(function, (tuple, list)):
+        return tuple(map(_parts_of, function))
+    if not isinstance(function, FunctionType):
+        return type(function)
+    return function.__code__, *(_parts_of(cell.cell_contents) for cell in function.__closure__ or ())
+
+
+_CAUSAL = _parts_of(causal_mask_function)
+_SLIDING = _parts_of(sliding_window_causal_mask_function(1))
+
+
+def is_plain(mask: torch.Tensor | None, length: int) -> bool:
+    """Whether a mask is known to say nothing but "causal" and "padding" of ``length`` tokens, without asking the device."""
+    return mask is None or getattr(mask, REACH, 0) >= length
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Bool, of the shape of ``mask``: which columns are seen, by a bool or by an additive mask."""
+    return mask if mask.dtype == torch.bool else mask > HIDES
 
 
 def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> torch.Tensor:
@@ -58,6 +110,7 @@ def take_from_mask(
     """
     # A sliding layer's mask covers the last K positions only; a static cache's covers its whole buffer.
     first = max(total - mask.shape[-1], 0) if isinstance(total, int) else 0
+    whole = mask
     rows, columns = rows.to(mask.device), columns.to(mask.device)
     batch = rows.shape[0]
     inside = ((columns >= first) & (columns < first + mask.shape[-1]))[:, None, None, :]
@@ -70,8 +123,10 @@ def take_from_mask(
     # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
     filler = (rows < 0)[:, None, :, None]
     if taken.dtype == torch.bool:
-        return (taken | filler) & inside
-    return taken.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(taken.dtype).min)
+        taken = (taken | filler) & inside
+    else:
+        taken = taken.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(taken.dtype).min)
+    return as_plain_as(taken, whole)
 
 
 def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -88,4 +143,17 @@ def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: in
     if window is not None:
         allowed = allowed & (columns > query_positions - window)
     # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
-    return (allowed | (query_positions < 0)) & (columns >= 0)
+    return _reaching(
+        (allowed | (query_positions < 0)) & (columns >= 0), math.inf if window is None else window
+    )
+
+
+def as_plain_as(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``mask``, made of ``other`` by taking rows and columns out or by hiding padding."""
+    return _reaching(mask, getattr(other, REACH, None))
+
+
+def _reaching(mask: torch.Tensor, reach: float | None) -> torch.Tensor:
+    if reach is not None and not torch.compiler.is_compiling():
+        setattr(mask, REACH, reach)
+    return mask

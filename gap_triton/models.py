@@ -51,6 +51,8 @@ UNSAFE_PARAMETERS = {
     "per_layer_input": PER_LAYER,
     "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
 }
+# Heads of transformers, by the end of their names, that read the last hidden state of every token.
+READS_EVERY_ROW = ("ForRetrieval", "ForTokenClassification", "ForQuestionAnswering")
 SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # What a layer and its attention may be told; each is shortened, rebuilt, or does not depend on the tokens.
@@ -174,24 +176,38 @@ def find_parts(model: nn.Module) -> Parts:
         ValueError: The model can't be pruned; the sentence says why and what to do instead.
     """
     model = unwrap(model)
-    model_type = getattr(model.config, "model_type", None)
     parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)
     if parts is None and (decoder := lone_decoder_of(model)) is not None:
         parts = Parts(decoder, decoder)
     reason = _why_not(model, parts)
-    implementation = "eager" if reason is not None and PLAIN in reason else "sdpa"
-    instead = f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
     if reason is not None:
-        raise ValueError(
-            f"gap_triton can't prune {type(model).__name__} (model_type={model_type!r}): {reason}. "
-            f"{_alone_instead(model, parts)}{instead}"
-        )
+        raise _refusal(model, parts, reason)
     if parts is None:
         raise ValueError(
-            f"gap_triton found no vision-language decoder in {type(model).__name__} (model_type={model_type!r}): expected "
-            f"a module with a decoder stack in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {instead}"
+            f"gap_triton found no vision-language decoder in {_described(model)}: expected a module with a decoder stack in "
+            f".{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_instead()}"
         )
     return parts
+
+
+def check_heads(model: PreTrainedModel, parts: Parts) -> None:
+    """Raise ValueError if a head of ``model``, around its ``parts``, reads what pruning takes away."""
+    reason = _reads_every_row(model, parts.owner)
+    if reason is not None:
+        raise _refusal(model, parts, reason)
+
+
+def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
+    instead = _alone_instead(model, parts) + _unpruned_instead("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {_described(model)}: {reason}. {instead}")
+
+
+def _described(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
+
+
+def _unpruned_instead(implementation: str = "sdpa") -> str:
+    return f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
 
 
 def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
@@ -226,6 +242,7 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
     owner, text = parts
     return (
         _second_decoder(model, owner)
+        or _reads_every_row(model, owner)
         or _unsafe_config(text)
         or _unsafe_signatures(owner, text)
         or _unsafe_layers(text)
@@ -241,6 +258,18 @@ def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | Non
             continue
         if not REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])):
             return f"a second decoder, {name} ({type(module).__name__}), reads what the first one holds of every token"
+    return None
+
+
+def _reads_every_row(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    for head in model.modules():
+        if type(head).__name__.endswith(READS_EVERY_ROW) and any(
+            module is owner for module in head.modules()
+        ):
+            return (
+                f"{type(head).__name__} makes an output of every token's last hidden state, and dropped tokens have none; "
+                "prune in the model below it and read what survives"
+            )
     return None
 
 

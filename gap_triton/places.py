@@ -82,7 +82,7 @@ class Places:
             order=self.order_of(rows) if stage.coverage == "stride" else None,
             length=length,
         )
-        chosen = torch.zeros(scores.shape[0], scores.shape[1] + 1, device=scores.device)
+        chosen = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
         return chosen.scatter(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]
 
 

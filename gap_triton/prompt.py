@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import BEFORE_THE_DECODER, Stage
+from .masks import visible
 from .state import Chosen, Drop, Plan, Prompt
 
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -67,18 +68,22 @@ def real_positions(
         return None
     if isinstance(past, torch.Tensor):
         real = mask if mask.dim() == 2 else mask[:, 0, -1]
-        real = real if real.dtype == torch.bool else real == 0 if mask.dim() == 4 else real != 0
+        real = visible(real) if mask.dim() == 4 else real != 0
         return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
     total = past + queries
     if mask.dim() == 2:
         # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
         real = mask[:, :total] != 0
         return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, Q, K]
+    allowed = visible(mask).any(dim=1)  # by some head, [B, Q, K]
     first = max(total - mask.shape[-1], 0)  # the mask of a sliding layer covers the last K positions only
     allowed = allowed[..., : total - first]
-    # A padded row may not attend to itself. An earlier column that no row looks at is padding, or out of reach for good.
+    # A padded row is seen by no other row, and sees at most itself, where a mask must leave it something. An earlier column
+    # that no row looks at is padding, or out of reach for good.
     own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    if queries > 1:
+        seen = allowed.sum(dim=1)[:, past - first :] - own.long()  # by other rows
+        own = (seen > 0) | (own & (allowed.sum(dim=2) > 1))
     earlier = allowed[..., : past - first].any(dim=1)
     return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
 
@@ -111,7 +116,7 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
         return any(looks_ahead(each, real) for each in mask.values())
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return False
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    allowed = visible(mask).any(dim=1)
     # Where every row sees itself and nothing later, the last column seen moves on from row to row.
     last = torch.where(allowed, torch.arange(mask.shape[-1], device=mask.device), -1).amax(dim=-1)
     moves_on = last[:, 1:] > last[:, :-1]
@@ -121,31 +126,41 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
     return not bool(moves_on.all())
 
 
-def read_prompt(visual: torch.Tensor, real: torch.Tensor | None) -> Prompt:
+def read_prompt(
+    visual: torch.Tensor, real: torch.Tensor | None, answer: torch.Tensor | None = None
+) -> Prompt:
     """Count what a prompt holds, with one read from the device.
 
     Args:
         visual: [B, Q] bool.
         real: [B, Q] bool, False at padding; None = no padding.
+        answer: [B, Q] bool, rows of an answer and what follows it, which no visual token is among; None = none.
     """
     positions = torch.arange(visual.shape[1], device=visual.device)
     real = torch.ones_like(visual) if real is None else real.to(visual.device)
     visual = visual & real
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
-    text_after = real & ~visual & (positions > last_visual)  # [B, Q]
+    asking, before_answer, ends_in_image = real, None, visual[:, -1]
+    if answer is not None:
+        asking = real & ~answer
+        before_answer = visual & torch.nn.functional.pad(answer[:, 1:], (0, 1))
+        ends_in_image = ends_in_image | before_answer.any(dim=1)
+    text_after = asking & ~visual & (positions > last_visual)  # [B, Q]
     facts = torch.stack(
-        [visual.sum(1), real.sum(1), text_after.sum(1), visual[:, -1].long(), real[:, -1].long()]
+        [visual.sum(1), real.sum(1), text_after.sum(1), ends_in_image.long(), real[:, -1].long()]
     ).tolist()
-    visual_counts, real_counts, text_counts, last_is_visual, last_is_real = map(tuple, facts)
+    visual_counts, real_counts, text_counts, in_image, last_is_real = map(tuple, facts)
     return Prompt(
         visual=visual,
         real=real,
+        asking=asking,
+        before_answer=before_answer if any(in_image) else None,
         visual_index=positions_first(visual, max(visual_counts)),
         text_after=text_after,
         visual_counts=visual_counts,
         real_counts=real_counts,
         text_counts=text_counts,
-        last_is_visual=tuple(map(bool, last_is_visual)),
+        ends_in_image=tuple(map(bool, in_image)),
         last_is_real=tuple(map(bool, last_is_real)),
     )
 
@@ -168,10 +183,10 @@ def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tu
             keep = tuple(map(min, map(stage.count, prompt.visual_counts), before))
         lengths, dense, after = [], True, []
         for b, kept in enumerate(keep):
-            # The last row always stays, because generation reads its logits: one more row where it is a visual token that
-            # was not chosen, or where it is padding.
-            visual_stays = prompt.last_is_visual[b] and kept < before[b]
-            extra = int(visual_stays or not prompt.last_is_real[b])
+            # The last row of the prompt always stays, because generation reads its logits, and so does the last of the
+            # forward: one more row where it is a visual token that was not chosen, or where it is padding.
+            visual_stays = prompt.ends_in_image[b] and kept < before[b]
+            extra = int(visual_stays) + int(not prompt.last_is_real[b])
             lengths.append(prompt.real_counts[b] - prompt.visual_counts[b] + kept + extra)
             dense = dense and not extra
             after.append(kept + int(visual_stays))
@@ -200,12 +215,17 @@ def plan_of(
         return mask if index is None else mask.gather(1, index.clamp(min=0)) & (index >= 0)
 
     visual, real = left(prompt.visual), left(prompt.real)
+    visual_index = prompt.visual_index if index is None else positions_first(visual, max(drop.before))
+    stays = None
+    if prompt.before_answer is not None:
+        stays = left(prompt.before_answer).gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
     return Plan(
         visual=visual,
         real=real,
-        visual_index=prompt.visual_index if index is None else positions_first(visual, max(drop.before)),
+        visual_index=visual_index,
         keep=torch.tensor(drop.keep, device=visual.device),
-        rows=_scoring_rows(prompt, drop.stage, real, left, raters),
+        stays=stays,
+        rows=_scoring_rows(prompt, drop.stage, left, raters),
         padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
     )
 
@@ -213,12 +233,12 @@ def plan_of(
 def _scoring_rows(
     prompt: Prompt,
     stage: Stage,
-    real: torch.Tensor,
     left: Callable[[torch.Tensor], torch.Tensor],
     raters: torch.Tensor | None,
 ) -> torch.Tensor:
-    positions = torch.arange(real.shape[1], device=real.device)
-    last_real = torch.where(real, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
+    may_ask = left(prompt.asking)
+    positions = torch.arange(may_ask.shape[1], device=may_ask.device)
+    last_real = torch.where(may_ask, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
     most_text = max(prompt.text_counts)
     if stage.score not in ("text", "raters") or most_text == 0:
         return last_real

@@ -7,28 +7,31 @@ from typing import Any
 
 import torch
 from gap_kernels import visual_importance
+from torch.nn.functional import pad
 
-from .attention import NAME
 from .config import Stage
-from .models import sliding_window
+from .draw import draw
+from .masks import is_plain
+from .names import NAME
 from .parallel import mean_over_ranks, tensor_parallel_group
-from .prompt import looks_ahead
 from .state import ForwardState, Plan
 from .unrotated import unrotated
+
+BLOCK = 1 << 22
+"""How many attention logits are held at once where rows see what a mask of their own says."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the scoring layer's attention left, cut down to the prompt.
+    """What the scoring layer's attention left.
 
     Attributes:
         query: [B, Hq, S, D].
         key: [B, Hkv, K, D], earlier columns first.
         columns: [B, K] bool, False at padding and filler; None = all.
-        mask: The model's own mask [B or 1, 1, S, K'], None where it made none.
+        mask: [B or 1, Hq or 1, S, K], bool or additive, what the layer attended by; None where that is causal attention to
+            ``columns``, which needs no mask.
         scale: Factor of ``q k^T``, None = ``D ** -0.5``.
-        window: Sliding window of the layer where it hides columns, else None.
-        ahead: A scoring row may see later ones.
         group: The process group over which heads are split, None = all are here.
         plain: ``prune_tokens`` computes this score by itself.
     """
@@ -38,8 +41,6 @@ class Attention:
     columns: torch.Tensor | None
     mask: torch.Tensor | None
     scale: float | None
-    window: int | None
-    ahead: bool
     group: Any
     plain: bool
 
@@ -52,33 +53,28 @@ def attention_of(state: ForwardState, stage: Stage, plan: Plan) -> Attention:
             f"layer {stage.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
             'attn_implementation="gap_triton" for the text model'
         )
-    assert state.prompt is not None
     assert isinstance(state.past, int)
-    # A static cache hands over its whole buffer, and behind the prompt there may be drafts.
-    rows, prompt = plan.visual.shape[1], state.prompt.visual.shape[1]
-    drafts = state.queries - prompt
+    rows = plan.visual.shape[1]
     held = state.kept.stages[state.done - 1] if state.done and state.kept is not None else None
-    columns = state.past + prompt if held is None else held.index.shape[1]
-    query = query[:, :, :rows]
-    key = key[:, :, : min(key.shape[2], columns + drafts) - drafts]
-    real = None
+    columns = state.past + state.queries if held is None else held.index.shape[1] + state.drafts
+    key = key[:, :, :columns]  # a static cache hands over its whole buffer
+    real = state.real
     if held is not None:
-        real = None if held.dense else (held.index >= 0)[:, -key.shape[2] :].to(plan.real.device)
-    elif state.real is not None:
-        real = state.real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
-    window = sliding_window(state.attachment.text.config, stage.layer)
-    window = window if window is not None and window < key.shape[2] else None
-    # The last row sees all that comes before it, whatever the model's mask; other rows may see later ones too.
-    mask = state.mask[:, :, :rows] if isinstance(state.mask, torch.Tensor) else None
-    ahead = plan.rows.shape[1] > 1 and looks_ahead(mask, plan.real)
+        real = None if held.dense else pad(held.index >= 0, (0, state.drafts), value=True)
+    if real is not None:
+        real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
+    mask = None if is_plain(state.mask, state.past + state.queries) else state.mask
     group = tensor_parallel_group(state.attachment, query)
     if stage.score == "unrotated":
         # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.
+        mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
         key = key[:, :, -rows:]
         real = None if real is None else real[:, -rows:]
         query, key = unrotated(state, query, key)
-    plain = not ahead and window is None and group is None and stage.score != "key_norm"
-    return Attention(query, key, real, mask, state.scale, window, ahead, group, plain)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+    plain = mask is None and group is None and stage.score != "key_norm"
+    return Attention(query, key, real, mask, state.scale, group, plain)
 
 
 def scores_of(
@@ -94,8 +90,8 @@ def scores_of(
         asked: What the layer's attention left; None for scores that ask none.
     """
     if stage.score == "random":
-        generator = torch.Generator().manual_seed(state.config.seed + state.done)
-        return torch.rand(plan.visual_index.shape, generator=generator).to(plan.visual.device)
+        drawn = draw(state.config.seed, state.done, plan.visual_index.shape[1])
+        return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
     if stage.score == "spatial":
         assert state.places is not None
         return -state.places.order_of(where).float()
@@ -105,7 +101,7 @@ def scores_of(
         if asked.group is not None:
             squares = mean_over_ranks(squares, asked.group)
         return squares.sqrt().gather(1, plan.visual_index.clamp(min=0))
-    if not asked.ahead and asked.window is None:
+    if asked.mask is None:
         scores = visual_importance(
             asked.query,
             asked.key,
@@ -115,37 +111,43 @@ def scores_of(
             scale=asked.scale,
         ).float()
     else:
-        scores = _by_what_rows_see(asked, plan)
+        scores = importance_by_mask(asked, asked.mask, plan.rows, plan.visual_index)
     return scores if asked.group is None else mean_over_ranks(scores, asked.group)
 
 
-def _by_what_rows_see(asked: Attention, plan: Plan) -> torch.Tensor:
-    """Importance where rows see other columns than those up to their own."""
-    query, key, rows = asked.query, asked.key, plan.rows
-    total = torch.zeros_like(plan.visual_index, dtype=torch.float32)
-    for row in rows.split(1, dim=1):  # [B, 1]
-        seen = _columns_seen(asked.mask, row, query.shape[2], key.shape[2], asked.window)
-        seen = seen if asked.columns is None else seen & asked.columns
-        asking, where = query, row
-        if asked.ahead:
-            # The operator shows a row the keys up to its own. In the place of the last row it sees all that `seen` says.
-            source = row.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-            asking = torch.cat([query[:, :, :-1], query.gather(2, source)], dim=2)
-            where = torch.where(row < 0, -1, query.shape[2] - 1)
-        total += visual_importance(
-            asking, key, plan.visual_index, rows=where, attention_mask=seen, scale=asked.scale
-        )
-    return total / (rows >= 0).sum(dim=1, keepdim=True)
-
-
-def _columns_seen(
-    mask: torch.Tensor | None, row: torch.Tensor, rows: int, columns: int, window: int | None
+def importance_by_mask(
+    asked: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
 ) -> torch.Tensor:
-    """[B, columns] bool: what one of ``rows`` query rows, ``row`` [B, 1], sees by the model's mask or else by the window."""
-    if mask is not None:
-        mask = mask[:, 0, :, :columns].expand(row.shape[0], -1, -1)
-        mask = mask.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, mask.shape[2]))[:, 0]
-        return mask if mask.dtype == torch.bool else mask == 0
-    end = row + columns - rows
-    column = torch.arange(columns, device=row.device)
-    return (column <= end) & (column > end - (columns if window is None else window))
+    """What `gap_kernels.visual_importance` is of rows that each see what ``mask`` says, in bounded memory.
+
+    Args:
+        asked: Query, key and scale.
+        mask: [B or 1, Hq or 1, S, K], bool, or additive with what the layer added to its logits, biases included.
+        rows: [B, R] int64, the query rows to average, -1 = filler.
+        visual_index: [B, V] int64, -1 = filler.
+
+    Returns:
+        [B, V] float32; 0 at filler.
+    """
+    query, key = asked.query, asked.key
+    batch, heads, queries, channels = query.shape
+    columns = key.shape[2]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = channels**-0.5 if asked.scale is None else asked.scale
+    mask = mask.to(query.device).expand(batch, *mask.shape[1:])
+    visual_columns = (visual_index.clamp(min=0) + columns - queries)[:, None, None]
+    total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        keys = key.to(dtype).transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, K]
+        for some in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
+            source = some.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
+            wanted = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
+            logits = (wanted.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
+            seen = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
+            logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
+            nothing = logits.amax(dim=-1, keepdim=True) == -torch.inf
+            weights = torch.where(nothing, 0.0, logits.softmax(dim=-1))
+            weights = weights.gather(3, visual_columns.expand(-1, heads, some.shape[1], -1))
+            total += torch.where((some >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
+    total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
+    return torch.where(visual_index >= 0, total, 0.0).float()

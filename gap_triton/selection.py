@@ -19,8 +19,8 @@ class Selection:
         position_ids: [B, L] (or [A, B, L] where the model has several axes) int64, the ids that the survivors carry
             in the later layers. Entries at filler mean nothing.
         candidates: [B, V] int64, the visual rows that the stage chose from, ascending; -1 = filler.
-        score: [B, V] float32, the score of each candidate. After the vision encoder rows that stand in no grid, such as
-            newline tokens, always stay and have the score inf.
+        score: [B, V] float32, the score of each candidate. After the vision encoder rows that stand in no grid,
+            such as newline tokens, have the score inf where they stay and -inf where they don't.
         visual: [B, Q] bool, the visual rows of the input.
         before: What the stage before kept; None in the first.
     """

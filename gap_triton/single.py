@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.demo.architecture import Architecture
+from gap_triton.demo.architectures import LLAVA, QWEN2_5_VL
+from gap_triton.demo.scenes import IMAGE_SIZE
 from gap_triton.environment import default_device
 
+EMBEDDED: dict[str, Architecture] = {"embedded": LLAVA, "embedded-mrope": QWEN2_5_VL}
 OVERLAY_TYPES = ("llava", "llava_next", "llava_onevision")
 
 
 def ask(
     model_path: str,
-    image_path: Path,
+    images: Sequence[Image.Image],
     prompt: str,
     config_for: Callable[[Any], GapConfig],
     max_new_tokens: int,
     overlay: Path | None,
     console: Console,
 ) -> str:
-    """Load a model by path or hub id, answer one prompt about one image with pruning, and print what was kept.
+    """Load a model by path or hub id, answer one prompt about images with pruning, and print what was kept.
 
     Args:
-        model_path: Folder or hub id of a supported model, or ``"embedded"``.
-        image_path: Any image file that pillow reads.
-        prompt: The question; the processor's image token is put in front where it is missing, through the chat template
-            where the processor has one.
+        model_path: Folder or hub id of a supported model, or one of `EMBEDDED`.
+        images: RGB images, in the order of their tokens in the prompt.
+        prompt: The question; the processor's image tokens are put in front where they are missing, through the chat
+            template where the processor has one.
         config_for: What to prune in a model that has been loaded.
         max_new_tokens: Length of the answer at most.
         overlay: Where to write a picture of the kept tokens, None = nowhere.
@@ -44,26 +49,33 @@ def ask(
         The answer.
 
     Raises:
-        ValueError: The model can't be pruned, or ``overlay`` is given and its tokens can't be drawn.
+        ValueError: There is no such model, it can't be loaded or pruned, the prompt has image tokens for another number of
+            images, or ``overlay`` is given and its tokens can't be drawn.
+        ImportError: Its processor needs a package that is not installed.
     """
-    if model_path == "embedded":
-        from gap_triton.demo.run import MODEL_PATH
-
-        model_path = str(MODEL_PATH)
+    embedded = EMBEDDED.get(model_path)
+    path = model_path if embedded is None else str(embedded.folder)
+    # Weights are loaded last: they take longest.
+    with naming_the_model(model_path):
+        loaded_config = AutoConfig.from_pretrained(path)
+        processor = (
+            AutoProcessor.from_pretrained(path) if embedded is None else embedded.load_processor(Path(path))
+        )
+    if overlay is not None:
+        check_overlay(loaded_config)
+    if embedded is not None:
+        images = [image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for image in images]
+    image_text = None if embedded is None else embedded.image_text
+    text = with_images(processor, prompt, len(images), image_text)
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_path, dtype=dtype, attn_implementation="gap_triton"
-    )
-    if overlay is not None:
-        check_overlay(model)
-    model = model.to(device)
+    with naming_the_model(model_path):
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation="gap_triton"
+        ).to(device)
     config = config_for(model)
     gap_triton.configure(model, config)
-    processor = AutoProcessor.from_pretrained(model_path)
-    inputs = processor(
-        images=Image.open(image_path).convert("RGB"), text=_with_image(processor, prompt), return_tensors="pt"
-    ).to(device, dtype)
+    inputs = processor(images=list(images), text=text, return_tensors="pt").to(device, dtype)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
         0
@@ -92,29 +104,57 @@ def ask(
     return answer
 
 
-def check_overlay(model: Any) -> None:
-    """Raise ValueError unless the visual tokens of ``model`` begin with one square grid over the whole image."""
-    if model.config.model_type not in OVERLAY_TYPES:
+@contextmanager
+def naming_the_model(model_path: str) -> Iterator[None]:
+    """Make any error inside a ValueError that names the model; that a package is missing stays what it is.
+
+    A model's files are others', and so is the code that reads them: there is no saying what it raises.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(f"model {model_path!r} can't be loaded: {kind}{error}") from error
+
+
+def check_overlay(config: Any) -> None:
+    """Raise ValueError unless the visual tokens of such a model begin with one square grid over the whole image."""
+    if config.model_type not in OVERLAY_TYPES:
         raise ValueError(
             f"overlay: kept tokens can be drawn for {', '.join(OVERLAY_TYPES)}, whose visual tokens begin with a square "
-            f"grid over the whole image, and this is a model_type={model.config.model_type!r}; leave the overlay out"
+            f"grid over the whole image, and this is a model_type={config.model_type!r}; leave the overlay out"
         )
 
 
-def _with_image(processor: Any, prompt: str) -> str:
+def with_images(processor: Any, prompt: str, images: int, image_text: str | None = None) -> str:
+    """Put ``images`` images in front of ``prompt``, unless it has their tokens.
+
+    Each is what the chat template makes of it; where the processor has none, ``image_text``, or its image token alone.
+
+    Raises:
+        ValueError: It has them for another number of images, or ``processor`` has no such token.
+    """
     token = getattr(processor, "image_token", None)
     if token is None:
         raise ValueError(
             f"{type(processor).__name__} of this model has no image token, so it can't take an image"
         )
-    if token in prompt:
+    found = prompt.count(token)
+    if found not in (0, images):
+        raise ValueError(
+            f"prompt has {token} {found} times, and {images} images are given: "
+            "have one for each, or leave them out to have them put in front"
+        )
+    if found:
         return prompt
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    return f"{token} {prompt}"
+    return f"{(image_text or token) * images} {prompt}"
 
 
 def save_kept_tokens(

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME
 from .config import ATTENTION_SCORES, GapConfig, Stage
+from .names import NAME
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Attachment:
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration has asked it for something.
         notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
+        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
@@ -51,6 +52,7 @@ class Attachment:
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     notes_sizes: bool = False
+    projector_is_last: bool | None = None
     handles: list[Any] = field(default_factory=list)
     layer_handles: list[Any] = field(default_factory=list)
     tower_handles: list[Any] = field(default_factory=list)
@@ -129,11 +131,14 @@ class KeptTokens:
     Attributes:
         stages: One record for each pruning layer, first to last.
         ids: The id rule that the survivors follow.
-        settled: The pruned prompt is known to have been complete: generated tokens or a crop followed it.
+        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
+            was read so far does not end in an image.
+        settled: Generated tokens follow the pruned prompt, so it was complete.
     """
 
     stages: tuple[KeptRows, ...]
     ids: str
+    whole: bool = False
     settled: bool = False
 
     @property
@@ -157,30 +162,33 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, as read once before the first layer runs.
-
-    Q is the length of the prompt. Rows of the forward behind it, drafts of assisted decoding, all stay.
+    """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer behind it.
 
     Attributes:
         visual: [B, Q] bool, the visual tokens.
         real: [B, Q] bool, False at padding.
+        asking: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
+        before_answer: [B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays;
+            None where no sample has one.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
-        text_after: [B, Q] bool, the text rows after the sample's last visual token.
+        text_after: [B, Q] bool, the text rows of the prompt after the sample's last visual token.
         visual_counts: Number of visual tokens, by sample; known on the host, as are the numbers that follow.
         real_counts: Number of rows that are no padding.
         text_counts: Number of text rows after the last visual token.
-        last_is_visual: Whether the last row is a visual token.
-        last_is_real: Whether the last row is no padding.
+        ends_in_image: Whether the last row of the prompt is a visual token.
+        last_is_real: Whether the last row of the forward is no padding.
     """
 
     visual: torch.Tensor
     real: torch.Tensor
+    asking: torch.Tensor
+    before_answer: torch.Tensor | None
     visual_index: torch.Tensor
     text_after: torch.Tensor
     visual_counts: tuple[int, ...]
     real_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
-    last_is_visual: tuple[bool, ...]
+    ends_in_image: tuple[bool, ...]
     last_is_real: tuple[bool, ...]
 
 
@@ -220,13 +228,14 @@ class Drop:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage drops from the rows that it finds: S of them, all Q of the prompt in the first stage.
+    """What a stage drops from the rows that it finds: S of them, all Q of the forward in the first stage.
 
     Attributes:
         visual: [B, S] bool, the visual tokens.
         real: [B, S] bool, False at padding and filler.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
         keep: [B] int64, how many of them survive.
+        stays: [B, V] bool, those that survive whatever they score, beyond ``keep`` if need be; None = none.
         rows: [B, R] int64, the query rows whose attention ranks them, -1 = filler.
         padded: Some of the S rows may be padding or filler.
     """
@@ -235,6 +244,7 @@ class Plan:
     real: torch.Tensor
     visual_index: torch.Tensor
     keep: torch.Tensor
+    stays: torch.Tensor | None
     rows: torch.Tensor
     padded: bool
 
@@ -246,6 +256,7 @@ class Plan:
             real=self.real.to(device),
             visual_index=self.visual_index.to(device),
             keep=self.keep.to(device),
+            stays=None if self.stays is None else self.stays.to(device),
             rows=self.rows.to(device),
         )
 
@@ -255,14 +266,21 @@ class Call:
     """Arguments of a forward that the module with the language head keeps to itself.
 
     Attributes:
-        drafts: Number of last rows that are guesses to be verified, not prompt: ``logits_to_keep`` less one.
-        labels: [B, Q] int64 targets of the loss, -100 = none.
+        drafts: Number of last rows that are no prompt: guesses to be verified (``logits_to_keep`` less one), or what
+            `generate` without a KV cache has written.
+        written: What `generate` without a KV cache has written, of those.
+        rows_asked: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
+        labels: [B, Q] int64 targets of the loss.
+        ignored_label: The label that is no target.
         config: The configuration when the forward began; None where no head told.
         arrived: They have been handed on to the module that receives ``input_ids``.
     """
 
     drafts: int = 0
+    written: int = 0
+    rows_asked: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    ignored_label: int = -100
     config: GapConfig | None = None
     arrived: bool = False
 
@@ -294,7 +312,9 @@ class ForwardState:
         watch: What looks on while the vision encoder runs; None where nothing is asked of it.
         owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
         sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
+        sees_image: The rows of this forward hold visual tokens.
         prompt: The prompt that this forward prunes; None where it drops nothing.
+        drafts: Number of last rows, of all samples, that are drafts.
         drops: The stages of this forward, first to last; empty where it drops nothing.
         done: How many of them have been.
         chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
@@ -303,6 +323,7 @@ class ForwardState:
         kept: What all layers hold after this forward; None while nothing has been dropped.
         before: The same before this forward.
         call: What the caller asked of the model around the decoder.
+        cache: The KV cache, while it is half filled (`kept.begin`).
         past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
         batch, queries: Number of samples and rows of this forward, B and Q.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
@@ -316,6 +337,8 @@ class ForwardState:
         slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
         survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
             ``ids="permuted"``.
+        left: The same after each stage so far.
+        embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
         new_ids: [B, L] (or [A, B, L]) int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
@@ -331,7 +354,9 @@ class ForwardState:
     watch: TowerWatch | None = None
     owner_kwargs: dict[str, Any] = field(default_factory=dict)
     sought: bool = False
+    sees_image: bool = False
     prompt: Prompt | None = None
+    drafts: int = 0
     drops: tuple[Drop, ...] = ()
     done: int = 0
     chosen: Chosen | None = None
@@ -340,6 +365,7 @@ class ForwardState:
     kept: KeptTokens | None = None
     before: KeptTokens | None = None
     call: Call = field(default_factory=Call)
+    cache: Any = None
     past: int | torch.Tensor = 0
     batch: int = 0
     queries: int = 0
@@ -356,6 +382,8 @@ class ForwardState:
     rotary: Any = None
     slots: torch.Tensor | None = None
     survivors: torch.Tensor | None = None
+    left: list[torch.Tensor] = field(default_factory=list)
+    embeds: torch.Tensor | None = None
     selection: Selection | None = None
     new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)

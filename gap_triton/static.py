@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from .kept import LENGTH_ATTRIBUTE, is_static
 from .models import find_parts
+from .plain import is_int, plain, shown
 
 
 def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
@@ -28,10 +29,11 @@ def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
         ValueError: ``model`` can't be pruned, or ``max_cache_len`` is not a positive int.
     """
     text = find_parts(model).text
-    if not isinstance(max_cache_len, int) or isinstance(max_cache_len, bool) or max_cache_len < 1:
-        raise ValueError(f"max_cache_len={max_cache_len!r}: expected an int >= 1, the number of tokens")
-    cache = StaticCache(config=text.config, max_cache_len=max_cache_len)
-    setattr(cache, LENGTH_ATTRIBUTE, max_cache_len)
+    length = plain(max_cache_len)
+    if not is_int(length) or length < 1:
+        raise ValueError(f"max_cache_len={shown(max_cache_len)}: expected an int >= 1, the number of tokens")
+    cache = StaticCache(config=text.config, max_cache_len=length)
+    setattr(cache, LENGTH_ATTRIBUTE, length)
     return cache
 
 

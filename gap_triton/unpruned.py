@@ -1,4 +1,4 @@
-"""Runs that could prune and don't: each reason is said once, or refused where something was asked for."""
+"""Runs that could prune and don't, or whose caller may not see what was dropped: each is said once, or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .arguments import by_name
-from .attention import NAME
+from .names import NAME
 from .state import Attachment, ForwardState
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,15 @@ def say_that_it_was_called_by_itself(
         logger.warning_once(
             f"{type(text).__name__} was called by itself, past {type(attachment.owner).__name__}, which tells gap_triton "
             f"where visual tokens are, so nothing is pruned. Pass visual_mask, {HOW_TO_NAME}, to this call to prune."
+        )
+
+
+def say_what_a_head_gets(head: PreTrainedModel) -> None:
+    """Warn of a head that may read other rows than the last, as one that generates or classifies the whole does not."""
+    if not head.can_generate() and not type(head).__name__.endswith("ForSequenceClassification"):
+        logger.warning_once(
+            f"{type(head).__name__} gets zeros as the last hidden state of tokens that gap_triton drops. What it reads of "
+            "the last token is right; a mean over all tokens, or an output of each, is not."
         )
 
 

@@ -32,7 +32,7 @@ def named_visual_tokens(
         input_ids: [B, Q], or None.
         inputs_embeds: [B, Q, C], or None.
         cache: The KV cache, None without one.
-        drafts: How many of the last rows are drafts of assisted decoding, which no mask covers.
+        drafts: How many of the last rows are drafts of assisted decoding, or written without a cache, which no mask covers.
 
     Returns:
         [B, Q] bool.
@@ -59,8 +59,8 @@ def named_visual_tokens(
             whole = f", or {[batch, past + queries]} with the {past} tokens in the cache" if past else ""
             raise ValueError(
                 f"visual_mask has shape {list(mask.shape)}: expected one entry per row of this forward, "
-                f"{[batch, queries]}{whole}. Chunked prefill and use_cache=False feed other rows than the prompt's, and "
-                "can't be combined with it"
+                f"{[batch, queries]}{whole}. Chunked prefill feeds other rows than the prompt's, and can't be combined "
+                "with it"
             )
         mask = mask[:, past:]
     mask = torch.nn.functional.pad(mask, (0, drafts))

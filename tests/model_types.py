@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-NEWEST = "5.23"  # the release of transformers that these tables were filled with; older ones lack some types
+NEWEST = "5.24"  # the release of transformers that these tables were filled with; older ones lack some types
 
 # Checked against the oracle, one by one.
 _EXACT = """
-    aria aya_vision chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
+    apertus1p5 aria aya_vision chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
     deepseek_vl_hybrid emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 glm46v glm4v glm4v_moe glm_ocr glmga
     got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 internvl janus
     kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 molmo2 muse_glimmer muse_spark
@@ -40,8 +40,10 @@ REFUSED = {
     "gemma4_unified": "keys and values of an earlier layer",
     "git": NO_STACK,
     "glm5_next": RECURRENT,
+    "hy_v4_vl": "index of its own",
     "idefics": CROSS_ATTENTION,
     "inkling2": "hybrid_sliding",
+    "inkling2_loop": "hybrid_sliding",
     "instructblip": NO_STACK,
     "instructblipvideo": NO_STACK,
     "kosmos-2": "encoder_hidden_states|found no",

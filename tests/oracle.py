@@ -65,12 +65,18 @@ class MaskingOracle:
         score: str = "text",
         chosen: torch.Tensor | None = None,
         then: Sequence[tuple[int, float | int, str] | tuple[int, torch.Tensor]] = (),
+        answer: int = 0,
     ) -> None:
         """With ``chosen`` [B, N] bool, those of the first N tokens are dropped and nothing is scored.
 
-        ``then`` has further stages: layer, keep and score, or layer and the tokens that are dropped.
+        ``then`` has further stages: layer, keep and score, or layer and the tokens that are dropped. The last ``answer``
+        rows of a prefill rank nothing.
         """
         self.chosen = chosen
+        self.answer = answer
+        self.padding: torch.Tensor | None = (
+            None  # [B, Q] bool, the real rows, where no mask of two dimensions says so
+        )
         self.then = then
         self.layer, self.keep, self.score = layer, keep, score
         self.owner, text = core_of(model)
@@ -107,7 +113,11 @@ class MaskingOracle:
         self.later = [torch.cat([dropped, new], 1) for dropped in self.later]
         mask = kwargs.get("attention_mask")
         self.real = (
-            torch.ones(batch, queries, dtype=torch.bool) if mask is None else mask[:, -queries:].bool()
+            mask[:, -queries:].bool()
+            if mask is not None and mask.dim() == 2
+            else torch.ones(batch, queries, dtype=torch.bool)
+            if self.padding is None
+            else self.padding
         )
         self.visual = visual if queries > 1 else torch.zeros_like(visual)
         if self.chosen is not None:
@@ -164,10 +174,10 @@ class MaskingOracle:
                 continue
             share = keep if isinstance(keep, int) else math.ceil(Fraction(str(keep)) * len(visual))
             count = min(share, len(visual))
-            last = max(i for i in range(queries) if self.real[b, i])
-            rows = [last]
+            prompt = [i for i in range(queries - self.answer) if self.real[b, i]]
+            rows = prompt[-1:]
             if score == "text":
-                rows = [i for i in range(visual[-1] + 1, queries) if self.real[b, i]] or rows
+                rows = [i for i in prompt if i > visual[-1]] or rows
             left = [i for i in visual if before is None or not before[b, self.past + i]]
             mean = probabilities[b].mean(0)
             scores = {i: sum(float(mean[r, offset + i]) for r in rows) / len(rows) for i in left}

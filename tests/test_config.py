@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gap_triton import GapConfig, Stage
 
@@ -38,6 +43,14 @@ from gap_triton import GapConfig, Stage
             r"GapConfig.then=.*can't keep more than the one before, and keep=0.6 follows 0.5",
         ),
         ({"then": (Stage(0.2, 4),), "ids": "permuted"}, r"GapConfig.ids='permuted': .* use 'compacted'"),
+        ({"then": None}, r"GapConfig.then=None: expected a tuple of gap_triton.Stage"),
+        ({"then": 3}, r"GapConfig.then=3: expected a tuple of gap_triton.Stage"),
+        ({"then": "ab"}, r"GapConfig.then=\('a', 'b'\): expected a tuple of gap_triton.Stage"),
+        ({"then": (x for x in (1, 2))}, r"GapConfig.then=\(1, 2\): expected a tuple of gap_triton.Stage"),
+        ({"keep": -(10**5000)}, r"GapConfig.keep=<int>: an int counts"),
+        ({"layer": -(10**5000)}, r"GapConfig.layer=<int>: expected a decoder layer"),
+        ({"keep": np.array([0.5, 1.0])}, r"GapConfig.keep=array\(\[0.5, 1. \]\): expected a float"),
+        ({"keep": Fraction(1, 4)}, r"GapConfig.keep=Fraction\(1, 4\): expected a float"),
         ({"ids": "shifted"}, r"GapConfig.ids='shifted': expected one of 'kept', 'compacted', 'permuted'"),
         ({"seed": None}, r"GapConfig.seed=None: expected an int"),
         ({"seed": 2**64}, r"GapConfig.seed=18446744073709551616: expected an int in 0..2\*\*63 - 1"),
@@ -69,6 +82,62 @@ def test_stages_are_in_order() -> None:
         Stage(0.5, -1, "cls", "region", "aggregation"), Stage(0.25, 2, "text"), Stage(3, 9)
     )  # fmt: skip
     assert GapConfig().stages == (Stage(),)
+
+
+def test_stages_from_a_generator_are_all_there() -> None:
+    stages = (Stage(0.25, 2), Stage(0.1, 4))
+    expected = GapConfig(0.5, 0, then=stages)
+    assert expected.stages[1:] == stages
+    assert GapConfig(0.5, 0, then=(stage for stage in stages)) == expected
+    assert GapConfig(0.5, 0, then=iter(stages)) == expected
+    assert GapConfig(0.5, 0, then=map(Stage, (0.25, 0.1), (2, 4))) == expected
+
+
+def test_numpy_values_become_plain_ones() -> None:
+    odd = GapConfig(
+        np.array(0.5),
+        np.array(-1),
+        np.str_("cls"),
+        np.str_("region"),
+        np.str_("none"),
+        np.str_("kept"),
+        np.uint16(3),
+    )
+    plain = GapConfig(0.5, -1, "cls", "region", "none", "kept", 3)
+    assert odd == plain
+    assert [type(value) for value in vars(odd).values()] == [type(value) for value in vars(plain).values()]
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.fractions(),
+    st.text(max_size=9),
+    st.sampled_from(
+        ["cls", "text", "region", "average", "outliers", "compacted", np.str_("random"), -1, 10**400]
+    ),
+    st.sampled_from(
+        [np.array(1), np.array([1.0]), np.float16(0.1), np.int8(3), np.bool_(True), torch.ones(2), Stage()]
+    ),
+    st.lists(st.sampled_from([Stage(0.1, 4), Stage(1, 9), 3]), max_size=3).map(iter),
+)
+
+
+@given(options=st.dictionaries(st.sampled_from(sorted(vars(GapConfig()))), ODD, min_size=1))
+def test_odd_values_are_a_configuration_or_a_sentence(options: dict[str, object]) -> None:
+    """Never an error from below, and nothing that goes on to be used up."""
+    refusal, config = None, None
+    try:
+        config = GapConfig(**options)
+    except ValueError as error:
+        refusal = str(error)
+    if config is None:
+        assert refusal.startswith(tuple(f"GapConfig.{field}=" for field in vars(GapConfig())))
+        return
+    assert GapConfig(**vars(config)) == config
+    assert hash(config) == hash(GapConfig(**vars(config)))
 
 
 def test_unknown_field() -> None:

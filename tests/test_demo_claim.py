@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from typer.testing import CliRunner
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.cli import app
 from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.demo.grounding import evaluate, prepare
 from gap_triton.demo.run import IDS, LAYER, SCORE, demo_configs, load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import Row
+from gap_triton_cli import app
 
 SCENES = 96
 KEYS = (
@@ -67,7 +68,7 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert [tuple(row) for row in results["rows"]] == [KEYS] * 10
     assert [Row(**row) for row in results["rows"]] == rows
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] == version("torch")
     assert "CPU" in results["device"] or torch.cuda.is_available()
     assert rows[0].method == "no pruning"
     assert [(row.keep, row.ids) for row in rows[1:]] == [(c.keep, c.ids) for c in demo_configs()]
@@ -84,7 +85,7 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
 
 # --------------------------------------------------------------------------------------------- the command line
 def cli(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "500", "TERM": "dumb"})
 
 
 def test_run_on_an_image_file(tmp_path) -> None:
@@ -133,4 +134,4 @@ def test_info() -> None:
     for word in ("torch", "transformers", "triton", "flash-attn", "dense attention"):
         assert word in result.output
     found = json.loads(cli("info", "--json").output)
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")

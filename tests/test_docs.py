@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import compat
 import model_types
 import pytest
 import transformers
@@ -31,6 +32,13 @@ def test_tables_are_the_measured_ones(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in text
     assert script("tables").with_tables(text, (ROOT / name).parent) == text
+
+
+def test_the_table_of_versions_is_what_was_recorded() -> None:
+    text = compat.DOCUMENT.read_text(encoding="utf-8")
+    known = json.loads(compat.RESULTS.read_text(encoding="utf-8"))
+    assert compat.with_table(text, known) == text
+    assert set(known) == set(compat.COMBINATIONS)
 
 
 @pytest.mark.skipif(

@@ -65,15 +65,6 @@ def test_static_cache(batch: str) -> None:
         assert error(static, dynamic) <= TOLERANCE
 
 
-def test_without_a_cache_every_step_is_a_pruned_forward() -> None:
-    model, reference, oracle = pair()
-    inputs = make_prompt("llava", "left-padded")
-    pruned = generate(model, inputs, tokens=3, use_cache=False)
-    with oracle:
-        expected = generate(reference, inputs, tokens=3, use_cache=False)
-    assert error(pruned, expected) <= TOLERANCE
-
-
 def next_turn(sequences: torch.Tensor, mask: torch.Tensor, images: int, seed: int, pad: int = 0):
     """The conversation so far, then words, ``images`` images each followed by a word, words; ``pad`` on the left."""
     generator = torch.Generator().manual_seed(seed)

@@ -453,6 +453,6 @@ def test_gemma3n_whose_vision_tower_needs_timm() -> None:
 
 
 def test_an_overlay_of_tokens_that_are_no_square_grid() -> None:
-    check_overlay(build("llava_next", "sdpa"))
+    check_overlay(build("llava_next", "sdpa").config)
     with pytest.raises(ValueError, match=r"overlay: .* .* model_type='qwen2_5_vl'; leave the overlay out"):
-        check_overlay(tiny("qwen2_5_vl"))
+        check_overlay(tiny("qwen2_5_vl").config)

@@ -97,8 +97,11 @@ def test_grids(data: st.DataObject) -> None:
 def test_any_neighbours(data: st.DataObject) -> None:
     """Of their own for each sample, in any order, -1 anywhere, and not mutual."""
     n, batch, most = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 8))
-    around = st.lists(st.integers(-1, n - 1), min_size=most, max_size=most)
-    drawn = data.draw(st.lists(around, min_size=batch * n, max_size=batch * n))
+    drawn = [
+        data.draw(st.permutations([other for other in range(n) if other != entry] + [-1] * most))[:most]
+        for _ in range(batch)
+        for entry in range(n)
+    ]
     neighbours = torch.tensor(drawn, dtype=torch.int32).reshape(batch, n, most)
     scores = data.draw(st.lists(st.lists(SCORE, min_size=n, max_size=n), min_size=batch, max_size=batch))
     per_region, k = data.draw(st.integers(1, 4)), data.draw(st.integers(0, n))
@@ -283,6 +286,19 @@ SCORES, NEIGHBOURS = torch.zeros(2, 6), grid_neighbours((2, 3))[None]
         ((SCORES, NEIGHBOURS.repeat(1, 1, 3), 1, 2), {}, r"neighbours: expected R = 0..8 of an entry, got 9"),
         ((SCORES, NEIGHBOURS + 2, 1, 2), {}, "neighbours: expected values in -1..5, got 6"),
         ((SCORES, NEIGHBOURS - 1, 1, 2), {}, "neighbours: expected values in -1..5, got -2"),
+        (
+            (SCORES, torch.arange(6, dtype=torch.int32)[None, :, None], 1, 2),
+            {},
+            "neighbours: expected the others of a region, got entry 0 beside itself",
+        ),
+        (
+            (SCORES, NEIGHBOURS[..., [0, 1, 0]], 1, 2),
+            {},
+            "neighbours: expected distinct entries, got one twice beside entry 0",
+        ),
+        ((SCORES, NEIGHBOURS, 1, 10**20 - 10**40), {}, "k: expected a count >= 0, got an int of 133 bits"),
+        ((SCORES, NEIGHBOURS, 1, 2), {"length": 10**6000}, "length: expected at most 16777216, got an int of"),
+        ((SCORES.to_sparse(), NEIGHBOURS, 1, 2), {}, r"scores: expected a dense tensor \[B, N\], got .* layout"),
         ((SCORES, NEIGHBOURS.to("meta"), 1, 2), {}, "neighbours: expected device cpu, got .*meta"),
         ((SCORES, NEIGHBOURS, 0, 2), {}, "per_region: expected at least 1, got 0"),
         ((SCORES, NEIGHBOURS, 1.0, 2), {}, r"per_region: expected an int, got 1.0 \(float\)"),
@@ -309,13 +325,16 @@ def test_bad_arguments(args: tuple, kwargs: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((24,), r"grid: expected two ints, got 24 \(int\)"),
-        (((4, 5.0),), r"grid: expected two ints, got \(4, 5.0\)"),
-        (((0, 5),), r"grid: expected sizes >= 1, got \(0, 5\)"),
-        (((4, 5), (2,)), r"region: expected two ints, got \(2,\)"),
-        (((4, 5), (2, True)), r"region: expected two ints, got \(2, True\)"),
-        (((4, 5), (0, 2)), r"region: expected sizes >= 1, got \(0, 2\)"),
+        ((24,), r"grid: expected two ints >= 1, got 24 \(int\)"),
+        (((4, 5.0),), r"grid: expected two ints >= 1, got \(4, 5.0\)"),
+        (((0, 5),), r"grid: expected two ints >= 1, got \(0, 5\)"),
+        (((4, 5), (2,)), r"region: expected two ints >= 1, got \(2,\)"),
+        (((4, 5), (2, True)), r"region: expected two ints >= 1, got \(2, True\)"),
+        (((4, 5), (0, 2)), r"region: expected two ints >= 1, got \(0, 2\)"),
         (((4, 5), (2, 5)), r"region: expected h \* w <= 9, got \(2, 5\)"),
+        (((2**40, 2**40),), r"grid: expected at most 16777216 cells, got"),
+        (((4, 5), (2, 2), "gpu"), r"device: expected a device that this PyTorch has, got 'gpu' \(str\): "),
+        (((4, 5), (2, 2), 1.5), r"device: expected a device that this PyTorch has, got 1.5 \(float\): "),
     ],
 )
 def test_bad_grids(args: tuple, message: str) -> None:

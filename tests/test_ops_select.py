@@ -9,6 +9,7 @@ import torch
 from gap_kernels import topk_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN, INF = math.nan, math.inf
 
@@ -117,8 +118,35 @@ SCORES = torch.zeros(2, 3)
         ((SCORES, torch.tensor([1, 3])), {"length": 2}, "length: expected at least the largest k, 3, got 2"),
         ((SCORES, 2), {"length": 2.0}, r"length: expected an int or None, got 2.0 \(float\)"),
         ((SCORES, torch.ones(2, dtype=torch.int64, device="meta")), {}, "k: expected device cpu, got .*meta"),
+        ((SCORES, 10**5000), {}, r"k: expected 0..3 \(N of scores\), got an int of 16610 bits"),
+        ((SCORES, 2), {"length": 2**24 + 1}, "length: expected at most 16777216, got 16777217"),
+        (
+            (SCORES.to_sparse(), 1),
+            {},
+            r"scores: expected a dense tensor \[B, N\], got .*layout torch.sparse_coo",
+        ),
+        (
+            (SCORES.to_mkldnn(), 1),
+            {},
+            r"scores: expected a dense tensor \[B, N\], got .*layout torch._mkldnn",
+        ),
+        (
+            (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), 1),
+            {},
+            r"scores: expected a dense tensor \[B, N\], got a nested tensor, torch.float32, device cpu",
+        ),
     ],
 )
 def test_bad_arguments(args: tuple, kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         topk_indices(*args, **kwargs)
+
+
+def test_a_length_is_needed_where_there_are_no_values() -> None:
+    message = r"length: the number of columns depends on the values of k; pass length=\.\.\. for tensors without values"
+    for kind in (torch.device("meta"), FakeTensorMode()):
+        with kind:
+            scores, counts = torch.zeros(2, 3), torch.ones(2, dtype=torch.int64)
+            with pytest.raises(ValueError, match=message):
+                topk_indices(scores, counts)
+            assert topk_indices(scores, counts, length=2).shape == (2, 2)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import ways
+from hypothesis import given
+from hypothesis import strategies as st
 from methods import preset as for_model
 from tiny import LAYERS
 
@@ -104,12 +109,73 @@ def test_layers_scale_with_the_depth(entered: tuple[int, ...], layers: int) -> N
         ("sparsevlm", {"budget": 100}, r"budget=100: expected 64, 128, 192, or a share"),
         ("nuwa", {"budget": 0}, r"budget=0: expected a share"),
         ("nuwa", {"budget": True}, r"budget=True: expected a share"),
-        ("cls", {"budget": 2.0}, r"GapConfig.keep=2.0: expected a float in \(0, 1\]"),
+        ("cls", {"budget": 2.0}, r"budget=2.0: expected a share .*, a float in \(0, 1\], or their number"),
+        ("trim", {"budget": "outlier"}, r"budget='outlier': expected a share, .* or 'outliers'"),
+        ("cls", {"budget": "outliers"}, r"budget='outliers': expected a share"),
+        ([], {}, r"preset \[\]: expected one of 'prumerge'"),
+        (None, {}, r"preset None: expected one of 'prumerge'"),
+        ("fastv", {"layers": -(10**5000)}, r"layers=<int>: expected the number of decoder layers"),
     ],
 )
 def test_refusals_name_what_is_allowed(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GapConfig.preset(name, **options)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, lambda x: np.array(x)])
+def test_numpy_numbers_are_numbers(name: str, kind) -> None:
+    options = {
+        "layers": (np.int64(28), 28),
+        "seed": (np.uint8(3), 3),
+        "score": (np.str_("received"), "received"),
+    }
+    known = inspect.signature(PRESETS[name]).parameters
+    odd = {option: odd for option, (odd, _) in options.items() if option in known}
+    plain = {option: plain for option, (_, plain) in options.items() if option in known}
+    assert GapConfig.preset(name, budget=kind(0.25), **odd) == GapConfig.preset(name, budget=0.25, **plain)
+    if name not in ("pyramiddrop", "feather"):
+        config = GapConfig.preset(name, budget=np.int32(64), **odd)
+        assert config == GapConfig.preset(name, budget=64, **plain)
+        assert type(config.keep) is int
+
+
+ODD_NUMBERS = [
+    None, True, np.bool_(True), 0, -1, 1, 64, 10**400, -(10**400), 10**5000, -(10**5000), 0.0, -0.0, 0.25, 1.0, 1.5,
+    float("nan"), float("inf"), 5e-324, np.float32(0.1), np.float16("nan"), np.longdouble("1e-400"), np.int64(64),
+    np.uint8(0),
+    np.array(0.5), np.array(3), np.array([0.5]), np.array([]), np.array(None), np.timedelta64(3, "D"), np.datetime64("NaT"),
+    Fraction(1, 4), 1j, "0.5", "outliers", np.str_("outliers"), "", b"x", [], [0.5], (1,), {}, {0.5}, torch.tensor(0.5),
+    torch.tensor([1, 2]), Stage, Stage(), GapConfig, range(3), iter(()), (x for x in ()), object(), lambda: 1,
+]  # fmt: skip
+ODD = st.sampled_from(ODD_NUMBERS) | st.integers() | st.floats() | st.text(max_size=3) | st.fractions()
+
+
+@given(name=st.sampled_from(sorted(PRESETS)), values=st.tuples(ODD, ODD, ODD, ODD), data=st.data())
+def test_odd_values_are_a_configuration_or_a_sentence(name: str, values: tuple[object, ...], data) -> None:
+    known = list(inspect.signature(PRESETS[name]).parameters)
+    given_ = data.draw(st.sets(st.sampled_from(known), min_size=1))
+    options = {option: value for option, value in zip(known, values, strict=False) if option in given_}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refusal, config = None, None
+        try:
+            config = GapConfig.preset(name, **options)
+        except ValueError as error:
+            refusal = str(error)
+    if config is None:
+        assert any(f"{option}=" in refusal for option in options), refusal
+        return
+    for stage in config.stages:
+        assert type(stage.keep) in (int, float) or stage.keep == "outliers"
+        assert type(stage.layer) is int
+        if stage.keep != "outliers":
+            assert 1 <= stage.count(576) <= 576
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "feather", "fastv"])
+def test_the_smallest_share_keeps_a_token_in_every_stage(name: str) -> None:
+    assert [stage.count(576) for stage in GapConfig.preset(name, budget=1e-300).stages][-1] == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)

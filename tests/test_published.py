@@ -15,7 +15,7 @@ from model_types import PUBLISHED
 from oracle import NAME as ORACLE
 from safetensors.torch import save_file
 from test_oracle import TOLERANCE, error
-from tiny import BOS, IMAGE_SIZE, LAYERS, PAD, PATCH, TEXT, VISION, generate
+from tiny import BOS, GRID, IMAGE_SIZE, LAYERS, PAD, PATCH, TEXT, VISION, generate
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
@@ -24,6 +24,7 @@ import gap_triton
 from gap_triton import GapConfig
 from gap_triton.published import minigpt_v2, shikra
 from gap_triton.published.visual_decoder import IMAGE_TOKEN, VisualDecoder
+from gap_triton.strategies import spatial_order
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HIDDEN = VISION["hidden_size"], TEXT["hidden_size"]
@@ -300,6 +301,58 @@ def test_pruning_changes_the_logits(case: Case) -> None:
     dense = generate(case.model, case.inputs)
     with gap_triton.pruning(case.model.decoder, GapConfig(keep=0.4, layer=1)):
         assert error(generate(case.model, case.inputs), dense) > 100 * TOLERANCE
+
+
+def eva_patches(side: int) -> minigpt_v2.EvaPatches:
+    """A tower in which a patch reaches no row but its own."""
+    tower = Blip2VisionModel(Blip2VisionConfig(**{**VISION, "image_size": side})).eval()
+    for layer in tower.encoder.layers:
+        torch.nn.init.zeros_(layer.self_attn.projection.weight)
+        torch.nn.init.zeros_(layer.self_attn.projection.bias)
+    return minigpt_v2.EvaPatches(tower)
+
+
+def test_minigpt_tokens_stand_in_a_grid_of_four_times_as_many_rows_as_columns() -> None:
+    """Not in a square, as their number would allow: 256 tokens are 32 x 8, and here 16 are 8 x 2."""
+    side = 8 * PATCH
+    tower = eva_patches(side)
+    model = VisualDecoder(tower, torch.nn.Linear(4 * WIDTH, HIDDEN), lone()).eval()
+    pixel_values = noise(2, 3, side, side, seed=3)
+    assert tower.grid(pixel_values) == (8, 2)
+    assert tower.grid(noise(1, 3, 448, 448 // 4, seed=0)) == (112, 7)
+    with torch.no_grad():
+        before = tower(pixel_values)
+        for row, column in ((0, 0), (3, 5), (7, 7)):
+            marked = pixel_values.clone()
+            marked[0, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] += 1.0
+            changed = (tower(marked)[0] != before[0]).any(-1).nonzero()[:, 0].tolist()
+            assert changed == [row * 2 + column // 4]
+    ids = torch.tensor([[BOS, *[IMAGE_TOKEN] * 16, 7, 8], [BOS, 9, *[IMAGE_TOKEN] * 16, 10]])
+    for layer in (-1, 1):
+        with gap_triton.pruning(model.decoder, GapConfig(4, layer, "spatial")):
+            generate(model, {"input_ids": ids, "pixel_values": pixel_values}, tokens=2, num_beams=2)
+            kept = gap_triton.last_selection(model.decoder).visual_index
+        expected = spatial_order((8, 2)).argsort()[:4].sort().values
+        assert expected.tolist() != spatial_order((4, 4)).argsort()[:4].sort().values.tolist()
+        assert kept.tolist() == [(expected + 1).tolist()] * 2 + [(expected + 2).tolist()] * 2
+
+
+def test_shikra_tokens_stand_in_the_grid_of_the_patches(case: Case) -> None:
+    grid = case.model.tower.grid(case.pixel_values)
+    # Six patches in a row are no whole tokens of four, which then run on into the next row and make no grid.
+    assert grid == ((GRID, GRID) if case.features.shape[1] == GRID * GRID else None)
+    with gap_triton.pruning(case.model.decoder, GapConfig(4, -1, "spatial")):
+        if grid is None:
+            with pytest.raises(
+                ValueError, match=r"nothing tells how many rows and columns .*pass visual_grid"
+            ):
+                generate(case.model, case.inputs)
+            return
+        generate(case.model, case.inputs, tokens=2)
+        kept = gap_triton.last_selection(case.model.decoder).visual_index
+    rows = [visual.nonzero()[:, 0] for visual in case.visual]
+    expected = spatial_order((GRID, GRID)).argsort()[:4].sort().values
+    assert kept.tolist() == [row[expected].tolist() for row in rows]
 
 
 def test_places_and_images_must_agree(case: Case) -> None:

@@ -44,6 +44,20 @@ def test_cross_attention_by_attach() -> None:
         gap_triton.attach(mllama("sdpa"))
 
 
+def test_models_that_read_every_row() -> None:
+    """A vector for each token (ColPali and kin), or a class."""
+    config = transformers.ColPaliConfig(vlm_config=build("llava").config.to_dict())
+    model = transformers.ColPaliForRetrieval(config)
+    message = r"makes an output of every token's last hidden state, and dropped tokens have none"
+    with pytest.raises(ValueError, match=f"ColPaliForRetrieval {message}"):
+        gap_triton.attach(model)
+    gap_triton.attach(model.vlm)
+    tokens = transformers.LlamaForTokenClassification(build("llava").config.text_config)
+    with pytest.raises(ValueError, match=f"LlamaForTokenClassification {message}"):
+        gap_triton.attach(tokens)
+    gap_triton.attach(transformers.LlamaForSequenceClassification(build("llava").config.text_config))
+
+
 def test_a_decoder_alone_that_is_not_checked() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9))
     with pytest.raises(

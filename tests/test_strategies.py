@@ -257,8 +257,8 @@ ORDER = spatial_order((2, 3))[None]
         ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', got 'random'"),
         ((SCORES, 1, "region"), {}, "neighbours: coverage='region' needs .* got None; see gap_kernels.grid_neighb"),
         ((SCORES, 1, "stride"), {}, "order: coverage='stride' needs .* got None; see spatial_order"),
-        ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[R, N\]"),
-        ((SCORES, 1, "stride"), {"order": ORDER[:, :4]}, r"order: expected \[R, N\] with N = 6"),
+        ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[G\|1, N\]"),
+        ((SCORES, 1, "stride"), {"order": ORDER[:, :4]}, r"order: expected \[G\|1, N\] with N = 6"),
         ((SCORES, 1, "stride"), {"order": ORDER.expand(3, -1)}, r"order: expected \[B, N\] with B = 2, or \[1, N\]"),
         ((SCORES, 1, "region"), {"neighbours": NEIGHBOURS[0]}, "neighbours: expected 3 dimensions"),
         ((SCORES, 1, "region"), {"neighbours": NEIGHBOURS, "per_region": 0}, "per_region: expected at least 1, got 0"),
@@ -541,11 +541,17 @@ KEPT = torch.tensor([[-1, 2], [0, 5]])
         (lambda: contextual(FEATURES, KEYS, KEPT, 1.5), "count: expected an int or an int64 tensor"),
         (lambda: contextual(FEATURES, KEYS, KEPT, 3, length=2), "length: expected at least 3, got 2"),
         (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT - 1, (2, 3), rule=LLAVA), "anchors: expected values in -1..5"),
-        (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT, (2, 2), rule=LLAVA), r"grid: expected .* H \* W = 6"),
+        (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT, (2, 2), rule=LLAVA), r"grid: expected H \* W = 6"),
         (lambda: AggregationRule(1.5, 1.0, False, None), "pillar_quantile: expected a float in 0..1, got 1.5"),
         (lambda: AggregationRule(0.5, 0.0, False, None), "radius: expected a float > 0, got 0.0"),
         (lambda: outlier_count(SCORES[:, :0]), r"scores: expected N >= 1, got shape \[2, 0\]"),
         (lambda: outlier_count(SCORES.half()), "scores: expected dtype torch.float32"),
+        (lambda: outlier_count(SCORES[:, :1].expand(-1, 2**24 + 1)), "scores: expected N <= 16777216, got shape"),
+        (lambda: average(FEATURES, SCORES, KEPT * 0), "kept: expected distinct positions, got 0 twice in sample 0"),
+        (lambda: contextual_count(-1), r"keep: expected an int >= 0 or an int64 tensor, got -1 \(int\)"),
+        (lambda: aggregate(FEATURES, KEYS, SCORES, KEPT, (2, 3), rule=None), "rule: expected an AggregationRule, got None"),
+        (lambda: AggregationRule(0.5, 1.0, 1, None), r"radius_in_diagonals: expected a bool, got 1 \(int\)"),
+        (lambda: AggregationRule(0.5, 1.0, True, NAN), "self_weight: expected a finite float or None, got nan"),
         (lambda: text_similarity(FEATURES, KEYS, SCORES > 0), r"text: expected \[G, T, C\] with C = 5"),
         (lambda: text_similarity(FEATURES, FEATURES, SCORES), "text_mask: expected dtype torch.bool"),
         (lambda: raters(FEATURES, SCORES[:1] > 0, FEATURES, SCORES > 0), r"visual_mask: expected \[B, V\] with B = 2"),
@@ -770,3 +776,20 @@ def test_raters_by_hand() -> None:
     assert raters(visual, everything, text, one).tolist() == one.tolist()
     assert raters(visual, ~everything, text, ~one).tolist() == (~one).tolist()
     assert raters(visual * NAN, everything, text, ~one).tolist() == (~one).tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_merges_and_scores_compile(autocast: bool) -> None:
+    features, keys, scores = make(2, 6)
+    calls: list[tuple[Callable, tuple]] = [
+        (average, (features, scores, KEPT)),
+        (nearest, (features, keys, scores, KEPT)),
+        (contextual, (features, keys, KEPT, 2)),
+        (text_similarity, (features, features[:, :2], scores[:, :2] > 0)),
+    ]
+    for function, arguments in calls:
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close(found, function(*arguments), rtol=0, atol=0)
+    torch._dynamo.reset()

@@ -16,7 +16,6 @@ from ways import V5
 
 import gap_triton
 from gap_triton import GapConfig, unpruned
-from gap_triton.models import takes_more
 
 CONFIG = GapConfig(keep=0.4, layer=1)
 MERGED = "LlavaModel got inputs_embeds without input_ids, and no row of them is the embedding of an image placeholder"
@@ -115,32 +114,11 @@ def test_a_decoder_called_past_its_owner_holds_nothing_back(how: str) -> None:
     assert hooks(model) == 0
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_retrieval_model(named: bool, warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
-    """It merges by itself, and hands no keyword arguments on."""
+def test_a_retrieval_model() -> None:
+    """It makes a vector of every token."""
     config = transformers.ColQwen2Config(vlm_config=families.config_of("qwen2_vl"), embedding_dim=16)
-    model = transformers.ColQwen2ForRetrieval._from_config(config, attn_implementation="gap_triton").eval()
-    gap_triton.configure(model.vlm, CONFIG)
-    batch = families.prompt_with_pixels(families.build("qwen2_vl"), "patches of two frames")
-    patches = int(batch["image_grid_thw"][0].prod())
-    inputs = {name: batch[name][:1] for name in ("input_ids", "attention_mask", "image_grid_thw")}
-    inputs["pixel_values"] = batch["pixel_values"][:patches][None]
-    with torch.no_grad():
-        if named and not takes_more(model):
-            pytest.skip("this transformers lists the arguments of its forward, so Python refuses a mask")
-        if named:
-            with pytest.raises(
-                RuntimeError,
-                match="ColQwen2ForRetrieval does not hand further keyword arguments on to Qwen2VLModel, which must know "
-                "visual_mask to prune",
-            ):
-                model(**inputs, visual_mask=inputs["input_ids"] == model.config.vlm_config.image_token_id)
-            return
-        embeddings = model(**inputs).embeddings
-        assert warnings.text.count("Qwen2VLModel got inputs_embeds without input_ids") == 1
-        model.set_attn_implementation("sdpa")
-        # Of padding it makes NaN, pruned or not.
-        torch.testing.assert_close(model(**inputs).embeddings, embeddings, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="ColQwen2ForRetrieval makes an output of every token's last hidden"):
+        transformers.ColQwen2ForRetrieval._from_config(config, attn_implementation="gap_triton")
 
 
 def test_a_decoder_with_another_head_than_the_language_head() -> None:
@@ -183,7 +161,7 @@ def test_a_decoder_that_was_switched_past_the_methods(warnings: pytest.LogCaptur
     )
 
 
-class ListingForSequenceClassification(modeling_llava.LlavaPreTrainedModel):
+class Classifier(modeling_llava.LlavaPreTrainedModel):
     """A head whose forward lists its arguments."""
 
     def __init__(self, config: transformers.LlavaConfig) -> None:
@@ -197,7 +175,7 @@ class ListingForSequenceClassification(modeling_llava.LlavaPreTrainedModel):
         return self.score(output.last_hidden_state[:, -1])
 
 
-class QuietForSequenceClassification(ListingForSequenceClassification):
+class QuietClassifier(Classifier):
     """A head that takes more, and keeps it to itself."""
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, **kwargs):
@@ -205,9 +183,11 @@ class QuietForSequenceClassification(ListingForSequenceClassification):
 
 
 @pytest.mark.parametrize("by_name", [True, False], ids=["name", "attach"])
-@pytest.mark.parametrize("kind", [ListingForSequenceClassification, QuietForSequenceClassification])
+@pytest.mark.parametrize("kind", [Classifier, QuietClassifier])
 def test_a_head_that_tells_its_owner_nothing(
-    kind: type[ListingForSequenceClassification], by_name: bool
+    kind: type[Classifier],
+    by_name: bool,
+    warnings: pytest.LogCaptureFixture,  # noqa: F811
 ) -> None:
     """It runs, since nothing needs to be told; labels of every token, drafts and a mask would be lost on the way."""
     inputs = make_prompt("llava", "left-padded")
@@ -224,10 +204,16 @@ def test_a_head_that_tells_its_owner_nothing(
         assert gap_triton.last_selection(model).visual_index.shape == (2, 15)
         states = model.model(**inputs).last_hidden_state[:, -1]
         assert torch.equal(found, model.score(states))
+        assert (
+            warnings.text.count(
+                f"{kind.__name__} gets zeros as the last hidden state of tokens that gap_triton"
+            )
+            == 1
+        )
         for labels in (torch.tensor([1, 2]), torch.ones(2, 3)):  # of the whole input
             assert torch.equal(model(**inputs, labels=labels), found)
         told = {"labels": inputs["input_ids"], "logits_to_keep": 3}
-        if kind is QuietForSequenceClassification:
+        if kind is QuietClassifier:
             told["visual_mask"] = inputs["input_ids"] == IMAGE
         for name, value in told.items():
             with pytest.raises(

@@ -59,12 +59,15 @@ def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen
     tower = find_tower(owner)
     check_needs(tower, needs)
     seen: list[Seen] = []
+    entering: list[Any] = []  # hooks of forwards that failed before the decoder are still there
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         visual = find_visual_tokens(owner, ids, kwargs.get("inputs_embeds"))
         if visual is None:
             return
+        for stale in entering:
+            stale.remove()
         watch = TowerWatch(tower, needs)
         watch.start(kwargs)
         seen.append(Seen(visual=visual))
@@ -77,6 +80,7 @@ def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen
             seen[-1].layout = layout_of(owner, {"input_ids": ids, **given}, visual, *index_of(visual))
 
         handle = text.register_forward_pre_hook(enter, with_kwargs=True)
+        entering.append(handle)
 
     handles = [*install(tower, lambda: needs), owner.register_forward_pre_hook(before, with_kwargs=True)]
     try:
@@ -750,31 +754,95 @@ def test_an_average_of_features_is_none_of_them() -> None:
     assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
 
 
-def test_runs_that_are_squares_are_images() -> None:
-    """Where nothing else is known of the images, as with image features in inputs_embeds."""
+def test_features_from_elsewhere_are_of_the_towers_size() -> None:
+    """As in inputs_embeds: of CLIP, which has learned 6 x 6 positions; of a tower that has learned none nothing is known."""
     owner = find_parts(llava()).owner
-    visual = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 0], [1] * 4 + [0] + [0] * 3]).bool()
+    visual = torch.tensor([[0, *[1] * 36, 0, 0, *[1] * 72], [*[1] * 36, *[0] * 75]]).bool()
     layout = layout_of(owner, {}, visual, *index_of(visual))
-    found = [(view.sample, view.rows.tolist(), view.grid, view.features.tolist()) for view in layout.views]
-    assert found == [
-        (0, [1, 2, 3, 4], (2, 2), [0, 1, 2, 3]),
-        (0, [6], (1, 1), [4]),
-        (1, [0, 1, 2, 3], (2, 2), [5, 6, 7, 8]),
+    assert [(view.sample, int(view.rows[0]), view.grid, int(view.features[0])) for view in layout.views] == [
+        (0, 1, (6, 6), 0),
+        (0, 39, (6, 6), 36),
+        (0, 75, (6, 6), 72),
+        (1, 0, (6, 6), 108),
     ]
-    visual[0, 5] = True
-    with pytest.raises(ValueError, match="6 visual tokens in a row, which make no square"):
-        layout_of(owner, {}, visual, *index_of(visual))
+    with pytest.raises(
+        ValueError, match="nothing tells how many rows and columns the visual tokens of Mistral3"
+    ):
+        layout_of(find_parts(family("mistral3")).owner, {}, visual, *index_of(visual))
+
+
+@pytest.mark.parametrize("tokens", [4, 9, 16, 35, 37, 64, 144 + 1])
+def test_a_square_of_another_size_is_no_grid(tokens: int) -> None:
+    """Not the size that the tower's patches come to by the config: 4, 9, 16 and 64 tokens may stand in any way."""
+    owner = find_parts(llava()).owner
+    visual = torch.ones(1, tokens, dtype=torch.bool)
+    for given in ({}, {"pixel_values": torch.ones(1, 3, 24, 24)}):
+        with pytest.raises(
+            ValueError, match=r"an? .*of 6 x 6 patches makes 6 x 6 by its config|each of 1 images"
+        ) as error:
+            layout_of(owner, given, visual, *index_of(visual))
+        assert "pass visual_grid=[H, W]" in str(error.value)
 
 
 def test_images_of_another_shape() -> None:
-    """4 x 16 pixels and 16 tokens make a grid of 2 x 8, and no square."""
     owner = find_parts(llava()).owner
     visual = torch.ones(1, 16, dtype=torch.bool)
-    given = {"pixel_values": torch.ones(1, 3, 4, 16)}
-    (view,) = layout_of(owner, given, visual, *index_of(visual)).views
+    (view,) = layout_of(owner, {"pixel_values": torch.ones(1, 3, 8, 32)}, visual, *index_of(visual)).views
     assert view.grid == (2, 8)
-    with pytest.raises(ValueError, match="16 visual tokens in a row, which make no grid of the shape"):
-        layout_of(owner, {"pixel_values": torch.ones(1, 3, 4, 12)}, visual, *index_of(visual))
+    # As many tokens as 4 images of this shape make, and there is one.
+    with pytest.raises(
+        ValueError, match="16 visual tokens, and each of 1 images of 1 x 4 patches makes 1 x 4"
+    ):
+        layout_of(owner, {"pixel_values": torch.ones(1, 3, 4, 16)}, visual, *index_of(visual))
+
+
+def test_tokens_made_by_attention_stand_nowhere() -> None:
+    """Latents of Idefics 2 and Aria: also where they are as many as there are patches, or as a square has."""
+    for name in {"idefics2", "aria", "granite4_vision"} & set(families.TYPES):
+        owner = find_parts(family(name)).owner
+        for tokens in (9, 36):
+            visual = torch.ones(1, tokens, dtype=torch.bool)
+            for sizes in ({}, {"image_sizes": torch.tensor([[24, 24]])}):
+                given = {"pixel_values": torch.ones(1, 3, 24, 24), **sizes}
+                with pytest.raises(ValueError, match=r"nothing tells how many rows .*: pass visual_grid"):
+                    layout_of(owner, given, visual, *index_of(visual))
+            given = {"pixel_values": torch.ones(1, 3, 24, 24), "visual_grid": (1, tokens)}
+            assert layout_of(owner, given, visual, *index_of(visual)).views[0].grid == (1, tokens)
+        with pytest.raises(
+            ValueError, match=r"of all patches, by attention|of several of the tower's features"
+        ):
+            find_tower(owner)
+
+
+@pytest.mark.parametrize("name", sorted({"step3p7", "granite_docling", "got_ocr2"} & set(families.TYPES)))
+def test_strides_and_remainders_leave_the_grid_unknown(name: str) -> None:
+    """Towers that merge patches by strided convolutions, and squares that the patches are not a multiple of."""
+    owner = find_parts(family(name)).owner
+    for tokens in (1, 4, 16, 36):
+        visual = torch.ones(1, tokens, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"pass visual_grid"):
+            layout_of(owner, {}, visual, *index_of(visual))
+
+
+def test_patches_are_averaged_in_squares_only_where_the_config_says_so() -> None:
+    """Four patches of a row side by side, as in MiniGPT-v2, are as many as 2 x 2 are."""
+    model = llava()
+    tower = find_tower(find_parts(model).owner)
+    rows = torch.arange(64.0)[:, None]
+    arguments = {"pixel_values": torch.ones(1, 3, 32, 32)}
+    assert tower.to_features(rows, arguments, 16) is rows  # and is refused for its number
+    model.config.downsample_factor = 2
+    assert tower.to_features(rows, arguments, 16)[:2, 0].tolist() == [4.5, 6.5]
+
+
+def test_the_model_and_the_caller_dont_both_say_grids() -> None:
+    model = grid_model("qwen2_vl")
+    inputs = grid_prompt(model)
+    visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    with pytest.raises(
+        ValueError, match=r"visual_grid=\(2, 2\): Qwen2VLModel tells the grids of its images itself"
+    ):
+        layout_of(find_parts(model).owner, {**inputs, "visual_grid": (2, 2)}, visual, *index_of(visual))
 
 
 def test_frames_that_a_model_pools_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from test_oracle import TOLERANCE, error
 from tiny import BOS, EOS, IMAGE, VIDEO, generate
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
@@ -12,6 +13,7 @@ from ways import CONFIG, MODELS, V5, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.arguments import CACHE
 
 TOKENS = 12
 
@@ -97,12 +99,16 @@ def test_drafts_and_sliding_windows(name: str, drafts) -> None:
     assert error(assisted, greedy) <= TOLERANCE
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
-def test_prompt_lookup(name: str) -> None:
+def test_prompt_lookup(name: str, cache: str) -> None:
+    if cache == "static" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("this transformers can't crop a static cache")
     model, _, _ = pair(name, CONFIG)
     inputs = make(name, "single")
     greedy = answer(model, inputs)
-    lookup = answer(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    static = {CACHE: gap_triton.static_cache(model, max_cache_len=120)} if cache == "static" else {}
+    lookup = answer(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1, **static)
     assert torch.equal(lookup.sequences, greedy.sequences)
     assert error(lookup, greedy) <= TOLERANCE
 

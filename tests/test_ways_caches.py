@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from test_generation import next_turn
 from test_oracle import TOLERANCE, error
-from tiny import LAYERS, generate
+from tiny import IMAGE, LAYERS, generate
 from ways import CONFIG, MODELS, MROPE, build, make, pair
 
 import gap_triton
-from gap_triton import GapConfig
+from gap_triton import GapConfig, Stage
+from gap_triton.arguments import CACHE
 
 
 class Conversation:
     """One model, its cache, and the mask and the ids of everything that has gone through it."""
 
-    def __init__(self, model, inputs: dict[str, torch.Tensor]) -> None:
+    def __init__(self, model, inputs: dict[str, torch.Tensor], cache=None) -> None:
         self.model = model
-        self.cache = transformers.DynamicCache(config=model.config.get_text_config())
+        self.cache = cache or transformers.DynamicCache(config=model.config.get_text_config())
         self.mask = inputs["attention_mask"]
         with torch.no_grad():
             self.logits = [model(**inputs, past_key_values=self.cache).logits[:, -1:]]
@@ -47,12 +50,21 @@ class Conversation:
 
 
 def converse(
-    name: str, inputs: dict[str, torch.Tensor], act, config: GapConfig = CONFIG, blocks=(1, 3, 1)
+    name: str,
+    inputs: dict[str, torch.Tensor],
+    act,
+    config: GapConfig = CONFIG,
+    blocks=(1, 3, 1),
+    cache_of=None,
 ) -> None:
-    """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it."""
+    """Prompt, two steps, ``act`` on the cache, further blocks: with pruning, and as the oracle sees it.
+
+    The pruned model has the cache that ``cache_of`` makes for it.
+    """
     model, reference, oracle = pair(name, config)
     with oracle:
-        talks = [Conversation(model, inputs), Conversation(reference, inputs)]
+        cache = cache_of and cache_of(model)
+        talks = [Conversation(model, inputs, cache), Conversation(reference, inputs)]
         for talk in talks:
             talk.go_on(1, 1)
             assert talk.model is model or oracle.dropped.any()
@@ -104,6 +116,32 @@ def test_crop(name: str, batch: str, tokens: int) -> None:
         assert talk.cache.get_seq_length() == left
 
     converse(name, make(name, batch), crop)
+
+
+STATIC = {
+    "full": lambda model: transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=120),
+    "shorter-layers": lambda model: gap_triton.static_cache(model, max_cache_len=120),
+}
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="this transformers can't crop a static cache",
+)
+@pytest.mark.parametrize("tokens", [1, 4, 20, 40], ids=lambda n: f"minus-{n}")
+@pytest.mark.parametrize("kind", STATIC)
+@pytest.mark.parametrize("name", MODELS)
+def test_crop_of_a_static_cache(name: str, kind: str, tokens: int) -> None:
+    def crop(talk: Conversation, oracle=None) -> None:
+        left = talk.mask.shape[1] - (0 if oracle is not None else tokens)
+        if oracle is not None:
+            oracle.dropped = oracle.dropped[:, :left]
+            return
+        talk.cache.crop(-tokens)
+        talk.mask = talk.mask[:, :left]
+        assert int(talk.cache.get_seq_length()) == left
+
+    converse(name, make(name, "left-padded"), crop, cache_of=STATIC[kind])
 
 
 @pytest.mark.skipif(
@@ -168,6 +206,192 @@ def test_another_question_about_the_same_image() -> None:
             original.reorder_cache(torch.tensor([1, 0]))
 
     converse("llava", make("llava", "ragged-images"), fork)
+
+
+# ------------------------------------------------------------------------------------------------ an image, then questions
+BLIND = {
+    "cls": GapConfig(0.4, -1, "cls"),
+    "received": GapConfig(0.4, -1, "received"),
+    "key norm of the tower": GapConfig(0.4, -1, "key_norm"),
+    "merged": GapConfig(0.4, -1, "cls", "region", "nearest"),
+    "random": GapConfig(0.4, -1, "random"),
+    "key norm": GapConfig(0.4, 1, "key_norm"),
+    "spatial": GapConfig(0.4, 1, "spatial"),
+    "stages": GapConfig(0.7, -1, "random", then=(Stage(0.4, 0, "key_norm"), Stage(0.2, 2, "spatial"))),
+    "compacted": GapConfig(0.4, 1, "key_norm", ids="compacted"),
+}
+
+
+def dummy_then_crop(model, cache) -> None:
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    cache.crop(-1)
+
+
+def prefix(model, inputs: dict[str, torch.Tensor], words: int):
+    """A cache of the prompt up to ``words`` words behind its last image, and how many tokens that are."""
+    length = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 1 + words
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    cut = {
+        key: value[:, :length] if key in ("input_ids", "attention_mask", "mm_token_type_ids") else value
+        for key, value in inputs.items()
+    }
+    with torch.no_grad():
+        model(**cut, past_key_values=cache)
+    return cache, length
+
+
+def ask(model, inputs: dict[str, torch.Tensor], cache, length: int) -> torch.Tensor:
+    """Logits of what follows the first ``length`` tokens."""
+    ids = inputs["input_ids"][:, length:]
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("config", BLIND.values(), ids=BLIND)
+@pytest.mark.parametrize("name", MODELS)
+def test_questions_about_an_image_that_was_read_once(name: str, config: GapConfig) -> None:
+    """Where nothing that ranks looks at text, a cached image is as good as a whole prompt."""
+    if name == MROPE and config.score == "cls":
+        config = dataclasses.replace(config, score="received")  # its vision encoder has no CLS token
+    model, inputs = build(name, "gap_triton"), make(name, "single")
+    gap_triton.configure(model, config)
+    cache, length = prefix(model, inputs, words=1)
+    for seed in (1, 2):
+        question = dict(inputs)
+        words = torch.randint(5, 140, (1, 6), generator=torch.Generator().manual_seed(seed))
+        question["input_ids"] = torch.cat([inputs["input_ids"][:, :length], words], 1)
+        question["attention_mask"] = torch.ones_like(question["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            question["mm_token_type_ids"] = (question["input_ids"] == IMAGE).int()
+        with torch.no_grad():
+            whole = model(**question).logits[:, length:]
+        for dummy in (False, True):
+            again = copy.deepcopy(cache)
+            if dummy:
+                dummy_then_crop(model, again)
+            assert float((ask(model, question, again, length) - whole).abs().max()) <= TOLERANCE
+
+
+def test_generate_in_chunks_where_nothing_looks_at_text() -> None:
+    if Version(transformers.__version__) < Version("5"):
+        pytest.skip("this transformers can't prefill a prompt with an image in chunks")
+    model, inputs = build("llava", "gap_triton"), make("llava", "single")
+    gap_triton.configure(model, BLIND["key norm"])
+    length = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 2
+    whole = generate(model, inputs)
+    chunked = generate(model, inputs, prefill_chunk_size=length)
+    assert torch.equal(whole.sequences, chunked.sequences)
+    assert error(whole, chunked) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GapConfig(0.4, 1),
+        GapConfig(0.4, 1, "last_token"),
+        GapConfig(0.4, -1, "text_similarity"),
+        GapConfig(0.7, -1, "random", then=(Stage(0.3, 1),)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dummy", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_choice_that_asks_text_needs_the_whole_prompt(name: str, config: GapConfig, dummy: bool) -> None:
+    """A dummy token that is cropped away again does not make it whole."""
+    model, inputs = build(name, "gap_triton"), make(name, "single")
+    gap_triton.configure(model, config)
+    cache, length = prefix(model, inputs, words=2)
+    if dummy:
+        dummy_then_crop(model, cache)
+    with pytest.raises(ValueError, match="tokens were chosen by a prompt that was not complete"):
+        ask(model, inputs, cache, length)
+
+
+@pytest.mark.parametrize("what", ["ends in its image", "another image follows"])
+def test_a_first_part_that_is_not_whole(what: str) -> None:
+    model, inputs = build("llava", "gap_triton"), make("llava", "single")
+    gap_triton.configure(model, BLIND["random"])
+    cache, length = prefix(model, inputs, words=0 if "ends" in what else 2)
+    more = (
+        make("llava", "single", seed=4)
+        if "another" in what
+        else {"input_ids": inputs["input_ids"][:, length:]}
+    )
+    more.pop("attention_mask", None)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds all images and ends in text"):
+        model(**more, past_key_values=cache)
+
+
+# ------------------------------------------------------------------------------------------------ failures on the way
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_a_failed_prompt_leaves(kind: str, layer: int) -> None:
+    """Before and behind the cut: it can't go on, and says so; after reset() it is as good as new."""
+    model, _, _ = pair()
+    inputs = make("llava", "left-padded")
+    expected = generate(model, inputs)
+    text = model.config.get_text_config()
+    cache = transformers.DynamicCache(config=text)
+    if kind == "static":
+        cache = gap_triton.static_cache(model, max_cache_len=100)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.language_model.layers[layer].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, inputs, past_key_values=cache)
+    handle.remove()
+    for retry in (
+        lambda: generate(model, inputs, past_key_values=cache),
+        lambda: model(**inputs, past_key_values=cache),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"{CACHE} is left from a forward that failed"):
+            retry()
+    model.train()  # and then runs unpruned
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"{CACHE} is left from a forward that failed"):
+        model(**inputs, past_key_values=cache)
+    model.eval()
+    cache.reset()
+    if kind == "dynamic" and cache.get_seq_length():
+        return  # this transformers' DynamicCache.reset() zeroes the cache but keeps its length
+    again = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(again.sequences, expected.sequences)
+    assert error(again, expected) <= TOLERANCE
+
+
+def test_a_block_of_words_that_failed() -> None:
+    """In a layer that nothing else would tell from the ones before it."""
+    model, _, _ = pair()
+    talk = Conversation(model, make("llava", "even"))
+    talk.go_on(1)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.language_model.layers[LAYERS - 1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        talk.go_on(3)
+    handle.remove()
+    with pytest.raises(ValueError, match=rf"{CACHE} is left from a forward that failed"):
+        talk.go_on(3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GapConfig(0.4, -1, "random")], ids=str)
+def test_no_rows_at_all(config: GapConfig) -> None:
+    """Whatever the unpruned model makes of them."""
+    results = []
+    for implementation in ("sdpa", "gap_triton"):
+        model = build("llava", implementation)
+        if implementation == "gap_triton":
+            gap_triton.configure(model, config)
+        try:
+            with torch.no_grad():
+                results.append(model(input_ids=torch.empty(1, 0, dtype=torch.long)).logits.shape)
+        except Exception as error:
+            results.append((type(error), str(error)))
+    assert results[0] == results[1]
 
 
 # ------------------------------------------------------------------------------------------------ static caches
@@ -249,3 +473,8 @@ def test_static_cache_before_the_decoder(batch: str) -> None:
 def test_static_cache_of_a_bad_length(length: object) -> None:
     with pytest.raises(ValueError, match=rf"max_cache_len={length}: expected an int >= 1"):
         gap_triton.static_cache(build("llava", "gap_triton"), length)
+
+
+def test_static_cache_of_a_length_of_numpy() -> None:
+    cache = gap_triton.static_cache(build("llava", "gap_triton"), np.int64(80))
+    assert type(cache.layers[0].max_cache_len) is int

@@ -58,9 +58,14 @@ class Architecture(ABC):
         """Tokens that decoding leaves out."""
         return tuple(token for token in self.tokens if token.startswith("<") and not token.startswith("<loc"))
 
+    @property
+    def image_text(self) -> str:
+        """One image in the text for the processor."""
+        return f"{''.join(self.before[1:])}{self.image_token}{''.join(self.after)}"
+
     def prompt(self, question: str) -> str:
         """The text for the processor: one question about one image."""
-        return f"{''.join(self.before[1:])}{self.image_token}{''.join(self.after)} {question}"
+        return f"{self.image_text} {question}"
 
     def splice(self, words: Tensor, features: Tensor) -> Tensor:
         """Put visual tokens ``[N, VISUAL, C]`` where ``words``, embedded tokens ``[N, L, C]``, have placeholders."""

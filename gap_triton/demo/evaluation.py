@@ -14,12 +14,11 @@ from torch import Tensor
 import gap_triton
 from gap_triton import GapConfig
 from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
-from gap_triton.demo.charts import save_coverage, save_methods
 from gap_triton.demo.compare import compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
 from gap_triton.demo.jobs import Job, run_jobs
 from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
-from gap_triton.demo.report import markdown_of, table_of, write_results
+from gap_triton.demo.report import can_draw, markdown_of, table_of, write_results
 from gap_triton.demo.run import load_embedded_model
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import Case, Row
@@ -61,6 +60,8 @@ def sweep_configs(
 class Evaluation:
     """What to measure of which models, collected first, so that one progress bar shows all of it.
 
+    Without matplotlib there are no pictures, which is said.
+
     Args:
         console: Where to print.
         output: Folder for the files; made where it is missing.
@@ -96,10 +97,13 @@ class Evaluation:
                 self.console.print(f"no row: {refusal.model}, {refusal.method}: {refusal.reason}")
             self._write("methods.json", rows=rows, comparisons=comparisons, refused=refused)
             self._write_text("methods.md", methods_markdown(rows, comparisons, refused))
-            save_methods(
-                rows, self._title("Methods with ids compacted and kept"), self.output / "methods.png"
-            )
-            self._wrote("methods.png")
+            if can_draw(self.console, "methods.png"):
+                from gap_triton.demo.charts import save_methods
+
+                save_methods(
+                    rows, self._title("Methods with ids compacted and kept"), self.output / "methods.png"
+                )
+                self._wrote("methods.png")
 
         self._add([cases for cases, _ in found], write)
 
@@ -113,8 +117,11 @@ class Evaluation:
             ]
             self._write("coverage.json", rows=rows, comparisons=comparisons)
             self._write_text("coverage.md", coverage_markdown(rows, comparisons))
-            save_coverage(rows, self._title("Coverage and position ids"), self.output / "coverage.png")
-            self._wrote("coverage.png")
+            if can_draw(self.console, "coverage.png"):
+                from gap_triton.demo.charts import save_coverage
+
+                save_coverage(rows, self._title("Coverage and position ids"), self.output / "coverage.png")
+                self._wrote("coverage.png")
 
         self._add([coverage_cases(model, budgets) for model, _ in self.models], write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from gap_triton.demo.compare import Comparison
@@ -50,6 +52,18 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
         "prefill: its time, vision tower included, relative to no pruning; KV cache: of one prompt"
     )
     return table
+
+
+def can_draw(console: Console, *pictures: str) -> bool:
+    """Whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        console.print(
+            f"left out {' and '.join(pictures)}: matplotlib is not installed: pip install matplotlib",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found
 
 
 def write_results(path: Path, samples: int, device: torch.device, **parts: Sequence[Any]) -> None:

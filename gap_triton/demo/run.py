@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,13 +16,13 @@ from gap_triton.config import Ids, Score
 from gap_triton.demo.architectures import LLAVA, find
 from gap_triton.demo.grounding import answer_boxes
 from gap_triton.demo.jobs import Job, run_jobs
-from gap_triton.demo.pictures import Example, kept_grid, save_bars, save_overlay
-from gap_triton.demo.report import table_of, write_results
+from gap_triton.demo.report import can_draw, table_of, write_results
 from gap_triton.demo.scenes import GRID, IMAGE_SIZE, held_out
 from gap_triton.demo.table import Case, Row
 from gap_triton.environment import default_device, device_name
 
-MODEL_PATH = LLAVA.folder  # of the model that the demo shows
+if TYPE_CHECKING:
+    from gap_triton.demo.pictures import Example
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
 SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
@@ -50,7 +50,10 @@ def demo_configs() -> list[GapConfig]:
 
 
 def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
-    """Run everything and write ``results.json``, ``overlay.png`` and ``accuracy.png`` into ``output``."""
+    """Run everything and write ``results.json``, ``overlay.png`` and ``accuracy.png`` into ``output``.
+
+    Without matplotlib there are no pictures, which is said.
+    """
     output.mkdir(parents=True, exist_ok=True)
     device = default_device()
     model, processor = load_embedded_model(device)
@@ -65,21 +68,28 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
         table_of(rows, f"Grounding on {samples} held-out scenes, tokens dropped after decoder layer {LAYER}")
     )
 
-    title = f"Accuracy on {samples} held-out scenes, pruned after decoder layer {LAYER}"
-    save_bars(rows, title, output / "accuracy.png")
-    save_overlay(
-        examples(model, processor),
-        f"First {SHOWN} held-out scenes, {SHOWN_KEEP:.0%} kept",
-        output / "overlay.png",
-    )
     write_results(output / "results.json", samples, device, rows=rows)
-    for name in ("results.json", "overlay.png", "accuracy.png"):
+    written = ["results.json"]
+    if can_draw(console, "overlay.png", "accuracy.png"):
+        from gap_triton.demo.pictures import save_bars, save_overlay
+
+        save_overlay(
+            examples(model, processor),
+            f"First {SHOWN} held-out scenes, {SHOWN_KEEP:.0%} kept",
+            output / "overlay.png",
+        )
+        title = f"Accuracy on {samples} held-out scenes, pruned after decoder layer {LAYER}"
+        save_bars(rows, title, output / "accuracy.png")
+        written += ["overlay.png", "accuracy.png"]
+    for name in written:
         console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
     return rows
 
 
 def examples(model: Any, processor: Any) -> list[Example]:
     """The first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
+    from gap_triton.demo.pictures import Example, kept_grid
+
     scenes = held_out(SHOWN)
     boxes = {"truth": scenes.target_boxes / IMAGE_SIZE}
     pair: tuple[Ids, ...] = ("kept", "compacted")

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import GapConfig, Score
 from ..models import find_parts
+from ..plain import shown
 from ..vision.tower import find_tower
 from . import (
     cls,
@@ -63,8 +64,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     Raises:
         ValueError: There is no such method, or it takes no such option, or the option is out of range.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r}: expected one of {', '.join(map(repr, PRESETS))}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset {shown(name)}: expected one of {', '.join(map(repr, PRESETS))}")
     known = inspect.signature(PRESETS[name]).parameters
     for option in options:
         if option not in known:

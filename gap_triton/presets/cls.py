@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Score
+from .budget import check_budget
 
 
 def configure(budget: float | int = 0.25, score: Score = "cls") -> GapConfig:
@@ -12,4 +13,4 @@ def configure(budget: float | int = 0.25, score: Score = "cls") -> GapConfig:
         budget: Share or count of tokens kept.
         score: ``"received"`` for a vision encoder without CLS token: the attention that each token receives.
     """
-    return GapConfig(keep=budget, layer=-1, score=score)
+    return GapConfig(keep=check_budget(budget), layer=-1, score=score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig
+from .budget import check_budget
 from .depth import pruning_layers
 
 ENTERED = (2,)
@@ -19,4 +20,4 @@ def configure(budget: float | int = 0.5, layers: int = 32) -> GapConfig:
         layers: Number of decoder layers; K = 2 of 32 is scaled to it.
     """
     (layer,) = pruning_layers(ENTERED, layers)
-    return GapConfig(keep=budget, layer=layer, score="last_token")
+    return GapConfig(keep=check_budget(budget), layer=layer, score="last_token")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Stage
-from .depth import check_share, pruning_layers
+from .budget import LEAST, check_share, rounded
+from .depth import pruning_layers
 
 ENTERED = (8, 16)
 KEPT = 0.3  # of the tokens, at each stage: the released script's fastv_ratio=0.7
@@ -28,9 +29,9 @@ def configure(budget: float = round(FIRST * KEPT, 4), layers: int = 32) -> GapCo
     share = check_share(budget)
     first, second = pruning_layers(ENTERED, layers)
     return GapConfig(
-        keep=round(min(share / KEPT, 1.0), 6),
+        keep=rounded(share / KEPT),
         layer=first,
         score="unrotated",
         coverage="stride",
-        then=(Stage(share, second, "unrotated"),),
+        then=(Stage(max(share, LEAST), second, "unrotated"),),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from ..config import GapConfig, Score, Stage
-from .depth import check_share, pruning_layers
+from .budget import check_budget, rounded
+from .depth import pruning_layers
 
 ENTERED = (16,)
 # Of the average budget, what each stage keeps on LLaVA-1.5: 112 and 16 for 64, 224 and 32 for 128, 336 and 48 for 192.
-FIRST, SECOND = 1.75, 0.25
+FIRST, SECOND = Fraction(7, 4), Fraction(1, 4)
 # On Qwen2.5-VL, by the average share: what the first stage keeps, and what the second keeps of that.
 SHARES = {0.25: (0.35, 0.42), 0.5: (0.60, 0.66), 0.75: (0.85, 0.70)}
 
@@ -21,7 +24,7 @@ def configure(budget: float | int = 64, layers: int = 32, score: Score = "cls") 
     attention alone (paper: times the norm of the key), pillars are found by score (paper: by key norm), stage 2 ranks
     by attention (paper: by cosine to the mean text embedding). How many of each region are candidates is not given but
     the least that suffices, which is the code's 1, 2, 3 on 24 x 24 patches. The newline tokens of LLaVA-NeXT all
-    survive stage 1.
+    survive stage 1 at these budgets and count among its survivors, as they do in the published numbers.
 
     Args:
         budget: Mean number of tokens over the decoder layers. A count follows the LLaVA settings (published: 64, 128,
@@ -33,10 +36,11 @@ def configure(budget: float | int = 64, layers: int = 32, score: Score = "cls") 
     (layer,) = pruning_layers(ENTERED, layers)
     first: float | int
     second: float | int
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
-        first, second = max(round(FIRST * budget), 1), max(round(SECOND * budget), 1)
+    value = check_budget(budget)
+    if isinstance(value, int):
+        first, second = max(round(FIRST * value), 1), max(round(SECOND * value), 1)
     else:
-        first, second = _shares(check_share(budget))
+        first, second = _shares(value)
     return GapConfig(
         keep=first,
         layer=-1,
@@ -56,4 +60,4 @@ def _shares(budget: float) -> tuple[float, float]:
     (low, low_ratio), (high, high_ratio) = SHARES[below], SHARES[above]
     first = min(low + part * (high - low), 1.0)
     ratio = min(max(low_ratio + part * (high_ratio - low_ratio), 0.0), 1.0)
-    return round(first, 6), max(round(first * ratio, 6), 1e-6)
+    return rounded(first), rounded(first * ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Outliers, Score
+from .budget import check_budget_or_outliers
 
 
 def configure(budget: float | int | Outliers = "outliers", score: Score = "cls") -> GapConfig:
@@ -17,4 +18,4 @@ def configure(budget: float | int | Outliers = "outliers", score: Score = "cls")
         budget: Share or count of tokens kept, or ``"outliers"``.
         score: ``"received"`` for a vision encoder without CLS token.
     """
-    return GapConfig(keep=budget, layer=-1, score=score, merge="nearest")
+    return GapConfig(keep=check_budget_or_outliers(budget), layer=-1, score=score, merge="nearest")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Stage
-from .depth import check_share, pruning_layers
+from .budget import check_share, rounded
+from .depth import pruning_layers
 
 ENTERED = (8, 16, 24)
 
@@ -22,5 +23,5 @@ def configure(budget: float = 0.125, layers: int = 32) -> GapConfig:
     """
     ratio = check_share(budget) ** (1 / len(ENTERED))
     first, *rest = pruning_layers(ENTERED, layers)
-    later = tuple(Stage(round(ratio ** (i + 2), 6), layer, "last_token") for i, layer in enumerate(rest))
-    return GapConfig(keep=round(ratio, 6), layer=first, score="last_token", then=later)
+    later = tuple(Stage(rounded(ratio ** (i + 2)), layer, "last_token") for i, layer in enumerate(rest))
+    return GapConfig(keep=rounded(ratio), layer=first, score="last_token", then=later)

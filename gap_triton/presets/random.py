@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig
+from .budget import check_budget
 
 
 def configure(budget: float | int = 0.25, seed: int = 0) -> GapConfig:
@@ -12,4 +13,4 @@ def configure(budget: float | int = 0.25, seed: int = 0) -> GapConfig:
         budget: Share or count of tokens kept.
         seed: Of the draw.
     """
-    return GapConfig(keep=budget, layer=-1, score="random", seed=seed)
+    return GapConfig(keep=check_budget(budget), layer=-1, score="random", seed=seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Stage
-from .depth import check_share, pruning_layers
+from ..plain import is_int, plain, shown
+from .budget import check_share, rounded
+from .depth import pruning_layers
 
 # Layers 2, 6 and 15 of 32 score, and the next ones are the first with fewer tokens.
 ENTERED = (3, 7, 16)
@@ -22,18 +24,19 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
 
     Args:
         budget: 192, 128 or 64 of 576 tokens, what the paper calls its budget: roughly the mean over the layers. A
-        share stands
-            for any number of tokens: the lists are interpolated between the published budgets, as shares of 576.
+            share stands for any number of tokens: the lists are interpolated between the published budgets, as shares of
+            576.
         layers: Number of decoder layers; layers 2, 6 and 15 of 32 are scaled to it.
     """
     keeps: tuple[float | int, ...]
-    if isinstance(budget, int) and budget in PUBLISHED:
-        keeps = PUBLISHED[budget]
-    elif isinstance(budget, float):
+    value = plain(budget)
+    if is_int(value) and value in PUBLISHED:
+        keeps = PUBLISHED[value]
+    elif isinstance(value, float):
         keeps = _interpolated(check_share(budget) * TOKENS)
     else:
         raise ValueError(
-            f"budget={budget!r}: expected {', '.join(map(str, sorted(PUBLISHED)))}, or a share, a float in (0, 1]"
+            f"budget={shown(budget)}: expected {', '.join(map(str, sorted(PUBLISHED)))}, or a share, a float in (0, 1]"
         )
     first, *rest = pruning_layers(ENTERED, layers)
     later = tuple(Stage(keep, layer, "raters") for keep, layer in zip(keeps[1:], rest, strict=True))
@@ -47,4 +50,4 @@ def _interpolated(budget: float) -> tuple[float, ...]:
     above = min(point for point in known if point >= budget)
     part = (budget - below) / (above - below)
     counts = [low + part * (high - low) for low, high in zip(known[below], known[above], strict=True)]
-    return tuple(round(count / TOKENS, 6) for count in counts)
+    return tuple(rounded(count / TOKENS) for count in counts)

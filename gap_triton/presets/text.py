@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig
+from .budget import check_budget
 
 
 def configure(budget: float | int = 0.25) -> GapConfig:
@@ -11,4 +12,4 @@ def configure(budget: float | int = 0.25) -> GapConfig:
     Args:
         budget: Share or count of tokens kept.
     """
-    return GapConfig(keep=budget, layer=-1, score="text_similarity")
+    return GapConfig(keep=check_budget(budget), layer=-1, score="text_similarity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Outliers
+from .budget import check_budget_or_outliers
 
 
 def configure(budget: float | int | Outliers = "outliers") -> GapConfig:
@@ -16,4 +17,6 @@ def configure(budget: float | int | Outliers = "outliers") -> GapConfig:
     Args:
         budget: Share or count of tokens kept, the mean included, or ``"outliers"``.
     """
-    return GapConfig(keep=budget, layer=-1, score="text_similarity", merge="average")
+    return GapConfig(
+        keep=check_budget_or_outliers(budget), layer=-1, score="text_similarity", merge="average"
+    )

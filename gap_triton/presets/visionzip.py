@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import GapConfig, Score
+from .budget import check_budget
 
 
 def configure(budget: float | int = 64, score: Score = "cls") -> GapConfig:
@@ -16,4 +17,4 @@ def configure(budget: float | int = 64, score: Score = "cls") -> GapConfig:
         budget: Share or count of tokens kept, contextual ones included (published: 64, 128, 192 of 576).
         score: ``"received"`` for a vision encoder without CLS token, as the released code does on SigLIP and Qwen.
     """
-    return GapConfig(keep=budget, layer=-1, score=score, merge="contextual")
+    return GapConfig(keep=check_budget(budget), layer=-1, score=score, merge="contextual")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
 
-from .visual_decoder import IMAGE_TOKEN, VisualDecoder, load_exactly, refuse_keys
+from .visual_decoder import IMAGE_TOKEN, Tower, VisualDecoder, load_exactly, refuse_keys
 
 IMAGE_SIZE, PATCHES_PER_TOKEN, VISUAL_TOKENS = 448, 4, 256
 LAYER_NORM_EPS = 1e-5  # of ln_vision; the tower's own norms have 1e-6
@@ -42,7 +42,7 @@ EVA_NAMES = (
 )
 
 
-class EvaPatches(nn.Module):
+class EvaPatches(Tower):
     """Patch features of EVA ViT-g, those of four neighbours in a row side by side."""
 
     def __init__(self, model: Blip2VisionModel) -> None:
@@ -54,6 +54,11 @@ class EvaPatches(nn.Module):
         patches = self.model(pixel_values).last_hidden_state[:, 1:]
         images, count, channels = patches.shape
         return patches.reshape(images, count // PATCHES_PER_TOKEN, PATCHES_PER_TOKEN * channels)
+
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
+        """[I, 3, 448, 448] -> (32, 8): the rows of the patches, and a quarter of their columns."""
+        rows, columns = super().grid(pixel_values) or (0, 0)
+        return None if columns % PATCHES_PER_TOKEN else (rows, columns // PATCHES_PER_TOKEN)
 
 
 def load(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from .visual_decoder import IMAGE_TOKEN, VisualDecoder, refuse_keys
+from .visual_decoder import IMAGE_TOKEN, Tower, VisualDecoder, refuse_keys
 
 VISION_TOWER = "openai/clip-vit-large-patch14"
 SELECT_LAYER = -2
@@ -24,7 +24,7 @@ VISUAL_TOKENS = 256
 IMAGE, START, PATCH, END = "<image>", "<im_start>", "<im_patch>", "<im_end>"
 
 
-class ClipPatches(nn.Module):
+class ClipPatches(Tower):
     """Patch features of one hidden state of CLIP's vision tower."""
 
     def __init__(self, model: CLIPVisionModel, layer: int) -> None:

@@ -10,25 +10,39 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attach import is_attached
+from ..visual_grid import VISUAL_GRID
+from ..visual_mask import VISUAL_MASK
 
 IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
 LISTED = 20
+
+
+class Tower(nn.Module):
+    """Features of images by ``model``, a vision tower whose patches make a grid."""
+
+    model: PreTrainedModel
+
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
+        """Rows and columns of visual tokens of each image of ``pixel_values`` [I, 3, H, W]; None where they make no grid."""
+        side = self.model.config.patch_size
+        return pixel_values.shape[-2] // side, pixel_values.shape[-1] // side
 
 
 class VisualDecoder(nn.Module):
     """A decoder that reads text and the projected features of images.
 
     Attributes:
-        tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image.
+        tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image, whose rows and columns its
+            method ``grid`` tells.
         projector: Linear layer from F to the decoder's width.
         decoder: The language model, which `gap_triton.attach` takes.
     """
 
-    def __init__(self, tower: nn.Module, projector: nn.Linear, decoder: PreTrainedModel) -> None:
+    def __init__(self, tower: Tower, projector: nn.Linear, decoder: PreTrainedModel) -> None:
         super().__init__()
         self.tower, self.projector, self.decoder = tower, projector, decoder
 
-    def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         """What the decoder reads.
 
         Args:
@@ -36,7 +50,8 @@ class VisualDecoder(nn.Module):
             pixel_values: [I, 3, H, W] for the I images of the batch in order, or None.
 
         Returns:
-            ``inputs_embeds`` [B, Q, C] with the features filled in, and ``visual_mask`` [B, Q] bool.
+            ``inputs_embeds`` [B, Q, C] with the features filled in, ``visual_mask`` [B, Q] bool and, where the images have
+            a grid, ``visual_grid`` (rows, columns).
 
         Raises:
             ValueError: The images do not have as many visual tokens as ``input_ids`` have places.
@@ -54,7 +69,9 @@ class VisualDecoder(nn.Module):
                 f"expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids puts it there"
             )
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
-        return {"inputs_embeds": embeds, "visual_mask": visual}
+        grid = None if pixel_values is None else self.tower.grid(pixel_values)
+        merged = {"inputs_embeds": embeds, VISUAL_MASK: visual}
+        return merged if grid is None else merged | {VISUAL_GRID: grid}
 
     def forward(
         self,
@@ -87,11 +104,9 @@ class VisualDecoder(nn.Module):
         inputs = self._inputs(input_ids, pixel_values)
         return self.decoder.generate(attention_mask=attention_mask, **inputs, **options)
 
-    def _inputs(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _inputs(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         inputs = self.merge(input_ids, pixel_values)
-        if not is_attached(self.decoder):
-            del inputs["visual_mask"]
-        return inputs
+        return inputs if is_attached(self.decoder) else {"inputs_embeds": inputs["inputs_embeds"]}
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from gap_kernels import spatial_aggregate
-from gap_kernels.validation import describe
+from gap_kernels.aggregate.op import check_radius, check_self_weight
+from gap_kernels.precision import without_autocast
+from gap_kernels.validation import check_grid, describe, is_number
 from torch import Tensor
 
 from .merged import Merged, check_merge
@@ -27,7 +29,7 @@ class AggregationRule:
         self_weight: weight of an anchor's own features; None = what dividing by the sum of the weights leaves.
 
     Raises:
-        ValueError: if ``pillar_quantile`` or ``radius`` is out of range.
+        ValueError: if one is of another type, or out of range.
     """
 
     pillar_quantile: float
@@ -36,12 +38,16 @@ class AggregationRule:
     self_weight: float | None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pillar_quantile <= 1:
+        if not is_number(self.pillar_quantile) or not 0 <= self.pillar_quantile <= 1:
             raise ValueError(
                 f"pillar_quantile: expected a float in 0..1, got {describe(self.pillar_quantile)}"
             )
-        if not self.radius > 0:
-            raise ValueError(f"radius: expected a float > 0, got {describe(self.radius)}")
+        check_radius(self.radius)
+        if not isinstance(self.radius_in_diagonals, bool):
+            raise ValueError(
+                f"radius_in_diagonals: expected a bool, got {describe(self.radius_in_diagonals)}"
+            )
+        check_self_weight(self.self_weight)
 
     def radius_of(self, grid: tuple[int, int]) -> float:
         """Return the radius in patches on a grid of (H, W)."""
@@ -59,6 +65,7 @@ QWEN = AggregationRule(0.1, 0.8, True, None)
 """Qwen2.5-VL: 0.8 of the diagonal; the anchor is one of those that are averaged."""
 
 
+@without_autocast
 def aggregate(
     features: Tensor,
     similarity: Tensor,
@@ -89,9 +96,12 @@ def aggregate(
 
     Raises:
         ValueError: if an argument has another shape, dtype or device than stated, or ``grid`` isn't that of N patches;
-            on the CPU also for rows out of range.
+            on the CPU also for rows out of range or repeated.
     """
     check_merge(features, {"anchors": anchors}, similarity=similarity, scores=scores)
+    check_grid("grid", grid)
+    if not isinstance(rule, AggregationRule):
+        raise ValueError(f"rule: expected an AggregationRule, got {describe(rule)}")
     if not anchors.numel():
         return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
     anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)

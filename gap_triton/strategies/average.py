@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from gap_kernels.precision import without_autocast
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
 from .rows import accumulation_dtype, best_of, gather_rows, members
 
 
+@without_autocast
 def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add the mean of all dropped tokens' features as one more token.
 
@@ -26,7 +28,8 @@ def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
         dropped, and its mean is itself: nothing changes. The mean is computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range.
+        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+            or repeated.
     """
     check_merge(features, {"kept": kept}, scores=scores)
     dropped = ~members(kept, features.shape[1])

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from gap_kernels import topk_indices
-from gap_kernels.validation import ShapeChecker, split_count, width_of
+from gap_kernels.blocks import row_blocks
+from gap_kernels.precision import without_autocast
+from gap_kernels.validation import (
+    ShapeChecker,
+    check_range,
+    describe,
+    is_int,
+    is_readable,
+    split_count,
+    width_of,
+)
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
@@ -20,13 +32,23 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
 
     Returns:
         ``round(keep * 10 / 64)``, halves rounded up, at least 1 but never more than ``keep``.
+
+    Raises:
+        ValueError: if ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
     """
-    count = (keep * 10 + 32) // 64
     if isinstance(keep, Tensor):
-        return torch.minimum(torch.as_tensor(count).clamp(min=1), keep)
-    return min(max(int(count), 1), keep)
+        ShapeChecker().check("keep", keep, " ".join(f"n{i}" for i in range(keep.dim())), (torch.int64,))
+        if is_readable(keep):
+            check_range("keep", keep, 0, torch.iinfo(torch.int64).max)
+        # By parts: ten times a large number has no place in int64.
+        count = keep // 64 * 10 + (keep % 64 * 10 + 32) // 64
+        return torch.minimum(count.clamp(min=1), keep)
+    if not is_int(keep) or keep < 0:
+        raise ValueError(f"keep: expected an int >= 0 or an int64 tensor, got {describe(keep)}")
+    return min(max((keep * 10 + 32) // 64, 1), keep)
 
 
+@without_autocast
 def contextual(
     features: Tensor, keys: Tensor, kept: Tensor, count: int | Tensor, *, length: int | None = None
 ) -> Merged:
@@ -57,12 +79,14 @@ def contextual(
 
     Raises:
         ValueError: if an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
-            for rows out of range.
+            for rows out of range or repeated, and for a ``length`` less than a row's contextual tokens.
     """
     check_merge(features, {"kept": kept}, keys=keys)
     shapes = ShapeChecker()
     shapes.check("features", features, "B N C", (features.dtype,))
     number, numbers = split_count("count", count, shapes)
+    if numbers is not None and is_readable(numbers):
+        check_range("count", numbers, 0, torch.iinfo(torch.int64).max)
     length = width_of("count", number, numbers, length)
     groups, num_rows, _ = features.shape
     own = gather_rows(features, kept)
@@ -75,16 +99,23 @@ def contextual(
     # 1 for targets, 0 for others: exact top-k finds their rows in order.
     targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
 
-    unit = F.normalize(keys.float(), dim=-1)
-    cosine = unit @ gather_rows(unit, targets).transpose(1, 2)  # [G, N, M]
-    # NaN ranks below everything: below any cosine (-2), but above filler.
-    cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
-    best = topk_indices(cosine.flatten(0, 1), min(length, 1)).view(groups, num_rows, min(length, 1))
-    goes_to = best == torch.arange(length, device=features.device)  # [G, N, M]
-    goes_to &= (left & ~is_target)[..., None] & (targets >= 0)[:, None]
-
     dtype = accumulation_dtype(features)
-    total = goes_to.transpose(1, 2).to(dtype) @ features.to(dtype)
-    mean = total / goes_to.sum(1).clamp(min=1)[..., None]
+    unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
+    target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
+
+    def gathered(block: slice) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
+        cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
+        # NaN ranks below everything: below any cosine (-2), but above filler.
+        cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
+        best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
+        goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
+        goes_to &= (left & ~is_target)[:, block, None] & (targets >= 0)[:, None]
+        return goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype), goes_to.sum(1)
+
+    total, number_of = functools.reduce(
+        lambda sums, more: (sums[0].add_(more[0]), sums[1].add_(more[1])),
+        map(gathered, row_blocks(num_rows, groups * length)),
+    )
+    mean = total / number_of.clamp(min=1)[..., None]
     target_features = gather_rows(features, targets)
     return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))

@@ -7,8 +7,16 @@ from typing import Literal, get_args
 
 import torch
 from gap_kernels import topk_indices, topk_per_region
-from gap_kernels.region.op import check_region
-from gap_kernels.validation import ShapeChecker, check_range, describe, split_count, width_of
+from gap_kernels.region.op import check_neighbours, check_per_region
+from gap_kernels.validation import (
+    ShapeChecker,
+    check_range,
+    describe,
+    describe_number,
+    is_readable,
+    split_count,
+    width_of,
+)
 from torch import Tensor
 
 from .rows import best_of, last_where, members
@@ -71,11 +79,25 @@ def choose(
     count, counts = split_count("keep", keep, shapes)
     if counts is None:
         if count > num_rows:
-            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {count}")
-    elif counts.is_cpu:
+            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {describe_number(count)}")
+    elif is_readable(counts):
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
     length = width_of("keep", count, counts, length)
+    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+        raise ValueError(
+            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+        )
+    if neighbours is not None:
+        check_neighbours(shapes, neighbours)
+    if per_region is not None:
+        check_per_region(per_region)
+    if order is not None:
+        shapes.check("order", order, "G|1 N", (torch.int64,))
+        if order.shape[0] not in (1, scores.shape[0]):
+            raise ValueError(
+                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
+            )
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -86,31 +108,21 @@ def choose(
                 "see gap_kernels.grid_neighbours"
             )
         return _by_region(scores, neighbours, per_region, keep, length)
-    if coverage == "stride":
-        if order is None:
-            raise ValueError(
-                "order: coverage='stride' needs the rank of each token, got None; see spatial_order"
-            )
-        shapes.check("order", order, "R N", (torch.int64,))
-        if order.shape[0] not in (1, scores.shape[0]):
-            raise ValueError(
-                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
-            )
-        return _by_stride(scores, order.expand_as(scores), keep, length)
-    raise ValueError(
-        f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {coverage!r}"
-    )
+    if order is None:
+        raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
+    return _by_stride(scores, order.expand_as(scores), keep, length)
 
 
 def _by_region(
     scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
 ) -> Tensor:
-    check_region(ShapeChecker(), scores, neighbours, 1 if per_region is None else per_region)
     if neighbours.shape[0] == scores.shape[0]:  # one grid for all rows has no filler
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
         filler = (neighbours < 0).all(-1) & scores.isneginf()
         first = torch.arange(neighbours.shape[2], dtype=neighbours.dtype, device=neighbours.device)
-        neighbours = torch.where(filler[..., None], first.where(first < scores.shape[1], -1), neighbours)
+        row = torch.arange(scores.shape[1], device=neighbours.device)[:, None]
+        others = torch.where((first < scores.shape[1]) & (first != row), first, -1)  # [N, R]
+        neighbours = torch.where(filler[..., None], others, neighbours)
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
     needed = _needed_per_region(neighbours, keep)

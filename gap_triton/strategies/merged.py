@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker, check_range
+from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, is_readable
 from torch import Tensor
 
 
@@ -48,7 +48,7 @@ def check_merge(features: Tensor, rows: dict[str, Tensor], **others: Tensor) -> 
         others: ``scores`` float32 [G, N], or vectors [G, N, E] of any float dtype, by argument name.
 
     Raises:
-        ValueError: if one has another shape, dtype or device, or on the CPU a row is out of range.
+        ValueError: if one has another shape, dtype or device, or on the CPU a row is out of range or repeated.
     """
     shapes = ShapeChecker()
     shapes.check("features", features, "G N C", FLOAT_DTYPES)
@@ -59,5 +59,6 @@ def check_merge(features: Tensor, rows: dict[str, Tensor], **others: Tensor) -> 
             shapes.check(name, value, "G N E", FLOAT_DTYPES)
     for name, value in rows.items():
         shapes.check(name, value, "G K", (torch.int64,))
-        if value.is_cpu:
+        if is_readable(value):
             check_range(name, value, -1, features.shape[1] - 1)
+            check_distinct(name, value, features.shape[1])

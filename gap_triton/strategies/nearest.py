@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from gap_kernels import topk_indices
+from gap_kernels.blocks import row_blocks
+from gap_kernels.precision import without_autocast
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
@@ -14,6 +16,7 @@ COLLECTED = 32
 """How many tokens each kept one collects."""
 
 
+@without_autocast
 def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add to each kept token the tokens with the most similar keys, and what is dropped as one more token.
 
@@ -41,7 +44,8 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range.
+        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+            or repeated.
     """
     check_merge(features, {"kept": kept}, keys=keys, scores=scores)
     num_rows = features.shape[1]
@@ -50,22 +54,27 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     own = gather_rows(features, kept)
     weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
 
-    unit = F.normalize(keys.float(), dim=-1)
-    cosine = gather_rows(unit, kept) @ unit.transpose(1, 2)  # [G, K, N]
-    itself = kept[..., None] == torch.arange(num_rows, device=kept.device)
-    ranked = last_where(itself, cosine).flatten(0, 1)
+    unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
+    row = torch.arange(num_rows, device=kept.device)
     most = max(0, min(COLLECTED, num_rows - 1))
-    near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
-    near &= (kept >= 0)[..., None]
-    collected = own.to(dtype) + torch.where(near, weights[:, None], 0) @ values
 
+    def collect(block: slice) -> Tensor:  # [G, k, C], a block of the kept tokens
+        some = kept[:, block]
+        cosine = (gather_rows(unit, some) @ unit.transpose(1, 2)).float()  # [G, k, N]
+        ranked = last_where(some[..., None] == row, cosine).flatten(0, 1)
+        near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
+        near &= (some >= 0)[..., None]
+        return own[:, block].to(dtype) + torch.where(near, weights[:, None], 0) @ values
+
+    parts = [collect(block) for block in row_blocks(kept.shape[1], features.shape[0] * num_rows)]
+    collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     dropped = ~members(kept, num_rows)
-    row = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
+    added = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
     summed = torch.where(dropped, weights, 0)[:, None] @ values
     unchanged = (dropped.sum(1) <= 1)[:, None, None]
     return assemble(
         kept,
         torch.where(unchanged, own, collected.to(features.dtype)),
-        row,
-        torch.where(unchanged, gather_rows(features, row), summed.to(features.dtype)),
+        added,
+        torch.where(unchanged, gather_rows(features, added), summed.to(features.dtype)),
     )

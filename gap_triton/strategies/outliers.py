@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gap_kernels.validation import ShapeChecker, describe
+from gap_kernels.validation import MAX_LENGTH, ShapeChecker, describe
 from torch import Tensor
 
 
@@ -21,11 +21,13 @@ def outlier_count(scores: Tensor) -> Tensor:
         int64 [G], at least 1.
 
     Raises:
-        ValueError: if ``scores`` has another shape or dtype, or N is 0.
+        ValueError: if ``scores`` has another shape or dtype, or N is 0 or more than 2**24.
     """
     ShapeChecker().check("scores", scores, "G N", (torch.float32,))
     if not scores.shape[1]:
         raise ValueError(f"scores: expected N >= 1, got {describe(scores)}")
+    if scores.shape[1] > MAX_LENGTH:  # of more, PyTorch finds no quantile
+        raise ValueError(f"scores: expected N <= {MAX_LENGTH}, got {describe(scores)}")
     if not scores.shape[0]:  # quantiles of nothing are an error
         return scores.new_empty(0, dtype=torch.int64)
     first, third = scores.nanquantile(scores.new_tensor([0.25, 0.75]), dim=1)

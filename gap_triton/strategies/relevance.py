@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from gap_kernels.blocks import row_blocks
+from gap_kernels.precision import without_autocast
 from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker
 from torch import Tensor
 
 from .rows import accumulation_dtype
 
 
+@without_autocast
 def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     """Return the cosine of each visual token to the mean text embedding.
 
@@ -39,6 +44,7 @@ def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     return (F.normalize(visual.to(dtype), dim=-1) @ unit)[..., 0].float()
 
 
+@without_autocast
 def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     """Choose the text tokens that may judge the image: SparseVLM's raters (arXiv 2410.04417).
 
@@ -67,11 +73,14 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     dtype = accumulation_dtype(visual)
     words = torch.where(text_mask[..., None], text.to(dtype), 0)
     patches = torch.where(visual_mask[..., None], visual.to(dtype), 0)
-    product = patches @ words.transpose(1, 2)  # [B, V, T]
-    share = product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1)
+
+    def shares(block: slice) -> Tensor:  # [B, T], summed over a block of the visual tokens
+        product = patches[:, block] @ words.transpose(1, 2)
+        return product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1).sum(1)
+
     # A sum is enough: all text tokens of a sample are divided by the same number of visual ones. What is masked is a row
     # of zeros and adds the same to each.
-    relevance = share.sum(1)
+    relevance = functools.reduce(Tensor.add_, map(shares, row_blocks(patches.shape[1], text_mask.numel())))
     mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
     chosen = text_mask & (relevance >= mean[:, None])
     return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from gap_kernels.validation import describe, is_int
+from gap_kernels.validation import check_grid, probe_of
 from torch import Tensor
 
 CACHED_GRIDS = 256
@@ -31,16 +31,10 @@ def spatial_order(grid: tuple[int, int], device: torch.device | str | None = Non
         ``torch.export`` and CUDA graph capture.
 
     Raises:
-        ValueError: if ``grid`` isn't two ints of at least 1.
+        ValueError: if ``grid`` isn't two ints of at least 1, has more than 2**24 cells, or there is no such device.
     """
-    if (
-        not isinstance(grid, (tuple, list))
-        or len(grid) != 2
-        or not all(is_int(size) and size >= 1 for size in grid)
-    ):
-        raise ValueError(f"grid: expected two ints >= 1, (H, W), got {describe(grid)}")
-    # Names the device in full, and is no plain tensor while fake ones are traced.
-    probe = torch.empty(0, device=device)
+    check_grid("grid", grid)
+    probe = probe_of(device)  # no plain tensor while fake ones are traced
     capturing = probe.is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or type(probe) is not Tensor or capturing:
         return _ranks(*grid, probe.device)

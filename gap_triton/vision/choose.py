@@ -7,16 +7,18 @@ token is ever computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gap_kernels import grid_neighbours
+from transformers import PreTrainedModel
 
 from gap_triton.config import Stage, asks_for_places
+from gap_triton.draw import draw
 from gap_triton.prompt import positions_first
-from gap_triton.state import Chosen, ForwardState, Prompt
+from gap_triton.state import Attachment, Chosen, ForwardState, Prompt
 from gap_triton.strategies import (
     LLAVA,
     LLAVA_NEXT,
@@ -29,17 +31,18 @@ from gap_triton.strategies import (
     contextual,
     contextual_count,
     nearest,
-    outlier_count,
     spatial_order,
     text_similarity,
 )
 
+from .budget import budget_of, newlines_that_stay
 from .layout import Layout, View, layout_of
-from .tower import TowerOutput
+from .tower import TowerOutput, packs
 
 Kwargs = dict[str, Any]
 
-ADDS_ONE = ("nearest", "average")  # merges that keep one token more, made of all that are dropped
+
+CLOSE = 1e-2  # relative; a model that does something behind its projector does more than that
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,30 @@ def choose_before_the_decoder(
             f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
             "pass inputs_embeds"
         )
+    if told is not None and told.tokens and not packs(state.attachment.owner):
+        placed = sum(len(view.rows) for view in layout.views)
+        if placed % told.tokens:  # a multiple where generate() has repeated the prompt
+            raise ValueError(
+                f"the prompt has {placed} visual tokens, and the vision encoder made {told.tokens}: pass the images of the "
+                "prompt only, and a visual_mask that names all of their tokens"
+            )
     scores = _scores(state, prompt, stage, layout.views, told, embeds)
-    batch, length = prompt.visual.shape
     device = prompt.visual.device
-    by_row = torch.full((batch, length), torch.inf, device=device)
-    stays = layout.unplaced.clone()
-    keep = list(prompt.visual_counts)  # of those that stand nowhere, in the end
+    budget = budget_of(layout.views, scores, stage, prompt.visual_counts)
+    keep = list(budget.newlines)
+    for view, kept in zip(layout.views, budget.views, strict=True):
+        keep[view.sample] += kept
+    stays = newlines_that_stay(layout.unplaced, budget)
+    by_row = torch.where(stays, torch.inf, -torch.inf).to(torch.float32)
     for view, score in zip(layout.views, scores, strict=True):
-        keep[view.sample] -= len(view.rows)
         by_row[view.sample, view.rows] = score
-    before = stage.merge != "none" and _merges_before_projector(layout, told, embeds)
-    rule = _rule_of(layout, before)
-    for grids in _grouped(layout.views, scores, stage):
+    before = stage.merge != "none" and _merges_before_projector(state.attachment, layout, told, embeds)
+    rule = _rule_of(state.attachment.owner, before)
+    for grids in _grouped(layout.views, scores, budget.views):
         sample = torch.tensor(grids.sample, device=device)[:, None]
         index, merged = _choose(grids, stage, told, embeds, before, rule)
         chosen = grids.rows.gather(1, index)
         stays[sample, chosen] = True
-        for b in grids.sample:
-            keep[b] += grids.keep
         if merged is not None:
             assert embeds is not None
             if embeds is kwargs["inputs_embeds"]:
@@ -144,8 +153,9 @@ def _scores(
     device = prompt.visual.device
     views = tuple(views)
     if stage.score == "random":
-        generator = torch.Generator().manual_seed(state.config.seed)
-        return [torch.rand(len(view.rows), generator=generator).to(device) for view in views]
+        drawn = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
+        place = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
+        return [drawn[place[view.sample, view.rows]] for view in views]
     if stage.score == "spatial":
         return [-spatial_order(view.grid).to(device).float() for view in views]
     if stage.score == "text_similarity":
@@ -160,7 +170,7 @@ def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Te
     """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
     all_text = [real - visual for real, visual in zip(prompt.real_counts, prompt.visual_counts, strict=True)]
     ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
-    text = torch.where(ends_in_image[:, None], prompt.real & ~prompt.visual, prompt.text_after)
+    text = torch.where(ends_in_image[:, None], prompt.asking & ~prompt.visual, prompt.text_after)
     rows = positions_first(
         text, max(after or whole for after, whole in zip(prompt.text_counts, all_text, strict=True))
     )
@@ -174,11 +184,10 @@ def _text_similarities(prompt: Prompt, views: tuple[View, ...], embeds: torch.Te
     return found
 
 
-def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) -> list[Grids]:
+def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence[int]) -> list[Grids]:
     """Views of one size that keep equally many, together."""
-    views = tuple(views)
     groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for number, keep in enumerate(_shares(views, scores, stage)):
+    for number, keep in enumerate(shares):
         if keep:
             groups.setdefault((views[number].grid, keep), []).append(number)
     return [
@@ -192,23 +201,6 @@ def _grouped(views: Iterable[View], scores: list[torch.Tensor], stage: Stage) ->
         )
         for (grid, keep), members in groups.items()
     ]
-
-
-def _shares(views: tuple[View, ...], scores: list[torch.Tensor], stage: Stage) -> list[int]:
-    """How many tokens each view keeps: its part of what its sample keeps."""
-    if stage.keep == "outliers":
-        more = int(stage.merge in ADDS_ONE)
-        return [min(int(outlier_count(score[None])[0]) + more, len(score)) for score in scores]
-    sizes: dict[int, int] = {}
-    for view in views:
-        sizes[view.sample] = sizes.get(view.sample, 0) + len(view.rows)
-    shares, before = [], dict.fromkeys(sizes, 0)
-    for view in views:
-        size, start = sizes[view.sample], before[view.sample]
-        end = before[view.sample] = start + len(view.rows)
-        total = stage.count(size)
-        shares.append(total * end // size - total * start // size)
-    return shares
 
 
 def _choose(
@@ -281,18 +273,41 @@ def _merge(
     return nearest(features, of_tower(told.keys), score, kept(grids.keep - 1))
 
 
-def _merges_before_projector(layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None) -> bool:
-    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it."""
-    if told is None or told.features is None or embeds is None or not layout.views:
+def _merges_before_projector(
+    attachment: Attachment, layout: Layout, told: TowerOutput | None, embeds: torch.Tensor | None
+) -> bool:
+    """Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it.
+
+    That is a property of the model, found once per configuration, by the first prompt that shows it.
+    """
+    if told is None or told.features is None or embeds is None:
         return False
-    view = layout.views[0]
-    mapped = told.project(told.features[view.features[:1].to(told.features.device)]).float()
-    given = embeds[view.sample, view.rows[:1].to(embeds.device)].float().to(mapped.device)
-    return bool(torch.allclose(mapped, given, rtol=1e-2, atol=1e-2 * float(given.abs().max())))
+    if attachment.projector_is_last is None:
+        attachment.projector_is_last = _projector_is_last(layout, told, embeds)
+    return attachment.projector_is_last is not False
 
 
-def _rule_of(layout: Layout, before_projector: bool) -> AggregationRule:
+def _projector_is_last(layout: Layout, told: TowerOutput, embeds: torch.Tensor) -> bool | None:
+    """Whether the decoder gets what the projector puts out, by a token of each image; None where none tells. One read."""
+    assert told.features is not None
+    if not layout.views:
+        return None
+    sample = torch.tensor([view.sample for view in layout.views])
+    rows, features = (
+        torch.stack([getattr(view, name)[0] for view in layout.views]) for name in ("rows", "features")
+    )
+    mapped = told.project(told.features[features.to(told.features.device)]).float()
+    given = embeds[sample.to(embeds.device), rows.to(embeds.device)].float().to(mapped.device)
+    size = given.abs().amax(dim=-1, keepdim=True)
+    # An image of nothing but NaN, or of zeros, shows nothing.
+    shows = (mapped.isfinite() & given.isfinite()).all(dim=-1) & (size[:, 0] > 0)
+    close = ((mapped - given).abs() <= CLOSE * (size + given.abs())).all(dim=-1)
+    any_shows, all_close = torch.stack([shows.any(), (close | ~shows).all()]).tolist()
+    return all_close if any_shows else None
+
+
+def _rule_of(owner: PreTrainedModel, before_projector: bool) -> AggregationRule:
     """Nüwa's constants for this kind of model: merged behind a projector, images cut into tiles, or one grid for each."""
     if not before_projector:
         return QWEN
-    return LLAVA_NEXT if len(layout.views) > len({view.image for view in layout.views}) else LLAVA
+    return LLAVA_NEXT if packs(owner) else LLAVA

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .tower import ENCODED_AHEAD, GRID_FIELDS, encoded_ahead, image_shape, packs
+from gap_triton.models import text_model_of
+from gap_triton.visual_grid import VISUAL_GRID
+
+from .tower import (
+    GRID_FIELDS,
+    PIXEL_FIELDS,
+    encoded_ahead,
+    image_shape,
+    packs,
+    patch_size_of,
+    pooling_of,
+    resamples,
+)
 
 NEWLINE = -1.0
 INSTEAD = (
@@ -92,7 +103,7 @@ def layout_of(
     for encoded in encoded_ahead(kwargs).values():
         arguments |= {name: value for name, value in encoded.arguments.items() if value is not None}
     samples = [rows[:count] for rows, count in zip(visual_index.cpu(), counts, strict=True)]
-    copies = _copies(kwargs, samples)
+    copies = _copies(kwargs, arguments, samples)
     pictures = _pictures(owner, arguments, samples[::copies])
     kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
     found = _place(pictures, samples, kinds, copies)
@@ -147,23 +158,37 @@ def _place(
     ]
 
 
-def _copies(kwargs: dict[str, Any], samples: list[Tensor]) -> int:
-    """How many samples in a row are the same one: ``generate()`` repeats prompts, not what it has encoded ahead of them."""
-    ahead = encoded_ahead(kwargs)
-    encoded = sum(each.tokens for each in ahead.values())
-    visual = sum(map(len, samples))
-    if not ahead or encoded in (0, visual):
+def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
+    """How many samples in a row are the same one: ``generate()`` repeats prompts, not what was said of them beforehand."""
+    ahead, named = encoded_ahead(kwargs), arguments.get(VISUAL_GRID)
+    if ahead:
+        told = sum(each.tokens for each in ahead.values())
+    elif isinstance(named, list):
+        told = sum(height * width for height, width in named)
+    else:
         return 1
-    copies = visual // encoded
+    visual = sum(map(len, samples))
+    if told in (0, visual):
+        return 1
+    copies = visual // told
     same = (
         all(torch.equal(rows, samples[i - i % copies]) for i, rows in enumerate(samples)) if copies else False
     )
-    if copies * encoded != visual or len(samples) % copies or not same:
+    right = copies * told == visual and len(samples) % copies == 0 and same
+    if ahead and not right:
         raise ValueError(
-            f"the prompt has {visual} visual tokens, and {encoded} were encoded ahead of it: pass the whole prompt at once, "
+            f"the prompt has {visual} visual tokens, and {told} were encoded ahead of it: pass the whole prompt at once, "
             f"without prefill_chunk_size, or {INSTEAD}"
         )
-    return copies
+    return copies if right and (ahead or _repeat(arguments, copies)) else 1
+
+
+def _repeat(arguments: dict[str, Any], copies: int) -> bool:
+    """Whether each ``copies`` samples in a row have the same input. One read."""
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    groups = (ids if ids is not None else embeds).unflatten(0, (-1, copies))  # type: ignore[union-attr]
+    same = (groups == groups[:, :1]) | (groups != groups)  # NaN equals NaN
+    return bool(same.all())
 
 
 def _kinds(
@@ -200,10 +225,33 @@ def _pictures(
     owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]
 ) -> dict[str, list[_Picture]]:
     """All images and videos of a prompt, in the order of their features."""
+    own = _by_the_model(owner, arguments)
+    named = arguments.get(VISUAL_GRID)
+    if own is not None:
+        if named is not None:
+            raise ValueError(
+                f"visual_grid={named!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
+            )
+        return own
+    if named is None:
+        named = _by_patches(owner, arguments, _runs(samples))
+    visual, shape = sum(map(len, samples)), image_shape(arguments)
+    grids = named if isinstance(named, list) else [named] * -(-visual // (named[0] * named[1]))
+    images = None if shape is None else shape[0]
+    if images is not None and len(grids) != images:
+        raise ValueError(
+            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {images}: "
+            "expected the rows and columns of visual tokens of each of them"
+        )
+    return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
+
+
+def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[_Picture]] | None:
+    """The images and videos of a prompt where the model is told, or makes, the size of each; else None."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
         return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
-    if GRID_FIELDS["image"] in _parameters(owner):
+    if GRID_FIELDS["image"] in _parameters(owner) and arguments.get(VISUAL_GRID) is None:
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
             f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
@@ -213,16 +261,73 @@ def _pictures(
             f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
             f"{INSTEAD}"
         )
+    if resamples(owner):
+        return None
     if packs(owner):
         return {"image": _packed(owner, arguments)}
-    if arguments.get("image_sizes") is not None:
-        patch = owner.config.vision_config.patch_size
+    patch = patch_size_of(getattr(owner.config, "vision_config", None))
+    if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner) and patch is not None:
         sizes = [
-            [1, height // patch, width // patch]
+            [1, height // patch[0], width // patch[1]]
             for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
         ]
-        return _by_grids({"image": sizes}, getattr(owner.config, "spatial_merge_size", 1))
-    return {"image": _squares(owner, arguments, samples)}
+        return _by_grids({"image": sizes}, pooling_of(owner))
+    return None
+
+
+def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[int]) -> tuple[int, int]:
+    """Rows and columns of visual tokens of each image where all are of one size: LLaVA and most others.
+
+    They are those of the tower's patches, or of squares of them where the config tells so. That is checked by their number,
+    which alone tells nothing: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
+    """
+    name = type(owner).__name__
+    instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {INSTEAD}"
+    size = None if resamples(owner) else _patches_of(owner, arguments)
+    if size is None:
+        raise ValueError(
+            f"nothing tells how many rows and columns the visual tokens of {name} make: {instead}"
+        )
+    pool, shape = pooling_of(owner), image_shape(arguments)
+    grid = (size[0] // pool, size[1] // pool)
+    tokens, visual = grid[0] * grid[1], sum(runs)
+    whole = tokens * pool**2 == size[0] * size[1] > 0
+    images = None if shape is None else shape[0]
+    if not whole or any(run % tokens for run in runs) or (images is not None and images * tokens != visual):
+        each = "an image" if images is None else f"each of {images} images"
+        raise ValueError(
+            f"{name} has {visual} visual tokens, and {each} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
+            f"by its config, so how many rows and columns they make is not known: {instead}"
+        )
+    return grid
+
+
+def _patches_of(owner: PreTrainedModel, arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches of each image, None where they aren't known."""
+    vision = getattr(owner.config, "vision_config", None)
+    patch = patch_size_of(vision)
+    if patch is None:
+        return None
+    if (pixels := image_shape(arguments)) is not None:
+        return pixels[1] // patch[0], pixels[2] // patch[1]
+    if any(arguments.get(field) is not None for field in PIXEL_FIELDS):
+        return None
+    # Image features came from elsewhere: of a tower that has learned so many positions, they are of that size.
+    size = getattr(vision, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2:
+        return None
+    grid = (sides[0] // patch[0], sides[1] // patch[1])
+    text = text_model_of(owner)
+    towers = (child for child in owner.children() if child is not text)
+    return grid if any(_has_learned(tower, grid[0] * grid[1]) for tower in towers) else None
+
+
+def _has_learned(tower: nn.Module, cells: int) -> bool:
+    """Whether ``tower`` adds positions to ``cells`` patches, with a CLS token or without, and merges none by strides."""
+    shapes = [parameter.shape for name, parameter in tower.named_parameters() if "position" in name]
+    strided = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
 def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
@@ -319,49 +424,6 @@ def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
 def _tower_side(owner: PreTrainedModel) -> int:
     vision = owner.config.vision_config
     return int(vision.image_size // vision.patch_size)
-
-
-def _squares(owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]) -> list[_Picture]:
-    """Images of one size each, in most models a square, several in a row or not: LLaVA and most others."""
-    runs = _runs(samples)
-    shape = image_shape(arguments)
-    candidates = _lengths(owner, arguments, sum(runs))
-    length = next((n for n in candidates if n > 0 and all(run % n == 0 for run in runs)), None)
-    found, feature = [], 0
-    for tokens in runs if length is None else [length] * (sum(runs) // length):
-        pixels = (1, 1) if shape is None else shape[1:]
-        height = math.isqrt(tokens * pixels[0] // pixels[1])
-        width = tokens // max(height, 1)
-        if height * width != tokens or height * pixels[1] != width * pixels[0]:
-            raise ValueError(
-                f"{type(owner).__name__} has {tokens} visual tokens in a row, which make no "
-                f"{'square' if shape is None else 'grid of the shape of its images'}, and nothing tells how many rows they "
-                f"make: {INSTEAD}"
-            )
-        cells = torch.arange(tokens)
-        found.append(_Picture(tokens, (_Grid((height, width), cells, cells + feature),)))
-        feature += tokens
-    return found
-
-
-def _lengths(owner: PreTrainedModel, arguments: dict[str, Any], visual: int) -> Iterable[int]:
-    """Numbers of visual tokens that each image may have, the surest first."""
-    images = _number_of_images(arguments)
-    if images and visual % images == 0:
-        yield visual // images
-    for name in ("image_seq_length", "mm_tokens_per_image"):
-        length = getattr(owner.config, name, None)
-        if isinstance(length, int):
-            yield length
-
-
-def _number_of_images(arguments: dict[str, Any]) -> int | None:
-    """How many images, or tiles, the prompt has, None where nothing tells."""
-    if (shape := image_shape(arguments)) is not None:
-        return shape[0]
-    encoded = (arguments.get(ENCODED_AHEAD) or {}).get("image")
-    features = getattr(encoded, "pooler_output", None)
-    return None if features is None else len(features)
 
 
 def _runs(samples: list[Tensor]) -> list[int]:

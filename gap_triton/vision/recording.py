@@ -54,6 +54,12 @@ class TowerOutput:
     features: Tensor | None = None
     projector: nn.Module | None = None
 
+    @property
+    def tokens(self) -> int:
+        """F."""
+        told = (self.cls, self.received, self.key_norm, self.keys, self.similarity, self.features)
+        return next((len(rows) for rows in told if rows is not None), 0)
+
     def project(self, rows: Tensor) -> Tensor:
         """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
 
@@ -133,12 +139,12 @@ class Recording:
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
-            self._parts["cls"].append(score.flatten())
+            self._parts["cls"].append(score.flatten().float())
         if "received" in self.needs:
             bounds = None if mask is None else _sequences(mask)
             whole = bounds is None or len(bounds) == 2
             score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            self._parts["received"].append(score[:, first:].flatten())
+            self._parts["received"].append(score[:, first:].flatten().float())
         if self.needs & {"key_norm", "keys"}:
             rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
             if "key_norm" in self.needs:

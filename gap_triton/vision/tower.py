@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention import NAME, WATCHED
 from ..models import calls_interface, text_model_of
+from ..names import NAME, WATCHED
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
@@ -32,6 +32,13 @@ GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
+POOLING_FIELDS = (
+    "spatial_merge_size",
+    "downsample_factor",
+    "scale_factor",
+    "hidden_stride",
+    "projector_pooling_ratio",
+)
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 
 # Weak: a forward that fails never stops its watch, and then nothing else holds it.
@@ -84,7 +91,7 @@ class Tower:
             return rows
         if not tokens or len(rows) <= tokens:
             return rows
-        pool = math.isqrt(len(rows) // tokens)
+        pool = pooling_of(self.owner)
         sizes = self._sizes(arguments, len(rows))
         if pool**2 * tokens != len(rows) or sum(h * w for h, w in sizes) != len(rows):
             return rows
@@ -113,17 +120,15 @@ class Tower:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
         if any(name in arguments for name in GRID_FIELDS.values()):
             return [(height, width) for frames, height, width in _grids_of(arguments) for _ in range(frames)]
-        images, patch = image_shape(arguments), getattr(self.module.config, "patch_size", None)
-        if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
-            patch = patch[0]
-        if images is None or not isinstance(patch, int):
+        images, patch = image_shape(arguments), patch_size_of(self.module.config)
+        if images is None or patch is None:
             return []
         if arguments.get("image_sizes") is not None:
             return [
-                (height // patch, width // patch)
+                (height // patch[0], width // patch[1])
                 for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
             ]
-        size = (images[1] // patch, images[2] // patch)
+        size = (images[1] // patch[0], images[2] // patch[1])
         return [size] * (patches // (size[0] * size[1])) if all(size) else []
 
 
@@ -225,15 +230,54 @@ def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     return {modality: encoded for modality, encoded in found.items() if encoded is not None}
 
 
-def image_shape(arguments: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size."""
+def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
+    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
+
+    The number is None where samples with fewer images than others are filled up.
+    """
     pixels = arguments.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.dim() < 4:
         return None
-    count = len(pixels)
-    if pixels.dim() > 4:  # samples with fewer images than others are filled up with zeros
-        count = int((pixels.flatten(-3) != 0).any(dim=-1).sum())
-    return count, pixels.shape[-2], pixels.shape[-1]
+    return len(pixels) if pixels.dim() == 4 else None, pixels.shape[-2], pixels.shape[-1]
+
+
+def patch_size_of(config: Any) -> tuple[int, int] | None:
+    """Height and width in pixels of a patch of a vision tower with this config, None where it does not tell."""
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int):
+        return patch, patch
+    if isinstance(patch, (list, tuple)) and len(patch) == 2:
+        return int(patch[0]), int(patch[1])
+    return None
+
+
+def pooling_of(owner: PreTrainedModel) -> int:
+    """Side of the square of patches that become one visual token, as the config tells; 1 where it tells none.
+
+    What a model does besides, such as strided convolutions, shows in another number of tokens than this comes to.
+    """
+    vision = getattr(owner.config, "vision_config", None)
+    for name in POOLING_FIELDS:
+        sides = (getattr(config, name, None) for config in (owner.config, vision))
+        if (side := next((side for side in sides if isinstance(side, int) and side > 0), None)) is not None:
+            return side
+    ratio = getattr(owner.config, "downsample_ratio", None)
+    if isinstance(ratio, float) and 0 < ratio <= 1 and ratio * round(1 / ratio) == 1:
+        return round(1 / ratio)
+    tokens, patch = getattr(owner.config, "mm_tokens_per_image", None), patch_size_of(vision)
+    if vision is not None and isinstance(tokens, int) and tokens > 0 and patch is not None:
+        return max(vision.image_size // patch[0] // math.isqrt(tokens), 1)
+    return 1
+
+
+def resamples(owner: PreTrainedModel) -> bool:
+    """Whether ``owner`` makes visual tokens by attention over all patches, as Aria and Idefics 2 do: these stand nowhere."""
+    return any(
+        calls_interface(module) or isinstance(module, nn.MultiheadAttention)
+        for child in owner.children()
+        if not isinstance(child, PreTrainedModel)
+        for module in child.modules()
+    )
 
 
 def packs(owner: PreTrainedModel) -> bool:
@@ -349,14 +393,10 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
 
 def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
-    small = {
+    return {
         name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    if (shape := image_shape(arguments)) is not None:
-        count, height, width = shape
-        small["pixel_values"] = torch.empty((count, 3, height, width), device="meta")
-    return small
 
 
 def _count(output: Any) -> int:
@@ -419,6 +459,8 @@ def _why_not(owner: PreTrainedModel) -> str | None:
         return "it merges patches by sizes that differ from image to image (image_merge_sizes)"
     if packs(owner) and _projector_of(owner) is None:
         return "it makes its visual tokens of several of the tower's features"
+    if resamples(owner):
+        return "it makes each of its visual tokens of all patches, by attention"
     candidates = _candidates(owner)
     if not candidates:
         return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
@@ -493,7 +535,7 @@ def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
 
 
 def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
-    return rows.float().mean(dim=dim).to(rows.dtype)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(dim=dim).to(rows.dtype)
 
 
 def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:

@@ -42,6 +42,7 @@ def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
     if any(asks_for_places(stage) for stage in config.stages) and not attachment.notes_sizes:
         attachment.notes_sizes = True
         attachment.tower_handles += note_sizes(attachment.owner)
+    attachment.projector_is_last = None  # the model may have been changed since
     if not needs_of(config):
         return
     tower = attachment.tower or find_tower(attachment.owner)

@@ -1,5 +1,10 @@
 """Operators for visual token pruning: a PyTorch reference and Triton kernels behind one function each."""
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ImportError("gap_kernels needs torch, and it is not installed: pip install torch")
+
 from .aggregate import spatial_aggregate
 from .attention import AttentionOutput, attention
 from .backends import backend

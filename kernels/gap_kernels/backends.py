@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from .validation import describe
+
 BACKENDS = ("auto", "triton", "reference")
 
 _choice: ContextVar[str] = ContextVar("gap_kernels_backend", default="auto")
@@ -31,8 +33,8 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if the name is none of these.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {describe(name)}")
     token = _choice.set(name)
     try:
         yield

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-NAMESPACE = "gap_kernels"
+from .precision import without_autocast
+
+# The name that this package was imported by: PyTorch takes a namespace once in a process, which may hold copies of this
+# package under other names, as Hugging Face's `kernels` loads them.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 # `torch.library.custom_op` would do the same for several times the host time of a call.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as the implementation of an operator, for every device.
+    """Register the decorated function as the implementation of an operator, for every device, with autocast off.
 
     The function must not return one of its arguments, nor change one.
 
@@ -27,7 +32,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     def register(function: Callable[..., Any]) -> Any:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, without_autocast(function), "CompositeExplicitAutograd")
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register

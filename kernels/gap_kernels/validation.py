@@ -11,15 +11,40 @@ from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.masked import MaskedTensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_LENGTH = 1 << 24
+"""Most columns of a result, and cells of a grid: more than any prompt or image has, and less than memory holds."""
+MAX_NUMBER = torch.finfo(torch.float32).max
+"""Largest absolute value of a number that operators compute with."""
 
 
 def describe(value: object) -> str:
     """Return what a caller passed, in the words of an error message."""
     if isinstance(value, Tensor):
-        return f"shape {list(value.shape)}, {value.dtype}, device {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+        if value.is_nested:  # asking for its shape may be an error
+            return f"a nested tensor, {value.dtype}, device {value.device}"
+        kind = "" if value.layout is torch.strided else f", layout {value.layout}"
+        kind += ", masked" if isinstance(value, MaskedTensor) else ""
+        return f"shape {list(value.shape)}, {value.dtype}{kind}, device {value.device}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"  # Python refuses to print the longest
+    return f"{_printed(value)} ({type(value).__name__})"
+
+
+def describe_number(value: object) -> str:
+    """Return a number that a caller passed, in few words: its type is what was expected."""
+    return describe(value) if isinstance(value, int) and value.bit_length() > 64 else str(value)
+
+
+def _printed(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # whatever it is, the caller is to be told which argument it was
+        text = object.__repr__(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class ShapeChecker:
@@ -42,10 +67,15 @@ class ShapeChecker:
             dtypes: accepted dtypes.
 
         Raises:
-            ValueError: if the argument isn't a tensor of that shape, dtype and device.
+            ValueError: if the argument isn't a dense tensor of that shape, dtype and device.
         """
         names = dims.split()
-        if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == len(names):
+        if (
+            isinstance(value, Tensor)
+            and value.dtype in dtypes
+            and value.dim() == len(names)
+            and is_dense(value)
+        ):
             device = value.device
             if self.device is None:
                 self.device = device
@@ -65,6 +95,8 @@ class ShapeChecker:
         if value.dtype not in dtypes:
             allowed = " or ".join(str(dtype) for dtype in dtypes)
             raise ValueError(f"{name}: expected dtype {allowed}, got {describe(value)}")
+        if not is_dense(value):
+            raise ValueError(f"{name}: expected a dense tensor {shape}, got {describe(value)}")
         if value.dim() != len(names):
             raise ValueError(f"{name}: expected {len(names)} dimensions {shape}, got {describe(value)}")
         for dim, size in zip(names, value.shape, strict=True):
@@ -78,12 +110,90 @@ def check_options(causal: object, scale: object) -> None:
     """Check the arguments that aren't tensors.
 
     Raises:
-        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a number nor None.
+        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a finite number nor None.
     """
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected a bool, got {describe(causal)}")
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
-        raise ValueError(f"scale: expected a float or None, got {describe(scale)}")
+    if scale is not None and not is_finite(scale):
+        raise ValueError(f"scale: expected a finite float or None, got {describe(scale)}")
+
+
+def check_heads(query: Tensor, key: Tensor, longest: int | None = None) -> None:
+    """Check the number of heads and the head_dim of tensors whose shapes are checked already.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key: [B, Hkv, S, D].
+        longest: the largest D; None = any.
+
+    Raises:
+        ValueError: if the heads of ``query`` don't share those of ``key`` evenly, or vectors are empty or too long.
+    """
+    query_heads, key_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
+        raise ValueError(
+            f"query: expected a multiple of the {key_heads} heads of key, got {query_heads} heads"
+            f" ({describe(query)})"
+        )
+    if head_dim < 1 or (longest is not None and head_dim > longest):
+        wanted = "D >= 1" if longest is None else f"D in 1..{longest}"
+        raise ValueError(f"query: expected {wanted}, got {describe(query)}")
+
+
+def check_grid(name: str, value: object) -> None:
+    """Check the rows and columns of a grid or of a part of one.
+
+    Raises:
+        ValueError: if it isn't a pair of ints >= 1, or has more than ``MAX_LENGTH`` cells.
+    """
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(is_int(size) and size >= 1 for size in value)
+    ):
+        raise ValueError(f"{name}: expected two ints >= 1, got {describe(value)}")
+    if value[0] * value[1] > MAX_LENGTH:
+        raise ValueError(f"{name}: expected at most {MAX_LENGTH} cells, got {describe(value)}")
+
+
+def probe_of(device: torch.device | str | int | None) -> Tensor:
+    """Return an empty tensor on a device, by which the device is named in full.
+
+    Args:
+        device: what PyTorch takes; None: where it creates tensors.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    try:
+        return torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, OverflowError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: expected a device that this PyTorch has, got {describe(device)}: {reason}"
+        ) from error
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether the value is a number (a traced one counts, a bool doesn't)."""
+    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether the value is a number that float32 can hold; a traced one counts."""
+    return is_number(value) and (
+        isinstance(value, torch.SymFloat) or -MAX_NUMBER <= value <= MAX_NUMBER  # NaN is neither
+    )
+
+
+def is_dense(value: Tensor) -> bool:
+    """Return whether a tensor has a number at each place of its shape, and strides."""
+    return value.layout is torch.strided and not value.is_nested and not isinstance(value, MaskedTensor)
+
+
+def is_readable(value: Tensor) -> bool:
+    """Return whether values can be checked at no cost: on the CPU, where there are any."""
+    return value.is_cpu and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -111,7 +221,7 @@ def split_count(name: str, value: object, shapes: ShapeChecker) -> tuple[int, Te
     if not is_int(value):
         raise ValueError(f"{name}: expected an int or an int64 tensor [B], got {describe(value)}")
     if value < 0:
-        raise ValueError(f"{name}: expected a count >= 0, got {value}")
+        raise ValueError(f"{name}: expected a count >= 0, got {describe_number(value)}")
     return value, None
 
 
@@ -119,12 +229,21 @@ def check_length(value: object, at_least: int) -> None:
     """Check an explicit output length.
 
     Raises:
-        ValueError: if it isn't an int, or less than ``at_least``.
+        ValueError: if it isn't an int, less than ``at_least``, or more than ``MAX_LENGTH``.
     """
     if not is_int(value):
         raise ValueError(f"length: expected an int or None, got {describe(value)}")
     if value < at_least:
-        raise ValueError(f"length: expected at least {at_least}, got {value}")
+        raise ValueError(
+            f"length: expected at least {describe_number(at_least)}, got {describe_number(value)}"
+        )
+    _check_not_absurd("length", value)
+
+
+def _check_not_absurd(name: str, value: int) -> None:
+    """Check that a number of columns is at most ``MAX_LENGTH``; not of a traced one, which nothing is known of."""
+    if not torch.compiler.is_compiling() and value > MAX_LENGTH:
+        raise ValueError(f"{name}: expected at most {MAX_LENGTH}, got {describe_number(value)}")
 
 
 def width_of(name: str, count: int, counts: Tensor | None, length: int | None) -> int:
@@ -137,13 +256,15 @@ def width_of(name: str, count: int, counts: Tensor | None, length: int | None) -
         length: what the caller asks for; None = ``count``, or the largest of ``counts``, which takes one read.
 
     Raises:
-        ValueError: if ``length`` is less than ``count``, or missing where ``counts`` can't be read.
+        ValueError: if ``length`` is less than ``count``, or missing where ``counts`` can't be read, or there would be
+            more than ``MAX_LENGTH`` columns.
     """
     if length is not None:
         check_length(length, at_least=count)
         return length
     if counts is not None:
-        return read_max(counts, f"the number of columns depends on the values of {name}")
+        count = read_max(counts, f"the number of columns depends on the values of {name}")
+    _check_not_absurd(name, count)
     return count
 
 
@@ -159,6 +280,20 @@ def check_range(name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: expected values in {low}..{high}, got {found}")
 
 
+def check_distinct(name: str, value: Tensor, num_rows: int) -> None:
+    """Check that no sample of a CPU tensor [B, V], whose range is checked, names a position twice (filler aside).
+
+    Raises:
+        ValueError: naming the first position that is there twice.
+    """
+    uses = value.new_zeros((value.shape[0], num_rows + 1))
+    uses.scatter_add_(1, torch.where(value >= 0, value, num_rows), torch.ones_like(value))
+    repeated = (uses[:, :num_rows] > 1).nonzero()
+    if len(repeated):
+        sample, position = repeated[0].tolist()
+        raise ValueError(f"{name}: expected distinct positions, got {position} twice in sample {sample}")
+
+
 def read_max(counts: Tensor, reason: str) -> int:
     """Read the largest entry of an int64 tensor [B] to the host; 0 if it is empty.
 
@@ -167,10 +302,13 @@ def read_max(counts: Tensor, reason: str) -> int:
         reason: what the value decides, for the message.
 
     Raises:
-        ValueError: where a host read isn't possible: while compiling and during CUDA graph capture.
+        ValueError: where a host read isn't possible: while compiling, during CUDA graph capture, and of tensors that
+            have no values.
     """
     if torch.compiler.is_compiling():
         raise ValueError(f"length: {reason}; pass length=... when compiling or exporting, got None")
     if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"length: {reason}; pass length=... while capturing a CUDA graph, got None")
+    if counts.is_meta or isinstance(counts, FakeTensor):
+        raise ValueError(f"length: {reason}; pass length=... for tensors without values, got None")
     return int(counts.max()) if counts.numel() else 0

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe, is_int
+from ..validation import (
+    FLOAT_DTYPES,
+    MAX_NUMBER,
+    ShapeChecker,
+    check_grid,
+    check_range,
+    describe,
+    is_finite,
+    is_number,
+)
 from . import reference
 
 
@@ -74,18 +85,28 @@ def check_aggregate(
     shapes.check("anchors", anchors, "B M", (torch.int64,))
     if pillars is not None:
         shapes.check("pillars", pillars, "B M", (torch.bool,))
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(is_int(size) for size in grid):
-        raise ValueError(f"grid: expected two ints, (H, W), got {describe(grid)}")
-    height, width = grid
-    if height < 1 or width < 1 or height * width != features.shape[1]:
-        raise ValueError(
-            f"grid: expected H, W >= 1 with H * W = {features.shape[1]} (N of features), got {tuple(grid)}"
-        )
-    if not _is_number(radius) or not radius > 0:  # NaN isn't greater either
+    check_grid("grid", grid)
+    if grid[0] * grid[1] != features.shape[1]:
+        raise ValueError(f"grid: expected H * W = {features.shape[1]} (N of features), got {describe(grid)}")
+    check_radius(radius)
+    check_self_weight(self_weight)
+
+
+def check_radius(radius: object) -> None:
+    """Check the distance from which on weights are 0.
+
+    Raises:
+        ValueError: if it isn't a number > 0; infinity is one.
+    """
+    if not is_number(radius) or not (radius == math.inf or 0 < radius <= MAX_NUMBER):  # NaN is neither
         raise ValueError(f"radius: expected a float > 0, got {describe(radius)}")
-    if self_weight is not None and not _is_number(self_weight):
-        raise ValueError(f"self_weight: expected a float or None, got {describe(self_weight)}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+def check_self_weight(self_weight: object) -> None:
+    """Check the weight of an anchor's own features.
+
+    Raises:
+        ValueError: if it is neither a finite number nor None.
+    """
+    if self_weight is not None and not is_finite(self_weight):
+        raise ValueError(f"self_weight: expected a finite float or None, got {describe(self_weight)}")

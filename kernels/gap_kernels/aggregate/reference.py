@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import row_blocks
+
 NORM_EPSILON = 1e-12
 """The least norm that a similarity vector is divided by."""
 SUM_EPSILON = 1e-8
@@ -39,20 +41,23 @@ def spatial_aggregate(
     dtype = torch.float64 if exact else torch.float32
     values = features.to(dtype)
     unit = F.normalize(similarity_features.to(dtype), dim=-1, eps=NORM_EPSILON)
-    anchor = anchors.clamp(min=0)[:, :, None]  # [B, M, 1]
     patch = torch.arange(features.shape[1], device=features.device)
-    cosine = _rows(unit, anchor) @ unit.transpose(-1, -2)  # [B, M, N]
-    down, right = patch // width - anchor // width, patch % width - anchor % width
-    distance = (down.square() + right.square()).to(dtype).sqrt()
-    # `where`, not a product: the similarity of what is too far away may be NaN.
-    weight = torch.where(distance < radius, cosine.relu() * (1 - distance / radius), 0.0)
-    weight = weight / (weight.sum(-1, keepdim=True) + SUM_EPSILON)
-    if self_weight is not None:
-        weight = torch.where(patch == anchor, self_weight, weight)
-    collected = weight @ values
-    if pillars is not None:
-        collected = torch.where(pillars[:, :, None], _rows(values, anchor), collected)
-    return torch.where(anchors[:, :, None] >= 0, collected, 0.0).to(features.dtype)
+    output = features.new_empty((*anchors.shape, features.shape[2]))
+    for block in row_blocks(anchors.shape[1], unit.shape[0] * unit.shape[1]):
+        anchor = anchors[:, block].clamp(min=0)[:, :, None]  # [B, m, 1]
+        cosine = _rows(unit, anchor) @ unit.transpose(-1, -2)  # [B, m, N]
+        down, right = patch // width - anchor // width, patch % width - anchor % width
+        distance = (down.square() + right.square()).to(dtype).sqrt()
+        # `where`, not a product: the similarity of what is too far away may be NaN.
+        weight = torch.where(distance < radius, cosine.relu() * (1 - distance / radius), 0.0)
+        weight = weight / (weight.sum(-1, keepdim=True) + SUM_EPSILON)
+        if self_weight is not None:
+            weight = torch.where(patch == anchor, self_weight, weight)
+        collected = weight @ values
+        if pillars is not None:
+            collected = torch.where(pillars[:, block, None], _rows(values, anchor), collected)
+        output[:, block] = torch.where(anchors[:, block, None] >= 0, collected, 0.0).to(features.dtype)
+    return output
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options, check_range, describe
 from . import reference
 
 MAX_HEAD_DIM = 256
@@ -62,22 +62,6 @@ def _(
     )
 
 
-def check_heads(query: Tensor, key: Tensor) -> None:
-    """Check the number of heads and the head_dim of tensors whose shapes are checked already.
-
-    Raises:
-        ValueError: if the heads of ``query`` don't share those of ``key`` evenly, or vectors are too long.
-    """
-    query_heads, key_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
-        raise ValueError(
-            f"query: expected a multiple of the {key_heads} heads of key, got {query_heads} heads"
-            f" ({describe(query)})"
-        )
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"query: expected D in 1..{MAX_HEAD_DIM}, got {describe(query)}")
-
-
 no_gradient("attention")
 
 
@@ -100,7 +84,7 @@ def check_attention(
     shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)
     shapes.check("key", key, "B Hkv S D", (query.dtype,))
     shapes.check("value", value, "B Hkv S D", (query.dtype,))
-    check_heads(query, key)
+    check_heads(query, key, MAX_HEAD_DIM)
     if query.shape[2] == 0:
         raise ValueError(f"query: expected at least one row, got {describe(query)}")
     if query.shape[2] > key.shape[2]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks import row_blocks
 from ..importance.reference import visual_importance
-
-BLOCK_ROWS = 512
-"""Query rows that are worked on at once: logits take BLOCK_ROWS x S per head, whatever Q is."""
 
 
 def attention(
@@ -49,8 +47,7 @@ def attention(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
     column = torch.arange(num_keys, device=query.device)
-    for start in range(0, num_query, BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in row_blocks(num_query, batch * query_heads * num_keys):
         scaled = grouped[:, :, :, block].to(dtype) * (head_dim**-0.5 if scale is None else scale)
         logits = scaled @ key_columns  # [B, Hkv, G, rows, S]
         # A row's own column, counted from the end of the keys, is the last that it sees.

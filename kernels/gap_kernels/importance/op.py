@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, check_range, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options, check_range, describe
 from . import reference
 
 
@@ -81,13 +81,8 @@ def check_importance(
     shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)
     shapes.check("key", key, "B Hkv S D", (query.dtype,))
     shapes.check("visual_index", visual_index, "B V", (torch.int64,))
-    query_heads, num_rows = query.shape[1], query.shape[2]
-    key_heads, num_keys = key.shape[1], key.shape[2]
-    if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
-        raise ValueError(
-            f"query: expected a multiple of the {key_heads} heads of key, got {query_heads} heads"
-            f" ({describe(query)})"
-        )
+    check_heads(query, key)
+    num_rows, num_keys = query.shape[2], key.shape[2]
     if num_rows == 0:
         raise ValueError(f"query: expected at least one row, got {describe(query)}")
     if num_rows > num_keys:
@@ -102,5 +97,5 @@ def check_importance(
     check_options(causal, scale)
     if value is not None:
         shapes.check("value", value, "B Hkv S Dv", (query.dtype,))
-    if head_reduction not in ("mean", "max"):
+    if not isinstance(head_reduction, str) or head_reduction not in ("mean", "max"):
         raise ValueError(f"head_reduction: expected 'mean' or 'max', got {describe(head_reduction)}")

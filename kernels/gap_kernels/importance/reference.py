@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks import row_blocks
+
 
 def visual_importance(
     query: Tensor,
@@ -20,8 +22,8 @@ def visual_importance(
 ) -> Tensor:
     """Compute :func:`gap_kernels.visual_importance`; float64 inputs make it the oracle of the other paths.
 
-    Only the wanted rows are scored, and query heads are grouped by the key head that they share, so neither a
-    Q x S matrix nor repeated keys are ever built.
+    Only the wanted rows are scored, a block of them at a time, and query heads are grouped by the key head that they
+    share, so neither an R x S matrix nor repeated keys are ever built.
 
     Args:
         query: [B, Hq, Q, D].
@@ -46,31 +48,41 @@ def visual_importance(
     if rows is None:
         rows = torch.full((batch, 1), num_rows - 1, dtype=torch.int64, device=query.device)
 
-    wanted = _take(query, rows).to(dtype) * (head_dim**-0.5 if scale is None else scale)  # [B, Hq, R, D]
-    wanted = wanted.reshape(batch, key_heads, group * rows.shape[1], head_dim)
-    if lse is None:
-        columns = torch.arange(num_keys, device=query.device).expand(batch, num_keys)
-        logits = wanted @ key.to(dtype).transpose(-1, -2)
-        logits = logits.unflatten(2, (group, rows.shape[1]))  # [B, Hkv, G, R, S]
-        hidden = ~_visible(columns, rows + offset, attention_mask, causal)
-        lse = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
-    else:
-        lse = lse.to(dtype).unflatten(1, (key_heads, group))  # [B, Hkv, G, R]
+    def grouped(tensor: Tensor) -> Tensor:  # [B, Hq, ...] into [B, Hkv, G, ...]
+        return tensor.to(dtype).unflatten(1, (key_heads, group))
 
+    wanted = grouped(_take(query, rows)) * (head_dim**-0.5 if scale is None else scale)  # [B, Hkv, G, R, D]
+    given_lse = None if lse is None else grouped(lse)  # [B, Hkv, G, R]
+    every_column = torch.arange(num_keys, device=query.device).expand(batch, num_keys)
+    every_key = key.to(dtype).transpose(-1, -2) if lse is None else None
     columns = visual_index.clamp(min=0) + offset
-    logits = wanted @ _take(key, columns).to(dtype).transpose(-1, -2)
-    logits = logits.unflatten(2, (group, rows.shape[1]))  # [B, Hkv, G, R, V]
-    real = (visual_index >= 0)[:, None, :] & (rows >= 0)[:, :, None]  # [B, R, V]
-    counted = _visible(columns, rows + offset, attention_mask, causal) & real[:, None, None]
-    weight = (logits - lse[..., None]).exp()
-    if value is not None:
-        weight = weight * _take(value, columns).to(dtype).abs().sum(-1)[:, :, None, None]
-    # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
-    weight = torch.where(counted, weight, 0.0)
+    visual_key = _take(key, columns).to(dtype).transpose(-1, -2)  # [B, Hkv, D, V]
+    norm = None if value is None else _take(value, columns).to(dtype).abs().sum(-1)[:, :, None, None]
+    over, shape = ((3,), (batch, key_heads, group)) if head_reduction == "max" else ((1, 2, 3), (batch,))
+    mass = torch.zeros((*shape, columns.shape[1]), dtype=dtype, device=query.device)
+    widest = max(columns.shape[1], num_keys if lse is None else 0)
+    for block in row_blocks(rows.shape[1], batch * query_heads * widest):
+        row = rows[:, block]  # [B, r]
+        asking = wanted[:, :, :, block].flatten(2, 3)  # [B, Hkv, G * r, D]
+        if every_key is None:
+            assert given_lse is not None
+            row_lse = given_lse[..., block]
+        else:
+            logits = (asking @ every_key).unflatten(2, (group, row.shape[1]))  # [B, Hkv, G, r, S]
+            hidden = ~_visible(every_column, row + offset, attention_mask, causal)
+            row_lse = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1)
+        logits = (asking @ visual_key).unflatten(2, (group, row.shape[1]))  # [B, Hkv, G, r, V]
+        real = (visual_index >= 0)[:, None, :] & (row >= 0)[:, :, None]  # [B, r, V]
+        counted = _visible(columns, row + offset, attention_mask, causal) & real[:, None, None]
+        weight = (logits - row_lse[..., None]).exp()
+        if norm is not None:
+            weight = weight * norm
+        # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
+        mass += torch.where(counted, weight, 0.0).sum(over)
     valid_rows = (rows >= 0).sum(-1, keepdim=True).clamp(min=1)
     if head_reduction == "max":
-        return weight.sum(3).amax((1, 2)) / valid_rows
-    return weight.sum((1, 2, 3)) / (query_heads * valid_rows)
+        return mass.amax((1, 2)) / valid_rows
+    return mass / (query_heads * valid_rows)
 
 
 def _take(tensor: Tensor, position: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def prune_tokens(
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     if length is not None and not needs_gradient:
         check_length(length, at_least=1)
-        count, counts = split_count("keep", keep, shapes)
+        count, counts = _kept_count(keep, shapes)
         return PrunedTokens(
             *prune_tokens_op(
                 query, key, hidden_states, cos, sin, position_ids, visual_index, count, counts, rows,
@@ -149,6 +149,12 @@ def prune_tokens(
     return _prune(
         shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length
     )
+
+
+def _kept_count(keep: int | Tensor, shapes: ShapeChecker) -> tuple[int, Tensor | None]:
+    """Return ``split_count``, of which an int is at most the number of visual tokens."""
+    count, counts = split_count("keep", keep, shapes)
+    return min(count, shapes.sizes["V"]), counts
 
 
 def _prune(
@@ -164,7 +170,7 @@ def _prune(
     length: int | None,
 ) -> PrunedTokens:
     """Select and gather; all arguments but ``keep`` and ``length`` are checked already."""
-    count, counts = split_count("keep", keep, shapes)
+    count, counts = _kept_count(keep, shapes)
     if length is not None:
         check_length(length, at_least=1)
     num_rows = hidden_states.shape[1]

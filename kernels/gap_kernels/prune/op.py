@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import use_triton
 from ..importance.op import visual_importance_op
 from ..library import fake, gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, describe
 from . import reference
 
 
@@ -211,7 +211,7 @@ def check_rows(
 def _check_values(visual_index: Tensor, counts: Tensor | None, num_rows: int) -> None:
     """Check what can only be checked by reading, on the CPU."""
     check_range("visual_index", visual_index, -1, num_rows - 1)
-    _check_distinct(visual_index, num_rows)
+    check_distinct("visual_index", visual_index, num_rows)
     if counts is not None and bool((counts < 0).any()):
         raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
 
@@ -222,18 +222,4 @@ def _check_wide_enough(index: Tensor, length: int) -> None:
     if length < needed:
         raise ValueError(
             f"length: expected at least {needed}, the most rows that stay in a sample, got {length}"
-        )
-
-
-def _check_distinct(visual_index: Tensor, num_rows: int) -> None:
-    """Check that no sample of a CPU ``visual_index`` [B, V] names a position twice (filler aside)."""
-    uses = visual_index.new_zeros((visual_index.shape[0], num_rows + 1))
-    uses.scatter_add_(
-        1, torch.where(visual_index >= 0, visual_index, num_rows), torch.ones_like(visual_index)
-    )
-    repeated = (uses[:, :num_rows] > 1).nonzero()
-    if len(repeated):
-        sample, position = repeated[0].tolist()
-        raise ValueError(
-            f"visual_index: expected distinct positions, got {position} twice in sample {sample}"
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.op import check_heads
+from ..attention.op import MAX_HEAD_DIM
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, check_options, describe
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options, describe
 from . import reference
 
 
@@ -69,7 +69,7 @@ def check_received(
     shapes = ShapeChecker()
     shapes.check("query", query, "B H S D", FLOAT_DTYPES)
     shapes.check("key", key, "B Hkv S D", (query.dtype,))
-    check_heads(query, key)
+    check_heads(query, key, MAX_HEAD_DIM)
     check_options(causal, scale)
     if attention_mask is not None:
         shapes.check("attention_mask", attention_mask, "B S", (torch.bool,))

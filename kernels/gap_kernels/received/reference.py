@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 512
-"""Query rows that are worked on at once: logits take BLOCK_ROWS x S per head, whatever S is."""
+from ..blocks import row_blocks
 
 
 def attention_received(
@@ -40,8 +39,7 @@ def attention_received(
     column = torch.arange(num_tokens, device=query.device)
     begin, end = spans(num_tokens, cu_seqlens, query.device)
     mass = torch.zeros((batch, num_tokens), dtype=dtype, device=query.device)
-    for start in range(0, num_tokens, BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in row_blocks(num_tokens, batch * heads * num_tokens):
         scaled = grouped[:, :, :, block].to(dtype) * (head_dim**-0.5 if scale is None else scale)
         logits = scaled @ key_columns  # [B, Hkv, G, rows, S]
         visible = (column >= begin[block, None]) & (column < end[block, None])  # [rows, S]

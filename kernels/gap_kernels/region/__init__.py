@@ -44,8 +44,9 @@ def topk_per_region(
 
     Raises:
         ValueError: if an argument has another shape, dtype or device, or is out of range. The values of
-            ``neighbours`` and of a ``k`` tensor are checked on the CPU only; elsewhere neighbours out of range count as
-            none, and counts beyond ``min(N, length)`` select the best ``min(N, length)``.
+            ``neighbours`` and of a ``k`` tensor are checked on the CPU only; elsewhere neighbours out of range and an
+            entry beside itself count as none, one that is there twice counts twice, and counts beyond
+            ``min(N, length)`` select the best ``min(N, length)``.
     """
     shapes = ShapeChecker()
     check_region(shapes, scores, neighbours, per_region)
@@ -54,4 +55,5 @@ def topk_per_region(
     count = min(count, num_entries)
     largest = width_of("k", count, counts, length)
     length = min(largest, num_entries) if length is None else length
+    per_region = min(per_region, neighbours.shape[2] + 1)  # of which everything is a candidate
     return topk_per_region_op(scores, neighbours, per_region, count, counts, length)

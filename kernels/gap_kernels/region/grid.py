@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..validation import describe, is_int
+from ..validation import check_grid, probe_of
 from .op import MAX_NEIGHBOURS
 
 CACHED_GRIDS = 256
@@ -39,16 +39,14 @@ def grid_neighbours(
         ``torch.export`` and CUDA graph capture.
 
     Raises:
-        ValueError: if ``grid`` or ``region`` isn't a pair of ints in that range.
+        ValueError: if ``grid`` or ``region`` isn't a pair of ints in that range, the grid has more than 2**24 cells, or
+            there is no such device.
     """
-    for name, sizes in (("grid", grid), ("region", region)):
-        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(is_int(size) for size in sizes):
-            raise ValueError(f"{name}: expected two ints, got {describe(sizes)}")
-        if sizes[0] < 1 or sizes[1] < 1:
-            raise ValueError(f"{name}: expected sizes >= 1, got {tuple(sizes)}")
+    check_grid("grid", grid)
+    check_grid("region", region)
     if region[0] * region[1] > MAX_NEIGHBOURS + 1:
         raise ValueError(f"region: expected h * w <= {MAX_NEIGHBOURS + 1}, got {tuple(region)}")
-    probe = torch.empty(0, device=device)  # names the device in full
+    probe = probe_of(device)
     traced = torch.compiler.is_compiling() or type(probe) is not Tensor  # but a fake one
     if traced or (probe.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _neighbours(*grid, *region, probe.device)

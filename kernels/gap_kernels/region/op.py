@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, operator
-from ..validation import ShapeChecker, check_range, describe, is_int
+from ..validation import ShapeChecker, check_range, describe, describe_number, is_int
 from . import reference
 
 MAX_NEIGHBOURS = 8
@@ -41,6 +41,14 @@ def _(
 def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, length: int) -> None:
     """Check what only CPU tensors are checked for."""
     check_range("neighbours", neighbours, -1, num_entries - 1)
+    entry = torch.arange(num_entries)[:, None]
+    if bool((found := neighbours == entry).any()):
+        raise ValueError(
+            f"neighbours: expected the others of a region, got entry {_entry(found)} beside itself"
+        )
+    ordered = neighbours.sort(-1).values
+    if bool((found := (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+        raise ValueError(f"neighbours: expected distinct entries, got one twice beside entry {_entry(found)}")
     if counts is None or not counts.numel():
         return
     if int(counts.min()) < 0:
@@ -50,6 +58,11 @@ def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, l
         raise ValueError(f"length: expected at least the largest min(k, N), {largest}, got {length}")
 
 
+def _entry(found: Tensor) -> int:
+    """Return the first entry of bool [B, N, R] that has a True."""
+    return int(found.any(-1).nonzero()[0, 1])
+
+
 def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_region: int) -> None:
     """Check the arguments of :func:`gap_kernels.topk_per_region` that ``topk_indices`` doesn't have.
 
@@ -57,15 +70,33 @@ def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_r
         ValueError: if one has another shape, dtype or device than documented, or is out of range.
     """
     shapes.check("scores", scores, "B N", (torch.float32,))
+    check_neighbours(shapes, neighbours)
+    check_per_region(per_region)
+
+
+def check_neighbours(shapes: ShapeChecker, neighbours: Tensor) -> None:
+    """Check the neighbours of entries whose ``B`` and ``N`` are known.
+
+    Raises:
+        ValueError: if they have another shape, dtype or device than documented.
+    """
     shapes.check("neighbours", neighbours, "B|1 N R", (torch.int32,))
-    batch, groups, most = scores.shape[0], neighbours.shape[0], neighbours.shape[2]
+    batch, groups, most = shapes.sizes["B"], neighbours.shape[0], neighbours.shape[2]
     if groups not in (1, batch):
         raise ValueError(
             f"neighbours: expected [B, N, R] with B = {batch}, or [1, N, R], got {describe(neighbours)}"
         )
     if most > MAX_NEIGHBOURS:
         raise ValueError(f"neighbours: expected R = 0..{MAX_NEIGHBOURS} of an entry, got {most}")
+
+
+def check_per_region(per_region: object) -> None:
+    """Check the number of candidates of a region.
+
+    Raises:
+        ValueError: if it isn't an int >= 1.
+    """
     if not is_int(per_region):
         raise ValueError(f"per_region: expected an int, got {describe(per_region)}")
     if per_region < 1:
-        raise ValueError(f"per_region: expected at least 1, got {per_region}")
+        raise ValueError(f"per_region: expected at least 1, got {describe_number(per_region)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import ShapeChecker, split_count, width_of
+from ..validation import ShapeChecker, describe_number, split_count, width_of
 from .op import topk_indices_op
 
 __all__ = ["topk_indices"]
@@ -36,6 +36,6 @@ def topk_indices(scores: Tensor, k: int | Tensor, *, length: int | None = None) 
     shapes.check("scores", scores, "B N", (torch.float32,))
     count, counts = split_count("k", k, shapes)
     if counts is None and count > scores.shape[1]:
-        raise ValueError(f"k: expected 0..{scores.shape[1]} (N of scores), got {count}")
+        raise ValueError(f"k: expected 0..{scores.shape[1]} (N of scores), got {describe_number(count)}")
     length = width_of("k", count, counts, length)
     return topk_indices_op(scores, count, counts, length)

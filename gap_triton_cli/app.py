@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from gap_triton import GapConfig
-from gap_triton.config import Ids, Score
+from .choices import ARCHITECTURES, LAYER, SCORE, Ids, Score
+from .parse import open_image, parse_keep, parse_layers, split, split_names
+from .refuse import Commands, told_as_option
+
+if TYPE_CHECKING:
+    from gap_triton import GapConfig
 
 app = typer.Typer(
-    help="Prune visual tokens of vision-language models and keep every survivor's own position id.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,62 +37,32 @@ Keep = Annotated[
 LAYERS, SCORES, IDS = "-1,0,1,2,3,4", "text", "kept,compacted,permuted"
 
 
-def parse_keep(text: str, option: str = "--keep") -> float | int:
-    """Read ``option``: ``"64"`` is a count, ``"0.25"`` and ``"1.0"`` are shares."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{option} {text!r}: expected a share such as 0.25 or a count such as 64"
-        ) from None
+def show_version(asked: bool) -> None:
+    """Print the version and end, for ``--version``."""
+    if asked:
+        try:
+            found = version("gap-triton")
+        except PackageNotFoundError:  # a checkout on the path
+            from gap_triton import __version__ as found
+        typer.echo(f"gap-triton {found}")
+        raise typer.Exit
 
 
-def parse_layers(text: str) -> list[int]:
-    """Read ``--layers``."""
-    try:
-        return [int(layer) for layer in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--layers {text!r}: expected comma-separated ints such as -1,0,1") from None
-
-
-def split(text: str) -> list[str]:
-    """Items of a comma-separated list, each once."""
-    return list(dict.fromkeys(item.strip() for item in text.split(",")))
-
-
-def split_names(option: str, text: str, known: Iterable[str]) -> list[str]:
-    """Read ``option``: ``"all"``, or comma-separated ones of ``known``."""
-    names = list(known) if text == "all" else split(text)
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"{option} {name!r}: expected all, or of {', '.join(known)}")
-    return names
-
-
-@contextmanager
-def told_as_option(option: str) -> Iterator[None]:
-    """Let what is refused inside end the command with the option and the sentence alone."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{option}: {error}") from error
-
-
-def make_config(**fields: Any) -> GapConfig:
-    """A `GapConfig` whose errors end the command with the sentence alone."""
-    try:
-        return GapConfig(**fields)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Prune visual tokens of vision-language models and keep every survivor's own position id."""
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for pictures and results.json.")] = Path("demo-output"),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for pictures and results.json; made if missing.")
+    ] = Path("demo-output"),
     samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
 ) -> None:
     """Prune the embedded model with and without GAP: a table, two pictures and results.json.
@@ -100,17 +73,25 @@ def demo(
     """
     from gap_triton.demo.run import run_demo
 
+    with told_as_option("--output"):
+        output.mkdir(parents=True, exist_ok=True)
     run_demo(output, samples, console)
 
 
 @app.command()
 def run(
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a vision-language model; 'embedded' for our own.")
+        str,
+        typer.Option(
+            help="Folder or hub id of a vision-language model; 'embedded', our own LLaVA, or 'embedded-mrope', our own "
+            "Qwen2.5-VL."
+        ),
     ],
-    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Image file.")],
+    image: Annotated[
+        list[Path], typer.Option(exists=True, dir_okay=False, help="Image file; repeat it for more images.")
+    ],
     prompt: Annotated[
-        str, typer.Option(help="What to ask. The image token is put in front where it is missing.")
+        str, typer.Option(help="What to ask. The image tokens are put in front where they are missing.")
     ],
     keep: Keep = "0.5",
     method: Annotated[
@@ -121,12 +102,10 @@ def run(
         int | None,
         typer.Option(
             help="Decoder layer whose attention scores; dropped before the next. -1: after the vision encoder. "
-            f"Default: {GapConfig.layer}"
+            f"Default: {LAYER}"
         ),
     ] = None,
-    score: Annotated[
-        Score | None, typer.Option(help=f"What ranks a visual token. Default: {GapConfig.score}")
-    ] = None,
+    score: Annotated[Score | None, typer.Option(help=f"What ranks a visual token. Default: {SCORE}")] = None,
     ids: Annotated[Ids, typer.Option(help="Position ids of the survivors; 'kept' is GAP.")] = "kept",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most, in tokens.")] = 64,
     overlay: Annotated[
@@ -139,29 +118,37 @@ def run(
 
     With a published method: gap-triton run ... --method nuwa --keep 64
     """
-    from gap_triton.single import ask
-
     budget = parse_keep(keep)
     own = {"layer": layer, "score": score}
     given = {name: value for name, value in own.items() if value is not None}
     if method is not None and given:
         raise typer.BadParameter(f"--{next(iter(given))} is part of a method: leave it out, or --method")
-    config = None if method is not None else make_config(keep=budget, ids=ids, **given)
+    if not prompt.strip():
+        raise typer.BadParameter(f"--prompt {prompt!r}: expected a question or a request, in words")
+    if overlay is not None:
+        check_overlay_file(overlay, len(image))
+    images = [open_image(path) for path in image]
+
+    from gap_triton import GapConfig
+    from gap_triton.single import ask
 
     def config_for(loaded: Any) -> GapConfig:
-        if config is not None:
-            return config
-        return replace(GapConfig.preset(method, budget=budget, model=loaded), ids=ids)  # type: ignore[arg-type]
+        if method is None:
+            return GapConfig(keep=budget, ids=ids, **given)  # type: ignore[arg-type]
+        return replace(GapConfig.preset(method, budget=budget, model=loaded), ids=ids)
 
-    if overlay is not None and (overlay.suffix.lower() != ".png" or not overlay.absolute().parent.is_dir()):
+    with told_as_option():
+        config_for(None)  # what is wrong for any model is refused before one is loaded
+        ask(model, images, prompt, config_for, max_new_tokens, overlay, console)
+
+
+def check_overlay_file(overlay: Path, images: int) -> None:
+    """Refuse what can't be drawn, or not there, before anything is loaded."""
+    if overlay.suffix.lower() != ".png" or overlay.is_dir() or not overlay.absolute().parent.is_dir():
         raise typer.BadParameter(f"--overlay {str(overlay)!r}: expected a .png file in a folder that exists")
-    try:
-        ask(model, image, prompt, config_for, max_new_tokens, overlay, console)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no such model, a model that can't be pruned, a layer outside of it
-        raise typer.BadParameter(str(error)) from error
+    if images > 1:
+        raise typer.BadParameter(f"--overlay draws one image, and {images} are given; leave it out")
+    import matplotlib  # noqa: F401
 
 
 @app.command("eval")
@@ -196,9 +183,9 @@ def evaluate(
         str, typer.Option("--budgets", "--keeps", help="Comma-separated shares or counts of visual tokens.")
     ] = "0.5,0.25,0.125",
     samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
-    output: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the files; made if missing.")
+    ] = Path("demo-output"),
 ) -> None:
     """Measure the embedded models by real generation: the tables of the docs.
 
@@ -207,7 +194,6 @@ def evaluate(
 
     Example: gap-triton eval --methods all --coverage --model all
     """
-    from gap_triton.demo.architectures import ARCHITECTURES
     from gap_triton.demo.evaluation import Evaluation, sweep_configs
     from gap_triton.presets import PRESETS
 
@@ -233,9 +219,14 @@ def evaluate(
         with told_as_option("--layers, --scores, --ids"):
             evaluation.add_sweep(
                 sweep_configs(
-                    parse_layers(layers or LAYERS), split(scores or SCORES), shares, split(ids or IDS)
+                    parse_layers(LAYERS if layers is None else layers),
+                    split(SCORES if scores is None else scores),
+                    shares,
+                    split(IDS if ids is None else ids),
                 )
             )
+    with told_as_option("--output"):
+        output.mkdir(parents=True, exist_ok=True)
     evaluation.run()
 
 
@@ -258,7 +249,3 @@ def info(
     for use, backend in found["backends"].items():
         table.add_row(use, backend)
     console.print(table)
-
-
-if __name__ == "__main__":
-    app()

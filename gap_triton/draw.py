@@ -1,0 +1,20 @@
+"""Random scores that a sample has whatever else is in its batch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def draw(seed: int, stage: int, tokens: int) -> torch.Tensor:
+    """[tokens] float32 in [0, 1) on the CPU: the scores of a sample's first, second, ... visual token.
+
+    The generator puts out one number after the other, so the draw for fewer tokens is the beginning of that for more: one
+    draw serves all samples of a batch, and every sample has what it has alone.
+
+    Args:
+        seed: `GapConfig.seed`.
+        stage: Number of the stage that draws, 0 for the first.
+        tokens: Number of visual tokens of the sample with the most.
+    """
+    generator = torch.Generator().manual_seed(seed + stage)
+    return torch.rand(tokens, generator=generator, dtype=torch.float32)

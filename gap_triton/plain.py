@@ -1,0 +1,38 @@
+"""Arguments as callers write them: numpy's values as Python's own, and any value in the words of an error message."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import TypeGuard
+
+import numpy as np
+
+SHOWN = 300
+
+
+def plain(value: object) -> object:
+    """``value`` as Python's own int, float, bool or str where it is one of numpy's, an array of no dimension, or of a
+    subclass; anything else as it is. A narrow float is read as the decimal that it prints."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Integral) and not isinstance(value, np.timedelta64):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(str(value)) if isinstance(value, np.floating) else float(value)
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether ``value``, a `plain` one, is an int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """``repr(value)``, cut where it is long; for what can't be printed, such as an int of 5000 digits, its type."""
+    try:
+        text = repr(value)
+    except Exception:  # what a foreign `__repr__` raises says nothing about the argument
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

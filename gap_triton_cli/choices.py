@@ -1,0 +1,26 @@
+"""What options may be, as the help says it; the same as in `gap_triton`, which is too slow to import for that."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Score = Literal[
+    "last_token",
+    "text",
+    "raters",
+    "unrotated",
+    "key_norm",
+    "cls",
+    "received",
+    "text_similarity",
+    "random",
+    "spatial",
+]
+Ids = Literal["kept", "compacted", "permuted"]
+
+# The defaults of `GapConfig`.
+LAYER = 2
+SCORE: Score = "text"
+
+# The embedded models.
+ARCHITECTURES = ("llava", "qwen2_5_vl")

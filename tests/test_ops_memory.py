@@ -1,0 +1,192 @@
+"""What plain PyTorch allocates: it grows with the inputs, not with a product of text and prompt."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import gap_kernels
+import pytest
+import torch
+from gap_kernels import attention, attention_received, blocks, spatial_aggregate, visual_importance
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gap_triton import strategies
+
+LIMIT = 1 << 12
+"""Elements of a block in these tests."""
+
+
+REFERENCES = [
+    importlib.import_module(f"gap_kernels.{name}.reference")
+    for name in ("aggregate", "attention", "importance", "prune", "received", "region", "select")
+]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that PyTorch makes, views of expanded tensors left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and 0 not in leaf.stride():
+                self.elements = max(self.elements, leaf.numel())
+        return made
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> Largest:
+    """To be entered around what is to be measured; it sees into operators, which are one call to PyTorch otherwise."""
+    seen = Largest()
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with seen:
+                return function(*args)
+
+        return run
+
+    for module in REFERENCES:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                monkeypatch.setattr(module, name, inside(function))
+    return seen
+
+
+def parts(batch: int, heads: tuple[int, int], rows: int, dim: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, heads[0], rows, dim), torch.randn(batch, heads[1], rows, dim)
+
+
+def importance(rows: int, **options: Any) -> Tensor:
+    query, key = parts(2, (4, 2), rows + 40)
+    visual = torch.arange(40).expand(2, -1)
+    text = torch.arange(40, rows + 40).expand(2, -1)
+    mask = torch.rand(2, rows + 40) < 0.9
+    if options.pop("given", False):
+        lse = torch.randn(2, 4, rows)
+        return visual_importance(query, key, visual, rows=text, attention_mask=mask, lse=lse, **options)
+    return visual_importance(query, key, visual, rows=text, attention_mask=mask, **options)
+
+
+def pruned(rows: int) -> Tensor:
+    query, key = parts(1, (4, 2), rows + 40)
+    ids, visual = torch.arange(rows + 40)[None], torch.arange(40)[None]
+    angles = torch.randn(1, rows + 40, 4)
+    text = torch.arange(40, rows + 40)[None]
+    given = (query, key, torch.randn(1, rows + 40, 8), angles, angles, ids, visual, 10)
+    return gap_kernels.prune_tokens(*given, rows=text).scores
+
+
+def attended(rows: int) -> Tensor:
+    query, key = parts(1, (4, 2), rows)
+    columns = torch.arange(40)[None]
+    text = torch.arange(40, rows)[None]
+    output = attention(query, key, key, importance_rows=text, importance_columns=columns)
+    return torch.cat([output.output.flatten(), output.importance.flatten()])
+
+
+def received(rows: int) -> Tensor:
+    return attention_received(*parts(1, (4, 2), rows))
+
+
+def grids(patches: int, width: int = 16) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    return torch.randn(1, patches, 6), torch.randn(1, patches, 4), (patches // width, width)
+
+
+def aggregated(patches: int) -> Tensor:
+    features, similarity, grid = grids(patches)
+    anchors = torch.arange(0, patches, 2)[None]
+    return spatial_aggregate(features, similarity, anchors, grid, radius=3.0)
+
+
+def contextual(patches: int) -> Tensor:
+    features, keys, _ = grids(patches)
+    kept = torch.arange(0, patches, 4)[None]
+    return strategies.contextual(features, keys, kept, patches // 4).features
+
+
+def nearest(patches: int) -> Tensor:
+    features, keys, _ = grids(patches)
+    kept = torch.arange(0, patches, 2)[None]
+    return strategies.nearest(features, keys, torch.rand(1, patches), kept).features
+
+
+def average(patches: int) -> Tensor:
+    features, _, _ = grids(patches)
+    return strategies.average(features, torch.rand(1, patches), torch.arange(0, patches, 2)[None]).features
+
+
+def rate(tokens: int) -> Tensor:
+    every = torch.ones(1, tokens, dtype=torch.bool)
+    return strategies.raters(torch.randn(1, tokens, 4), every, torch.randn(1, tokens, 4), every).float()
+
+
+def similar(tokens: int) -> Tensor:
+    every = torch.ones(1, tokens, dtype=torch.bool)
+    return strategies.text_similarity(torch.randn(1, tokens, 4), torch.randn(1, tokens, 4), every)
+
+
+def chosen(patches: int) -> Tensor:
+    neighbours = gap_kernels.grid_neighbours((patches // 16, 16))[None]
+    return strategies.choose(torch.rand(1, patches), patches // 2, "region", neighbours=neighbours).float()
+
+
+WORK: dict[str, Callable[[int], Tensor]] = {
+    "importance": importance,
+    "importance, max": lambda rows: importance(rows, head_reduction="max", causal=False),
+    "importance with lse": lambda rows: importance(rows, given=True),
+    "prune_tokens": pruned,
+    "attention": attended,
+    "attention_received": received,
+    "spatial_aggregate": aggregated,
+    "contextual": contextual,
+    "nearest": nearest,
+    "average": average,
+    "raters": rate,
+    "text_similarity": similar,
+    "choose": chosen,
+}
+
+
+@pytest.mark.parametrize("name", list(WORK))
+def test_memory_doubles_with_twice_the_tokens(
+    name: str, largest: Largest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", LIMIT)
+    found = []
+    for size in (512, 1024):
+        largest.elements = 0
+        with largest:
+            WORK[name](size)
+        found.append(largest.elements)
+    assert found[0] >= 512
+    # A block, or an input and what is made of it row by row; a product of both sizes would grow fourfold.
+    assert found[1] <= max(LIMIT, 2.1 * found[0])
+
+
+@pytest.mark.parametrize("name", list(WORK))
+def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    whole = WORK[name](256)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", LIMIT)
+    torch.manual_seed(1)
+    torch.testing.assert_close(WORK[name](256), whole)
+
+
+def test_text_of_thousands_of_tokens(largest: Largest) -> None:
+    """The default score of a prompt of 8,000 text tokens, at the size of the blocks that is shipped."""
+    query, key = parts(1, (2, 2), 8064, 16)
+    text, visual = torch.arange(64, 8064)[None], torch.arange(64)[None]
+    with largest:
+        scores = visual_importance(query, key, visual, rows=text)
+    assert 8064 * 100 <= largest.elements <= blocks.BLOCK_ELEMENTS
+    attended = attention(query, key, key, importance_rows=text, importance_columns=visual)
+    torch.testing.assert_close(scores, attended.importance)
