@@ -244,16 +244,19 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
         kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
-        if method.__name__ == "reset":
-            self.__dict__.pop(UNFINISHED_ATTRIBUTE, None)
         if kept is None:
-            return method(self, *args, **kwargs)
-        kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
-        if kept is None:
-            delattr(self, CACHE_ATTRIBUTE)
+            result = method(self, *args, **kwargs)
         else:
-            store(self, kept)
-        return None
+            result = None
+            kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
+            if kept is None:
+                delattr(self, CACHE_ATTRIBUTE)
+            else:
+                store(self, kept)
+        # Some releases' reset() leaves dynamic layers as long as they were.
+        if getattr(self, UNFINISHED_ATTRIBUTE, False) and not int(self.get_seq_length()):
+            delattr(self, UNFINISHED_ATTRIBUTE)
+        return result
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
     return wrapped
