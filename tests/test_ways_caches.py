@@ -13,7 +13,7 @@ from packaging.version import Version
 from test_generation import next_turn
 from test_oracle import TOLERANCE, error
 from tiny import IMAGE, LAYERS, generate
-from ways import CONFIG, MODELS, MROPE, build, make, pair
+from ways import CONFIG, MODELS, MROPE, V5, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig, Stage
@@ -343,10 +343,10 @@ def test_a_cache_that_a_failed_prompt_leaves(kind: str, layer: int) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(model, inputs, past_key_values=cache)
     handle.remove()
-    for retry in (
-        lambda: generate(model, inputs, past_key_values=cache),
-        lambda: model(**inputs, past_key_values=cache),
-    ):
+    retries = [lambda: model(**inputs, past_key_values=cache)]
+    if V5:  # older transformers' generate() fails by itself, as nothing of the prompt is left to run
+        retries.append(lambda: generate(model, inputs, past_key_values=cache))
+    for retry in retries:
         with torch.no_grad(), pytest.raises(ValueError, match=rf"{CACHE} is left from a forward that failed"):
             retry()
     model.train()  # and then runs unpruned
