@@ -252,6 +252,8 @@ def ask(model, inputs: dict[str, torch.Tensor], cache, length: int) -> torch.Ten
 @pytest.mark.parametrize("name", MODELS)
 def test_questions_about_an_image_that_was_read_once(name: str, config: GapConfig) -> None:
     """Where nothing that ranks looks at text, a cached image is as good as a whole prompt."""
+    if name == MROPE and Version(transformers.__version__) < Version("5"):
+        pytest.skip("this transformers counts from 0 where it is told no positions, pruned or not")
     if name == MROPE and config.score == "cls":
         config = dataclasses.replace(config, score="received")  # its vision encoder has no CLS token
     model, inputs = build(name, "gap_triton"), make(name, "single")
