@@ -19,8 +19,8 @@ import model_types  # noqa: E402
 import tiny  # noqa: E402
 from oracle import core_of  # noqa: E402
 
-from gap_triton.models import find_parts  # noqa: E402
-from gap_triton.prompt import TOKEN_ID_FIELDS  # noqa: E402
+from gap_triton.integration.supported_models import find_parts  # noqa: E402
+from gap_triton.prefill.prompt import TOKEN_ID_FIELDS  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 PLACE = re.compile(r"(<!-- model types -->\n).*?(<!-- end of model types -->)", re.DOTALL)
@@ -47,7 +47,7 @@ def with_table(text: str) -> str:
         f"the {len(rows)} that transformers {model_types.NEWEST} lists."
     )
     published = [
-        f"| [{name}](published.md) | 1-D RoPE | exact, in gap_triton.published | `visual_mask` | vision tower, loading |"
+        f"| [{name}](published.md) | 1-D RoPE | exact, in gap_triton.models | `visual_mask` | vision tower, loading |"
         for name in model_types.PUBLISHED
     ]
     table = "\n".join([summary, "", HEADER, *rows, *published])

@@ -7,7 +7,8 @@ from ._requirements import check_versions
 
 check_versions()
 
-from .attach import (  # noqa: E402
+from .config import GapConfig, Stage  # noqa: E402
+from .integration.attach import (  # noqa: E402
     attach,
     configure,
     detach,
@@ -19,11 +20,10 @@ from .attach import (  # noqa: E402
     pruning,
     refuse_continuous_batching,
 )
-from .attention import register  # noqa: E402
-from .config import GapConfig, Stage  # noqa: E402
-from .kept import follow_cache_methods  # noqa: E402
+from .integration.attention import register  # noqa: E402
+from .kv_cache.kept_tokens import follow_cache_methods  # noqa: E402
+from .kv_cache.static_cache import static_cache  # noqa: E402
 from .selection import Selection  # noqa: E402
-from .static import static_cache  # noqa: E402
 
 register()
 follow_attention_name()

@@ -17,7 +17,7 @@ from .names import NAME
 from .selection import Selection
 
 if TYPE_CHECKING:
-    from .places import Places
+    from .prefill.grid_positions import Places
     from .vision.tower import Tower, TowerWatch
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"

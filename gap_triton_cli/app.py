@@ -130,7 +130,7 @@ def run(
     images = [open_image(path) for path in image]
 
     from gap_triton import GapConfig
-    from gap_triton.single import ask
+    from gap_triton_cli.ask import ask
 
     def config_for(loaded: Any) -> GapConfig:
         if method is None:

@@ -22,7 +22,7 @@ _VIDEOS = """
 EXACT, VIDEOS = tuple(_EXACT.split()), tuple(_VIDEOS.split())
 # Exact with visual_mask: decoders alone, in whose prompts nothing says which tokens are visual.
 ALONE = ("mistral4",)
-# Models of gap_triton.published, which transformers doesn't have: exact on checkpoints in their authors' layout.
+# Models of gap_triton.models, which transformers doesn't have: exact on checkpoints in their authors' layout.
 PUBLISHED = ("shikra", "minigpt_v2")
 # Refused, with a part of the sentence that says why.
 CROSS_ATTENTION = "reads the image through cross-attention"

@@ -12,7 +12,7 @@ from tiny import generate
 from ways import CONFIG, V5, make, pair
 
 import gap_triton
-from gap_triton import scores
+from gap_triton.prefill import scores
 
 
 def load(folder: str) -> transformers.PreTrainedModel:

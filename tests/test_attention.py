@@ -10,7 +10,7 @@ from test_oracle import error, make_prompt
 from tiny import build, generate
 
 import gap_triton  # noqa: F401
-from gap_triton import attention
+from gap_triton.integration import attention
 
 
 def flash_stand_in(query, key, value, dropout_p, softmax_scale, causal):

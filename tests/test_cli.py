@@ -20,12 +20,13 @@ from typer.testing import Result
 
 import gap_triton
 import gap_triton.demo.evaluation
-from gap_triton import GapConfig, config, single
+from gap_triton import GapConfig, config
 from gap_triton.demo import table
 from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL
 from gap_triton.demo.grounding import answer_boxes, boxes_from_tokens
 from gap_triton.demo.run import load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
+from gap_triton_cli import ask as single
 from gap_triton_cli import choices
 from gap_triton_cli.refuse import missing
 
@@ -485,6 +486,6 @@ def test_an_import_error_with_a_cause(cause: Exception, sentence: str) -> None:
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch, scene: Path) -> None:
-    monkeypatch.setitem(sys.modules, "gap_triton.single", None)
+    monkeypatch.setitem(sys.modules, "gap_triton_cli.ask", None)
     result = cli("run", *OPTIONS_OF_RUN, "--image", str(scene))
     assert isinstance(result.exception, ModuleNotFoundError)

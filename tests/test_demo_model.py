@@ -11,13 +11,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from gap_triton.demo import curve, scenes
+from gap_triton.demo import scenes
 from gap_triton.demo.architecture import Architecture
 from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL, find
-from gap_triton.demo.build import build_model, save
 from gap_triton.demo.grounding import answer_boxes, box_iou, boxes_from_tokens, evaluate, location_ids, prompt
-from gap_triton.demo.naming import naming_loss
-from gap_triton.demo.packing import (
+from gap_triton.demo.vocabulary import EOS, IMAGE_PAD, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
+from training import curve
+from training.build import build_model, save
+from training.naming import naming_loss
+from training.packing import (
     ANSWER,
     BLOCK,
     IGNORED,
@@ -27,9 +29,8 @@ from gap_triton.demo.packing import (
     pack,
     with_wrong_answers,
 )
-from gap_triton.demo.schedule import PEAK_RATE, STAGES, learning_rate, stage_at
-from gap_triton.demo.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
-from gap_triton.demo.vocabulary import EOS, IMAGE_PAD, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
+from training.schedule import PEAK_RATE, STAGES, learning_rate, stage_at
+from training.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -38,7 +38,7 @@ def test_held_out_is_deterministic_and_a_prefix_of_more() -> None:
 
 
 def test_held_out_seeds_are_beyond_every_training_seed() -> None:
-    from gap_triton.demo.train import SEEDS_PER_RUN
+    from training.train import SEEDS_PER_RUN
 
     largest_run_seed = HELD_OUT_SEED // SEEDS_PER_RUN - 1
     assert (largest_run_seed + 1) * SEEDS_PER_RUN - 1 < HELD_OUT_SEED

@@ -16,7 +16,6 @@ import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
 from gap_triton.demo import table
 from gap_triton.demo.architectures import QWEN2_5_VL
-from gap_triton.demo.build import build_model
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
 from gap_triton.demo.evaluation import Evaluation, sweep_configs
@@ -27,6 +26,7 @@ from gap_triton.demo.run import load_embedded_model
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import UNPRUNED, Row, method_name, prefill_cost
 from gap_triton.presets import PRESETS
+from training.build import build_model
 
 SHARES = (0.5, 0.25, 0.125)
 

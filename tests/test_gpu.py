@@ -8,7 +8,8 @@ from test_oracle import BATCHES, error, make_prompt
 from tiny import build, generate
 
 import gap_triton
-from gap_triton import GapConfig, attention
+from gap_triton import GapConfig
+from gap_triton.integration import attention
 
 pytestmark = pytest.mark.gpu
 

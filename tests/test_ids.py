@@ -9,7 +9,7 @@ from tiny import BOS, IMAGE, LAYERS, build, generate
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.ids import compact, score_order
+from gap_triton.prefill.position_ids import compact, score_order
 
 LAYER = 1
 

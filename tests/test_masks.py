@@ -15,8 +15,10 @@ from transformers import __version__
 from ways import MODELS, build, make
 
 import gap_triton
-from gap_triton import GapConfig, Stage, prune, scores
-from gap_triton.masks import is_plain, mask_for_attention
+from gap_triton import GapConfig, Stage
+from gap_triton.later_layers.masks import is_plain, mask_for_attention
+from gap_triton.prefill import drop as prune
+from gap_triton.prefill import scores
 
 HIDDEN = torch.finfo(torch.float32).min
 
@@ -252,5 +254,5 @@ def test_scores_by_a_mask_under_autocast() -> None:
             rows, visual = torch.tensor([[15, 19, -1]]), torch.tensor([[3, 4, 5, -1]])
             seen.append(scores.importance_by_mask(asked, mask, rows, visual))
     assert torch.equal(*seen)
-    expected = gap_triton.scores.visual_importance(query, key, visual, rows=rows)
+    expected = gap_triton.prefill.scores.visual_importance(query, key, visual, rows=rows)
     assert torch.allclose(seen[0], expected, rtol=1e-5, atol=1e-8)

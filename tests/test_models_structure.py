@@ -17,9 +17,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 
 import gap_triton
-from gap_triton import GapConfig, _requirements, attention, models, unrotated
-from gap_triton.prompt import looks_ahead
-from gap_triton.single import check_overlay
+from gap_triton import GapConfig, _requirements
+from gap_triton.integration import attention
+from gap_triton.integration import supported_models as models
+from gap_triton.prefill import unrotated
+from gap_triton.prefill.prompt import looks_ahead
+from gap_triton_cli.ask import check_overlay
 
 
 def test_a_type_that_nobody_has_named_runs_if_its_structure_is_safe() -> None:

@@ -22,8 +22,8 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, 
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.published import minigpt_v2, shikra
-from gap_triton.published.visual_decoder import IMAGE_TOKEN, VisualDecoder
+from gap_triton.models import minigpt_v2, shikra
+from gap_triton.models.visual_decoder import IMAGE_TOKEN, VisualDecoder
 from gap_triton.strategies import spatial_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -613,3 +613,12 @@ def test_the_recipes_of_the_document_run(name: str, tmp_path: Path) -> None:
     assert answer.shape[1] <= 32
     kept = gap_triton.last_selection(decoder).visual_index
     assert kept.shape[1] == {"visual_mask": 5, "shikra": 9, "minigpt_v2": 3}[name]
+
+
+def test_the_older_name() -> None:
+    import gap_triton.models.shikra
+    import gap_triton.published.shikra
+    from gap_triton.published import minigpt_v2 as by_its_older_name
+
+    assert gap_triton.published.shikra is gap_triton.models.shikra
+    assert by_its_older_name is gap_triton.models.minigpt_v2

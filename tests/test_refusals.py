@@ -10,8 +10,9 @@ from test_oracle import make_prompt
 from tiny import LAYERS, TEXT, build, generate, prompt
 
 import gap_triton
-from gap_triton import GapConfig, _requirements, attention
+from gap_triton import GapConfig, _requirements
 from gap_triton.arguments import CACHE
+from gap_triton.integration import attention
 
 
 def mllama(attn_implementation: str) -> transformers.PreTrainedModel:

@@ -15,7 +15,8 @@ from transformers.models.llava import modeling_llava
 from ways import V5
 
 import gap_triton
-from gap_triton import GapConfig, unpruned
+from gap_triton import GapConfig
+from gap_triton.integration import unpruned
 
 CONFIG = GapConfig(keep=0.4, layer=1)
 MERGED = "LlavaModel got inputs_embeds without input_ids, and no row of them is the embedding of an image placeholder"

@@ -21,8 +21,8 @@ from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from gap_triton.models import find_parts
-from gap_triton.prompt import find_visual_tokens
+from gap_triton.integration.supported_models import find_parts
+from gap_triton.prefill.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, _picture_of, layout_of
 from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
@@ -621,7 +621,7 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 @pytest.mark.parametrize("before", ["sdpa", "eager", "gap_triton"])
 def test_a_tower_is_left_as_it_was(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("gap_triton.attention.logger.warning_once", warnings.append)
+    monkeypatch.setattr("gap_triton.integration.attention.logger.warning_once", warnings.append)
     model = tiny.build("llava", {"text_config": "sdpa", "vision_config": before})
     owner = find_parts(model).owner
     tower = find_tower(owner)

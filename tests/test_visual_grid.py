@@ -17,8 +17,8 @@ from tiny import IMAGE, Image, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.integration.visual_grid import named_grids
 from gap_triton.strategies import spatial_order
-from gap_triton.visual_grid import named_grids
 
 ASKING = {
     "before": GapConfig(0.25, -1, "spatial"),

@@ -15,7 +15,7 @@ from tiny import generate
 from ways import CONFIG, MODELS, build, make, pair
 
 import gap_triton
-from gap_triton import parallel
+from gap_triton.prefill import parallel
 
 TESTS = Path(__file__).parent
 

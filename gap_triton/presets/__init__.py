@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import GapConfig, Score
-from ..models import find_parts
+from ..integration.supported_models import find_parts
 from ..plain import shown
 from ..vision.tower import find_tower
 from . import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gap_triton.config import Stage
-from gap_triton.prompt import positions_first
+from gap_triton.prefill.prompt import positions_first
 from gap_triton.strategies import outlier_count, spatial_order
 
 from .layout import View

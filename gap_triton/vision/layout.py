@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gap_triton.models import text_model_of
-from gap_triton.visual_grid import VISUAL_GRID
+from gap_triton.integration.supported_models import text_model_of
+from gap_triton.integration.visual_grid import VISUAL_GRID
 
 from .tower import (
     GRID_FIELDS,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..models import calls_interface, text_model_of
+from ..integration.supported_models import calls_interface, text_model_of
 from ..names import NAME, WATCHED
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from gap_triton.calls import config_now
 from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
+from gap_triton.integration.calls import config_now
 from gap_triton.state import Attachment, ForwardState
 
 from .recording import Need, Needs

@@ -1,0 +1,142 @@
+"""The attention function behind ``attn_implementation="gap_triton"``: dense attention that lets pruning look on.
+
+An attention function runs inside the residual branch of its layer. It can *score* tokens but not *drop* them, so
+it hands query and key to the state of the running forward, and `gap_triton.integration.hooks` drops before the next layer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging
+
+from ..later_layers.masks import mask_for_attention
+from ..names import NAME, WATCHED
+from ..vision.recording import recording_now
+
+if TYPE_CHECKING:
+    from ..state import ForwardState
+
+logger = logging.get_logger(__name__)
+
+# What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
+MORE_THAN_DENSE = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "softcap": "soft-capped attention logits",
+    "position_bias": "a position bias",
+}
+FLASH_HEAD_DIM_LIMIT = 256
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def register() -> None:
+    """Register the attention function and its mask function with transformers.
+
+    Without a mask function under the same name transformers would pass no mask at all, and left-padded samples
+    would silently attend to padding.
+    """
+    AttentionInterface.register(NAME, gap_attention_forward)
+    AttentionMaskInterface.register(NAME, mask_for_attention)
+
+
+def gap_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    gap_state: ForwardState | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention; in the scoring layer of a pruned prefill, query and key are left with ``gap_state``.
+
+    Args:
+        module: The attention layer that calls.
+        query: [B, Hq, Q, D], after RoPE.
+        key: [B, Hkv, S, D], after RoPE, cached tokens first.
+        value: [B, Hkv, S, D].
+        attention_mask: What the mask function made: None (plain causal, or one query) or [B, 1, Q, S].
+        gap_state: State of the running forward, None outside an attached model.
+        **kwargs: ``dropout``, ``scaling``, ``is_causal`` and what else the model passes on.
+
+    Returns:
+        Attention output [B, Q, Hq, D], and None in place of attention weights.
+    """
+    for keyword, what in MORE_THAN_DENSE.items():
+        if kwargs.get(keyword) is not None:
+            raise ValueError(
+                f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
+                "load the model with attn_implementation='eager'"
+            )
+    if getattr(module, WATCHED, False):
+        recording = recording_now.get()
+        if recording is not None:
+            recording.attend(module, query, key, attention_mask, kwargs.get("scaling"))
+    elif gap_state is not None:
+        gap_state.observe(module, query, key, attention_mask, kwargs.get("scaling"))
+    elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
+        logger.warning_once(
+            f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
+            "Call gap_triton.attach(model, config) to prune."
+        )
+    if _flash_applies(query, attention_mask, kwargs):
+        return _flash_attention(module, query, key, value, **kwargs), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@cache
+def flash_attn_func() -> Any | None:
+    """``flash_attn.flash_attn_func``, or None where flash-attn is not installed."""
+    try:
+        from flash_attn import flash_attn_func as function
+    except ImportError:
+        return None
+    return function
+
+
+def _flash_applies(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
+    # flash_attn_func takes no mask. Padding, ragged batches and sliding windows shorter than the sequence arrive here
+    # as an explicit mask, and stay with sdpa.
+    return (
+        query.is_cuda
+        and query.dtype in HALF_PRECISION
+        and attention_mask is None
+        and query.shape[-1] <= FLASH_HEAD_DIM_LIMIT
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and flash_attn_func() is not None
+    )
+
+
+def _flash_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries = query.shape[2]
+    if causal and 1 < queries < key.shape[2]:
+        # No mask and more keys than queries: the unused tail of a static cache at prefill, as in sdpa's own path.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    flash = flash_attn_func()
+    assert flash is not None
+    return flash(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=bool(causal and queries > 1),
+    )

@@ -1,0 +1,84 @@
+"""A call keeps the configuration that it started with: one ``generate()`` with all its steps, or one forward.
+
+``generate()`` encodes images ahead of the forward that reads them, and goes on for many forwards; what it started with is a
+context variable, so generations in other threads have their own. A forward by itself carries its configuration in its
+`ForwardState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import GapConfig
+from ..state import Attachment, Call, attachment_of, changing
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A running ``generate()``.
+
+    Attributes:
+        model: The model that generates.
+        configs: What was attached to it at the start, each with its configuration; None for what was being detached.
+        inside: It runs inside of another one, as that of an assistant does.
+    """
+
+    model: nn.Module
+    configs: dict[Attachment, GapConfig | None]
+    inside: bool
+
+
+_generation_now: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
+
+
+@contextmanager
+def generation_of(model: nn.Module) -> Iterator[None]:
+    """A ``generate()`` of ``model``, which keeps its configuration and its hooks until it ends."""
+    attached = attachment_of(model)
+    attachments = (
+        [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
+    )
+    configs = {each: None if each.closing else each.config for each in attachments}
+    generation = Generation(model, configs, inside=_generation_now.get() is not None)
+    token = _generation_now.set(generation)
+    for attachment in attachments:
+        attachment.running.add(generation)
+        if attachment.closing:
+            with changing:  # a removal that began before this call was seen comes to its end first
+                configs[attachment] = configs[attachment] if attachment.handles else None
+    try:
+        yield
+    finally:
+        _generation_now.reset(token)
+        for attachment in configs:
+            attachment.running.discard(generation)
+            attachment.close_if_idle()
+
+
+def drafts_now() -> bool:
+    """Whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
+    generation = _generation_now.get()
+    return generation is not None and generation.inside
+
+
+def config_now(attachment: Attachment, call: Call | None = None) -> GapConfig | None:
+    """The configuration of the call that runs in this thread; None if it prunes nothing.
+
+    Args:
+        attachment: What is attached to the model that runs.
+        call: What its head told of this forward, None if it is not known.
+    """
+    generation = _generation_now.get()
+    if generation is not None:
+        if attachment in generation.configs:
+            return generation.configs[attachment]
+        if any(module is attachment.owner for module in generation.model.modules()):
+            return None  # attached since: what was encoded before was not watched
+    if attachment.closing:
+        return None
+    return attachment.config if call is None or call.config is None else call.config

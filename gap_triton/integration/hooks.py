@@ -1,0 +1,420 @@
+"""One forward of a pruned model, as the hooks see it.
+
+A decoder's loop keeps hidden states, rotary embeddings, masks and ids in local variables that nothing outside can
+rebind, so *every* layer after the pruning layer has a pre-hook that hands it the shortened ones. Dropping happens in
+the pre-hook of the first later layer, which leaves all that a model adds after the pruning layer in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..arguments import by_name, cache_of
+from ..config import BEFORE_THE_DECODER, asks_for_places
+from ..kv_cache.kept_tokens import (
+    begin,
+    kept_tokens_of,
+    original_length,
+    refuse_continuation,
+    refuse_pruned_cache,
+    settle,
+)
+from ..kv_cache.static_cache import fit
+from ..later_layers.deepstack import add_behind, take_out
+from ..later_layers.inputs import shorten
+from ..later_layers.outputs import refuse_router_logits, restore_rows
+from ..names import CALL_KEY, NAME, STATE_KEY
+from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
+from ..prefill.drop import drop
+from ..prefill.grid_positions import places_of
+from ..prefill.position_ids import refuse_ablation
+from ..prefill.prompt import (
+    decide,
+    find_visual_tokens,
+    looks_ahead,
+    position_ids_of,
+    read_prompt,
+    real_positions,
+)
+from ..prefill.raters import find_raters
+from ..state import Attachment, Call, ForwardState, changing, remember_selection
+from ..vision.select import choose_before_the_decoder
+from ..vision.watch import watch_tower
+from .calls import config_now, drafts_now
+from .supported_models import check_layers, find_parts, layer_type, text_model_of
+from .unpruned import (
+    refuse_export,
+    refuse_paged_cache,
+    say_that_it_was_called_by_itself,
+    say_that_no_placeholder_was_found,
+    say_that_nothing_is_named,
+    say_that_nothing_is_pruned,
+)
+from .visual_grid import VISUAL_GRID, named_grids
+from .visual_mask import VISUAL_MASK, named_visual_tokens
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def before_head(
+    model: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs | None = None,
+    *,
+    attachment: Attachment,
+    owner_name: str,
+    takes_more: bool,
+) -> tuple[Args, Kwargs] | None:
+    """Pass on what the module with the language head would keep to itself.
+
+    Args:
+        model: That module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments; None where the hook was removed by one that ran right before it, of which torch
+            forgets at once that it takes them.
+        attachment: What is attached to the module that it holds.
+        owner_name: The name under which it holds it.
+        takes_more: Its forward takes keyword arguments that it does not list.
+    """
+    if kwargs is None:
+        return None
+    if model._modules.get(owner_name) is not attachment.owner and model in attachment.heads:
+        raise RuntimeError(
+            f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
+            "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
+        )
+    args, kwargs = by_name(model, args, dict(kwargs))
+    call = _call_of(kwargs, attachment)
+    if not takes_more:
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+        return args, kwargs
+    call.config = attachment.config
+    kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
+    return args, kwargs
+
+
+def after_head(
+    model: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs,
+    output: Any = None,
+    *,
+    attachment: Attachment,
+    handles: list[Any],
+) -> None:
+    """Say so if the module with the language head kept its keyword arguments to itself; once it has not, look no more.
+
+    Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
+    """
+    call: Call | None = None if output is None else kwargs.get(CALL_KEY)
+    if call is None:
+        return
+    if not call.arrived:
+        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    elif not torch.compiler.is_compiling():
+        handles[0].remove()
+
+
+def _refuse_to_keep_quiet(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
+) -> None:
+    """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
+    labels = call.labels
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = [each for each in given if isinstance(each, torch.Tensor)]
+    told = {
+        VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
+        # Other labels than one per token belong to the whole input.
+        "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
+        "use_cache=False": call.written > 0,
+        "logits_to_keep": call.drafts > call.written or call.rows_asked is not None,
+    }
+    names = [name for name, given in told.items() if given]
+    if names and attachment.prunes(model):
+        raise RuntimeError(
+            f"{type(model).__name__} does not hand further keyword arguments on to {type(attachment.owner).__name__}, which "
+            f"must know {' and '.join(names)} to prune: let it take **kwargs and hand them on, leave "
+            f"{'it' if len(names) == 1 else 'them'} out, or call gap_triton.detach(model) to run it unpruned"
+        )
+
+
+def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
+    if kwargs.get("output_attentions") and attachment.text.config._attn_implementation == NAME:
+        raise ValueError(
+            "output_attentions=True: attention weights are not computed under "
+            f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
+            "for the weights of every layer, load the model with attn_implementation='eager'"
+        )
+    return call_of(kwargs)
+
+
+def before_owner(
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs | None = None, *, attachment: Attachment
+) -> tuple[Args, Kwargs] | None:
+    """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
+    if kwargs is None:
+        return None  # as in `before_head`
+    return _begin(owner, args, kwargs, attachment)
+
+
+def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
+    args, kwargs = by_name(owner, args, dict(kwargs))
+    visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
+    call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
+    call.arrived = True
+    state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
+    state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
+    input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if not state.enabled:
+        say_that_nothing_is_pruned(owner, attachment, embeds if input_ids is None else input_ids)
+    else:
+        alone = attachment.owner is attachment.text
+        if visual_mask is not None:
+            state.visual = named_visual_tokens(
+                owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts
+            )
+        elif not alone:
+            state.visual = find_visual_tokens(owner, input_ids, embeds)
+            state.sought = input_ids is None
+        else:
+            say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+        state.given_mask = kwargs.get("attention_mask")
+        if state.visual is not None:
+            refuse_export()
+            config = config_now(attachment, call)
+            state.enabled = config is not None
+            state.config = config or state.config
+    if state.enabled and state.visual is not None:
+        refuse_paged_cache(cache_of(kwargs))
+        state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+        if visual_grid is not None:
+            state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
+        watch_tower(state)
+    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
+        attachment.running.add(state)
+        if attachment.closing:
+            with changing:  # a removal that began before this call was seen comes to its end first
+                state.enabled = state.enabled and bool(attachment.handles)
+    kwargs[STATE_KEY] = state
+    return args, kwargs
+
+
+def _end(state: ForwardState) -> None:
+    if state.watch is not None:
+        state.watch.stop()
+    if not torch.compiler.is_compiling():
+        state.attachment.running.discard(state)
+        if state.attachment.closing:
+            state.attachment.close_if_idle()
+
+
+def hook_layers(attachment: Attachment) -> None:
+    """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
+    text = attachment.text
+    with changing:
+        if attachment.layers == tuple(text.layers):
+            return
+        for handle in attachment.layer_handles:
+            handle.remove()
+        attachment.layer_handles = [
+            layer.register_forward_pre_hook(functools.partial(before_layer, index=index), with_kwargs=True)
+            for index, layer in enumerate(text.layers)
+        ]
+        attachment.layers = tuple(text.layers)
+
+
+def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
+    layers = text._modules["layers"]._modules.values()
+    # A replica of DataParallel has layers of its own, and what was compiled sees no others than it was compiled with.
+    if torch.compiler.is_compiling() or tuple(layers) == attachment.layers or text is not attachment.text:
+        return
+    find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
+    hook_layers(attachment)
+
+
+def _begin_by_itself(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment
+) -> tuple[Args, Kwargs]:
+    """The decoder was called past its owner; there a mask can name visual tokens too."""
+    args, kwargs = _begin(text, args, kwargs, attachment)
+    state: ForwardState = kwargs[STATE_KEY]
+    state.by_itself = True
+    try:
+        return before_text(text, args, kwargs, attachment=attachment) or (args, kwargs)
+    except Exception:
+        _end(state)  # nobody else gets to see it
+        raise
+
+
+def before_text(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
+) -> tuple[Args, Kwargs] | None:
+    """Decide what this forward drops, and find out what the cache already lacks."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None:
+        if kwargs.get(VISUAL_MASK) is not None:
+            return _begin_by_itself(text, args, kwargs, attachment)
+        say_that_it_was_called_by_itself(text, args, kwargs, attachment)
+    if state is None or not state.enabled:
+        refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
+        return None
+    state.entered = True
+    args, kwargs = by_name(text, args, kwargs)
+    inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    batch, queries = inputs.shape[:2]
+    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
+    cache, mask = cache_of(kwargs), state.given_mask
+    state.kept = state.before = kept_tokens_of(cache, batch)
+    state.batch, state.queries = batch, queries
+    if state.kept is None and queries <= 1:
+        fit(cache, {})
+        return None
+    state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
+    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
+    verifies = queries > 1 and state.past > 0 and follows_prompt(state, inputs.device)
+    if state.visual is not None and not verifies:
+        kwargs = _plan(state, kwargs, len(text.layers))
+    state.owner_kwargs = {}
+    if state.drops or (state.kept is not None and state.kept.ids != "kept"):
+        state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
+    if state.drops:
+        assert state.position_ids is not None
+        refuse_ablation(state.config, text)
+        refuse_router_logits(state, kwargs)
+        kwargs = take_out(state, kwargs)
+
+    if state.drops or state.kept is not None:
+        _follow_layers(attachment, text)
+    if state.kept is None:
+        if state.drops:
+            begin(state, cache)
+        else:
+            fit(cache, {})
+        return args, kwargs
+    if queries > 1 and not verifies:
+        if drafts_now():
+            # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
+            # several tokens: what it had and what the other model wrote.
+            state.kept.settled = True
+        refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
+        new = None if state.real is None else state.real[:, state.past :]
+        if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
+            raise ValueError(
+                "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
+                "turn: start a new cache with the whole conversation"
+            )
+    state.kept.settled = True
+    begin(state, cache)
+    return args, kwargs
+
+
+def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
+    """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
+    assert state.visual is not None
+    assert isinstance(state.past, int)
+    new = None if state.real is None else state.real[:, state.past :]
+    state.drafts = drafts_of(state.call, state.visual)
+    prompt = read_prompt(state.visual, new, answer_rows(state.call, state.drafts, state.visual))
+    state.sees_image = any(prompt.visual_counts)
+    if not state.sees_image:
+        if state.sought:
+            say_that_no_placeholder_was_found(state)
+        return kwargs
+    stages = state.config.stages
+    if stages[0].layer == BEFORE_THE_DECODER:
+        state.chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
+    state.drops = decide(prompt, stages, state.chosen)
+    if not state.drops:
+        return kwargs
+    check_layers(state.config, layers)
+    refuse_lost_labels(state.call, prompt, state.drops[-1].keep)
+    state.prompt = prompt
+    if any(stage.score == "raters" for stage in stages):
+        state.raters = find_raters(prompt, kwargs)
+    if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):
+        state.places = places_of(state, prompt)
+    return kwargs
+
+
+def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
+    """Hand a later layer its shortened inputs; the first of them drops."""
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None or not state.enabled:
+        return None
+    if state.kept is None and not state.drops:
+        return None
+    first = state.drops[0].stage.layer if state.drops else state.kept.layers[0]  # type: ignore[union-attr]
+    if index <= first:
+        return None
+    if len(args) > 1:
+        raise RuntimeError(
+            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which "
+            "gap_triton can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
+        )
+    kwargs = dict(kwargs)
+    hidden_states = args[0] if args else kwargs.pop("hidden_states")
+    if state.done:
+        hidden_states = add_behind(state, hidden_states, index - 1)
+    upcoming = state.next_drop
+    if upcoming is not None and index == upcoming.stage.layer + 1:
+        hidden_states = drop(state, upcoming, hidden_states, kwargs)
+    shorten(state, hidden_states, kwargs, index)
+    return (hidden_states,), kwargs
+
+
+def after_text(
+    text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+) -> Any:
+    """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt.
+
+    After a forward that failed ``output`` is None.
+    """
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None:
+        return None
+    if state.by_itself:
+        _end(state)
+    if not state.enabled or output is None:
+        return None
+    settle(state.cache)
+    if not state.drops:
+        return None
+    if state.done < len(state.drops):
+        raise RuntimeError(
+            f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )
+    if state.selection is not None:
+        remember_selection(state.attachment, state.selection)
+    return restore_rows(state, output)
+
+
+def after_owner(
+    owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+) -> None:
+    """Stop looking at the vision encoder; say so if the owner kept its keyword arguments to itself.
+
+    The decoder would have run unpruned without a word. After a forward that failed ``output`` is None.
+    """
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None:
+        return
+    _end(state)
+    if state.enabled and not state.entered and output is not None:
+        if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
+            raise RuntimeError(
+                f"the decoder of {type(owner).__name__} was replaced after gap_triton was attached, so nothing was dropped: "
+                "call gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
+            )
+        raise RuntimeError(
+            f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
+            "model with attn_implementation='sdpa' to run it unpruned"
+        )

@@ -1,0 +1,422 @@
+"""Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve.
+
+There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
+later layers can be handed fewer tokens without noticing:
+
+- a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
+  unknown keyword arguments on, which is how the state of a forward gets to the layers;
+- in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
+  or remembers them: full or sliding self-attention over the layer's own keys and values;
+- layers that are told about their tokens by arguments that `gap_triton.later_layers.inputs` knows how to shorten.
+
+Whatever falls outside is refused, in a sentence that says why.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .._requirements import newer_than_tested
+from ..arguments import ALL_CACHE_NAMES
+from ..config import BEFORE_THE_DECODER, GapConfig
+from ..prefill.prompt import TOKEN_ID_FIELDS, visual_token_ids
+from .attention import MORE_THAN_DENSE
+
+TEXT_MODEL_NAMES = ("language_model", "text_model")
+CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
+PLAIN = "plain dense attention under this name"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
+
+# What each kind of layer does besides attending to its own keys and values.
+UNSAFE_LAYER_TYPES = {
+    "chunked_attention": "attends in chunks of its own sequence, whose borders move when tokens are dropped",
+    "linear_attention": "carries a recurrent state that every token has entered, so none can be taken out",
+    "conv": "mixes neighbouring tokens by a convolution, and dropping makes others neighbours",
+    "indexed_attention": "chooses by an index of its own which tokens it attends to",
+    "minimax_m3_sparse": "chooses by an index of its own which blocks of tokens it attends to",
+    "reference_sliding_attention": "slides over answers only, in a cache that counts the tokens of the prompt",
+}
+PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
+UNSAFE_PARAMETERS = {
+    "shared_kv_states": "some layers may attend to keys and values of an earlier layer, which holds other tokens once some "
+    "were dropped in between",
+    "per_layer_inputs": PER_LAYER,
+    "per_layer_input": PER_LAYER,
+    "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
+}
+# Heads of transformers, by the end of their names, that read the last hidden state of every token.
+READS_EVERY_ROW = ("ForRetrieval", "ForTokenClassification", "ForQuestionAnswering")
+SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# What a layer and its attention may be told; each is shortened, rebuilt, or does not depend on the tokens.
+LAYER_PARAMETERS = frozenset(
+    {
+        "self",
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "position_embeddings_global",
+        "position_embeddings_local",
+        "moe_mm_token_type_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        *ALL_CACHE_NAMES,
+    }
+)
+# What only a module that remembers tokens is told, and one that looks at others.
+REMEMBERS_TOKENS = frozenset({*ALL_CACHE_NAMES, "cache_params"})
+SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
+DECODER_PARAMETERS = frozenset(
+    {
+        "self",
+        "input_ids",
+        "inputs_embeds",
+        "pixel_values",
+        "mm_encoder_outputs",
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "moe_mm_token_type_ids",
+        "visual_pos_masks",
+        "deepstack_visual_embeds",
+        "vision_mask",
+        "deepstack_features",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        *ALL_CACHE_NAMES,
+    }
+)
+
+
+class Parts(NamedTuple):
+    """The two modules that carry hooks.
+
+    Attributes:
+        owner: The module that receives ``input_ids`` and whose config names the image token; ``text`` itself where the
+            model is a decoder alone, whose visual tokens the caller names (`gap_triton.integration.visual_mask`).
+        text: The decoder stack, with its layers in ``text.layers``.
+    """
+
+    owner: PreTrainedModel
+    text: PreTrainedModel
+
+
+def text_model_of(module: nn.Module) -> PreTrainedModel | None:
+    """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    # Some owners hold the decoder with its language-model head around it, some as their plain "model".
+    children = [module._modules.get(name) for name in TEXT_MODEL_NAMES]
+    children += [getattr(child, "model", None) for child in children]
+    if visual_token_ids(module.config):
+        children.append(module._modules.get("model"))
+    for child in children:
+        if isinstance(child, PreTrainedModel) and isinstance(child._modules.get("layers"), nn.ModuleList):
+            return child
+    return None
+
+
+def is_vision_language_model(model: PreTrainedModel) -> bool:
+    """Whether ``model`` generates text and reads images, as far as its config tells."""
+    config = model.config
+    sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
+    return model.can_generate() and (sees or bool(visual_token_ids(config)))
+
+
+def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The decoder stack of a text model, None for any other model."""
+    text = model.base_model
+    layers = text._modules.get("layers")
+    if not isinstance(text, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    return None if REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])) else text
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers that ``model`` is, or that it is wrapped around: a PeftModel, what `torch.compile` returns,
+    DataParallel, any module that holds one.
+
+    Raises:
+        ValueError: It holds none, or several.
+    """
+    found, inside = [], [model] if isinstance(model, nn.Module) else []
+    while inside:
+        module = inside.pop(0)
+        if isinstance(module, PreTrainedModel):
+            found.append(module)
+        else:
+            inside += [child for child in module.children() if child not in inside]
+    if len(found) != 1:
+        several = (
+            f", and it holds several: {', '.join(type(each).__name__ for each in found)}" if found else ""
+        )
+        raise ValueError(
+            f"model={type(model).__name__}: expected a transformers PreTrainedModel, or a wrapper around one{several}"
+        )
+    return found[0]
+
+
+def find_parts(model: nn.Module) -> Parts:
+    """Locate owner and decoder stack of ``model``, or of the model that it is wrapped around.
+
+    Raises:
+        ValueError: The model can't be pruned; the sentence says why and what to do instead.
+    """
+    model = unwrap(model)
+    parts = next((Parts(m, text) for m in model.modules() if (text := text_model_of(m)) is not None), None)
+    if parts is None and (decoder := lone_decoder_of(model)) is not None:
+        parts = Parts(decoder, decoder)
+    reason = _why_not(model, parts)
+    if reason is not None:
+        raise _refusal(model, parts, reason)
+    if parts is None:
+        raise ValueError(
+            f"gap_triton found no vision-language decoder in {_described(model)}: expected a module with a decoder stack in "
+            f".{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_instead()}"
+        )
+    return parts
+
+
+def check_heads(model: PreTrainedModel, parts: Parts) -> None:
+    """Raise ValueError if a head of ``model``, around its ``parts``, reads what pruning takes away."""
+    reason = _reads_every_row(model, parts.owner)
+    if reason is not None:
+        raise _refusal(model, parts, reason)
+
+
+def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
+    instead = _alone_instead(model, parts) + _unpruned_instead("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {_described(model)}: {reason}. {instead}")
+
+
+def _described(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
+
+
+def _unpruned_instead(implementation: str = "sdpa") -> str:
+    return f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
+
+
+def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
+    """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
+    if parts is None or parts.owner is parts.text or _second_decoder(model, parts.owner):
+        return ""
+    if _why_not(parts.text, Parts(parts.text, parts.text)):
+        return ""
+    around = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and isinstance(module, PreTrainedModel)
+        and not any(child is parts.owner for child in module.modules())
+        and any(child is parts.text for child in module.modules())
+    ]
+    return (
+        f"Its decoder can be pruned by itself: gap_triton.attach(model.{around[0]}, config), and hand visual_mask, a [B, Q] "
+        "bool tensor that is True at visual tokens, to its forward or generate. "
+    )
+
+
+def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
+    """The condition that ``model`` does not meet, as the end of a sentence; None if it meets all."""
+    # A connector may have cross-attention of its own; what counts is the decoder.
+    decoder = model if parts is None else parts.text
+    last_names = {name.rsplit(".", 1)[-1] for name, _ in decoder.named_modules() if "qformer" not in name}
+    if getattr(model.config, "is_encoder_decoder", False) or any(
+        word in name for name in last_names for word in CROSS_ATTENTION_NAMES
+    ):
+        return "it reads the image through cross-attention, so its decoder holds no visual tokens to drop"
+    if parts is None:
+        return None
+    owner, text = parts
+    return (
+        _second_decoder(model, owner)
+        or _reads_every_row(model, owner)
+        or _unsafe_config(text)
+        or _unsafe_signatures(owner, text)
+        or _unsafe_layers(text)
+        or _nameless(owner, text)
+    )
+
+
+def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    inside = set(owner.modules())
+    for name, module in model.named_modules():
+        layers = module._modules.get("layers")
+        if module in inside or not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if not REMEMBERS_TOKENS.isdisjoint(_parameters(layers[0])):
+            return f"a second decoder, {name} ({type(module).__name__}), reads what the first one holds of every token"
+    return None
+
+
+def _reads_every_row(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
+    for head in model.modules():
+        if type(head).__name__.endswith(READS_EVERY_ROW) and any(
+            module is owner for module in head.modules()
+        ):
+            return (
+                f"{type(head).__name__} makes an output of every token's last hidden state, and dropped tokens have none; "
+                "prune in the model below it and read what survives"
+            )
+    return None
+
+
+def _unsafe_config(text: PreTrainedModel) -> str | None:
+    if getattr(text.config, "num_kv_shared_layers", None):
+        return UNSAFE_PARAMETERS["shared_kv_states"]
+    for index in range(len(text.layers)):
+        kind = layer_type(text.config, index)
+        if kind not in SAFE_LAYER_TYPES:
+            what = UNSAFE_LAYER_TYPES.get(kind, "is none of those known to be safe")
+            return f"decoder layer {index} is {kind!r}: it {what}"
+    return None
+
+
+def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+    for module in (owner, text, text.layers[0]):
+        if not takes_more(module):
+            return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
+    return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
+        text, DECODER_PARAMETERS
+    )
+
+
+def _nameless(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+    if owner is text or visual_token_ids(owner.config):
+        return None
+    return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
+
+
+def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    unknown = [n for n, p in _parameters(module).items() if n not in known and p.kind != p.VAR_KEYWORD]
+    for name in unknown:
+        if name in UNSAFE_PARAMETERS:
+            return f"{UNSAFE_PARAMETERS[name]} ({name!r} of {type(module).__name__}.forward)"
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        return f"{type(module).__name__}.forward takes {names}, which may belong to tokens that get dropped"
+    return None
+
+
+def _unsafe_layers(text: PreTrainedModel) -> str | None:
+    for index, layer in enumerate(map(_unwrapped, text.layers)):
+        inside = [m for m in layer.modules() if m is not layer]
+        own = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
+        if len(own) != 1:
+            names = ", ".join(type(m).__name__ for m in own) or "none"
+            return (
+                f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
+                f"found {names}"
+            )
+        attention = own[0]
+        others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
+        if others:
+            return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
+        reason = _more_than_dense(attention) or _unsafe_parameters(attention, LAYER_PARAMETERS)
+        if reason is not None:
+            return reason
+        mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
+        if mixing is not None:
+            return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
+    return None
+
+
+def _more_than_dense(attention: nn.Module) -> str | None:
+    """What ``attention`` asks of the attention function besides dense attention, as its code and its attributes tell."""
+    for keyword, given in _keywords_given(inspect.unwrap(type(attention).forward)):
+        # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
+        if isinstance(given, str) and getattr(attention, given, None) is None:
+            continue
+        return f"{type(attention).__name__} needs {MORE_THAN_DENSE[keyword]} ({keyword!r}), and attention is {PLAIN}"
+    return None
+
+
+@cache
+def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
+    """Which keywords of `MORE_THAN_DENSE` the calls in ``function`` name, each with the attribute of self that it gives."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return ()  # no source: the attention function itself refuses what it is given
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.keyword) or node.arg not in MORE_THAN_DENSE:
+            continue
+        value = node.value
+        if isinstance(value, ast.Constant) and value.value is None:
+            continue
+        own = None
+        if (
+            isinstance(value, ast.Attribute)
+            and isinstance(value.value, ast.Name)
+            and value.value.id == "self"
+        ):
+            own = value.attr
+        found.append((node.arg, own))
+    return tuple(found)
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` takes keyword arguments that it does not list."""
+    return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention module that calls transformers' attention interface."""
+    return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(inspect.unwrap(type(_unwrapped(module)).forward)).parameters)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """``module``, or the one that it is wrapped around and hands everything on to, as `torch.compile` makes them."""
+    while len(module._modules) == 1:
+        parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
+        if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            break
+        (module,) = module.children()
+    return module
+
+
+def layer_type(config: Any, index: int) -> str:
+    """Attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another model's own."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[index]
+    slides = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    return "sliding_attention" if slides else "full_attention"
+
+
+def sliding_window(config: Any, index: int) -> int | None:
+    """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
+    return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None
+
+
+def check_layers(config: GapConfig, layers: int) -> None:
+    """Raise ValueError unless at least one of the decoder's ``layers`` layers follows every pruning layer."""
+    last = config.stages[-1].layer
+    if last > layers - 2:
+        allowed = f"-1 to {layers - 2}" if layers > 1 else f"{BEFORE_THE_DECODER}, before the decoder"
+        count = f"{layers} layer{'' if layers == 1 else 's'}"
+        raise ValueError(
+            f"GapConfig.layer={last}: this model's decoder has {count}; expected {allowed}, so that at least one"
+            f" layer follows the pruning layer (a preset is scaled to the decoder by layers={layers})"
+        )

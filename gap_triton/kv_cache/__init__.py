@@ -1,0 +1,1 @@
+"""What a pruned KV cache stands for."""

@@ -1,0 +1,64 @@
+"""Visual features that a model adds behind its first decoder layers (Qwen3-VL and kin), for fewer rows.
+
+The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. What
+belongs behind later layers is taken out of the loop and added, to the survivors, before the layer that comes next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..state import Deepstack, ForwardState
+
+
+def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``state``.
+
+    Raises:
+        ValueError: Features belong behind the last layer, after which nothing can be added.
+    """
+    name, features, rows = _features_of(kwargs)
+    if not features:
+        return kwargs
+    last = len(state.attachment.text.layers) - 1
+    if max(features) >= last:
+        raise ValueError(
+            f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. "
+            "Use keep=1.0"
+        )
+    first = state.config.layer
+    later = {layer: value for layer, value in features.items() if layer > first}
+    state.deepstack = Deepstack(rows, later)
+    given = kwargs[name]
+    if isinstance(given, dict):
+        return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
+    return {**kwargs, name: given[: first + 1]}
+
+
+def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:
+    """Name of the argument, features by the layer behind which they are added, and the [B, Q] mask of their rows."""
+    name = "deepstack_features"  # Granite 4 Vision: by the layer *before* which they are added, with a mask [B, Q, 1 or C]
+    if kwargs.get(name):
+        return name, {k - 1: v for k, v in kwargs[name].items()}, kwargs["vision_mask"][..., 0]
+    name = "deepstack_visual_embeds"
+    if kwargs.get(name):
+        return name, dict(enumerate(kwargs[name])), kwargs["visual_pos_masks"]
+    return name, {}, torch.empty(0)
+
+
+def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+    """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
+    if state.deepstack is None or layer not in state.deepstack.features:
+        return hidden_states
+    assert state.survivors is not None
+    device = hidden_states.device
+    rows = state.deepstack.rows.to(device)
+    source = state.survivors.to(device).clamp(min=0)
+    surviving = rows.gather(1, source) & (state.survivors.to(device) >= 0)
+    place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
+    features = state.deepstack.features[layer].to(device, hidden_states.dtype)
+    full = torch.zeros_like(hidden_states)
+    full[surviving] = features[place.gather(1, source)[surviving]]
+    return hidden_states + full

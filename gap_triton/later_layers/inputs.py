@@ -1,0 +1,135 @@
+"""What the layers after the pruning layer are handed: mask, position ids and rotary embeddings of fewer tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..arguments import ALL_CACHE_NAMES, cache_of
+from ..integration.supported_models import sliding_window
+from ..prefill.position_ids import lowered
+from ..state import ForwardState, KeptRows
+from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
+
+# Axis of the tokens, which follows the axis of the batch.
+TOKEN_AXIS = {
+    "position_ids": -1,  # [B, Q], or [A, B, Q] on several axes
+    "position_embeddings": -2,  # each of cos and sin [B, Q, D], or [A, B, Q, D]
+    "position_embeddings_global": -2,
+    "position_embeddings_local": -2,
+}
+# Arguments that are not cut down but made anew, or that say nothing about single tokens.
+OTHERWISE = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
+
+
+def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int) -> None:
+    """Replace, in ``kwargs``, what layer ``index`` is told about its tokens.
+
+    Args:
+        state: The running forward; tokens have been dropped in it or before it.
+        hidden_states: [B, L, C], the layer's input.
+        kwargs: The layer's keyword arguments, changed in place.
+        index: The layer's place in the decoder.
+    """
+    assert state.kept is not None
+    kept = state.kept.at(index)
+    assert kept is not None
+    cache = cache_of(kwargs)
+    cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    window = sliding_window(state.attachment.text.config, index)
+    mask = kwargs.get("attention_mask")
+    # Layers of one window and one stage share one mask of the model.
+    kwargs["attention_mask"] = state.once(
+        ("mask", kept.layer, window),
+        lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window),
+    )
+    if state.drops:
+        for name, value in kwargs.items():
+            if name not in OTHERWISE:
+                kwargs[name] = survivors_of(state, name, value)
+    ids = state.new_ids
+    if not state.drops and kept.id_shift is not None:
+        unpruned, shift = state.position_ids, kept.id_shift
+        assert unpruned is not None
+        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
+    if ids is not None:
+        # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+        flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
+        told = kwargs.get("position_ids")
+        kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
+        if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
+            kwargs["position_embeddings"] = state.once(
+                ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
+            )
+    if kwargs.get("cache_position") is not None and cache_layer is not None:
+        # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
+        before = None if state.before is None else state.before.at(index)
+        lacked = 0 if before is None else before.dropped
+        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+
+
+def survivors_of(state: ForwardState, name: str, value: Any) -> Any:
+    """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
+    # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
+    for known, survivors in state.taken:
+        if known is value:
+            return survivors
+    if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
+        survivors = type(value)(survivors_of(state, name, x) for x in value)
+    elif not isinstance(value, torch.Tensor):
+        return value
+    elif name in TOKEN_AXIS:
+        survivors = _take_rows(state, value, TOKEN_AXIS[name] % value.dim())
+    elif value.dim() >= 2 and value.shape[0] in (1, state.batch) and value.shape[1] == state.queries:
+        survivors = _take_rows(state, value, 1)  # something that is handed through, one entry per token
+    else:
+        return value
+    state.taken.append((value, survivors))
+    return survivors
+
+
+def _take_rows(state: ForwardState, value: torch.Tensor, axis: int) -> torch.Tensor:
+    """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
+    assert state.slots is not None
+    rows = state.slots.clamp(min=0).to(value.device)  # [B, L]
+    shape = list(value.shape)
+    shape[axis - 1] = rows.shape[0]
+    value = value.expand(shape)
+    rows = rows.view(*(rows.shape[i - axis + 1] if i in (axis - 1, axis) else 1 for i in range(value.dim())))
+    shape[axis] = rows.shape[axis]
+    return value.gather(axis, rows.expand(shape))
+
+
+def _later_mask(
+    state: ForwardState,
+    kept: KeptRows,
+    mask: torch.Tensor | None,
+    cache_layer: Any | None,
+    hidden_states: torch.Tensor,
+    window: int | None,
+) -> torch.Tensor | None:
+    """Mask of a later layer; None where plain causal attention, or attention to everything, is right."""
+    rows, device = hidden_states.shape[1], hidden_states.device
+    static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
+    if mask is None and kept.dense:
+        if state.drops:
+            return None
+        if rows == 1 and not static and (window is None or state.past + rows <= window):
+            return None
+    columns = column_positions(kept, cache_layer, rows)
+    if state.drops:
+        assert state.slots is not None
+        own = state.slots
+    else:
+        own = torch.arange(rows, device=columns.device).expand(columns.shape[0], -1)
+    if mask is not None and (state.ready_made or state.before is None):
+        return take_from_mask(mask, own, columns, state.past + state.queries)
+    # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
+    # its mask is of no use here.
+    allowed = causal_mask(torch.where(own < 0, -1, own + state.past), columns, window)
+    if state.real is not None:
+        real = state.real.to(columns.device)
+        real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
+        allowed = as_plain_as(allowed & real[:, None, None, :], allowed)
+    return as_plain_as(allowed.to(device), allowed)

@@ -1,0 +1,94 @@
+"""What a pruned decoder returns, put back to the rows of its input, with zeros at the dropped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..state import ForwardState
+
+# Fields of a decoder's output whose shape says nothing about the tokens of this forward.
+NOT_BY_TOKEN = ("cache", "past_key_values", "attentions", "rope_deltas")
+
+
+def refuse_router_logits(state: ForwardState, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the decoder is to return what its router says of every token."""
+    name = "output_router_logits"
+    if kwargs.get(name, getattr(state.attachment.text.config, name, False)):
+        raise ValueError(
+            f"{name}=True: later layers route fewer tokens than this prompt has, and a load-balancing loss over all of them "
+            f"is not defined. Set it to False, in the call and in the config of the text model, or use keep=1.0"
+        )
+
+
+def restore_rows(state: ForwardState, output: Any) -> Any:
+    """A decoder's output with all hidden states in the rows of its input.
+
+    Args:
+        state: The running forward, all stages of which have dropped.
+        output: A tuple or a `ModelOutput`, hidden states of the last layer first, [B, L, C].
+
+    Raises:
+        ValueError: Something else in it has one entry for each token that is left.
+    """
+    last = output[0]
+    full = _restored(state, last, len(state.drops))
+    layers = len(state.attachment.text.layers)
+
+    def restored(value: Any) -> Any:
+        if not isinstance(value, (tuple, list)) or len(value) != layers + 1:
+            return value
+        states = [_hidden_states_before(state, index, entry) for index, entry in enumerate(value)]
+        # The last entry is the last hidden state, after the final norm.
+        return (*states[:-1], full if value[-1] is last else states[-1])
+
+    if isinstance(output, tuple):
+        return (full, *map(restored, output[1:]))
+    for name, value in output.items():
+        if name == "hidden_states":
+            output[name] = restored(value)
+        elif name != "last_hidden_state" and name not in NOT_BY_TOKEN:
+            _refuse_what_is_left(state, name, value)
+    output["last_hidden_state"] = full
+    return output
+
+
+def _hidden_states_before(state: ForwardState, index: int, entry: torch.Tensor | None) -> torch.Tensor | None:
+    """The hidden states that enter layer ``index``, as the layer before it put them out."""
+    if entry is None:  # not asked for
+        return None
+    if index == 0:
+        return entry if state.embeds is None else state.embeds
+    return _restored(state, entry, sum(drop.stage.layer < index - 1 for drop in state.drops))
+
+
+def _restored(state: ForwardState, short: torch.Tensor, stages: int) -> torch.Tensor:
+    """``short`` [B, L, C], what is left after the first ``stages`` stages, as [B, Q, C]."""
+    if not stages:
+        return short
+    survivors = state.left[stages - 1].to(short.device)
+    # One more row at the end takes the filler and is cut off again.
+    target = torch.where(survivors < 0, state.queries, survivors)[..., None].expand_as(short)
+    full = short.new_zeros(short.shape[0], state.queries + 1, short.shape[2])
+    return full.scatter(1, target, short)[:, :-1]
+
+
+def _refuse_what_is_left(state: ForwardState, name: str, value: Any) -> None:
+    lengths = {drop.length for drop in state.drops} - {state.queries}
+    for tensor in _tensors_in(value):
+        by_token = tensor.dim() >= 2 and tensor.shape[0] == state.batch and tensor.shape[1] in lengths
+        if by_token or tensor.shape[:1] in [(state.batch * length,) for length in lengths]:
+            raise ValueError(
+                f"{name}: later layers return it for fewer tokens than this prompt has, and what belongs to which is not "
+                "known: do without it, or use keep=1.0"
+            )
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors_in(each)

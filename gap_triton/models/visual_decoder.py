@@ -1,0 +1,143 @@
+"""A vision tower, one linear layer and a decoder: what Shikra and MiniGPT-v2 have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..integration.attach import is_attached
+from ..integration.visual_grid import VISUAL_GRID
+from ..integration.visual_mask import VISUAL_MASK
+
+IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
+LISTED = 20
+
+
+class Tower(nn.Module):
+    """Features of images by ``model``, a vision tower whose patches make a grid."""
+
+    model: PreTrainedModel
+
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
+        """Rows and columns of visual tokens of each image of ``pixel_values`` [I, 3, H, W]; None where they make no grid."""
+        side = self.model.config.patch_size
+        return pixel_values.shape[-2] // side, pixel_values.shape[-1] // side
+
+
+class VisualDecoder(nn.Module):
+    """A decoder that reads text and the projected features of images.
+
+    Attributes:
+        tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image, whose rows and columns its
+            method ``grid`` tells.
+        projector: Linear layer from F to the decoder's width.
+        decoder: The language model, which `gap_triton.attach` takes.
+    """
+
+    def __init__(self, tower: Tower, projector: nn.Linear, decoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.tower, self.projector, self.decoder = tower, projector, decoder
+
+    def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
+        """What the decoder reads.
+
+        Args:
+            input_ids: [B, Q] int64, ``-1`` at each visual token.
+            pixel_values: [I, 3, H, W] for the I images of the batch in order, or None.
+
+        Returns:
+            ``inputs_embeds`` [B, Q, C] with the features filled in, ``visual_mask`` [B, Q] bool and, where the images have
+            a grid, ``visual_grid`` (rows, columns).
+
+        Raises:
+            ValueError: The images do not have as many visual tokens as ``input_ids`` have places.
+        """
+        visual = input_ids == IMAGE_TOKEN
+        embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(visual, 0))
+        features = embeds.new_empty(0, embeds.shape[-1])
+        if pixel_values is not None:
+            features = self.projector(self.tower(pixel_values.to(self.projector.weight.dtype))).flatten(0, 1)
+        places = int(visual.sum())
+        if places != features.shape[0]:
+            images = 0 if pixel_values is None else pixel_values.shape[0]
+            raise ValueError(
+                f"input_ids hold {places} visual tokens and the {images} images of pixel_values have {features.shape[0]}: "
+                f"expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids puts it there"
+            )
+        embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
+        grid = None if pixel_values is None else self.tower.grid(pixel_values)
+        merged = {"inputs_embeds": embeds, VISUAL_MASK: visual}
+        return merged if grid is None else merged | {VISUAL_GRID: grid}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """One forward of the decoder on the merged prompt; ``options`` are those of its own forward."""
+        return self.decoder(attention_mask=attention_mask, **self._inputs(input_ids, pixel_values), **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """`generate` of the decoder on the merged prompt: new tokens only, as always from ``inputs_embeds``.
+
+        Args:
+            input_ids: [B, Q] int64, ``-1`` at each visual token.
+            pixel_values: [I, 3, H, W], or None.
+            attention_mask: [B, Q], 0 at padding; None = no padding.
+            **options: Those of transformers' `generate`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = self._inputs(input_ids, pixel_values)
+        return self.decoder.generate(attention_mask=attention_mask, **inputs, **options)
+
+    def _inputs(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
+        inputs = self.merge(input_ids, pixel_values)
+        return inputs if is_attached(self.decoder) else {"inputs_embeds": inputs["inputs_embeds"]}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load ``state``, read from ``source``, which must have the keys and shapes of ``module``.
+
+    Raises:
+        ValueError: It has others; the message lists them.
+    """
+    own = module.state_dict()
+    refuse_keys(source, missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys())
+    shapes = [
+        f"{key} is {list(value.shape)}, expected {list(own[key].shape)}"
+        for key, value in state.items()
+        if value.shape != own[key].shape
+    ]
+    if shapes:
+        raise ValueError(f"{source} does not fit: {_listed(shapes)}")
+    module.load_state_dict(state)
+
+
+def refuse_keys(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise ValueError if a checkpoint read from ``source`` lacks keys or has some that nobody takes."""
+    faults = [
+        f"{len(keys)} {kind} keys ({_listed(sorted(keys))})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"{source} is not laid out as expected: {', '.join(faults)}")
+
+
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more

@@ -1,0 +1,1 @@
+"""One pass over a prompt: what is scored, chosen and dropped."""

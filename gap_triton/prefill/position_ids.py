@@ -1,0 +1,108 @@
+"""Which position ids the survivors carry.
+
+GAP's rule needs no code: gathering position ids together with the rows keeps them. What stands here are the two
+defects that the GAP paper (arXiv 2506.21873) names, so that their effect can be measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..config import GapConfig
+
+
+def refuse_ablation(config: GapConfig, text: Any) -> None:
+    """Refuse ``ids`` other than ``"kept"`` where renumbering is not defined.
+
+    Args:
+        config: The configuration of this forward.
+        text: The decoder stack.
+
+    Raises:
+        ValueError: There is not one rotary embedding for all layers.
+    """
+    if config.ids == "kept":
+        return
+    rotary = getattr(text, "rotary_emb", None)
+    several = hasattr(text, "rotary_emb_local") or (
+        rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    )
+    if rotary is None or several:
+        raise ValueError(
+            f"GapConfig.ids={config.ids!r}: renumbering is defined for one rotary embedding for all layers, and "
+            f"{type(text).__name__} has {'one by layer type' if several else 'none'}; use ids='kept'"
+        )
+
+
+def score_order(
+    index: torch.Tensor, visual: torch.Tensor, visual_index: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """Put the surviving visual rows in score order into the slots that they hold, as ``topk`` without a sort would.
+
+    Args:
+        index: [B, L] int64 surviving rows, ascending, -1 = filler.
+        visual: [B, Q] bool.
+        visual_index: [B, V] int64, the visual rows, -1 = filler.
+        scores: [B, V] float32, their scores.
+
+    Returns:
+        [B, L] int64: ``index`` with its visual entries permuted, best first; ties and NaN by position.
+    """
+    rows = index.clamp(min=0)
+    is_visual = (index >= 0) & visual.gather(1, rows)
+    # One more row at the end takes the scores of filler.
+    by_row = scores.new_zeros(visual.shape[0], visual.shape[1] + 1)
+    by_row = by_row.scatter(1, torch.where(visual_index < 0, visual.shape[1], visual_index), scores)
+    score = by_row.gather(1, rows).nan_to_num(nan=-torch.inf)
+    # Text rows get one common score, so that the stable sorts below leave them in order.
+    by_score = torch.where(is_visual, score, 0.0).argsort(dim=1, descending=True, stable=True)
+    visual_first = (~is_visual.gather(1, by_score)).to(torch.int8).argsort(dim=1, stable=True)
+    source = by_score.gather(1, visual_first)
+    slots = (~is_visual).to(torch.int8).argsort(dim=1, stable=True)
+    return torch.empty_like(index).scatter(1, slots, index.gather(1, source))
+
+
+def compact(
+    position_ids: torch.Tensor, index: torch.Tensor, real: torch.Tensor, earlier_shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the surviving rows without gaps; where a model has several axes, on every axis, as a text is numbered.
+
+    Args:
+        position_ids: [B, Q] or [A, B, Q] int64, the ids without pruning.
+        index: [B, L] int64 surviving rows, ascending, -1 = filler.
+        real: [B, Q] bool, False at padding.
+        earlier_shift: [B] or [A, B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
+
+    Returns:
+        The new ids [B, L] or [A, B, L], and by how much ids of later tokens must be lowered, [B] or [A, B].
+    """
+    rows = index.clamp(min=0)
+    counts = (index >= 0) & real.gather(1, rows)
+
+    def at(place: torch.Tensor) -> torch.Tensor:
+        return position_ids.gather(-1, place.expand(*position_ids.shape[:-1], -1))
+
+    first = at(real.to(torch.int8).argmax(dim=1, keepdim=True))  # [B, 1]
+    if earlier_shift is not None:
+        first = first - earlier_shift[..., None]
+    ids = (first + counts.cumsum(dim=1) - 1).clamp(min=0)
+    slot = torch.arange(index.shape[1], device=index.device)
+    last = torch.where(counts, slot, 0).amax(dim=1, keepdim=True)
+    shift = at(rows.gather(1, last)) - ids.gather(-1, last.expand(*ids.shape[:-1], -1))
+    return ids, shift[..., 0]
+
+
+def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Ids of tokens that follow renumbered ones.
+
+    Args:
+        position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
+        shift: [B] or [A, B] int64, from `compact`.
+    """
+    shift = shift.to(position_ids.device)[..., None]
+    if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
+        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
+    return position_ids - shift

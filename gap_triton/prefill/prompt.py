@@ -1,0 +1,259 @@
+"""Reading a prompt: which rows are visual, which are padding, and how many of each survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import BEFORE_THE_DECODER, Stage
+from ..later_layers.masks import visible
+from ..state import Chosen, Drop, Plan, Prompt
+
+TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def visual_token_ids(config: Any) -> list[int]:
+    """Ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
+    ids = {getattr(config, name, None) for name in TOKEN_ID_FIELDS}
+    return sorted(i for i in ids if isinstance(i, int))
+
+
+def find_visual_tokens(
+    owner: PreTrainedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
+
+    With ``inputs_embeds`` alone a row counts as visual if it equals the embedding of a placeholder token, which is
+    how transformers finds the rows to fill.
+    """
+    if input_ids is not None:
+        if input_ids.shape[1] == 1:
+            return None
+        visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in visual_token_ids(owner.config):
+            visual |= input_ids == token
+        return visual
+    if inputs_embeds is None or inputs_embeds.shape[1] == 1:
+        return None
+    table = owner.get_input_embeddings()
+    visual = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    for token in visual_token_ids(owner.config):
+        placeholder = table(torch.full((), token, dtype=torch.long, device=inputs_embeds.device))
+        visual |= (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(dim=-1)
+    return visual
+
+
+def real_positions(
+    mask: Any, past: int | torch.Tensor, queries: int, batch: int, first_type: str
+) -> torch.Tensor | None:
+    """Which tokens are real and which padding, read from whatever mask the model was given.
+
+    Args:
+        mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
+            of those by layer type.
+        past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
+        queries: Q, number of new rows.
+        batch: B.
+        first_type: Type of the decoder's first layer, whose mask is sized by a cache that nothing was dropped from.
+
+    Returns:
+        [B, past + Q] bool; None = no padding. Where ``past`` is a tensor, as wide as the mask and one column more.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get(first_type, next(iter(mask.values())))
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if isinstance(past, torch.Tensor):
+        real = mask if mask.dim() == 2 else mask[:, 0, -1]
+        real = visible(real) if mask.dim() == 4 else real != 0
+        return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
+    total = past + queries
+    if mask.dim() == 2:
+        # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
+        real = mask[:, :total] != 0
+        return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
+    allowed = visible(mask).any(dim=1)  # by some head, [B, Q, K]
+    first = max(total - mask.shape[-1], 0)  # the mask of a sliding layer covers the last K positions only
+    allowed = allowed[..., : total - first]
+    # A padded row is seen by no other row, and sees at most itself, where a mask must leave it something. An earlier column
+    # that no row looks at is padding, or out of reach for good.
+    own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    if queries > 1:
+        seen = allowed.sum(dim=1)[:, past - first :] - own.long()  # by other rows
+        own = (seen > 0) | (own & (allowed.sum(dim=2) > 1))
+    earlier = allowed[..., : past - first].any(dim=1)
+    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
+
+
+def position_ids_of(
+    given: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
+) -> torch.Tensor:
+    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
+
+    Args:
+        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
+            with plain text ids in front.
+        past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
+        queries: Q.
+        device: Where the ids are to lie if they are made here.
+    """
+    if given is None:
+        return (past + torch.arange(queries, device=device))[None]
+    return given[None] if given.dim() == 1 else given
+
+
+def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
+    """Whether a mask lets some row see a later one, as masks for images (Gemma 3) and prefixes (PaliGemma) do. One read.
+
+    Args:
+        mask: [B or 1, 1, Q, K], bool or additive; or a dict of those. Anything else does not look ahead.
+        real: [B, Q] bool, False at padding; None = no padding.
+    """
+    if isinstance(mask, dict):
+        return any(looks_ahead(each, real) for each in mask.values())
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return False
+    allowed = visible(mask).any(dim=1)
+    # Where every row sees itself and nothing later, the last column seen moves on from row to row.
+    last = torch.where(allowed, torch.arange(mask.shape[-1], device=mask.device), -1).amax(dim=-1)
+    moves_on = last[:, 1:] > last[:, :-1]
+    if real is not None:
+        real = real.to(mask.device)
+        moves_on = moves_on | ~(real[:, 1:] & real[:, :-1])
+    return not bool(moves_on.all())
+
+
+def read_prompt(
+    visual: torch.Tensor, real: torch.Tensor | None, answer: torch.Tensor | None = None
+) -> Prompt:
+    """Count what a prompt holds, with one read from the device.
+
+    Args:
+        visual: [B, Q] bool.
+        real: [B, Q] bool, False at padding; None = no padding.
+        answer: [B, Q] bool, rows of an answer and what follows it, which no visual token is among; None = none.
+    """
+    positions = torch.arange(visual.shape[1], device=visual.device)
+    real = torch.ones_like(visual) if real is None else real.to(visual.device)
+    visual = visual & real
+    last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
+    asking, before_answer, ends_in_image = real, None, visual[:, -1]
+    if answer is not None:
+        asking = real & ~answer
+        before_answer = visual & torch.nn.functional.pad(answer[:, 1:], (0, 1))
+        ends_in_image = ends_in_image | before_answer.any(dim=1)
+    text_after = asking & ~visual & (positions > last_visual)  # [B, Q]
+    facts = torch.stack(
+        [visual.sum(1), real.sum(1), text_after.sum(1), ends_in_image.long(), real[:, -1].long()]
+    ).tolist()
+    visual_counts, real_counts, text_counts, in_image, last_is_real = map(tuple, facts)
+    return Prompt(
+        visual=visual,
+        real=real,
+        asking=asking,
+        before_answer=before_answer if any(in_image) else None,
+        visual_index=positions_first(visual, max(visual_counts)),
+        text_after=text_after,
+        visual_counts=visual_counts,
+        real_counts=real_counts,
+        text_counts=text_counts,
+        ends_in_image=tuple(map(bool, in_image)),
+        last_is_real=tuple(map(bool, last_is_real)),
+    )
+
+
+def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tuple[Drop, ...]:
+    """What each stage of a prefill drops; empty where no stage drops anything.
+
+    Args:
+        prompt: The prompt.
+        stages: Where and how.
+        chosen: What the first stage keeps, where that is the one after the vision encoder.
+    """
+    drops: list[Drop] = []
+    before = prompt.visual_counts
+    for stage in stages:
+        if stage.layer == BEFORE_THE_DECODER:
+            assert chosen is not None
+            keep = chosen.keep
+        else:
+            keep = tuple(map(min, map(stage.count, prompt.visual_counts), before))
+        lengths, dense, after = [], True, []
+        for b, kept in enumerate(keep):
+            # The last row of the prompt always stays, because generation reads its logits, and so does the last of the
+            # forward: one more row where it is a visual token that was not chosen, or where it is padding.
+            visual_stays = prompt.ends_in_image[b] and kept < before[b]
+            extra = int(visual_stays) + int(not prompt.last_is_real[b])
+            lengths.append(prompt.real_counts[b] - prompt.visual_counts[b] + kept + extra)
+            dense = dense and not extra
+            after.append(kept + int(visual_stays))
+        dense = dense and min(lengths) == max(lengths)
+        drops.append(Drop(stage, keep, before, max(lengths), dense))
+        before = tuple(after)
+    return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
+
+
+def plan_of(
+    prompt: Prompt,
+    drop: Drop,
+    raters: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> Plan:
+    """What ``drop`` drops from the rows that it finds.
+
+    Args:
+        prompt: The prompt.
+        drop: The stage.
+        raters: [B, Q] bool, rows that rate for ``score="raters"``.
+        index: [B, S] int64, the rows of the prompt that are left, -1 = filler; None = all of them.
+    """
+
+    def left(mask: torch.Tensor) -> torch.Tensor:
+        return mask if index is None else mask.gather(1, index.clamp(min=0)) & (index >= 0)
+
+    visual, real = left(prompt.visual), left(prompt.real)
+    visual_index = prompt.visual_index if index is None else positions_first(visual, max(drop.before))
+    stays = None
+    if prompt.before_answer is not None:
+        stays = left(prompt.before_answer).gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
+    return Plan(
+        visual=visual,
+        real=real,
+        visual_index=visual_index,
+        keep=torch.tensor(drop.keep, device=visual.device),
+        stays=stays,
+        rows=_scoring_rows(prompt, drop.stage, left, raters),
+        padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
+    )
+
+
+def _scoring_rows(
+    prompt: Prompt,
+    stage: Stage,
+    left: Callable[[torch.Tensor], torch.Tensor],
+    raters: torch.Tensor | None,
+) -> torch.Tensor:
+    may_ask = left(prompt.asking)
+    positions = torch.arange(may_ask.shape[1], device=may_ask.device)
+    last_real = torch.where(may_ask, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
+    most_text = max(prompt.text_counts)
+    if stage.score not in ("text", "raters") or most_text == 0:
+        return last_real
+    asking = prompt.text_after
+    if stage.score == "raters":
+        assert raters is not None
+        asking = raters
+    rows = positions_first(left(asking), most_text)  # [B, R]
+    # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
+    rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
+    return rows
+
+
+def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Positions of the True entries of each row, ascending, then -1: [B, N] bool -> [B, width] int64."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]
+    return torch.where(ordered < mask.shape[1], ordered, -1)

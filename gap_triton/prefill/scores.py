@@ -1,0 +1,153 @@
+"""What ranks the visual tokens at a decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gap_kernels import visual_importance
+from torch.nn.functional import pad
+
+from ..config import Stage
+from ..later_layers.masks import is_plain
+from ..names import NAME
+from ..state import ForwardState, Plan
+from .draw import draw
+from .parallel import mean_over_ranks, tensor_parallel_group
+from .unrotated import unrotated
+
+BLOCK = 1 << 22
+"""How many attention logits are held at once where rows see what a mask of their own says."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the scoring layer's attention left.
+
+    Attributes:
+        query: [B, Hq, S, D].
+        key: [B, Hkv, K, D], earlier columns first.
+        columns: [B, K] bool, False at padding and filler; None = all.
+        mask: [B or 1, Hq or 1, S, K], bool or additive, what the layer attended by; None where that is causal attention to
+            ``columns``, which needs no mask.
+        scale: Factor of ``q k^T``, None = ``D ** -0.5``.
+        group: The process group over which heads are split, None = all are here.
+        plain: ``prune_tokens`` computes this score by itself.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    columns: torch.Tensor | None
+    mask: torch.Tensor | None
+    scale: float | None
+    group: Any
+    plain: bool
+
+
+def attention_of(state: ForwardState, stage: Stage, plan: Plan) -> Attention:
+    """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes."""
+    query, key = state.query, state.key
+    if query is None or key is None:
+        raise RuntimeError(
+            f"layer {stage.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
+            'attn_implementation="gap_triton" for the text model'
+        )
+    assert isinstance(state.past, int)
+    rows = plan.visual.shape[1]
+    held = state.kept.stages[state.done - 1] if state.done and state.kept is not None else None
+    columns = state.past + state.queries if held is None else held.index.shape[1] + state.drafts
+    key = key[:, :, :columns]  # a static cache hands over its whole buffer
+    real = state.real
+    if held is not None:
+        real = None if held.dense else pad(held.index >= 0, (0, state.drafts), value=True)
+    if real is not None:
+        real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
+    mask = None if is_plain(state.mask, state.past + state.queries) else state.mask
+    group = tensor_parallel_group(state.attachment, query)
+    if stage.score == "unrotated":
+        # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.
+        mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
+        key = key[:, :, -rows:]
+        real = None if real is None else real[:, -rows:]
+        query, key = unrotated(state, query, key)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+    plain = mask is None and group is None and stage.score != "key_norm"
+    return Attention(query, key, real, mask, state.scale, group, plain)
+
+
+def scores_of(
+    state: ForwardState, stage: Stage, plan: Plan, where: torch.Tensor, asked: Attention | None
+) -> torch.Tensor:
+    """[B, V] float32, the score of each visual token that ``plan`` names.
+
+    Args:
+        state: The running forward.
+        stage: What ranks.
+        plan: Rows that the stage finds.
+        where: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
+        asked: What the layer's attention left; None for scores that ask none.
+    """
+    if stage.score == "random":
+        drawn = draw(state.config.seed, state.done, plan.visual_index.shape[1])
+        return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
+    if stage.score == "spatial":
+        assert state.places is not None
+        return -state.places.order_of(where).float()
+    assert asked is not None
+    if stage.score == "key_norm":
+        squares = asked.key[:, :, -plan.visual.shape[1] :].float().square().sum(dim=(1, 3))  # [B, S]
+        if asked.group is not None:
+            squares = mean_over_ranks(squares, asked.group)
+        return squares.sqrt().gather(1, plan.visual_index.clamp(min=0))
+    if asked.mask is None:
+        scores = visual_importance(
+            asked.query,
+            asked.key,
+            plan.visual_index,
+            rows=plan.rows,
+            attention_mask=asked.columns,
+            scale=asked.scale,
+        ).float()
+    else:
+        scores = importance_by_mask(asked, asked.mask, plan.rows, plan.visual_index)
+    return scores if asked.group is None else mean_over_ranks(scores, asked.group)
+
+
+def importance_by_mask(
+    asked: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
+) -> torch.Tensor:
+    """What `gap_kernels.visual_importance` is of rows that each see what ``mask`` says, in bounded memory.
+
+    Args:
+        asked: Query, key and scale.
+        mask: [B or 1, Hq or 1, S, K], bool, or additive with what the layer added to its logits, biases included.
+        rows: [B, R] int64, the query rows to average, -1 = filler.
+        visual_index: [B, V] int64, -1 = filler.
+
+    Returns:
+        [B, V] float32; 0 at filler.
+    """
+    query, key = asked.query, asked.key
+    batch, heads, queries, channels = query.shape
+    columns = key.shape[2]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = channels**-0.5 if asked.scale is None else asked.scale
+    mask = mask.to(query.device).expand(batch, *mask.shape[1:])
+    visual_columns = (visual_index.clamp(min=0) + columns - queries)[:, None, None]
+    total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        keys = key.to(dtype).transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, K]
+        for some in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
+            source = some.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
+            wanted = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
+            logits = (wanted.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
+            seen = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
+            logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
+            nothing = logits.amax(dim=-1, keepdim=True) == -torch.inf
+            weights = torch.where(nothing, 0.0, logits.softmax(dim=-1))
+            weights = weights.gather(3, visual_columns.expand(-1, heads, some.shape[1], -1))
+            total += torch.where((some >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
+    total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
+    return torch.where(visual_index >= 0, total, 0.0).float()

@@ -1,0 +1,65 @@
+"""Queries and keys as they are before rotary embedding, for ``score="unrotated"``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..config import GapConfig
+from ..integration.supported_models import calls_interface
+from ..state import ForwardState
+
+# Names under which modeling files keep the function that rotates queries and keys.
+ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
+
+
+def unrotated(
+    state: ForwardState, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn ``query`` [B, Hq, S, D] and ``key`` [B, Hkv, S, D] of the scoring layer back, by the model's own rotation.
+
+    A rotation by an angle is undone by one with the negative sine. Whatever the model does besides (only some channels,
+    several axes, interleaved pairs), its own function does here too.
+
+    Raises:
+        ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
+    """
+    assert state.scorer is not None
+    module: Any = state.scorer
+    rotate, rotary = rotation_of(module), state.rotary
+    if rotate is None or not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise _no_rotation(module)
+    cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
+    sections: tuple[Any, ...] = ()
+    if "mrope_section" in inspect.signature(rotate).parameters:
+        parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
+        sections = (parameters["mrope_section"],)
+    query, key = rotate(query, key, cos, -sin, *sections)
+    # Some embeddings scale cos and sin (YaRN), forth and back alike; the channels that turn are scaled twice by now.
+    stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
+    return query / stretch, key / stretch
+
+
+def rotation_of(attention: Any) -> Any | None:
+    """The function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
+    functions = vars(inspect.getmodule(type(attention)))
+    return next((functions[name] for name in ROTATIONS if name in functions), None)
+
+
+def refuse_unrotated(config: GapConfig, text: Any) -> None:
+    """Raise ValueError if a stage asks a layer of the decoder ``text`` for a rotation to be undone that it doesn't name."""
+    for stage in config.stages:
+        if stage.score != "unrotated":
+            continue
+        attention = next(module for module in text.layers[stage.layer].modules() if calls_interface(module))
+        if rotation_of(attention) is None:
+            raise _no_rotation(attention)
+
+
+def _no_rotation(attention: Any) -> ValueError:
+    return ValueError(
+        f"score='unrotated': {type(attention).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
+        "rotation can't be undone; use score='last_token'"
+    )

@@ -1,0 +1,1 @@
+"""Training of the embedded models, from nothing, on a CPU: ``python -m training.train --help``."""
