@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from packaging.version import Version
 from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
