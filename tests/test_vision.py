@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from packaging.version import Version
 from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -796,22 +797,22 @@ def test_images_of_another_shape() -> None:
         layout_of(owner, {"pixel_values": torch.ones(1, 3, 4, 16)}, visual, *index_of(visual))
 
 
-def test_tokens_made_by_attention_stand_nowhere() -> None:
+@pytest.mark.parametrize("name", sorted({"idefics2", "aria", "granite4_vision"} & set(families.TYPES)))
+def test_tokens_made_by_attention_stand_nowhere(name: str) -> None:
     """Latents of Idefics 2 and Aria: also where they are as many as there are patches, or as a square has."""
-    for name in {"idefics2", "aria", "granite4_vision"} & set(families.TYPES):
-        owner = find_parts(family(name)).owner
-        for tokens in (9, 36):
-            visual = torch.ones(1, tokens, dtype=torch.bool)
-            for sizes in ({}, {"image_sizes": torch.tensor([[24, 24]])}):
-                given = {"pixel_values": torch.ones(1, 3, 24, 24), **sizes}
-                with pytest.raises(ValueError, match=r"nothing tells how many rows .*: pass visual_grid"):
-                    layout_of(owner, given, visual, *index_of(visual))
-            given = {"pixel_values": torch.ones(1, 3, 24, 24), "visual_grid": (1, tokens)}
-            assert layout_of(owner, given, visual, *index_of(visual)).views[0].grid == (1, tokens)
-        with pytest.raises(
-            ValueError, match=r"of all patches, by attention|of several of the tower's features"
-        ):
-            find_tower(owner)
+    if name == "granite4_vision" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this transformers can't build it from its default config")
+    owner = find_parts(family(name)).owner
+    for tokens in (9, 36):
+        visual = torch.ones(1, tokens, dtype=torch.bool)
+        for sizes in ({}, {"image_sizes": torch.tensor([[24, 24]])}):
+            given = {"pixel_values": torch.ones(1, 3, 24, 24), **sizes}
+            with pytest.raises(ValueError, match=r"nothing tells how many rows .*: pass visual_grid"):
+                layout_of(owner, given, visual, *index_of(visual))
+        given = {"pixel_values": torch.ones(1, 3, 24, 24), "visual_grid": (1, tokens)}
+        assert layout_of(owner, given, visual, *index_of(visual)).views[0].grid == (1, tokens)
+    with pytest.raises(ValueError, match=r"of all patches, by attention|of several of the tower's features"):
+        find_tower(owner)
 
 
 @pytest.mark.parametrize("name", sorted({"step3p7", "granite_docling", "got_ocr2"} & set(families.TYPES)))

@@ -276,8 +276,8 @@ def test_questions_about_an_image_that_was_read_once(name: str, config: GapConfi
 
 
 def test_generate_in_chunks_where_nothing_looks_at_text() -> None:
-    if Version(transformers.__version__) < Version("5"):
-        pytest.skip("this transformers can't prefill a prompt with an image in chunks")
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this transformers can't prefill a prompt with an image in chunks, pruned or not")
     model, inputs = build("llava", "gap_triton"), make("llava", "single")
     gap_triton.configure(model, BLIND["key norm"])
     length = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 2
