@@ -1,0 +1,94 @@
+"""``gap-triton eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .choices import ARCHITECTURES
+from .console import console
+from .parse import parse_keep, parse_layers, split, split_names
+from .refuse import told_as_option
+
+# What `gap-triton eval` sweeps by default.
+LAYERS, SCORES, IDS = "-1,0,1,2,3,4", "text", "kept,compacted,permuted"
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Embedded model: llava, qwen2_5_vl, or all.")] = "llava",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Measure presets: all, or comma-separated names such as fastv,nuwa."),
+    ] = None,
+    coverage: Annotated[
+        bool,
+        typer.Option("--coverage", help="Measure coverage (top-k, region, stride, random) x position ids."),
+    ] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: comma-separated decoder layers, as in --layers=-1,0,1; -1 = after the vision encoder. Default: "
+            f"{LAYERS}",
+        ),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: comma-separated scores. At -1 those of the decoder become random; those of the vision encoder "
+            f"apply at -1 only. Default: {SCORES}",
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help=f"Sweep: comma-separated position ids. Default: {IDS}")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--keeps", help="Comma-separated shares or counts of visual tokens.")
+    ] = "0.5,0.25,0.125",
+    samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the files; made if missing.")
+    ] = Path("demo-output"),
+) -> None:
+    """Measure the embedded models by real generation: the tables of the docs.
+
+    --methods writes methods.json, .md and .png: each preset at each budget, ids kept and compacted. --coverage writes
+    coverage.json, .md and .png. Without either, layers x scores x budgets x ids are swept: eval.json and eval.md.
+
+    Example: gap-triton eval --methods all --coverage --model all
+    """
+    from gap_triton.demo.evaluation import Evaluation, sweep_configs
+    from gap_triton.presets import PRESETS
+
+    shares = [parse_keep(item, "--budgets") for item in split(budgets)]
+    if any(isinstance(share, float) and share == 1.0 for share in shares):
+        raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
+    swept = {"--layers": layers, "--scores": scores, "--ids": ids}
+    given = [option for option, value in swept.items() if value is not None]
+    if given and (methods is not None or coverage):
+        raise typer.BadParameter(
+            f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
+        )
+    names = split_names("--methods", "all" if methods is None else methods, PRESETS)
+    with told_as_option("--model"):
+        evaluation = Evaluation(console, output, samples, split_names("--model", model, ARCHITECTURES))
+    if methods is not None:
+        with told_as_option("--methods"):
+            evaluation.add_methods(names, shares)
+    if coverage:
+        with told_as_option("--coverage"):
+            evaluation.add_coverage(shares)
+    if methods is None and not coverage:
+        with told_as_option("--layers, --scores, --ids"):
+            evaluation.add_sweep(
+                sweep_configs(
+                    parse_layers(LAYERS if layers is None else layers),
+                    split(SCORES if scores is None else scores),
+                    shares,
+                    split(IDS if ids is None else ids),
+                )
+            )
+    with told_as_option("--output"):
+        output.mkdir(parents=True, exist_ok=True)
+    evaluation.run()
