@@ -19,7 +19,7 @@ from bench import PATHS, ROOT, goals, record
 from bench.small_calls import DONE
 from bench.steps import Found, StepFailed
 
-KERNEL_TESTS = ("--noconftest", "tests/kernels_checks.py")
+KERNEL_TESTS = ("--noconftest", "tests/support/kernels_checks.py")
 # That test's whole content is the kernel checks, which have just run.
 GPU_TESTS = ("-m", "gpu", "--deselect", "tests/test_ops_kernels.py::test_results_on_a_gpu", "tests")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
+from support.tiny import CLASSES, build, generate
 from test_oracle import error, make_prompt
-from tiny import CLASSES, build, generate
 from transformers import AutoModelForImageTextToText
 
 import gap_triton

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from lone import lone, merged
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
 from packaging.version import Version
+from support.lone import lone, merged
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import IMAGE, PAD, generate
+from support.ways import MODELS, MROPE, V5, build, make
 from test_methods import dropped_by
 from test_oracle import TOLERANCE, error
-from tiny import IMAGE, PAD, generate
-from ways import MODELS, MROPE, V5, build, make
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -6,8 +6,8 @@ import types
 
 import pytest
 import torch
+from support.tiny import build, generate
 from test_oracle import error, make_prompt
-from tiny import build, generate
 
 import gap_triton  # noqa: F401
 from gap_triton.integration import attention

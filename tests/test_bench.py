@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import fake_cuda
 import pytest
 import torch
 from rich.console import Console
+from support import fake_cuda
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from support.tiny import LAYERS, build, generate
+from support.ways import V5
 from test_activation import attributes, hooks, same
 from test_oracle import make_prompt
-from tiny import LAYERS, build, generate
-from ways import V5
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-import families
 import pytest
 from PIL import Image
 from rich.console import Console
+from support import families
 from test_demo_claim import cli
 from typer.testing import Result
 

@@ -8,10 +8,10 @@ import json
 import re
 from pathlib import Path
 
-import compat
-import model_types
 import pytest
 import transformers
+from scripts import compat
+from support import model_types
 
 import gap_triton
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-import endurance
-from ways import MODELS, build
+from scripts import endurance
+from support.ways import MODELS, build
 
 
 def test_nothing_grows() -> None:

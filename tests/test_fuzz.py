@@ -16,10 +16,10 @@ import gap_kernels
 import numpy
 import pytest
 import torch
-from fuzz_calls import MAKERS, Call, calls
 from gap_kernels.validation import describe
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from support.fuzz_calls import MAKERS, Call, calls
 from torch import Tensor
 from torch.masked import masked_tensor
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
 from packaging.version import Version
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import IMAGE, Image, build, generate, pixels, prompt
 from test_oracle import TOLERANCE, error, make_prompt
-from tiny import IMAGE, Image, build, generate, pixels, prompt
 
 import gap_triton
 from gap_triton import GapConfig

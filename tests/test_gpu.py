@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny import build, generate
 from test_oracle import BATCHES, error, make_prompt
-from tiny import build, generate
 
 import gap_triton
 from gap_triton import GapConfig

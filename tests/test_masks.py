@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
 from packaging.version import Version
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import IMAGE, Image, prompt
+from support.tiny import build as build_tiny
+from support.ways import MODELS, build, make
 from test_oracle import TOLERANCE
-from tiny import IMAGE, Image, prompt
-from tiny import build as build_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import __version__
-from ways import MODELS, build, make
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -10,12 +10,12 @@ import pickle
 import pytest
 import torch
 import transformers
-import ways
-from methods import NAMES, SHARE, method, preset
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle, core_of
+from support import ways
+from support.methods import NAMES, SHARE, method, preset
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle, core_of
+from support.tiny import IMAGE, IMAGE_SIZE, LAYERS, VIDEO, Image, build, generate, prompt
 from test_oracle import BATCHES, TOLERANCE, error, make_prompt
-from tiny import IMAGE, IMAGE_SIZE, LAYERS, VIDEO, Image, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig, Selection, Stage

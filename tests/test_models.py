@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 
-import families
-import model_types
 import pytest
 import torch
 import transformers
-from lone import LoneOracle
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle, core_of
 from packaging.version import Version
+from support import families, model_types
+from support.lone import LoneOracle
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle, core_of
+from support.tiny import LAYERS, VIDEO, generate
 from test_oracle import TOLERANCE, error
-from tiny import LAYERS, VIDEO, generate
 
 import gap_triton
 from gap_triton import GapConfig

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
 import transformers
-import ways
-from oracle import core_of
+from support import families, ways
+from support.oracle import core_of
+from support.tiny import IMAGE, TEXT, VISION, build, generate
 from test_activation import hooks
 from test_models import tiny
 from test_oracle import make_prompt
-from tiny import IMAGE, TEXT, VISION, build, generate
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava

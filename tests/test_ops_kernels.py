@@ -36,21 +36,21 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of Triton before 3.7 can't loop to a scalar with numpy 2.4 or later")
     operators = ("select", "region", "importance", "prune", "attention", "received", "aggregate")
-    files = [*(f"test_ops_{name}.py" for name in operators), "kernels_checks.py"]
+    files = [*(f"test_ops_{name}.py" for name in operators), "support/kernels_checks.py"]
     run_pytest(
-        ["-p", "kernels_interpreter", *files],
+        ["-p", "support.kernels_interpreter", *files],
         TRITON_INTERPRET="1",
         HYPOTHESIS_STORAGE_DIRECTORY=str(tmp_path),
     )
 
 
 def test_ahead_of_time_compilation(tmp_path: Path) -> None:
-    run_pytest(["kernels_aot.py"], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    run_pytest(["scripts/kernels_aot.py"], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu
 def test_results_on_a_gpu() -> None:
-    run_pytest(["kernels_checks.py"], TRITON_INTERPRET="0")
+    run_pytest(["support/kernels_checks.py"], TRITON_INTERPRET="0")
 
 
 def test_backend_names() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
-from tiny import LAYERS, Image, build, generate, prompt
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import LAYERS, Image, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig

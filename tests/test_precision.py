@@ -9,10 +9,10 @@ from typing import Any
 import gap_kernels
 import pytest
 import torch
-import ways
-from methods import NAMES, method
+from support import ways
+from support.methods import NAMES, method
+from support.tiny import LAYERS, generate
 from test_ops_dtypes import float64_by_default
-from tiny import LAYERS, generate
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel

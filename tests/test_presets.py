@@ -9,11 +9,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import ways
 from hypothesis import given
 from hypothesis import strategies as st
-from methods import preset as for_model
-from tiny import LAYERS
+from support import ways
+from support.methods import preset as for_model
+from support.tiny import LAYERS
 
 import gap_triton
 from gap_triton import GapConfig, Stage

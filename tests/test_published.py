@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from lone import LoneOracle, lone
-from model_types import PUBLISHED
-from oracle import NAME as ORACLE
 from safetensors.torch import save_file
+from support.lone import LoneOracle, lone
+from support.model_types import PUBLISHED
+from support.oracle import NAME as ORACLE
+from support.tiny import BOS, GRID, IMAGE_SIZE, LAYERS, PAD, PATCH, TEXT, VISION, generate
 from test_oracle import TOLERANCE, error
-from tiny import BOS, GRID, IMAGE_SIZE, LAYERS, PAD, PATCH, TEXT, VISION, generate
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
@@ -616,8 +616,9 @@ def test_the_recipes_of_the_document_run(name: str, tmp_path: Path) -> None:
 
 
 def test_the_older_name() -> None:
-    import gap_triton.models.shikra
     import gap_triton.published.shikra
+
+    import gap_triton.models.shikra
     from gap_triton.published import minigpt_v2 as by_its_older_name
 
     assert gap_triton.published.shikra is gap_triton.models.shikra

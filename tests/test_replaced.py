@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import transformers
+from support.tiny import LAYERS, build, config_of, generate
 from test_activation import attributes, hooks, same
 from test_models_structure import OwnAttention
 from test_oracle import make_prompt
-from tiny import LAYERS, build, config_of, generate
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gap_triton

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import transformers
-import ways
+from support import ways
+from support.tiny import IMAGE, build
 from test_oracle import make_prompt
-from tiny import IMAGE, build
 
 import gap_triton
 from gap_triton import GapConfig, Stage

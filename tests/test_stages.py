@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-import ways
-from methods import method
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
+from support import ways
+from support.methods import method
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import IMAGE, LAYERS, generate
 from test_generation import next_turn
 from test_methods import compare, dropped_by, embeds_of_prompt, stages_of, with_embeds
 from test_oracle import BATCHES, TOLERANCE, error, make_prompt
 from test_ways_assisted import answer, drafts  # noqa: F401
 from test_ways_caches import Conversation
-from tiny import IMAGE, LAYERS, generate
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
 import transformers
-from lone import merged, without
+from support import families
+from support.lone import merged, without
+from support.tiny import IMAGE, build, config_of, generate
+from support.ways import V5
 from test_activation import hooks, same, warnings  # noqa: F401
 from test_oracle import make_prompt
-from tiny import IMAGE, build, config_of, generate
 from torch import nn
 from transformers.models.llava import modeling_llava
-from ways import V5
 
 import gap_triton
 from gap_triton import GapConfig

@@ -11,14 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import families
-import model_types
 import pytest
-import tiny
 import torch
 import transformers
 from packaging.version import Version
-from tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
+from support import families, model_types, tiny
+from support.tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 

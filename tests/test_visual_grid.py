@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import families
 import numpy as np
 import pytest
 import torch
 import transformers
-import ways
 from hypothesis import given
 from hypothesis import strategies as st
-from lone import lone, merged, without
+from support import families, ways
+from support.lone import lone, merged, without
+from support.tiny import IMAGE, Image, build, generate, prompt
 from test_oracle import make_prompt
 from test_vision import family
-from tiny import IMAGE, Image, build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig

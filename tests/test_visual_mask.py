@@ -8,12 +8,12 @@ import pickle
 import pytest
 import torch
 import transformers
-from lone import DECODERS, LoneOracle, lone, merged, without
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
+from support.lone import DECODERS, LoneOracle, lone, merged, without
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import EOS, IMAGE, LAYERS, build, generate, pixels
 from test_activation import attributes, hooks, warnings  # noqa: F401
 from test_oracle import TOLERANCE, error, make_prompt
-from tiny import EOS, IMAGE, LAYERS, build, generate, pixels
 
 import gap_triton
 from gap_triton import GapConfig

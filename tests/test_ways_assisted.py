@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.tiny import BOS, EOS, IMAGE, VIDEO, generate
+from support.ways import CONFIG, MODELS, V5, build, make, pair
 from test_oracle import TOLERANCE, error
-from tiny import BOS, EOS, IMAGE, VIDEO, generate
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
-from ways import CONFIG, MODELS, V5, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.tiny import IMAGE, LAYERS, generate
+from support.ways import CONFIG, MODELS, MROPE, V5, build, make, pair
 from test_generation import next_turn
 from test_oracle import TOLERANCE, error
-from tiny import IMAGE, LAYERS, generate
-from ways import CONFIG, MODELS, MROPE, V5, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.tiny import generate
+from support.ways import MODELS, build, make, pair
 from test_oracle import TOLERANCE, error
-from tiny import generate
 from torch._dynamo.utils import counters
-from ways import MODELS, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig, Stage

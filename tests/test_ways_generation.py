@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
 from packaging.version import Version
+from support.oracle import NAME as ORACLE
+from support.oracle import MaskingOracle
+from support.tiny import IMAGE, LAYERS, TEXT, generate, seed_weights
+from support.ways import CONFIG, MODELS, MROPE, V5, as_mrope, build, make, pair
 from test_generation import next_turn
 from test_oracle import TOLERANCE, error
-from tiny import IMAGE, LAYERS, TEXT, generate, seed_weights
 from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
-from ways import CONFIG, MODELS, MROPE, V5, as_mrope, build, make, pair
 
 import gap_triton
 from gap_triton import GapConfig, Stage

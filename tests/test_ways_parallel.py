@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny import generate
+from support.ways import CONFIG, MODELS, build, make, pair
 from test_oracle import TOLERANCE, error
-from tiny import generate
-from ways import CONFIG, MODELS, build, make, pair
 
 import gap_triton
 from gap_triton.prefill import parallel
@@ -28,7 +28,7 @@ def test_two_processes_keep_the_same_tokens(name: str, tmp_path: Path) -> None:
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(TESTS / "tensor_parallel_worker.py"), str(tmp_path), name),
+            *("--module", "support.tensor_parallel_worker", str(tmp_path), name),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from lone import lone, merged
+from support.lone import lone, merged
+from support.tiny import IMAGE, LAYERS, build, generate
 from test_activation import hooks, same
 from test_oracle import TOLERANCE, error, make_prompt
-from tiny import IMAGE, LAYERS, build, generate
 from torch import nn
 
 import gap_triton

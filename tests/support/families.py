@@ -2,7 +2,7 @@
 
 Sizes are shrunk by field name, so a new type needs no code here unless its config is peculiar. Vision towers are built
 but mostly not run: visual features are put where the placeholder tokens are embedded, which is where a vision tower's
-output goes, so a decoder can't tell the difference. `tests/test_models_images.py` runs vision towers.
+output goes, so a decoder can't tell the difference. `test_vision.py` runs vision towers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from oracle import core_of
-from tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from .oracle import core_of
+from .tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
 
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 WINDOW = 24

@@ -3,7 +3,7 @@
 Not collected by default, as Triton's interpreter can't share a process with its compiler: ``test_ops_kernels.py``
 runs this file in a process of its own. The launchers run as they do on a GPU, with specialisation by the arguments'
 values and alignment, but every launch only compiles. What the binaries need is compared with the budgets below, and with
-docs/results/kernels.json, which ``python tests/kernels_aot.py`` writes.
+docs/results/kernels.json, which ``python tests/scripts/kernels_aot.py`` writes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "results" / "kernels.json"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "results" / "kernels.json"
 
 
 class Multiprocessor(NamedTuple):

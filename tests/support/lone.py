@@ -6,10 +6,11 @@ import copy
 
 import torch
 import transformers
-from oracle import MaskingOracle
-from tiny import IMAGE, build
 from torch import nn
 from transformers import PreTrainedModel
+
+from .oracle import MaskingOracle
+from .tiny import IMAGE, build
 
 DECODERS = {
     "llama": transformers.LlamaForCausalLM,

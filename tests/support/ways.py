@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tiny
 import torch
 import transformers
-from oracle import NAME as ORACLE
-from oracle import MaskingOracle
 from packaging.version import Version
 from test_oracle import make_prompt
-from tiny import IMAGE, TEXT, VIDEO, seed_weights
 from transformers import PreTrainedModel
 
 import gap_triton
 from gap_triton import GapConfig
+
+from . import tiny
+from .oracle import NAME as ORACLE
+from .oracle import MaskingOracle
+from .tiny import IMAGE, TEXT, VIDEO, seed_weights
 
 V5 = Version(transformers.__version__) >= Version("5")
 MROPE = "qwen2_5_vl"

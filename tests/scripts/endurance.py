@@ -1,4 +1,4 @@
-"""Many generations in one process: ``make endurance``, or ``python tests/endurance.py [--generations N]``.
+"""Many generations in one process: ``make endurance``, or ``python tests/scripts/endurance.py [--generations N]``.
 
 Presets, caches and ways to switch on change all the time, and some calls fail on purpose. What the process holds afterwards
 must be what it held after the first round: memory, tensors, hooks. Exit status 1 if anything grew.
@@ -15,16 +15,16 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "tests")]
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from methods import NAMES, method  # noqa: E402
 from rich.progress import track  # noqa: E402
-from tiny import LAYERS, generate  # noqa: E402
-from ways import MODELS, MROPE, build, make  # noqa: E402
+from support.methods import NAMES, method  # noqa: E402
+from support.tiny import LAYERS, generate  # noqa: E402
+from support.ways import MODELS, MROPE, build, make  # noqa: E402
 
 import gap_triton  # noqa: E402
 from gap_triton.arguments import CACHE  # noqa: E402

@@ -1,4 +1,4 @@
-"""One of the processes of `test_ways_parallel.py`: ``torchrun tensor_parallel_worker.py FOLDER MODEL``."""
+"""One of the processes of `test_ways_parallel.py`: ``torchrun --module support.tensor_parallel_worker FOLDER MODEL``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from test_oracle import TOLERANCE, error
-from tiny import generate
-from ways import CONFIG, V5, make, pair
 
 import gap_triton
 from gap_triton.prefill import scores
+from support.tiny import generate
+from support.ways import CONFIG, V5, make, pair
 
 
 def load(folder: str) -> transformers.PreTrainedModel:

@@ -11,10 +11,11 @@ from fractions import Fraction
 from types import TracebackType
 
 import torch
-from tiny import IMAGE, VIDEO
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from .tiny import IMAGE, VIDEO
 
 NAME = "masking_oracle"
 _active: list[MaskingOracle] = []

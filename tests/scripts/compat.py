@@ -1,4 +1,4 @@
-"""Run tests on other versions than those of constraints.txt: ``make compat``, or ``python tests/compat.py [NAME ...]``.
+"""Run tests on other versions than those of constraints.txt: ``make compat``, or ``tests/scripts/compat.py [NAME ...]``.
 
 Each combination gets an environment of its own, ``.venv-compat-NAME``, which is kept for the next time; that of ``newest``
 is made anew, because what is newest changes. With ``--record`` the results go into docs/compatibility.md.
@@ -19,7 +19,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "docs" / "results" / "compatibility.json"
 PLACE = re.compile(r"(<!-- combinations -->\n).*?(<!-- end of combinations -->)", re.DOTALL)
