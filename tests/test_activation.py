@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
+from support.comparison import error, same
+from support.hooks import attributes, hooks
+from support.prompts import make_prompt
 from support.tiny import CLASSES, build, generate
-from test_oracle import error, make_prompt
 from transformers import AutoModelForImageTextToText
 
 import gap_triton
@@ -18,18 +18,6 @@ from gap_triton import GapConfig
 
 CONFIG = GapConfig(keep=0.4, layer=1)
 MODELS = sorted(CLASSES)
-
-
-def hooks(model: torch.nn.Module) -> int:
-    """Number of our hooks on ``model``; transformers has hooks of its own."""
-    found = [
-        hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
-    ]
-    return sum(getattr(hook, "func", hook).__module__.startswith("gap_triton") for hook in found)
-
-
-def attributes(model: torch.nn.Module) -> dict[str, list[str]]:
-    return {name: sorted(module.__dict__) for name, module in model.named_modules()}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +43,6 @@ def expected() -> dict[str, tuple[object, object]]:
         results[name] = dense, generate(model, inputs)
         assert error(*results[name]) > 1e-2
     return results
-
-
-def same(a, b) -> bool:
-    return torch.equal(a.sequences, b.sequences) and error(a, b) == 0.0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -211,18 +195,6 @@ def test_a_copy_is_independent(duplicate) -> None:
     assert hooks(twin) == 0
     assert hooks(model) > 0
     assert same(generate(model, inputs), pruned)
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The log, with warnings on, and with those that are given once given anew."""
-    logging = transformers.logging
-    type(logging.get_logger("gap_triton")).warning_once.cache_clear()
-    logging.set_verbosity_warning()
-    logging.enable_propagation()
-    yield caplog
-    logging.disable_propagation()
-    logging.set_verbosity_error()
 
 
 def test_training_mode_is_dense_and_says_so(warnings: pytest.LogCaptureFixture) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.comparison import TOLERANCE, error
 from support.lone import lone, merged
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
+from support.stages import dropped_by
 from support.tiny import IMAGE, PAD, generate
 from support.ways import MODELS, MROPE, V5, build, make
-from test_methods import dropped_by
-from test_oracle import TOLERANCE, error
 
 import gap_triton
 from gap_triton import GapConfig, Stage

@@ -6,8 +6,9 @@ import types
 
 import pytest
 import torch
+from support.comparison import error
+from support.prompts import make_prompt
 from support.tiny import build, generate
-from test_oracle import error, make_prompt
 
 import gap_triton  # noqa: F401
 from gap_triton.integration import attention

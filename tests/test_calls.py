@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from support.comparison import same
+from support.hooks import attributes, hooks
+from support.prompts import make_prompt
 from support.tiny import LAYERS, build, generate
 from support.ways import V5
-from test_activation import attributes, hooks, same
-from test_oracle import make_prompt
 
 import gap_triton
 from gap_triton import GapConfig, Stage

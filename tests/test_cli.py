@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from support import families
-from test_demo_claim import cli
+from support.command_line import cli
 from typer.testing import Result
 
 import gap_triton

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from support.command_line import cli
 from transformers import AutoModelForImageTextToText
-from typer.testing import CliRunner
 
 import gap_triton
 from gap_triton import GapConfig
@@ -19,7 +19,6 @@ from gap_triton.demo.grounding import evaluate, prepare
 from gap_triton.demo.run import IDS, LAYER, SCORE, demo_configs, load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
 from gap_triton.demo.table import Row
-from gap_triton_cli import app
 
 SCENES = 96
 KEYS = (
@@ -84,10 +83,6 @@ def test_demo_writes_table_pictures_and_json(tmp_path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- the command line
-def cli(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "500", "TERM": "dumb"})
-
-
 def test_run_on_an_image_file(tmp_path) -> None:
     image, overlay = tmp_path / "scene.png", tmp_path / "overlay.png"
     scene = held_out(1)

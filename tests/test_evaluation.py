@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from test_demo_claim import cli
+from support.command_line import cli
 
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage

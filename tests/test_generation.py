@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.comparison import TOLERANCE, error
+from support.conversation import next_turn
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
-from support.tiny import IMAGE, Image, build, generate, pixels, prompt
-from test_oracle import TOLERANCE, error, make_prompt
+from support.prompts import make_prompt
+from support.tiny import build, generate, prompt
 
 import gap_triton
 from gap_triton import GapConfig
@@ -63,24 +65,6 @@ def test_static_cache(batch: str) -> None:
         static = generate(model, inputs, cache_implementation="static")
         assert torch.equal(static.sequences, dynamic.sequences)
         assert error(static, dynamic) <= TOLERANCE
-
-
-def next_turn(sequences: torch.Tensor, mask: torch.Tensor, images: int, seed: int, pad: int = 0):
-    """The conversation so far, then words, ``images`` images each followed by a word, words; ``pad`` on the left."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = sequences.shape[0]
-    turn = [torch.randint(5, 140, (batch, 4), generator=generator)]
-    for _ in range(images):
-        turn += [torch.full((batch, 36), IMAGE), torch.randint(5, 140, (batch, 3), generator=generator)]
-    turn = torch.cat(turn, 1)
-    new_mask = torch.ones(batch, sequences.shape[1] - mask.shape[1] + turn.shape[1], dtype=torch.long)
-    if pad:  # the first sample's turn is shorter
-        turn[0, :pad] = 0
-        new_mask[0, sequences.shape[1] - mask.shape[1] :][:pad] = 0
-    inputs = {"input_ids": torch.cat([sequences, turn], 1), "attention_mask": torch.cat([mask, new_mask], 1)}
-    if images:
-        inputs |= pixels("llava", [Image()] * images * batch, generator)
-    return inputs
 
 
 @pytest.mark.parametrize("name", ["llava", "llava/mistral-sliding", "llava/qwen2-ffsss", "llava/qwen2-sfsfs"])

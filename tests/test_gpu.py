@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.comparison import error
+from support.prompts import BATCHES, make_prompt
 from support.tiny import build, generate
-from test_oracle import BATCHES, error, make_prompt
 
 import gap_triton
 from gap_triton import GapConfig

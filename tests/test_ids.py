@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.prompts import make_prompt
 from support.tiny import BOS, IMAGE, LAYERS, build, generate
-from test_oracle import make_prompt
 
 import gap_triton
 from gap_triton import GapConfig

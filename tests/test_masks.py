@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from packaging.version import Version
+from support.comparison import TOLERANCE
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
 from support.tiny import IMAGE, Image, prompt
 from support.tiny import build as build_tiny
 from support.ways import MODELS, build, make
-from test_oracle import TOLERANCE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import __version__
 

@@ -9,31 +9,18 @@ import torch
 import transformers
 from packaging.version import Version
 from support import families, model_types
+from support.comparison import TOLERANCE, error
+from support.installed_types import build_or_skip
 from support.lone import LoneOracle
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle, core_of
 from support.tiny import LAYERS, VIDEO, generate
-from test_oracle import TOLERANCE, error
 
 import gap_triton
 from gap_triton import GapConfig
 from gap_triton.prefill.prompt import visual_token_ids
 
 TOKENS = 4
-
-
-def tiny(
-    model_type: str, attn_implementation: str | dict[str, str] | None = None
-) -> transformers.PreTrainedModel:
-    """A tiny model, or the reason why this machine or this transformers has none."""
-    if model_type not in families.TYPES:
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
-    try:
-        return families.build(model_type, attn_implementation)
-    except Exception as problem:
-        if Version(transformers.__version__) >= Version(model_types.NEWEST):
-            raise
-        pytest.skip(f"transformers {transformers.__version__} can't build a tiny {model_type}: {problem!r}")
 
 
 def expected_from(
@@ -44,7 +31,7 @@ def expected_from(
     deep=None,
 ):
     """What the oracle generates, and which rows it dropped."""
-    reference = tiny(model_type)
+    reference = build_or_skip(model_type)
     core_of(reference)[1].set_attn_implementation(ORACLE)
     if deep is not None:
         deep(reference)
@@ -70,7 +57,7 @@ def test_every_type_is_accounted_for() -> None:
 
 @pytest.mark.parametrize("model_type", model_types.EXACT)
 def test_dropping_equals_masking(model_type: str) -> None:
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model)
     with families.visual_features(model):
         dense = generate(model, inputs, tokens=TOKENS)
@@ -95,10 +82,10 @@ def test_by_name(model_type: str) -> None:
         if model_type in families.TYPES:
             with pytest.raises(KeyError):  # from transformers
                 families.build(model_type, "gap_triton")
-        named = tiny(model_type, {"text_config": "gap_triton"})
+        named = build_or_skip(model_type, {"text_config": "gap_triton"})
     else:
-        named = tiny(model_type, "gap_triton")
-    model, config = tiny(model_type), GapConfig(keep=0.4, layer=1)
+        named = build_or_skip(model_type, "gap_triton")
+    model, config = build_or_skip(model_type), GapConfig(keep=0.4, layer=1)
     layout = None if model_type in model_types.IMAGES_SINCE else model_types.IMAGES.get(model_type)
     inputs = families.prompt(model) if layout is None else families.prompt_with_pixels(model, layout)
     gap_triton.configure(named, config)
@@ -112,7 +99,7 @@ def test_by_name(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", model_types.ALONE)
 def test_a_decoder_alone_with_a_visual_mask(model_type: str) -> None:
-    model, reference = tiny(model_type), tiny(model_type)
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
     reference.model.set_attn_implementation(ORACLE)
     inputs = families.prompt(model)
     visual = inputs.pop("input_ids") == families.IMAGE
@@ -135,7 +122,7 @@ def test_images_through_the_vision_tower(model_type: str) -> None:
     since = model_types.IMAGES_SINCE.get(model_type, "0")
     if Version(transformers.__version__) < Version(since):
         pytest.skip(f"transformers before {since} calls the vision tower of {model_type} in another way")
-    model, reference = tiny(model_type), tiny(model_type)
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
     core_of(reference)[1].set_attn_implementation(ORACLE)
     inputs = families.prompt_with_pixels(model, model_types.IMAGES[model_type])
     dense = generate(model, inputs, tokens=TOKENS)
@@ -155,7 +142,7 @@ def test_images_through_the_vision_tower(model_type: str) -> None:
 def test_text_score_with_padding_on_the_right(model_type: str) -> None:
     """One forward: logits of the rows that stay. Text rows of some models see later ones, or a window."""
     config = GapConfig(keep=0.4, layer=1, score="text")
-    model, reference = tiny(model_type), tiny(model_type)
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
     inputs = families.prompt(model, padding="right")
     core_of(reference)[1].set_attn_implementation(ORACLE)
     with torch.no_grad(), families.visual_features(model), families.visual_features(reference):
@@ -177,7 +164,7 @@ def test_the_list_of_types_with_videos_is_complete() -> None:
 
 @pytest.mark.parametrize("model_type", model_types.VIDEOS)
 def test_video_placeholders(model_type: str) -> None:
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model, placeholder=VIDEO)
     config = GapConfig(keep=0.4, layer=1)
     pruned, _ = pruned_by(model, inputs, config)
@@ -189,7 +176,7 @@ def test_video_placeholders(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", model_types.SEVERAL_AXES)
 def test_ids_on_several_axes_are_those_without_pruning(model_type: str) -> None:
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model)
     text = core_of(model)[1]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -258,7 +245,7 @@ def test_features_added_behind_layers_on_both_sides(model_type: str) -> None:
 
         text.register_forward_pre_hook(add, with_kwargs=True)
 
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     deep(model)
     inputs = families.prompt(model)
     for layer in (0, 1, 2, LAYERS - 2):
@@ -275,7 +262,7 @@ def test_features_added_behind_layers_on_both_sides(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", model_types.BEFORE_THE_DECODER)
 def test_before_the_decoder(model_type: str) -> None:
     config = GapConfig(keep=0.4, layer=-1, score="random")
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model)
     pruned, selection = pruned_by(model, inputs, config)
     kept = torch.zeros(*inputs["input_ids"].shape, dtype=torch.bool)
@@ -289,7 +276,7 @@ def test_before_the_decoder(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", model_types.SEVERAL_TURNS)
 def test_another_turn_with_an_image_on_the_same_cache(model_type: str) -> None:
     config = GapConfig(keep=0.4, layer=1)
-    model, reference = tiny(model_type), tiny(model_type)
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
     core_of(reference)[1].set_attn_implementation(ORACLE)
     first = families.prompt(model)
     image = [families.IMAGE] * families.visual_tokens(model_type)
@@ -323,7 +310,7 @@ def test_another_turn_with_an_image_on_the_same_cache(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", model_types.STATIC_CACHE)
 def test_static_cache(model_type: str) -> None:
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model)
     with families.visual_features(model), gap_triton.pruning(model, GapConfig(keep=0.4, layer=1)):
         dynamic = generate(model, inputs, tokens=TOKENS)
@@ -335,7 +322,7 @@ def test_static_cache(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", model_types.EMBEDDINGS)
 def test_found_by_their_embedding(model_type: str) -> None:
     """``inputs_embeds`` without ``input_ids``: the placeholders are recognised by their own embedding."""
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     inputs = families.prompt(model)
     ids = inputs.pop("input_ids")
     inputs.pop("image_grid_thw", None)
@@ -350,7 +337,7 @@ def test_found_by_their_embedding(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", model_types.REFUSED)
 def test_refused(model_type: str) -> None:
-    model = tiny(model_type)
+    model = build_or_skip(model_type)
     before = [m.config._attn_implementation for m in model.modules() if hasattr(m, "set_attn_implementation")]
     with pytest.raises(ValueError, match=model_types.REFUSED[model_type]) as caught:
         gap_triton.attach(model)

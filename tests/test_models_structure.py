@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from support import families, ways
+from support.hooks import hooks
+from support.installed_types import build_or_skip
 from support.oracle import core_of
+from support.own_attention import OwnAttention
+from support.prompts import make_prompt
 from support.tiny import IMAGE, TEXT, VISION, build, generate
-from test_activation import hooks
-from test_models import tiny
-from test_oracle import make_prompt
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
@@ -44,11 +45,6 @@ class ExtraArgumentLayer(modeling_llama.LlamaDecoderLayer):
 class DeafLayer(modeling_llama.LlamaDecoderLayer):
     def forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None):
         return super().forward(hidden_states, attention_mask, position_ids)
-
-
-class OwnAttention(modeling_llama.LlamaAttention):
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-        return hidden_states, None
 
 
 class RememberingMlp(modeling_llama.LlamaMLP):
@@ -278,7 +274,7 @@ def test_a_tensor_handed_through_to_a_layer_is_cut_to_the_survivors() -> None:
 
 @pytest.mark.parametrize("ids", ["compacted", "permuted"])
 def test_renumbering_is_refused_where_it_is_not_defined(ids: str) -> None:
-    model = tiny("gemma3")
+    model = build_or_skip("gemma3")
     message = rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"
     with pytest.raises(ValueError, match=message):
         gap_triton.attach(model, GapConfig(keep=0.4, layer=1, ids=ids))
@@ -457,4 +453,4 @@ def test_gemma3n_whose_vision_tower_needs_timm() -> None:
 def test_an_overlay_of_tokens_that_are_no_square_grid() -> None:
     check_overlay(build("llava_next", "sdpa").config)
     with pytest.raises(ValueError, match=r"overlay: .* .* model_type='qwen2_5_vl'; leave the overlay out"):
-        check_overlay(tiny("qwen2_5_vl").config)
+        check_overlay(build_or_skip("qwen2_5_vl").config)

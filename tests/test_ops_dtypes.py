@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gap_kernels
 import pytest
 import torch
 from gap_kernels import grid_neighbours
+from support.default_dtype import float64_by_default
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -137,16 +137,6 @@ NOT_CALLED = {"AttentionOutput", "PrunedTokens", "backend", "AggregationRule", "
 def test_everything_public_is_here() -> None:
     public = {*gap_kernels.__all__, *strategies.__all__} - NOT_CALLED
     assert {name for name in public if not name.isupper()} == set(ROWS_OF)
-
-
-@contextlib.contextmanager
-def float64_by_default() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SURROUNDINGS: dict[str, Callable[[], Any]] = {

@@ -9,15 +9,10 @@ import torch
 from gap_kernels import topk_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.naive.select import oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN, INF = math.nan, math.inf
-
-
-def oracle(scores: list[float], k: int) -> list[int]:
-    """The k best by a sort on (is NaN, descending value, index), in ascending order."""
-    keys = [(math.isnan(x), 0.0 if math.isnan(x) else -x, i) for i, x in enumerate(scores)]
-    return sorted(i for _, _, i in sorted(keys)[:k])
 
 
 def fill(row: list[int], length: int) -> list[int]:

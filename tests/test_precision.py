@@ -10,9 +10,9 @@ import gap_kernels
 import pytest
 import torch
 from support import ways
+from support.default_dtype import float64_by_default
 from support.methods import NAMES, method
 from support.tiny import LAYERS, generate
-from test_ops_dtypes import float64_by_default
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel

@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from support.comparison import TOLERANCE, error
 from support.lone import LoneOracle, lone
 from support.model_types import PUBLISHED
 from support.oracle import NAME as ORACLE
 from support.tiny import BOS, GRID, IMAGE_SIZE, LAYERS, PAD, PATCH, TEXT, VISION, generate
-from test_oracle import TOLERANCE, error
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.prompts import make_prompt
 from support.tiny import LAYERS, TEXT, build, generate, prompt
-from test_oracle import make_prompt
 
 import gap_triton
 from gap_triton import GapConfig, _requirements

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 import transformers
+from support.comparison import same
+from support.hooks import attributes, hooks
+from support.own_attention import OwnAttention
+from support.prompts import make_prompt
 from support.tiny import LAYERS, build, config_of, generate
-from test_activation import attributes, hooks, same
-from test_models_structure import OwnAttention
-from test_oracle import make_prompt
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gap_triton

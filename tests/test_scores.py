@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from support import ways
+from support.prompts import make_prompt
 from support.tiny import IMAGE, build
-from test_oracle import make_prompt
 
 import gap_triton
 from gap_triton import GapConfig, Stage

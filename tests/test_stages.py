@@ -8,15 +8,16 @@ import pytest
 import torch
 import transformers
 from support import ways
+from support.comparison import TOLERANCE, error
+from support.conversation import Conversation, next_turn
+from support.drafts import answer
+from support.embeds import embeds_of_prompt, with_embeds
 from support.methods import method
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
+from support.prompts import BATCHES, make_prompt
+from support.stages import compare, dropped_by, stages_of
 from support.tiny import IMAGE, LAYERS, generate
-from test_generation import next_turn
-from test_methods import compare, dropped_by, embeds_of_prompt, stages_of, with_embeds
-from test_oracle import BATCHES, TOLERANCE, error, make_prompt
-from test_ways_assisted import answer, drafts  # noqa: F401
-from test_ways_caches import Conversation
 
 import gap_triton
 from gap_triton import GapConfig, Stage
@@ -179,7 +180,7 @@ def test_a_cache_is_changed_by_its_own_methods(name: str, config: GapConfig) -> 
 # --------------------------------------------------------------------------------------------- ways to run
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", ways.MODELS)
-def test_drafts_leave_no_trace(name: str, config: GapConfig, drafts) -> None:  # noqa: F811
+def test_drafts_leave_no_trace(name: str, config: GapConfig, drafts) -> None:
     if name != "llava" and config.score == "cls":
         config = method("nuwa", LAYERS, cls=False)
     model, inputs = prepared(config, name), ways.make(name, "single")

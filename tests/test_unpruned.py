@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from support import families
+from support.comparison import same
+from support.hooks import hooks
 from support.lone import merged, without
+from support.prompts import make_prompt
 from support.tiny import IMAGE, build, config_of, generate
 from support.ways import V5
-from test_activation import hooks, same, warnings  # noqa: F401
-from test_oracle import make_prompt
 from torch import nn
 from transformers.models.llava import modeling_llava
 
@@ -29,7 +30,7 @@ def model_with(config: GapConfig = CONFIG) -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize("way", ["forward", "generate", "generate with ids"])
-def test_merged_embeddings(way: str, warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_merged_embeddings(way: str, warnings: pytest.LogCaptureFixture) -> None:
     prompt = make_prompt("llava", "left-padded")
     model, inputs = model_with(), without(merged("llama", prompt), "visual_mask")
     for _ in range(2):
@@ -45,7 +46,7 @@ def test_merged_embeddings(way: str, warnings: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.parametrize("what", ["placeholders", "mask", "ids", "text", "nothing to drop"])
-def test_runs_of_which_nothing_is_said(what: str, warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_runs_of_which_nothing_is_said(what: str, warnings: pytest.LogCaptureFixture) -> None:
     prompt = make_prompt("llava", "left-padded")
     model, inputs = model_with(), merged("llama", prompt)
     if what == "placeholders":  # not filled in yet: pixel values come along
@@ -61,7 +62,7 @@ def test_runs_of_which_nothing_is_said(what: str, warnings: pytest.LogCaptureFix
     assert "gap_triton" not in warnings.text
 
 
-def test_a_text_prompt_as_embeddings_is_told_the_truth(warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_text_prompt_as_embeddings_is_told_the_truth(warnings: pytest.LogCaptureFixture) -> None:
     """Nobody can tell it from a merged prompt, so what is said holds for both."""
     model = model_with()
     embeds = model.get_input_embeddings()(torch.tensor([[1, 5, 6, 7]])).detach()
@@ -69,7 +70,7 @@ def test_a_text_prompt_as_embeddings_is_told_the_truth(warnings: pytest.LogCaptu
     assert warnings.text.count("If image features are merged into them already, pass visual_mask") == 1
 
 
-def test_a_decoder_called_past_its_owner(warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_decoder_called_past_its_owner(warnings: pytest.LogCaptureFixture) -> None:
     """By a mask it prunes as the whole does; without one nothing tells it of images."""
     prompt = make_prompt("llava", "left-padded")
     model, inputs = model_with(), merged("llama", prompt)
@@ -151,7 +152,7 @@ def test_a_name_that_was_set_is_not_asked_for() -> None:
     gap_triton.configure(model, CONFIG)
 
 
-def test_a_decoder_that_was_switched_past_the_methods(warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_decoder_that_was_switched_past_the_methods(warnings: pytest.LogCaptureFixture) -> None:
     """Assigning to the config is noticed by nobody but the forward."""
     model, inputs = model_with(), make_prompt("llava", "left-padded")
     model.model.language_model.config._attn_implementation = "sdpa"
@@ -188,7 +189,7 @@ class QuietClassifier(Classifier):
 def test_a_head_that_tells_its_owner_nothing(
     kind: type[Classifier],
     by_name: bool,
-    warnings: pytest.LogCaptureFixture,  # noqa: F811
+    warnings: pytest.LogCaptureFixture,
 ) -> None:
     """It runs, since nothing needs to be told; labels of every token, drafts and a mask would be lost on the way."""
     inputs = make_prompt("llava", "left-padded")

@@ -17,6 +17,7 @@ import transformers
 from packaging.version import Version
 from support import families, model_types, tiny
 from support.tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
+from support.towers import MERGE, family
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -313,7 +314,6 @@ PICTURES: tuple[tuple[Picture, ...], ...] = (
     (("image", (1, 6, 8)),),
     (("image", (1, 4, 10)), ("video", (2, 4, 6)), ("image", (1, 10, 6))),
 )
-MERGE = 2
 
 
 def grid_model(name: str) -> PreTrainedModel:
@@ -386,16 +386,6 @@ def test_layout_of_images_and_videos_with_grids(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- other types
-def family(name: str) -> PreTrainedModel:
-    """A tiny model of a type of `families`, whose tower has a layer without windows if any has."""
-    config = families.config_of(name)
-    if hasattr(config.vision_config, "fullatt_block_indexes"):
-        config.vision_config.fullatt_block_indexes = [1]
-        config.vision_config.window_size = 2 * MERGE * PATCH
-    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
-    return tiny.seed_weights(kind._from_config(config, attn_implementation="eager"))
-
-
 def installed_types() -> list[str]:
     release = tuple(map(int, transformers.__version__.split(".")[:2]))
     since = {name: tuple(map(int, each.split("."))) for name, each in model_types.IMAGES_SINCE.items()}

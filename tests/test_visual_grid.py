@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import families, ways
 from support.lone import lone, merged, without
+from support.prompts import make_prompt
 from support.tiny import IMAGE, Image, build, generate, prompt
-from test_oracle import make_prompt
-from test_vision import family
+from support.towers import family
 
 import gap_triton
 from gap_triton import GapConfig

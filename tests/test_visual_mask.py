@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 import transformers
+from support.comparison import TOLERANCE, error
+from support.hooks import attributes, hooks
 from support.lone import DECODERS, LoneOracle, lone, merged, without
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
+from support.prompts import make_prompt
 from support.tiny import EOS, IMAGE, LAYERS, build, generate, pixels
-from test_activation import attributes, hooks, warnings  # noqa: F401
-from test_oracle import TOLERANCE, error, make_prompt
 
 import gap_triton
 from gap_triton import GapConfig
@@ -222,7 +223,7 @@ def test_ids_of_a_decoder_alone() -> None:
     assert gap_triton.last_selection(model).visual_index.shape == (2, 15)
 
 
-def test_a_prompt_without_a_mask_is_dense_and_says_so(warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_prompt_without_a_mask_is_dense_and_says_so(warnings: pytest.LogCaptureFixture) -> None:
     inputs = without(merged("llama", make_prompt("llava", "left-padded")), "visual_mask")
     assert error(generate(attached(), inputs), generate(lone(), inputs)) == 0.0
     assert (
@@ -230,7 +231,7 @@ def test_a_prompt_without_a_mask_is_dense_and_says_so(warnings: pytest.LogCaptur
     )
 
 
-def test_an_empty_mask_is_dense_and_says_nothing(warnings: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_an_empty_mask_is_dense_and_says_nothing(warnings: pytest.LogCaptureFixture) -> None:
     inputs = merged("llama", make_prompt("llava", "left-padded"))
     dense = generate(lone(), without(inputs, "visual_mask"))
     inputs["visual_mask"] = torch.zeros_like(inputs["visual_mask"])

@@ -6,51 +6,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from support.tiny import BOS, EOS, IMAGE, VIDEO, generate
+from support.comparison import TOLERANCE, error
+from support.drafts import TOKENS, answer
+from support.tiny import BOS, EOS, IMAGE, VIDEO
 from support.ways import CONFIG, MODELS, V5, build, make, pair
-from test_oracle import TOLERANCE, error
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import gap_triton
 from gap_triton import GapConfig
 from gap_triton.arguments import CACHE
-
-TOKENS = 12
-
-
-def answer(model, inputs, **options):
-    """Assisted decoding needs a stop token, which `tiny.generate` never lets win."""
-    return generate(model, inputs, tokens=TOKENS, eos_token_id=EOS, **options)
-
-
-class Script(PromptLookupCandidateGenerator):
-    """Drafts four tokens at a time, of which as many are right as ``right`` says in turn."""
-
-    answer: torch.Tensor
-    right: tuple[int, ...]
-    wrong: int
-    lengths: list[int]
-
-    def get_candidates(self, input_ids: torch.Tensor, **_: object):
-        done = input_ids.shape[1]
-        drafts = self.answer[:, done : min(done + 4, self.answer.shape[1] - 1)].clone()
-        drafts[:, self.right[len(self.lengths) % len(self.right)] :] = self.wrong
-        self.lengths.append(drafts.shape[1])
-        return torch.cat([input_ids, drafts], dim=1), None
-
-
-@pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch):
-    """Make ``prompt_lookup_num_tokens`` follow a script instead."""
-
-    def follow(answer: torch.Tensor, right: tuple[int, ...], wrong: int) -> type[Script]:
-        Script.answer, Script.right, Script.wrong, Script.lengths = answer, right, wrong, []
-        monkeypatch.setattr(
-            transformers.generation.utils, "PromptLookupCandidateGenerator", Script, raising=True
-        )
-        return Script
-
-    return follow
 
 
 @pytest.mark.parametrize(

@@ -10,43 +10,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.comparison import TOLERANCE, error
+from support.conversation import Conversation, next_turn
 from support.tiny import IMAGE, LAYERS, generate
 from support.ways import CONFIG, MODELS, MROPE, V5, build, make, pair
-from test_generation import next_turn
-from test_oracle import TOLERANCE, error
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.arguments import CACHE
-
-
-class Conversation:
-    """One model, its cache, and the mask and the ids of everything that has gone through it."""
-
-    def __init__(self, model, inputs: dict[str, torch.Tensor], cache=None) -> None:
-        self.model = model
-        self.cache = cache or transformers.DynamicCache(config=model.config.get_text_config())
-        self.mask = inputs["attention_mask"]
-        with torch.no_grad():
-            self.logits = [model(**inputs, past_key_values=self.cache).logits[:, -1:]]
-
-    def go_on(self, *blocks: int) -> None:
-        """Blocks of words, one column of them the same for all samples."""
-        for seed, rows in enumerate(blocks):
-            words = torch.randint(5, 140, (rows,), generator=torch.Generator().manual_seed(seed))
-            batch, past = self.mask.shape
-            self.mask = torch.cat([self.mask, torch.ones(batch, rows, dtype=torch.long)], 1)
-            position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-            if self.model.config.model_type == MROPE:
-                position_ids = position_ids.expand(3, -1, -1)
-            with torch.no_grad():
-                output = self.model(
-                    input_ids=words.expand(batch, -1),
-                    attention_mask=self.mask,
-                    position_ids=position_ids,
-                    past_key_values=self.cache,
-                )
-            self.logits.append(output.logits)
 
 
 def converse(

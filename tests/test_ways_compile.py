@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.comparison import TOLERANCE, error
 from support.tiny import generate
 from support.ways import MODELS, build, make, pair
-from test_oracle import TOLERANCE, error
 from torch._dynamo.utils import counters
 
 import gap_triton

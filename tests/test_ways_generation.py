@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.comparison import TOLERANCE, error
+from support.conversation import next_turn
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle
 from support.tiny import IMAGE, LAYERS, TEXT, generate, seed_weights
 from support.ways import CONFIG, MODELS, MROPE, V5, as_mrope, build, make, pair
-from test_generation import next_turn
-from test_oracle import TOLERANCE, error
 from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
 
 import gap_triton

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.comparison import TOLERANCE, error
 from support.tiny import generate
 from support.ways import CONFIG, MODELS, build, make, pair
-from test_oracle import TOLERANCE, error
 
 import gap_triton
 from gap_triton.prefill import parallel

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support.comparison import TOLERANCE, error, same
+from support.hooks import hooks
 from support.lone import lone, merged
+from support.prompts import make_prompt
 from support.tiny import IMAGE, LAYERS, build, generate
-from test_activation import hooks, same
-from test_oracle import TOLERANCE, error, make_prompt
 from torch import nn
 
 import gap_triton

@@ -14,20 +14,21 @@ from typing import Any
 
 import gap_kernels
 import pytest
-import test_ops_aggregate
-import test_ops_attention
-import test_ops_importance
-import test_ops_prune
-import test_ops_received
-import test_ops_region
-import test_ops_select
-import test_strategies
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gap_triton import strategies
+
+from .naive import aggregate as naive_aggregate
+from .naive import attention as naive_attention
+from .naive import importance as naive_importance
+from .naive import prune as naive_prune
+from .naive import received as naive_received
+from .naive import region as naive_region
+from .naive import select as naive_select
+from .naive import strategies as naive_strategies
 
 NAN, INF = math.nan, math.inf
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -142,9 +143,7 @@ def topk_indices(source: Source) -> Call:
     length = source.length(most)
 
     def check(found: Tensor) -> None:
-        wanted = [
-            test_ops_select.oracle(row, count) for row, count in zip(scores.tolist(), counts, strict=True)
-        ]
+        wanted = [naive_select.oracle(row, count) for row, count in zip(scores.tolist(), counts, strict=True)]
         assert_index(found, wanted, length, most)
 
     return Call(gap_kernels.topk_indices, {"scores": scores, "k": k, "length": length}, check)
@@ -176,7 +175,7 @@ def topk_per_region(source: Source) -> Call:
     def check(found: Tensor) -> None:
         around = neighbours.expand(batch, -1, -1).tolist()
         wanted = [
-            test_ops_region.oracle(row, near, per_region, count)
+            naive_region.oracle(row, near, per_region, count)
             for row, near, count in zip(scores.tolist(), around, counts, strict=True)
         ]
         assert_index(found, wanted, length, most)
@@ -201,7 +200,7 @@ def grid_neighbours(source: Source) -> Call:
         assert found.device.type == (device.type if isinstance(device, torch.device) else device or "cpu")
         assert found.shape == (grid[0] * grid[1], region[0] * region[1] - 1)
         if not found.is_meta:
-            for cells in test_ops_region.regions(tuple(grid), region):
+            for cells in naive_region.regions(tuple(grid), region):
                 for cell in cells:
                     others = [other for other in cells if other != cell]
                     assert [other for other in found[cell].tolist() if other >= 0] == others
@@ -233,12 +232,12 @@ def visual_importance(source: Source) -> Call:
         ),
         "head_reduction": source.pick(["mean", "max"]),
     }
-    expected, lse = test_ops_importance.oracle(query.detach(), key.detach(), visual_index, **options)
+    expected, lse = naive_importance.oracle(query.detach(), key.detach(), visual_index, **options)
     if batch:
         options["lse"] = source.maybe(lambda: lse.to(source.pick([torch.float32, torch.float64])))
 
     def check(found: Tensor) -> None:
-        tolerance = 1e-5 if options.get("lse") is not None else test_ops_importance.TOLERANCE[dtype]
+        tolerance = 1e-5 if options.get("lse") is not None else naive_importance.TOLERANCE[dtype]
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(found.double(), expected, rtol=10 * tolerance, atol=tolerance)
 
@@ -260,17 +259,15 @@ def attention(source: Source) -> Call:
 
     def check(found: gap_kernels.AttentionOutput) -> None:
         given = (query.detach(), key.detach(), value.detach())
-        output, lse = test_ops_attention.oracle(*given, **options)
-        tolerance = test_ops_attention.TOLERANCE[dtype]
+        output, lse = naive_attention.oracle(*given, **options)
+        tolerance = naive_attention.TOLERANCE[dtype]
         assert found.output.dtype == dtype
         torch.testing.assert_close(found.output.double(), output, rtol=10 * tolerance, atol=tolerance)
         torch.testing.assert_close(found.lse.double(), lse, rtol=1e-4, atol=1e-5)
         if columns is None:
             assert found.importance is None
         else:
-            wanted = test_ops_importance.oracle(*given[:2], columns, asked, **options_of_importance(options))[
-                0
-            ]
+            wanted = naive_importance.oracle(*given[:2], columns, asked, **options_of_importance(options))[0]
             torch.testing.assert_close(found.importance.double(), wanted, rtol=1e-4, atol=1e-5)
 
     arguments = {
@@ -301,11 +298,11 @@ def attention_received(source: Source) -> Call:
         "causal": source.pick([True, False]),
         "scale": source.pick([None, 0.3, -1]),
     }
-    expected, lse = test_ops_received.oracle(query.detach(), key.detach(), **options)
+    expected, lse = naive_received.oracle(query.detach(), key.detach(), **options)
     options["lse"] = source.maybe(lambda: lse.float())
 
     def check(found: Tensor) -> None:
-        tolerance = 1e-5 if options["lse"] is not None else test_ops_received.TOLERANCE[dtype]
+        tolerance = 1e-5 if options["lse"] is not None else naive_received.TOLERANCE[dtype]
         torch.testing.assert_close(found.double(), expected, rtol=10 * tolerance, atol=tolerance)
 
     return Call(gap_kernels.attention_received, {"query": query, "key": key, **options}, check)
@@ -335,14 +332,14 @@ def expected_survivors(
 ) -> list[list[int]]:
     counts = [min(count, 99) for count in listed(keep, len(visual_index))]
     real = None if mask is None else mask.tolist()
-    return test_ops_prune.oracle(scores.tolist(), visual_index.tolist(), counts, rows, real)
+    return naive_prune.oracle(scores.tolist(), visual_index.tolist(), counts, rows, real)
 
 
 def assert_pruned(
     found: gap_kernels.PrunedTokens, wanted: list[list[int]], kept: dict[str, Tensor], length: int | None
 ) -> None:
     longest = max((len(row) for row in wanted), default=0)
-    test_ops_prune.check_rows(found, kept, wanted, longest if length is None else length)
+    naive_prune.check_rows(found, kept, wanted, longest if length is None else length)
 
 
 def prune_by_score(source: Source) -> Call:
@@ -368,7 +365,7 @@ def prune_tokens(source: Source) -> Call:
         "attention_mask": mask,
         "scale": source.pick([None, 0.3]),
     }
-    scores, _ = test_ops_importance.oracle(query.detach(), key.detach(), how["visual_index"], **options)
+    scores, _ = naive_importance.oracle(query.detach(), key.detach(), how["visual_index"], **options)
     length = source.maybe(lambda: rows + source.size(0, 3))
 
     def check(found: gap_kernels.PrunedTokens) -> None:
@@ -405,7 +402,7 @@ def spatial_aggregate(source: Source) -> Call:
         tolerance = ROUNDING[dtype]
         assert found.dtype == dtype
         torch.testing.assert_close(
-            found.double(), test_ops_aggregate.oracle(**plain), rtol=tolerance, atol=tolerance
+            found.double(), naive_aggregate.oracle(**plain), rtol=tolerance, atol=tolerance
         )
 
     return Call(gap_kernels.spatial_aggregate, arguments, check)
@@ -463,7 +460,7 @@ def choose(source: Source) -> Call:
 
     def check(found: Tensor) -> None:
         wanted = [
-            sorted(test_strategies.expected_choice(coverage, row, grid, count, per_region))
+            sorted(naive_strategies.expected_choice(coverage, row, grid, count, per_region))
             for row, count in zip(scores.tolist(), counts, strict=True)
         ]
         assert_index(found, wanted, length, most)
@@ -494,7 +491,7 @@ def merged(
         kept = [[row for row in line if row >= 0] for line in arguments[rows].tolist()]
         assert found.features.dtype == dtype
         expected = [wanted(sample, own) for sample, own in enumerate(kept)]
-        test_strategies.expect(
+        naive_strategies.expect(
             strategies.Merged(found.index, found.features.detach()), expected, ROUNDING[dtype]
         )
 
@@ -509,7 +506,7 @@ def average(source: Source) -> Call:
     plain = features.detach()
 
     def wanted(sample: int, own: list[int]) -> dict[int, Tensor]:
-        return test_strategies.averaged(plain[sample], scores[sample].tolist(), own)
+        return naive_strategies.averaged(plain[sample], scores[sample].tolist(), own)
 
     return merged(strategies.average, arguments, "kept", dtype, wanted)
 
@@ -523,7 +520,7 @@ def nearest(source: Source) -> Call:
 
     def wanted(sample: int, own: list[int]) -> dict[int, Tensor]:
         given = (features[sample].detach(), keys[sample].detach(), scores[sample].tolist())
-        return test_strategies.collected_nearest(*given, own)
+        return naive_strategies.collected_nearest(*given, own)
 
     return merged(strategies.nearest, arguments, "kept", dtype, wanted)
 
@@ -546,7 +543,7 @@ def contextual(source: Source) -> Call:
 
     def wanted(sample: int, own: list[int]) -> dict[int, Tensor]:
         given = (features[sample].detach(), keys[sample].detach())
-        return test_strategies.gathered_contextual(*given, own, counts[sample])
+        return naive_strategies.gathered_contextual(*given, own, counts[sample])
 
     return merged(strategies.contextual, arguments, "kept", dtype, wanted)
 
@@ -605,7 +602,7 @@ def aggregate(source: Source) -> Call:
             if len(levels) == cells:
                 wanted = features[one].detach().double()
             else:
-                wanted = test_ops_aggregate.oracle(
+                wanted = naive_aggregate.oracle(
                     features[one].detach(), similarity[one].detach(), anchors[one], grid, radius, pillars,
                     rule.self_weight,
                 )  # fmt: skip
@@ -674,7 +671,7 @@ def text_similarity(source: Source) -> Call:
         for sample in range(groups):
             mean = text[sample].detach().double()[mask[sample]].sum(0)
             assume(float(mean.norm()) == 0 or float(mean.norm()) > 1e-3)
-            wanted = [test_strategies.cosine(row, mean) for row in visual[sample].detach().double()]
+            wanted = [naive_strategies.cosine(row, mean) for row in visual[sample].detach().double()]
             torch.testing.assert_close(
                 found[sample].double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4
             )

@@ -7,10 +7,10 @@ import sys
 import torch
 import torch.distributed as dist
 import transformers
-from test_oracle import TOLERANCE, error
 
 import gap_triton
 from gap_triton.prefill import scores
+from support.comparison import TOLERANCE, error
 from support.tiny import generate
 from support.ways import CONFIG, V5, make, pair
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import transformers
 from packaging.version import Version
-from test_oracle import make_prompt
 from transformers import PreTrainedModel
 
 import gap_triton
@@ -14,6 +13,7 @@ from gap_triton import GapConfig
 from . import tiny
 from .oracle import NAME as ORACLE
 from .oracle import MaskingOracle
+from .prompts import make_prompt
 from .tiny import IMAGE, TEXT, VIDEO, seed_weights
 
 V5 = Version(transformers.__version__) >= Version("5")
@@ -59,7 +59,7 @@ def build(name: str, attn_implementation: str | dict[str, str] = "sdpa") -> PreT
 
 
 def make(name: str, batch: str, seed: int = 1) -> dict[str, torch.Tensor]:
-    """The prompts of `test_oracle.BATCHES`; a single prompt that ends in its image has a name of its own."""
+    """The prompts of `prompts.BATCHES`; a single prompt that ends in its image has a name of its own."""
     single = batch == "single-ends-in-image"
     inputs = make_prompt("llava" if name == MROPE else name, "ends-in-image" if single else batch, seed)
     if single:
