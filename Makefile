@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 fuzz: $(VENV)/.installed-test
-	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/ops/test_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -27,16 +27,25 @@ PACKAGES = ("torch", "triton", "transformers", "numpy")
 VERSIONS = f"from importlib.metadata import version; print(*map(version, {PACKAGES}))"
 
 
-def _files(names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names.split())
+def _files(**folders: str) -> tuple[str, ...]:
+    """Paths from the names of test files, by their folder."""
+    return tuple(
+        f"tests/{folder}/test_{name}.py" for folder, names in folders.items() for name in names.split()
+    )
 
 
-KERNELS = _files("ops_kernels")
+KERNELS = _files(ops="ops_kernels")
 CORE = _files(
-    "oracle generation ids activation refusals visual_mask models models_structure vision strategies scores methods stages "
-    "presets ways_assisted ways_caches ways_generation"
+    decoder="oracle ids visual_mask models models_structure scores stages",
+    ways="generation activation refusals ways_assisted ways_caches ways_generation",
+    vision="vision",
+    methods="strategies methods presets",
 )
-SHORT = _files("oracle generation ids activation refusals ops_library ops_prune")
+SHORT = _files(
+    decoder="oracle ids",
+    ways="generation activation refusals",
+    ops="ops_library ops_prune",
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from support import model_types
 
 import gap_triton
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(name: str):

@@ -17,7 +17,7 @@ from support.ways import CONFIG, MODELS, build, make, pair
 import gap_triton
 from gap_triton.prefill import parallel
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,16 +18,16 @@ from gap_kernels import backend, topk_indices
 from gap_kernels.backends import use_triton
 from packaging.version import Version
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def run_pytest(arguments: list[str], **environment: str) -> None:
     """Run pytest in a new process and fail with its output if it fails."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *arguments]
-    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -36,7 +36,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of Triton before 3.7 can't loop to a scalar with numpy 2.4 or later")
     operators = ("select", "region", "importance", "prune", "attention", "received", "aggregate")
-    files = [*(f"test_ops_{name}.py" for name in operators), "support/kernels_checks.py"]
+    files = [*(f"ops/test_ops_{name}.py" for name in operators), "support/kernels_checks.py"]
     run_pytest(
         ["-p", "support.kernels_interpreter", *files],
         TRITON_INTERPRET="1",

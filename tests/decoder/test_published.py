@@ -26,7 +26,7 @@ from gap_triton.models import minigpt_v2, shikra
 from gap_triton.models.visual_decoder import IMAGE_TOKEN, VisualDecoder
 from gap_triton.strategies import spatial_order
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH, HIDDEN = VISION["hidden_size"], TEXT["hidden_size"]
 EVA_CONFIG = Blip2VisionConfig(**VISION)
 RANK, ALPHA = 4, 16

@@ -25,7 +25,7 @@ from gap_triton import _requirements
 from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.environment import installed_versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests")
 FILES = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
