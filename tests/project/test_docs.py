@@ -12,6 +12,7 @@ import pytest
 import transformers
 from scripts import compat
 from support import model_types
+from support.imports import imported
 
 import gap_triton
 
@@ -83,19 +84,8 @@ def test_kernels_is_a_plain_folder() -> None:
 
 def test_kernels_do_not_know_the_integration() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        assert "gap_triton" not in {name.split(".")[0] for name in imported(source)}, path
-        assert "transformers" not in {name.split(".")[0] for name in imported(source)}, path
-
-
-def imported(source: str) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module)
-    return names
+        names = imported(path.read_text(encoding="utf-8"))
+        assert not names & {"gap_triton", "transformers"}, path
 
 
 def test_what_the_text_says_of_methods_is_what_was_measured() -> None:
