@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 fuzz: $(VENV)/.installed-test
-	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/ops/test_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -47,18 +47,18 @@ bench:
 gpu-check:
 	$(call where_the_gpu_is,-m bench.gpu_check $(ARGS),test)
 
-# `make compat-NAME` runs one combination; the names are in tests/compat.py. ARGS=--record writes docs/compatibility.md.
+# `make compat-NAME` runs one combination; the names are in tests/scripts/compat.py. ARGS=--record writes docs/compatibility.md.
 compat:
-	$(PYTHON) tests/compat.py $(ARGS)
+	$(PYTHON) tests/scripts/compat.py $(ARGS)
 
 compat-%:
-	$(PYTHON) tests/compat.py $* $(ARGS)
+	$(PYTHON) tests/scripts/compat.py $* $(ARGS)
 
 endurance: $(VENV)/.installed-test
-	$(BIN)/python tests/endurance.py $(ARGS)
+	$(BIN)/python tests/scripts/endurance.py $(ARGS)
 
 kernel-table: $(VENV)/.installed-test
-	$(BIN)/python tests/kernels_aot.py
+	$(BIN)/python tests/scripts/kernels_aot.py
 	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:

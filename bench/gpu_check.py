@@ -268,7 +268,7 @@ def main(
     that can't be done here is reported as skipped, never as passed. Goals are reported, never asserted.
 
     machine: copy bandwidth, matrix rate, launch. float64: every operator at every named shape. kernel-tests, gpu-tests:
-    tests/kernels_checks.py, and the tests marked gpu. relaunch: prune_tokens thousands of times, same bits. streams:
+    tests/support/kernels_checks.py, and the tests marked gpu. relaunch: prune_tokens thousands of times, same bits. streams:
     several threads, a stream each. graphs: capture, replay on new values, two graphs on two streams. host: time until the
     host has control again. benchmarks: a part of make bench, and the goals. memcheck, racecheck: compute-sanitizer.
 

@@ -19,9 +19,9 @@ from bench import PATHS, ROOT, goals, record
 from bench.small_calls import DONE
 from bench.steps import Found, StepFailed
 
-KERNEL_TESTS = ("--noconftest", "tests/kernels_checks.py")
+KERNEL_TESTS = ("--noconftest", "tests/support/kernels_checks.py")
 # That test's whole content is the kernel checks, which have just run.
-GPU_TESTS = ("-m", "gpu", "--deselect", "tests/test_ops_kernels.py::test_results_on_a_gpu", "tests")
+GPU_TESTS = ("-m", "gpu", "--deselect", "tests/ops/test_ops_kernels.py::test_results_on_a_gpu", "tests")
 
 LINES = 6
 """Lines of a failing test's message that are reported."""

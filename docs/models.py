@@ -14,10 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import families  # noqa: E402
-import model_types  # noqa: E402
-import tiny  # noqa: E402
-from oracle import core_of  # noqa: E402
+from support import families, model_types, tiny  # noqa: E402
+from support.oracle import core_of  # noqa: E402
 
 from gap_triton.integration.supported_models import find_parts  # noqa: E402
 from gap_triton.prefill.prompt import TOKEN_ID_FIELDS  # noqa: E402

@@ -1,12 +1,17 @@
 """Shared set-up: quiet transformers, one thread, no network."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 import transformers
+
+pytest.register_assert_rewrite("support")
+
+from support.drafts import Script  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,3 +31,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The log, with warnings on, and with those that are given once given anew."""
+    logging = transformers.logging
+    type(logging.get_logger("gap_triton")).warning_once.cache_clear()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
+    logging.set_verbosity_error()
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch):
+    """Make ``prompt_lookup_num_tokens`` follow a script instead."""
+
+    def follow(answer: torch.Tensor, right: tuple[int, ...], wrong: int) -> type[Script]:
+        Script.answer, Script.right, Script.wrong, Script.lengths = answer, right, wrong, []
+        monkeypatch.setattr(
+            transformers.generation.utils, "PromptLookupCandidateGenerator", Script, raising=True
+        )
+        return Script
+
+    return follow

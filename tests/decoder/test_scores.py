@@ -1,0 +1,233 @@
+"""What ranks visual tokens in the decoder, and how a choice is spread over the image, computed by other means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from support import ways
+from support.prompts import make_prompt
+from support.tiny import IMAGE, build
+
+import gap_triton
+from gap_triton import GapConfig, Stage
+from gap_triton.strategies import STRIDE_SHARE, spatial_order
+
+LAYER = 1
+SIDE = 6  # an image of the tiny models is 6 x 6 visual tokens
+ROPES = ["llava", "llava/qwen2", "qwen2_5_vl"]
+
+
+def model_and_prompt(name: str, batch: str, implementation: str):
+    if name == ways.MROPE:
+        return ways.build(name, implementation), ways.make(name, batch)
+    return build(name, implementation), make_prompt(name, batch)
+
+
+def selected(name: str, batch: str, config: GapConfig) -> gap_triton.Selection:
+    model, inputs = model_and_prompt(name, batch, "gap_triton")
+    gap_triton.configure(model, config)
+    with torch.no_grad():
+        model(**inputs)
+    return gap_triton.last_selection(model)
+
+
+def heard(name: str, batch: str, *projections: str) -> tuple[dict, list[torch.Tensor]]:
+    """The prompt, and what the named linear layers of the scoring layer put out without pruning, [B, H, S, D] each."""
+    model, inputs = model_and_prompt(name, batch, "sdpa")
+    attention = model.model.language_model.layers[LAYER].self_attn
+    seen: dict[str, torch.Tensor] = {}
+    for projection in projections:
+        getattr(attention, projection).register_forward_hook(
+            lambda m, a, output, key=projection: seen.__setitem__(key, output)
+        )
+    with torch.no_grad():
+        model(**inputs)
+    return inputs, [seen[key].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for key in projections]
+
+
+@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images"])
+@pytest.mark.parametrize("name", ROPES)
+def test_unrotated_is_attention_without_positions(name: str, batch: str) -> None:
+    inputs, (query, key) = heard(name, batch, "q_proj", "k_proj")
+    selection = selected(name, batch, GapConfig(0.4, LAYER, "unrotated"))
+    for b, mask in enumerate(inputs["attention_mask"].bool()):
+        real = mask.nonzero()[:, 0]
+        last = int(real[-1])
+        heads = query.shape[1] // key.shape[1]
+        total = 0.0
+        for head in range(query.shape[1]):
+            logits = key[b, head // heads, real] @ query[b, head, last] / math.sqrt(query.shape[-1])
+            total = total + logits.softmax(0)
+        by_row = torch.zeros(len(mask)).index_put((real,), total / query.shape[1])
+        rows = selection.candidates[b][selection.candidates[b] >= 0]
+        assert torch.allclose(selection.score[b, : len(rows)], by_row[rows], rtol=1e-4, atol=1e-6)
+    rotated = selected(name, batch, GapConfig(0.4, LAYER, "last_token"))
+    assert not torch.allclose(selection.score, rotated.score, rtol=1e-2)
+
+
+def test_unrotated_in_a_later_stage_and_turn() -> None:
+    """Scores are among the tokens of this turn that are left, by positions that the model gave them."""
+    config = GapConfig(0.6, 0, "random", then=(Stage(0.3, LAYER, "unrotated"),))
+    model, inputs = model_and_prompt("llava", "single", "gap_triton")
+    gap_triton.configure(model, config)
+    attention = model.model.language_model.layers[LAYER].self_attn
+    seen: list[torch.Tensor] = []
+    for projection in ("q_proj", "k_proj"):
+        getattr(attention, projection).register_forward_hook(lambda m, a, output: seen.append(output))
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        seen.clear()
+        again = {"input_ids": inputs["input_ids"][:, 1:], "pixel_values": inputs["pixel_values"]}
+        model(**again, past_key_values=cache)
+    query, key = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[0] for x in seen)
+    heads = query.shape[0] // key.shape[0]
+    logits = torch.einsum("hd,hsd->hs", query[:, -1], key.repeat_interleave(heads, 0))
+    attended = (logits / math.sqrt(query.shape[-1])).softmax(-1).mean(0)
+    selection = gap_triton.last_selection(model)
+    assert selection.before is not None
+    left = selection.before.index[0].tolist()
+    expected = torch.stack([attended[left.index(row)] for row in selection.candidates[0].tolist()])
+    assert torch.allclose(selection.score[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unrotated_takes_back_a_stretched_rotation() -> None:
+    """YaRN multiplies cos and sin, so that queries and keys are longer after RoPE."""
+    scores = []
+    for stretch in (1.0, 1.7):
+        model, inputs = model_and_prompt("llava", "left-padded", "gap_triton")
+        model.model.language_model.rotary_emb.attention_scaling = stretch
+        gap_triton.configure(model, GapConfig(0.4, 0, "unrotated"))
+        with torch.no_grad():
+            model(**inputs)
+        scores.append(gap_triton.last_selection(model).score)
+    assert torch.allclose(*scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images"])
+@pytest.mark.parametrize("name", ROPES)
+def test_key_norm(name: str, batch: str) -> None:
+    """Rotation leaves lengths as they are, so the keys before RoPE tell."""
+    inputs, (key,) = heard(name, batch, "k_proj")
+    selection = selected(name, batch, GapConfig(0.4, LAYER, "key_norm"))
+    norms = key.square().sum((1, 3)).sqrt()
+    for b in range(len(inputs["input_ids"])):
+        rows = selection.candidates[b][selection.candidates[b] >= 0]
+        assert torch.allclose(selection.score[b, : len(rows)], norms[b, rows], rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images", "single"])
+def test_raters_are_the_relevant_rows_of_text(batch: str) -> None:
+    """Rows are found by plain loops over the embeddings; then the score is that of the rows, one by one."""
+    model, inputs = model_and_prompt("llava", batch, "sdpa")
+    embeds: list[torch.Tensor] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    _, (query, key) = heard("llava", batch, "q_proj", "k_proj")
+    rotary = model.model.language_model.rotary_emb
+    by_raters = selected("llava", batch, GapConfig(0.4, LAYER, "raters"))
+    by_text = selected("llava", batch, GapConfig(0.4, LAYER, "text"))
+    fewer = False
+    for b, ids in enumerate(inputs["input_ids"]):
+        real = inputs["attention_mask"][b].bool()
+        visual = (ids == IMAGE).nonzero()[:, 0]
+        text = [i for i in range(int(visual[-1]) + 1, len(ids)) if real[i]]
+        shares = (embeds[0][b, visual] @ embeds[0][b, text].T).softmax(1).mean(0)
+        rows = [row for row, share in zip(text, shares, strict=True) if share >= shares.mean()]
+        fewer = fewer or len(rows) < len(text)
+        # Attention of those rows, with RoPE, over what each may see.
+        positions = (inputs["attention_mask"][b].cumsum(0) - 1).clamp(min=0)
+        cos, sin = (x[0] for x in rotary(query, positions[None]))
+
+        def turned(x: torch.Tensor, cos=cos, sin=sin) -> torch.Tensor:
+            half = x.shape[-1] // 2
+            return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+        q, k = turned(query[b]), turned(key[b]).repeat_interleave(query.shape[1] // key.shape[1], 0)
+        total = torch.zeros(len(ids))
+        for row in rows:
+            seen = real & (torch.arange(len(ids)) <= row)
+            logits = torch.einsum("hd,hsd->hs", q[:, row], k) / math.sqrt(q.shape[-1])
+            total += logits.masked_fill(~seen, -torch.inf).softmax(-1).mean(0)
+        count = len(visual)
+        assert torch.allclose(by_raters.score[b, :count], (total / len(rows))[visual], rtol=1e-4, atol=1e-6)
+    assert fewer
+    assert not torch.allclose(by_raters.score, by_text.score)
+
+
+def grids_of(selection: gap_triton.Selection, b: int) -> list[dict[int, tuple[int, int]]]:
+    """Row of the prompt -> cell, for each image of sample ``b``."""
+    rows = [row for row in selection.candidates[b].tolist() if row >= 0]
+    images = [rows[i : i + SIDE * SIDE] for i in range(0, len(rows), SIDE * SIDE)]
+    return [{row: divmod(i, SIDE) for i, row in enumerate(image)} for image in images]
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "ragged-images", "one-without-image", "single"])
+@pytest.mark.parametrize("name", ROPES)
+def test_region_in_the_decoder(name: str, batch: str) -> None:
+    config = GapConfig(0.3, LAYER, "text", "region")
+    selection = selected(name, batch, config)
+    for b in range(len(selection.index)):
+        score = dict(zip(selection.candidates[b].tolist(), selection.score[b].tolist(), strict=True))
+        images = grids_of(selection, b)
+        rows = [row for image in images for row in image]
+        keep = config.count(len(rows))
+        regions: dict[tuple[int, int, int], list[int]] = {}
+        for number, image in enumerate(images):
+            for row, (down, right) in image.items():
+                regions.setdefault((number, down // 2, right // 2), []).append(row)
+        each = math.ceil(keep / len(regions)) if regions else 0
+        candidates = [
+            row for region in regions.values() for row in sorted(region, key=lambda r: (-score[r], r))[:each]
+        ]
+        expected = sorted(sorted(candidates, key=lambda r: (-score[r], r))[:keep])
+        assert [row for row in selection.visual_index[b].tolist() if row >= 0] == expected
+    plain = selected(name, batch, GapConfig(0.3, LAYER, "text"))
+    assert torch.equal(plain.score, selection.score)
+    assert not torch.equal(plain.index, selection.index)
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "single"])
+def test_stride_in_the_decoder(batch: str) -> None:
+    config = GapConfig(0.4, LAYER, "text", "stride")
+    selection = selected("llava", batch, config)
+    order = spatial_order((SIDE, SIDE)).tolist()
+    for b in range(len(selection.index)):
+        score = dict(zip(selection.candidates[b].tolist(), selection.score[b].tolist(), strict=True))
+        images = grids_of(selection, b)
+        rank = {row: order[down * SIDE + right] for image in images for row, (down, right) in image.items()}
+        keep = config.count(len(rank))
+        spread = sorted(rank, key=lambda r: (rank[r], r))[: int(STRIDE_SHARE * keep)]
+        rest = sorted((r for r in rank if r not in spread), key=lambda r: (-score[r], r))[
+            : keep - len(spread)
+        ]
+        assert [row for row in selection.visual_index[b].tolist() if row >= 0] == sorted(spread + rest)
+
+
+def test_spatial_is_the_same_before_and_in_the_decoder() -> None:
+    chosen = [
+        selected("llava", "ragged-images", GapConfig(0.25, layer, "spatial")).visual_index
+        for layer in (-1, 1)
+    ]
+    assert torch.equal(*chosen)
+    rows = [row for row in chosen[0][0].tolist() if row >= 0]
+    assert len(rows) == 9
+    assert len({row // 2 for row in rows}) == 9
+
+
+def test_raters_need_embeddings() -> None:
+    model = transformers.LlamaForCausalLM(build("llava").config.text_config).eval()
+    gap_triton.attach(model, GapConfig(0.5, 1, "raters"))
+    ids = torch.arange(5, 25)[None]
+    with pytest.raises(ValueError, match="score='raters': the decoder was given input_ids"):
+        model(input_ids=ids, visual_mask=ids < 15)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), visual_mask=ids < 15)
+    assert gap_triton.last_selection(model).visual_index.shape[1] == 5

@@ -1,0 +1,489 @@
+"""Ahead-of-time compilation of every kernel, for GPUs that needn't be there.
+
+Not collected by default, as Triton's interpreter can't share a process with its compiler: ``test_ops_kernels.py``
+runs this file in a process of its own. The launchers run as they do on a GPU, with specialisation by the arguments'
+values and alignment, but every launch only compiles. What the binaries need is compared with the budgets below, and with
+docs/results/kernels.json, which ``python tests/scripts/kernels_aot.py`` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.attention import kernel as attention
+from gap_kernels.importance import kernel as importance
+from gap_kernels.prune import kernel as prune
+from gap_kernels.prune import one_launch
+from gap_kernels.received import kernel as received
+from gap_kernels.region import grid_neighbours
+from gap_kernels.region import kernel as region
+from gap_kernels.select import kernel as select
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "results" / "kernels.json"
+
+
+class Multiprocessor(NamedTuple):
+    """What the programs that run at the same time on one multiprocessor share; from the CUDA programming guide."""
+
+    shared_kib: int
+    warps: int
+    programs: int
+    registers: int = 65536
+
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA = {
+    "sm_80": Multiprocessor(shared_kib=164, warps=64, programs=32),
+    "sm_90": Multiprocessor(shared_kib=228, warps=64, programs=32),
+    "sm_100": Multiprocessor(shared_kib=228, warps=64, programs=32),
+    "sm_120": Multiprocessor(shared_kib=100, warps=48, programs=24),
+}
+SPILLED_BY_ANOTHER_COMPILER = 8  # bytes of a thread
+SYSTEM_SHARED_KIB = 1
+"""Of the multiprocessor's shared memory, for each program beside its own."""
+
+# Registers per thread and KiB of shared memory per program that a kernel may need at most: on NVIDIA GPUs, where any
+# program can have 99 KiB, and on gfx942, where it can have 64. Some more than triton 3.7.1 needs.
+BUDGETS = {
+    "topk_indices_kernel": ((128, 1), (96, 1)),
+    "topk_per_region_kernel": ((128, 1), (96, 1)),
+    "row_lse_kernel": ((160, 56), (256, 24)),
+    "visual_mass_kernel": ((168, 56), (384, 32)),
+    "mean_kernel": ((56, 1), (48, 2)),
+    "surviving_rows_kernel": ((128, 1), (96, 1)),
+    "gather_rows_kernel": ((64, 1), (48, 1)),
+    "prune_kernel": ((128, 40), None),
+    "attention_kernel": ((255, 99), (256, 48)),
+    "token_lse_kernel": ((128, 72), (192, 48)),
+    "received_mass_kernel": ((128, 72), (256, 48)),
+    "received_mean_kernel": ((40, 1), (32, 2)),
+    "spatial_aggregate_kernel": ((168, 24), (192, 24)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel needs, compiled for one target.
+
+    Attributes:
+        kernel: Name of the kernel.
+        case: The case that compiles it, the first if there are several.
+        target: One of TARGETS.
+        warps: Per program.
+        registers: Per thread.
+        spilled: Bytes of a thread that are in memory for want of registers, or because they are addressed.
+        shared: Bytes of shared memory per program.
+        resident: Programs that a multiprocessor has room for at the same time; None where it wasn't worked out.
+    """
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    resident: int | None
+
+
+class Shape(NamedTuple):
+    """A prompt; ``visual`` of its ``tokens`` are visual."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    tokens: int
+    visual: int
+
+
+LLAVA_15 = Shape(32, 32, 128, 640, 576)
+LLAVA_NEXT = Shape(32, 32, 128, 2944, 2880)
+QWEN = Shape(28, 4, 128, 4096, 4032)  # Qwen2.5-VL
+QWEN_8K = Shape(28, 4, 128, 8192, 8128)  # the most that the one launch takes
+QWEN_VIDEO = Shape(28, 4, 128, 16448, 16384)
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def of_heads(heads: int, key_heads: int, head_dim: int) -> Shape:
+    """Return a prompt of LLaVA-1.5's length for other heads."""
+    return Shape(heads, key_heads, head_dim, LLAVA_15.tokens, LLAVA_15.visual)
+
+
+Case = tuple[str, partial[object]]
+"""A name, and a launch."""
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return memory that isn't even touched: nothing reads it."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def cases() -> Iterator[Case]:
+    """Name every launch."""
+    yield from select_cases()
+    yield from region_cases()
+    yield from importance_cases()
+    yield from importance_variants()
+    yield from prune_cases()
+    yield from one_launch_cases()
+    yield from attention_cases()
+    yield from received_cases()
+    yield from aggregate_cases()
+
+
+def select_cases() -> Iterator[Case]:
+    for n in (576, 2048, 2880, 8192, 16384, 65536):
+        yield f"{n:,} scores", partial(select.topk_indices, empty(2, n), n // 4, None, n // 4)
+    for n in (576, 65536):
+        given = (empty(2, n), 0, torch.tensor([1, 2]), n // 4)
+        yield f"{n:,} scores, k per sample", partial(select.topk_indices, *given)
+
+
+def region_cases() -> Iterator[Case]:
+    for side, cells, per_sample in (
+        (24, (2, 2), False),
+        (24, (2, 2), True),
+        (24, (3, 3), False),
+        (40, (2, 2), False),
+        (64, (2, 2), False),
+        (90, (3, 3), False),
+        (128, (2, 2), False),
+        (128, (3, 3), True),
+        (256, (2, 2), False),
+        (256, (3, 3), True),
+    ):
+        n = side * side
+        neighbours = grid_neighbours((side, side), cells)[None]
+        counts = torch.tensor([1, 2]) if per_sample else None
+        name = f"{n:,} scores, {neighbours.shape[2]} neighbours{', k per sample' if per_sample else ''}"
+        yield name, partial(region.topk_per_region, empty(2, n), neighbours, 1, n // 4, counts, n // 4)
+    given = (empty(2, 577)[:, 1:], grid_neighbours((24, 24))[None], 1, 144, None, 144)
+    yield "576 of 577 scores, 3 neighbours", partial(region.topk_per_region, *given)
+
+
+def prompt(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and the positions of visual tokens."""
+    query = empty(1, shape.heads, shape.tokens, shape.head_dim, dtype=dtype)
+    key = empty(1, shape.key_heads, shape.tokens, shape.head_dim, dtype=dtype)
+    return query, key, torch.arange(shape.visual)[None]
+
+
+def scoring(
+    shape: Shape, num_rows: int | None, with_lse: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Return rows, attention mask and log-sum-exp."""
+    rows = None if num_rows is None else torch.arange(num_rows)[None]
+    lse = empty(1, shape.heads, num_rows or 1) if with_lse else None
+    return rows, torch.ones(1, shape.tokens, dtype=torch.bool), lse
+
+
+def described(name: str, dtype: torch.dtype, num_rows: int | None, with_lse: bool) -> str:
+    """Return the name of a case of importance."""
+    rows = "last row" if num_rows is None else f"{num_rows} rows"
+    return f"{name}, {DTYPES[dtype]}, {rows}{', lse' if with_lse else ''}"
+
+
+def importance_cases() -> Iterator[Case]:
+    for name, shape, dtype, num_rows, with_lse in (
+        ("LLaVA-1.5", LLAVA_15, torch.float16, None, False),
+        ("LLaVA-1.5", LLAVA_15, torch.float16, None, True),
+        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, None, False),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, None, False),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, True),
+        ("Qwen2.5-VL video", QWEN_VIDEO, torch.bfloat16, None, False),
+        ("Qwen2.5-VL video", QWEN_VIDEO, torch.bfloat16, 64, False),
+        ("LLaVA-1.5", LLAVA_15, torch.float32, None, False),
+        ("Qwen2.5-VL", QWEN, torch.float32, 64, False),
+        ("Qwen2.5-VL", QWEN, torch.float32, 64, True),
+        ("head_dim 64", of_heads(16, 16, 64), torch.bfloat16, 64, False),
+        ("head_dim 72", of_heads(16, 16, 72), torch.bfloat16, None, False),
+        ("head_dim 72", of_heads(16, 16, 72), torch.bfloat16, 64, False),
+        ("head_dim 80", of_heads(16, 16, 80), torch.bfloat16, 64, False),
+        ("head_dim 96", of_heads(32, 32, 96), torch.bfloat16, 64, False),
+        ("head_dim 256", of_heads(8, 4, 256), torch.bfloat16, None, False),
+        ("head_dim 256", of_heads(8, 4, 256), torch.bfloat16, 64, False),
+        ("head_dim 72", of_heads(16, 16, 72), torch.float32, 64, False),
+        ("head_dim 256", of_heads(8, 4, 256), torch.float32, 64, False),
+    ):
+        query, key, index = prompt(shape, dtype)
+        given = (query, key, index, *scoring(shape, num_rows, with_lse), None)
+        yield described(name, dtype, num_rows, with_lse), partial(importance.visual_importance, *given)
+
+
+def importance_variants() -> Iterator[Case]:
+    for head_dim, dtype, value_dim, num_rows, with_lse, causal, reduction in (
+        (64, torch.float16, None, None, False, False, "mean"),
+        (72, torch.bfloat16, 72, 1, True, False, "max"),
+        (128, torch.bfloat16, 128, 64, False, True, "mean"),
+        (128, torch.bfloat16, 128, 64, True, True, "max"),
+        (256, torch.bfloat16, 256, 16, False, True, "mean"),
+        (72, torch.bfloat16, 72, 64, False, True, "mean"),
+        (72, torch.float32, 72, 64, True, True, "mean"),
+        (128, torch.float32, 256, 16, False, True, "mean"),
+        (256, torch.float32, 80, 33, True, False, "max"),
+    ):
+        shape = of_heads(28, 4, head_dim)
+        query, key, index = prompt(shape, dtype)
+        value = None if value_dim is None else empty(1, 4, shape.tokens, value_dim, dtype=dtype)
+        given = (query, key, index, *scoring(shape, num_rows, with_lse), None, causal, value, reduction)
+        name = f"head_dim {head_dim}"
+        name += "" if value_dim is None else f", value_dim {value_dim}"
+        name += ("" if causal else ", not causal") + (", max" if reduction == "max" else "")
+        yield described(name, dtype, num_rows, with_lse), partial(importance.visual_importance, *given)
+
+
+def prune_cases() -> Iterator[Case]:
+    for num_rows, with_mask in ((640, True), (640, False), (2944, True), (8192, True), (16448, True)):
+        index, scores = torch.arange(num_rows - 64)[None], empty(1, num_rows - 64)
+        name = f"{num_rows:,} rows"
+        given: tuple[Any, ...] = (scores, index, 64, None, None, num_rows, 128)
+        if with_mask:
+            name += ", mask, keep per sample"
+            mask = torch.ones(1, num_rows, dtype=torch.bool)
+            given = (scores, index, 0, torch.tensor([64]), mask, num_rows, 128)
+        yield name, partial(prune.surviving_rows, *given)
+    for dtype, axes in ((torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float32, 3)):
+        rows, rotary = empty(1, 640, 4096, dtype=dtype), empty(1, 640, 128, dtype=dtype)
+        given = (rows, rotary, rotary, torch.zeros(axes, 1, 640).long(), torch.zeros(1, 128).long())
+        ids = "position_ids" if axes == 1 else f"{axes} axes of position_ids"
+        yield f"4,096 channels, {DTYPES[dtype]}, {ids}", partial(prune.gather_rows, *given)
+
+
+def one_launch_cases() -> Iterator[Case]:
+    for name, shape, dtype, num_rows, with_lse, ticket in (
+        ("LLaVA-1.5", LLAVA_15, torch.bfloat16, None, False, False),
+        ("LLaVA-1.5", LLAVA_15, torch.bfloat16, None, False, True),
+        ("LLaVA-1.5", LLAVA_15, torch.float16, None, True, False),
+        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, None, False, False),
+        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, 64, True, True),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, False),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, True),
+        ("Qwen2.5-VL, 8,192 rows", QWEN_8K, torch.bfloat16, 64, False, True),
+        ("Qwen2.5-VL", QWEN, torch.float32, 64, False, False),
+        ("head_dim 72", of_heads(16, 16, 72), torch.float16, None, False, False),
+        ("head_dim 256", of_heads(8, 4, 256), torch.bfloat16, 16, False, False),
+        ("head_dim 256", of_heads(8, 4, 256), torch.float32, None, False, False),
+    ):
+        query, key, index = prompt(shape, dtype)
+        hidden, rotary = empty(1, shape.tokens, 4096, dtype=dtype), empty(1, shape.tokens, 128, dtype=dtype)
+        rows, mask, lse = scoring(shape, num_rows, with_lse)
+        ids = torch.zeros(3, 1, shape.tokens).long()
+        given = (query, key, hidden, rotary, rotary, ids, index, 64, None, rows, mask, lse, None, 128)
+        name = described(name, dtype, num_rows, with_lse) + (", ticket" if ticket else "")
+        yield name, partial(one_launch.prune_tokens, *given, ticket=ticket)
+
+
+def attention_cases() -> Iterator[Case]:
+    for head_dim, dtype, causal in (
+        *((head_dim, torch.bfloat16, True) for head_dim in (64, 72, 80, 96, 128, 256)),
+        *((head_dim, torch.bfloat16, False) for head_dim in (64, 80)),
+        (128, torch.float16, False),
+        *((head_dim, torch.float32, True) for head_dim in (64, 128, 256)),
+    ):
+        query, key, _ = prompt(of_heads(4, 2, head_dim), dtype)
+        mask = torch.ones(1, key.shape[2], dtype=torch.bool) if causal else None
+        name = f"head_dim {head_dim}, {DTYPES[dtype]}, {'causal, mask' if causal else 'not causal'}"
+        yield name, partial(attention.attention, query, key, key, causal, mask, None, None, None)
+
+
+def received_cases() -> Iterator[Case]:
+    for head_dim, dtype, packed in (
+        (64, torch.bfloat16, False),
+        (72, torch.bfloat16, False),
+        (72, torch.bfloat16, True),
+        (80, torch.bfloat16, True),
+        (128, torch.float16, False),
+        (256, torch.bfloat16, True),
+        (64, torch.float32, False),
+        (80, torch.float32, True),
+        (256, torch.float32, True),
+    ):
+        query, key, _ = prompt(of_heads(4, 2, head_dim), dtype)
+        bounds = torch.tensor([0, 32, key.shape[2]], dtype=torch.int32) if packed else None
+        mask = None if packed else torch.ones(1, key.shape[2], dtype=torch.bool)
+        name = f"head_dim {head_dim}, {DTYPES[dtype]}, {'packed' if packed else 'causal, mask'}"
+        yield name, partial(received.attention_received, query, key, mask, bounds, not packed, None, None)
+
+
+def aggregate_cases() -> Iterator[Case]:
+    for side, channels, length, dtype, similarity_dtype, collectors_only, self_weight in (
+        (24, 1024, 1024, torch.float16, torch.float16, False, 1.0),
+        (24, 1024, 1024, torch.bfloat16, torch.bfloat16, True, None),
+        (24, 1024, 1024, torch.bfloat16, torch.float32, False, 1.0),
+        (27, 1152, 1152, torch.bfloat16, torch.bfloat16, False, None),
+        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, False, None),
+        (24, 1000, 72, torch.bfloat16, torch.bfloat16, False, 1.0),
+        (24, 75, 33, torch.float16, torch.float16, False, 1.0),
+        (24, 1024, 1024, torch.float32, torch.float32, False, 1.0),
+        (24, 75, 33, torch.float32, torch.float32, True, None),
+    ):
+        features = empty(1, side * side, channels, dtype=dtype)
+        similarity = empty(1, side * side, length, dtype=similarity_dtype)
+        anchors = torch.zeros(1, 112).long()
+        pillars = None if collectors_only else torch.zeros(1, 112, dtype=torch.bool)
+        name = f"{channels:,} channels, {DTYPES[dtype]}, cosines of {length:,} {DTYPES[similarity_dtype]}"
+        name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
+        given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
+        yield name, partial(aggregate.spatial_aggregate, *given)
+
+
+class OfflineDriver:
+    """What the JIT asks a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)  # the JIT keeps one cache per device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@functools.cache
+def compiled(target: str) -> list[Row]:
+    """Compile every kernel for a target, each once."""
+    launched: list[Any] = []
+    first_case: dict[Any, str] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(size > 0 for size in grid)
+        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
+        patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
+        for name, launch in cases():
+            if target in NVIDIA or launch.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
+                launch()
+            for kernel in launched:
+                first_case.setdefault(kernel, name)
+            launched.clear()
+    return [measured(kernel, name, target) for kernel, name in first_case.items()]
+
+
+def measured(kernel: Any, case: str, target: str) -> Row:
+    """Read from a binary what it needs."""
+    warps, shared, resident = kernel.metadata.num_warps, kernel.metadata.shared, None
+    if target in NVIDIA:
+        registers, spilled = nvidia_resources(kernel.asm["cubin"])
+        resident = resident_programs(NVIDIA[target], warps, registers, shared)
+    else:
+        registers, spilled = amd_resources(kernel.asm["amdgcn"])
+    return Row(kernel.metadata.name, case, target, warps, registers, spilled, shared, resident)
+
+
+def nvidia_resources(binary: bytes) -> tuple[int, int]:
+    """Return registers per thread and its bytes of local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def amd_resources(assembly: str) -> tuple[int, int]:
+    """Return vector registers per thread and its bytes of scratch memory."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    assert registers, assembly
+    assert spilled, assembly
+    return int(registers[1]), int(spilled[1])
+
+
+def resident_programs(multiprocessor: Multiprocessor, warps: int, registers: int, shared: int) -> int:
+    """Return how many programs a multiprocessor runs at the same time.
+
+    A warp's registers come in units of 256, and in each of the four parts of a multiprocessor.
+    """
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = multiprocessor.registers // 4 // of_warp * 4 // warps
+    by_shared = multiprocessor.shared_kib * 1024 // (shared + SYSTEM_SHARED_KIB * 1024)
+    return min(by_registers, by_shared, multiprocessor.warps // warps, multiprocessor.programs)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_spilled(target: str) -> None:
+    # Tile sizes were chosen with the compiler of the table. Another one may do a little worse, by a value or two.
+    tested = triton.__version__ == json.loads(TABLE.read_text(encoding="utf-8"))["triton"]
+    allowed = 0 if tested else SPILLED_BY_ANOTHER_COMPILER
+    assert [row for row in compiled(target) if row.spilled > allowed] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_budgets(target: str) -> None:
+    budgets = {name: nvidia if target in NVIDIA else amd for name, (nvidia, amd) in BUDGETS.items()}
+    over, met = [], set()
+    for row in compiled(target):
+        met.add(row.kernel)
+        budget = budgets[row.kernel]
+        if budget is None or row.registers > budget[0] or row.shared > budget[1] * 1024:
+            over.append((row, budget))
+    assert over == []
+    assert met == {name for name, budget in budgets.items() if budget}
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
+    """Or a cooperative launch of as many as ``fits_at_once`` allows would be refused."""
+    rows = [row for row in compiled(target) if row.kernel == "prune_kernel"]
+    assert rows
+    for row in rows:
+        wanted = one_launch.PROGRAMS_PER_MULTIPROCESSOR
+        shared_kib = wanted * (row.shared / 1024 + SYSTEM_SHARED_KIB)
+        assert row.warps == 8, row
+        assert row.registers <= 128, row
+        assert shared_kib <= NVIDIA[target].shared_kib, row
+        assert row.resident is not None
+        assert row.resident >= wanted, row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_table_is_what_the_compiler_gives(target: str) -> None:
+    results = json.loads(TABLE.read_text(encoding="utf-8"))
+    if triton.__version__ != results["triton"]:
+        pytest.skip(f"the table was made with triton {results['triton']}, this is {triton.__version__}")
+    rows = [Row(**row) for row in results["rows"] if row["target"] == target]
+    assert rows == compiled(target), "run `make kernel-table`"
+
+
+def write_table() -> None:
+    """Write what the installed compiler gives, a row to a line."""
+    rows = [json.dumps(asdict(row)) for target in TARGETS for row in compiled(target)]
+    text = f'{{"triton": "{triton.__version__}", "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+    TABLE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table()

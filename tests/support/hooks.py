@@ -1,0 +1,17 @@
+"""What attaching leaves on a model: hooks of ours, and attributes of its modules."""
+
+from __future__ import annotations
+
+import torch
+
+
+def hooks(model: torch.nn.Module) -> int:
+    """Number of our hooks on ``model``; transformers has hooks of its own."""
+    found = [
+        hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+    ]
+    return sum(getattr(hook, "func", hook).__module__.startswith("gap_triton") for hook in found)
+
+
+def attributes(model: torch.nn.Module) -> dict[str, list[str]]:
+    return {name: sorted(module.__dict__) for name, module in model.named_modules()}

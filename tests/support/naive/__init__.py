@@ -1,0 +1,1 @@
+"""Oracles of the operators and the strategies: plain loops over samples, heads, rows and keys."""

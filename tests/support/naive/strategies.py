@@ -1,0 +1,114 @@
+"""What is chosen and what is merged, as loops over rows."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from gap_triton.strategies import Merged, spatial_order
+
+
+def ranked(scores: list[float]) -> list[int]:
+    """All rows, best first; ties to the lower row, NaN as -inf."""
+    keys = [(math.inf if math.isnan(score) else -score, row) for row, score in enumerate(scores)]
+    return [row for _, row in sorted(keys)]
+
+
+def fill(row: list[int], length: int) -> list[int]:
+    return [-1] * (length - len(row)) + sorted(row)
+
+
+def chosen_topk(scores: list[float], keep: int) -> list[int]:
+    return ranked(scores)[:keep]
+
+
+def chosen_by_region(
+    scores: list[float], grid: tuple[int, int], keep: int, per_region: int | None
+) -> list[int]:
+    """The best of the candidates, then the best of the rest, from cells and their 2 x 2 regions."""
+    regions: dict[tuple[int, int], list[int]] = {}
+    place = {row: number for number, row in enumerate(ranked(scores))}
+    for cell in range(len(scores)):
+        regions.setdefault((cell // grid[1] // 2, cell % grid[1] // 2), []).append(cell)
+    if per_region is None:
+        per_region = max(1, math.ceil(keep / len(regions)))
+    candidates = {cell for cells in regions.values() for cell in sorted(cells, key=place.get)[:per_region]}
+    return sorted(place, key=lambda cell: (cell not in candidates, place[cell]))[:keep]
+
+
+def chosen_by_stride(scores: list[float], order: list[int], keep: int) -> list[int]:
+    lattice = sorted(range(len(scores)), key=lambda row: (order[row], row))[: int(keep * Fraction(3, 10))]
+    others = [row for row in ranked(scores) if row not in lattice]
+    return lattice + others[: keep - len(lattice)]
+
+
+def expected_choice(
+    coverage: str, scores: list[float], grid: tuple[int, int], keep: int, per_region: int | None
+) -> list[int]:
+    if coverage == "topk":
+        return chosen_topk(scores, keep)
+    if coverage == "region":
+        return chosen_by_region(scores, grid, keep, per_region)
+    return chosen_by_stride(scores, spatial_order(grid).tolist(), keep)
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    lengths = float(left.norm() * right.norm())
+    return float(left @ right) / lengths if lengths else 0.0
+
+
+def expect(merged: Merged, tokens: list[dict[int, Tensor]], tolerance: float = 1e-5) -> None:
+    """Compare with one dictionary of features by row for each grid."""
+    length = merged.index.shape[1]
+    assert merged.index.dtype == torch.int64
+    assert merged.index.tolist() == [fill(list(rows), length) for rows in tokens]
+    for found, index, rows in zip(merged.features.double(), merged.index.tolist(), tokens, strict=True):
+        for feature, row in zip(found, index, strict=True):
+            wanted = rows[row] if row >= 0 else torch.zeros_like(feature)
+            torch.testing.assert_close(feature, wanted, rtol=tolerance, atol=tolerance)
+
+
+def averaged(features: Tensor, scores: list[float], kept: list[int]) -> dict[int, Tensor]:
+    features = features.double()
+    tokens = {row: features[row] for row in kept}
+    dropped = [row for row in ranked(scores) if row not in kept]
+    if dropped:
+        tokens[dropped[0]] = sum(features[row] for row in dropped) / len(dropped)
+    return tokens
+
+
+def collected_nearest(
+    features: Tensor, keys: Tensor, scores: list[float], kept: list[int]
+) -> dict[int, Tensor]:
+    features, keys = features.double(), keys.double()
+    weights = [score if math.isfinite(score) else 0.0 for score in scores]
+    dropped = [row for row in ranked(scores) if row not in kept]
+    if len(dropped) <= 1:
+        return {row: features[row] for row in [*kept, *dropped]}
+    tokens = {}
+    for row in kept:
+        others = [other for other in range(len(scores)) if other != row]
+        others.sort(key=lambda other: (-cosine(keys[row], keys[other]), other))
+        tokens[row] = features[row] + sum(weights[other] * features[other] for other in others[:32])
+    tokens[dropped[0]] = sum(weights[row] * features[row] for row in dropped)
+    return tokens
+
+
+def gathered_contextual(features: Tensor, keys: Tensor, kept: list[int], count: int) -> dict[int, Tensor]:
+    features, keys = features.double(), keys.double()
+    left = [row for row in range(len(features)) if row not in kept]
+    step = max(1, len(left) // max(count, 1))
+    targets = left[::step][:count]
+    groups: dict[int, list[int]] = {target: [] for target in targets}
+    for row in left:
+        if targets and row not in targets:
+            # `max` takes the first of equal ones.
+            groups[max(targets, key=lambda target: cosine(keys[row], keys[target]))].append(row)
+    tokens = {row: features[row] for row in kept}
+    for target, group in groups.items():
+        mean = sum(features[row] for row in group) / len(group) if group else 0.0
+        tokens[target] = features[target] + mean
+    return tokens

@@ -1,0 +1,27 @@
+"""Memory, tensors and hooks stay what they were: a short run of what `make endurance` does at length."""
+
+from __future__ import annotations
+
+import itertools
+
+from scripts import endurance
+from support.ways import MODELS, build
+
+
+def test_nothing_grows() -> None:
+    models = [build(name) for name in MODELS]
+    calls = endurance.run(models)
+    rounds = []
+    for _ in range(2):
+        list(itertools.islice(calls, 40))
+        rounds.append(endurance.held(models))
+    assert not endurance.grown(*rounds)
+
+
+def test_what_grows_is_noticed() -> None:
+    model = build(MODELS[0])
+    before = endurance.held([model])
+    leaks = [model.register_forward_hook(lambda *_: None), model.lm_head.weight.clone()]
+    problems = endurance.grown(before, endurance.held([model]))
+    assert leaks
+    assert [problem.split(" grew")[0] for problem in problems] == ["tensors", "hooks"]
