@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import ATTENTION_SCORES, GapConfig, Stage
-from .names import NAME
+from .introspect import NAME
 from .selection import Selection
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..arguments import VISUAL_GRID, VISUAL_MASK
 from ..config import GapConfig
-from ..names import NAME
+from ..introspect import NAME, text_model_of
 from ..prefill.answers import GENERATED
 from ..prefill.position_ids import refuse_ablation
 from ..prefill.unrotated import refuse_unrotated
@@ -36,12 +37,9 @@ from .supported_models import (
     is_vision_language_model,
     lone_decoder_of,
     takes_more,
-    text_model_of,
     unwrap,
 )
 from .unpruned import say_what_a_head_gets
-from .visual_grid import VISUAL_GRID
-from .visual_mask import VISUAL_MASK
 
 OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 

@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
+from ..introspect import NAME, WATCHED
 from ..later_layers.masks import mask_for_attention
-from ..names import NAME, WATCHED
 from ..vision.recording import recording_now
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import by_name, cache_of
+from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
 from ..config import BEFORE_THE_DECODER, asks_for_places
+from ..introspect import NAME, layer_type, text_model_of
 from ..kv_cache.kept_tokens import (
     begin,
     kept_tokens_of,
@@ -27,7 +28,6 @@ from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_behind, take_out
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..names import CALL_KEY, NAME, STATE_KEY
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop
 from ..prefill.grid_positions import places_of
@@ -45,7 +45,7 @@ from ..state import Attachment, Call, ForwardState, changing, remember_selection
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
 from .calls import config_now, drafts_now
-from .supported_models import check_layers, find_parts, layer_type, text_model_of
+from .supported_models import check_layers, find_parts
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
@@ -54,8 +54,8 @@ from .unpruned import (
     say_that_nothing_is_named,
     say_that_nothing_is_pruned,
 )
-from .visual_grid import VISUAL_GRID, named_grids
-from .visual_mask import VISUAL_MASK, named_visual_tokens
+from .visual_grid import named_grids
+from .visual_mask import named_visual_tokens
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
-from ..integration.supported_models import sliding_window
+from ..introspect import sliding_window
 from ..prefill.position_ids import lowered
 from ..state import ForwardState, KeptRows
 from .masks import as_plain_as, causal_mask, column_positions, take_from_mask

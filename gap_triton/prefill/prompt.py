@@ -9,16 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import BEFORE_THE_DECODER, Stage
+from ..introspect import visual_token_ids
 from ..later_layers.masks import visible
 from ..state import Chosen, Drop, Plan, Prompt
-
-TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
-
-def visual_token_ids(config: Any) -> list[int]:
-    """Ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
-    ids = {getattr(config, name, None) for name in TOKEN_ID_FIELDS}
-    return sorted(i for i in ids if isinstance(i, int))
 
 
 def find_visual_tokens(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gap_triton.integration.supported_models import text_model_of
-from gap_triton.integration.visual_grid import VISUAL_GRID
-
+from ..arguments import VISUAL_GRID
+from ..introspect import text_model_of
 from .tower import (
     GRID_FIELDS,
     PIXEL_FIELDS,

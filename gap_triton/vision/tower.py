@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..integration.supported_models import calls_interface, text_model_of
-from ..names import NAME, WATCHED
+from ..introspect import NAME, WATCHED, calls_interface, text_model_of
 from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
 
 __all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
