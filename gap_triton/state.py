@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 from .config import ATTENTION_SCORES, GapConfig, Stage
 from .introspect import NAME
 from .selection import Selection
-
-if TYPE_CHECKING:
-    from .prefill.grid_positions import Places
-    from .vision.tower import Tower, TowerWatch
+from .strategies.places import Places
+from .vision.tower import Tower, TowerWatch
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 

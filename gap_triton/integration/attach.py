@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..calls import generation_of
 from ..config import GapConfig
 from ..introspect import NAME, text_model_of
 from ..prefill.answers import GENERATED
@@ -19,7 +20,6 @@ from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
 from ..state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..vision.watch import let_tower_tell
-from .calls import generation_of
 from .hooks import (
     after_head,
     after_owner,
@@ -211,7 +211,7 @@ def let_generate_take_visual_mask() -> None:
 
 
 def let_calls_keep_their_configuration() -> None:
-    """Let every `generate` note the configuration that it starts with, see `gap_triton.integration.calls`."""
+    """Let every `generate` note the configuration that it starts with, see `gap_triton.calls`."""
     generate = GenerationMixin.generate
     if hasattr(generate, "_gap_follows"):
         return

@@ -7,7 +7,7 @@ it hands query and key to the state of the running forward, and `gap_triton.inte
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,8 @@ from transformers.utils import logging
 
 from ..introspect import NAME, WATCHED
 from ..later_layers.masks import mask_for_attention
-from ..vision.recording import recording_now
-
-if TYPE_CHECKING:
-    from ..state import ForwardState
+from ..state import ForwardState
+from ..vision.tower.recording import recording_now
 
 logger = logging.get_logger(__name__)
 

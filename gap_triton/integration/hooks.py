@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..calls import config_now, drafts_now
 from ..config import BEFORE_THE_DECODER, asks_for_places
 from ..introspect import NAME, layer_type, text_model_of
 from ..kv_cache.kept_tokens import (
@@ -44,7 +45,6 @@ from ..prefill.raters import find_raters
 from ..state import Attachment, Call, ForwardState, changing, remember_selection
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
-from .calls import config_now, drafts_now
 from .supported_models import check_layers, find_parts
 from .unpruned import (
     refuse_export,

@@ -12,10 +12,10 @@ from ..arguments import cache_of
 from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, asks_for_text
 from ..kv_cache.kept_tokens import extend, store
 from ..kv_cache.static_cache import fit
-from ..later_layers.inputs import survivors_of
+from ..later_layers.inputs import lowered, survivors_of
 from ..selection import Selection
 from ..state import Drop, ForwardState, KeptTokens, Plan
-from .position_ids import compact, lowered, score_order
+from .position_ids import compact, score_order
 from .prompt import plan_of
 from .scores import attention_of, scores_of
 
@@ -170,7 +170,10 @@ def _score_and_prune(
         else:
             assert state.places is not None
             chosen = (
-                state.places.choose(scores, plan.visual_index, where, plan.keep, stage, max(now.keep)) > 0
+                state.places.choose(
+                    scores, plan.visual_index, where, plan.keep, stage.coverage, max(now.keep)
+                )
+                > 0
             )
     keep = plan.keep
     if plan.stays is not None:

@@ -13,16 +13,8 @@ from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
 from ..introspect import text_model_of
-from .tower import (
-    GRID_FIELDS,
-    PIXEL_FIELDS,
-    encoded_ahead,
-    image_shape,
-    packs,
-    patch_size_of,
-    pooling_of,
-    resamples,
-)
+from .tower import encoded_ahead
+from .tower.finding import GRID_FIELDS, PIXEL_FIELDS, image_shape, packs, patch_size_of, pooling_of, resamples
 
 NEWLINE = -1.0
 INSTEAD = (
