@@ -295,7 +295,7 @@ def before_text(
         _follow_layers(attachment, text)
     if state.kept is None:
         if state.drops:
-            begin(state, cache)
+            _begin_to_fill(state, cache)
         else:
             fit(cache, {})
         return args, kwargs
@@ -312,8 +312,14 @@ def before_text(
                 "turn: start a new cache with the whole conversation"
             )
     state.kept.settled = True
-    begin(state, cache)
+    _begin_to_fill(state, cache)
     return args, kwargs
+
+
+def _begin_to_fill(state: ForwardState, cache: Any | None) -> None:
+    if cache is not None and (state.drops or state.queries > 1):
+        state.cache = cache
+        begin(cache)
 
 
 def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
@@ -351,8 +357,8 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     if state.kept is None and not state.drops:
         return None
-    first = state.drops[0].stage.layer if state.drops else state.kept.layers[0]  # type: ignore[union-attr]
-    if index <= first:
+    first = state.drops[0] if state.drops else state.kept.stages[0]  # type: ignore[union-attr]
+    if index < first.first_later:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -364,7 +370,7 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     if state.done:
         hidden_states = add_behind(state, hidden_states, index - 1)
     upcoming = state.next_drop
-    if upcoming is not None and index == upcoming.stage.layer + 1:
+    if upcoming is not None and index == upcoming.first_later:
         hidden_states = drop(state, upcoming, hidden_states, kwargs)
     shorten(state, hidden_states, kwargs, index)
     return (hidden_states,), kwargs

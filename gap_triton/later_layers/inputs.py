@@ -8,7 +8,8 @@ import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
 from ..introspect import sliding_window
-from ..state import ForwardState, KeptRows
+from ..kv_cache.kept_tokens import KeptRows
+from ..state import ForwardState
 from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
 
 # Axis of the tokens, which follows the axis of the batch.

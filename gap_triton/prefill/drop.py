@@ -10,11 +10,11 @@ from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
 from ..arguments import cache_of
 from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, asks_for_text
-from ..kv_cache.kept_tokens import extend, store
+from ..kv_cache.kept_tokens import KeptTokens, extend, store
 from ..kv_cache.static_cache import fit
 from ..later_layers.inputs import lowered, survivors_of
 from ..selection import Selection
-from ..state import Drop, ForwardState, KeptTokens, Plan
+from ..state import Drop, ForwardState, Plan
 from .position_ids import compact, score_order
 from .prompt import plan_of
 from .scores import attention_of, scores_of
@@ -75,7 +75,17 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
     real = state.prompt.real.to(device)
     # A last row that is padding stays for its logits, but nobody may attend to it.
     alive = (surviving >= 0) & real.gather(1, surviving.clamp(min=0))
-    record = extend(state, now, torch.where(alive, surviving + state.past, -1))
+    of_prompt = surviving.shape[1] - state.drafts
+    assert isinstance(state.past, int)
+    record = extend(
+        None if state.before is None else state.before.stages[state.done],
+        now.stage.layer,
+        torch.where(alive, surviving + state.past, -1)[:, :of_prompt],
+        past=state.past,
+        queries=queries - state.drafts,
+        real=state.real,
+        dense=now.dense,
+    )
 
     state.slots = state.survivors = surviving
     state.taken = []
@@ -107,12 +117,11 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
     cache = cache_of(kwargs)
     store(cache, state.kept)
     if state.past == 0 and not state.done:
-        fit(cache, {each.stage.layer: queries - each.length for each in state.drops})
+        fit(cache, {each.first_later: queries - each.length for each in state.drops})
     state.done += 1
     scores, candidates = pruned.scores, plan.visual_index
     if index is not None:
         candidates = _rows_of(index, candidates)
-    of_prompt = surviving.shape[1] - state.drafts
     state.selection = Selection(
         surviving[:, :of_prompt],
         new_ids[..., :of_prompt],
