@@ -350,6 +350,10 @@ class ForwardState:
         if getattr(module, "layer_idx", None) == drop.stage.layer:
             self.scorer, self.query, self.key, self.mask, self.scale = module, query, key, mask, scale
 
+    def forget_attention(self) -> None:
+        """Let go of what `observe` took, and of the rotary embeddings, once the stage has scored."""
+        self.scorer = self.query = self.key = self.mask = self.rotary = None
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""
         if key not in self.memo:

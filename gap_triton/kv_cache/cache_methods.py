@@ -140,7 +140,7 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
     """
     length = cache.layers[kept.stages[0].first_later].get_seq_length() + kept.stages[0].dropped
     left = _cropped(int(length), amount)
-    if left < kept.covered and any(record.id_shift is not None for record in kept.stages):
+    if left < kept.covered and kept.renumbered:
         raise ValueError(
             f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
             f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"

@@ -75,6 +75,11 @@ class KeptTokens:
         """Number of original positions that the records account for."""
         return self.stages[0].covered
 
+    @property
+    def renumbered(self) -> bool:
+        """Tokens to come have smaller ids in later layers."""
+        return any(stage.id_shift is not None for stage in self.stages)
+
     def at(self, layer: int) -> KeptRows | None:
         """What decoder layer ``layer`` holds; None where it holds everything."""
         return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
