@@ -18,7 +18,7 @@ from support import families, model_types, tiny  # noqa: E402
 from support.oracle import core_of  # noqa: E402
 
 from gap_triton.integration.supported_models import find_parts  # noqa: E402
-from gap_triton.prefill.prompt import TOKEN_ID_FIELDS  # noqa: E402
+from gap_triton.introspect import TOKEN_ID_FIELDS  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 PLACE = re.compile(r"(<!-- model types -->\n).*?(<!-- end of model types -->)", re.DOTALL)

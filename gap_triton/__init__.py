@@ -21,8 +21,8 @@ from .integration.attach import (  # noqa: E402
     refuse_continuous_batching,
 )
 from .integration.attention import register  # noqa: E402
-from .kv_cache.kept_tokens import follow_cache_methods  # noqa: E402
-from .kv_cache.static_cache import static_cache  # noqa: E402
+from .integration.static_cache import static_cache  # noqa: E402
+from .kv_cache.cache_methods import follow_cache_methods  # noqa: E402
 from .selection import Selection  # noqa: E402
 
 register()

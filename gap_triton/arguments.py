@@ -9,6 +9,11 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+STATE_KEY = "gap_state"  # the state of one forward, which travels through the model
+CALL_KEY = "gap_call"  # what the module with the language head tells it
+VISUAL_MASK = "visual_mask"  # the caller names the visual tokens, in forward() and generate()
+VISUAL_GRID = "visual_grid"  # and their rows and columns
+
 # transformers 5.24 renamed `past_key_values`, and takes the old name too for some releases.
 CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 """What this release calls the KV cache among the arguments of a forward and of `generate`."""

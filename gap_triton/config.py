@@ -209,6 +209,11 @@ class GapConfig(Stage):
         return preset(name, model=model, **options)
 
 
+def first_later(layer: int) -> int:
+    """Index of the first decoder layer that lacks what is dropped at ``layer``: later layers are those from it on."""
+    return layer + 1
+
+
 def asks_for_text(stage: Stage) -> bool:
     """Whether what ``stage`` keeps depends on the text of the prompt."""
     return stage.score in TEXT_SCORES

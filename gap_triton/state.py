@@ -6,19 +6,18 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import ATTENTION_SCORES, GapConfig, Stage
-from .names import NAME
+from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
+from .introspect import NAME
+from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
-
-if TYPE_CHECKING:
-    from .prefill.grid_positions import Places
-    from .vision.tower import Tower, TowerWatch
+from .strategies.places import Places
+from .vision.tower import Tower, TowerWatch
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
@@ -98,69 +97,6 @@ def attachment_of(module: Any) -> Attachment | None:
 
 
 @dataclass(frozen=True)
-class KeptRows:
-    """What the layers after one pruning layer, up to the next, hold.
-
-    Attributes:
-        layer: The pruning layer: later layers are those with a larger index.
-        index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
-            that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
-        covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
-            comes after is held one to one.
-        dense: No -1 in ``index``; known without asking the device.
-        id_shift: [B] (or [A, B] on several axes) int64, how much smaller the ids of following tokens are in the later
-            layers; None = not at all.
-    """
-
-    layer: int
-    index: torch.Tensor
-    covered: int
-    dense: bool
-    id_shift: torch.Tensor | None = None
-
-    @property
-    def dropped(self) -> int:
-        """How many columns fewer the later layers hold than a layer from which nothing was dropped."""
-        return self.covered - self.index.shape[1]
-
-
-@dataclass
-class KeptTokens:
-    """What all layers hold of what was pruned. Lives on the KV cache object, so a generation carries it along.
-
-    Attributes:
-        stages: One record for each pruning layer, first to last.
-        ids: The id rule that the survivors follow.
-        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
-            was read so far does not end in an image.
-        settled: Generated tokens follow the pruned prompt, so it was complete.
-    """
-
-    stages: tuple[KeptRows, ...]
-    ids: str
-    whole: bool = False
-    settled: bool = False
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The pruning layers."""
-        return tuple(stage.layer for stage in self.stages)
-
-    @property
-    def covered(self) -> int:
-        """Number of original positions that the records account for."""
-        return self.stages[0].covered
-
-    def at(self, layer: int) -> KeptRows | None:
-        """What decoder layer ``layer`` holds; None where it holds everything."""
-        return next((stage for stage in reversed(self.stages) if stage.layer < layer), None)
-
-    def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
-        """The same with ``change`` made to every record."""
-        return replace(self, stages=tuple(map(change, self.stages)))
-
-
-@dataclass(frozen=True)
 class Prompt:
     """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer behind it.
 
@@ -224,6 +160,11 @@ class Drop:
     before: tuple[int, ...]
     length: int
     dense: bool
+
+    @property
+    def first_later(self) -> int:
+        """Index of the first layer after it."""
+        return first_later(self.stage.layer)
 
 
 @dataclass(frozen=True)
@@ -408,6 +349,10 @@ class ForwardState:
             return
         if getattr(module, "layer_idx", None) == drop.stage.layer:
             self.scorer, self.query, self.key, self.mask, self.scale = module, query, key, mask, scale
+
+    def forget_attention(self) -> None:
+        """Let go of what `observe` took, and of the rotary embeddings, once the stage has scored."""
+        self.scorer = self.query = self.key = self.mask = self.rotary = None
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""

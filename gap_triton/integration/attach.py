@@ -10,15 +10,16 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..calls import generation_of
 from ..config import GapConfig
-from ..names import NAME
+from ..introspect import NAME, text_model_of
 from ..prefill.answers import GENERATED
 from ..prefill.position_ids import refuse_ablation
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
 from ..state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..vision.watch import let_tower_tell
-from .calls import generation_of
 from .hooks import (
     after_head,
     after_owner,
@@ -36,12 +37,9 @@ from .supported_models import (
     is_vision_language_model,
     lone_decoder_of,
     takes_more,
-    text_model_of,
     unwrap,
 )
 from .unpruned import say_what_a_head_gets
-from .visual_grid import VISUAL_GRID
-from .visual_mask import VISUAL_MASK
 
 OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 
@@ -213,7 +211,7 @@ def let_generate_take_visual_mask() -> None:
 
 
 def let_calls_keep_their_configuration() -> None:
-    """Let every `generate` note the configuration that it starts with, see `gap_triton.integration.calls`."""
+    """Let every `generate` note the configuration that it starts with, see `gap_triton.calls`."""
     generate = GenerationMixin.generate
     if hasattr(generate, "_gap_follows"):
         return

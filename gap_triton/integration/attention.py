@@ -7,7 +7,7 @@ it hands query and key to the state of the running forward, and `gap_triton.inte
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
+from ..introspect import NAME, WATCHED
 from ..later_layers.masks import mask_for_attention
-from ..names import NAME, WATCHED
-from ..vision.recording import recording_now
-
-if TYPE_CHECKING:
-    from ..state import ForwardState
+from ..state import ForwardState
+from ..vision.tower.recording import recording_now
 
 logger = logging.get_logger(__name__)
 

@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import by_name, cache_of
+from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..calls import config_now, drafts_now
 from ..config import BEFORE_THE_DECODER, asks_for_places
+from ..introspect import NAME, layer_type, text_model_of
 from ..kv_cache.kept_tokens import (
+    KeptTokens,
     begin,
     kept_tokens_of,
     original_length,
     refuse_continuation,
     refuse_pruned_cache,
     settle,
+    store,
 )
 from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_behind, take_out
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..names import CALL_KEY, NAME, STATE_KEY
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop
 from ..prefill.grid_positions import places_of
@@ -41,11 +44,10 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import Attachment, Call, ForwardState, changing, remember_selection
+from ..state import Attachment, Call, Drop, ForwardState, changing, remember_selection
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
-from .calls import config_now, drafts_now
-from .supported_models import check_layers, find_parts, layer_type, text_model_of
+from .supported_models import check_layers, find_parts
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
@@ -54,8 +56,8 @@ from .unpruned import (
     say_that_nothing_is_named,
     say_that_nothing_is_pruned,
 )
-from .visual_grid import VISUAL_GRID, named_grids
-from .visual_mask import VISUAL_MASK, named_visual_tokens
+from .visual_grid import named_grids
+from .visual_mask import named_visual_tokens
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -279,11 +281,11 @@ def before_text(
     state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
     state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = queries > 1 and state.past > 0 and follows_prompt(state, inputs.device)
+    verifies = bool(queries > 1 and state.past > 0 and follows_prompt(state, inputs.device))
     if state.visual is not None and not verifies:
         kwargs = _plan(state, kwargs, len(text.layers))
     state.owner_kwargs = {}
-    if state.drops or (state.kept is not None and state.kept.ids != "kept"):
+    if state.drops or (state.kept is not None and state.kept.renumbered):
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
     if state.drops:
         assert state.position_ids is not None
@@ -293,27 +295,45 @@ def before_text(
 
     if state.drops or state.kept is not None:
         _follow_layers(attachment, text)
-    if state.kept is None:
-        if state.drops:
-            begin(state, cache)
-        else:
-            fit(cache, {})
-        return args, kwargs
-    if queries > 1 and not verifies:
-        if drafts_now():
-            # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
-            # several tokens: what it had and what the other model wrote.
-            state.kept.settled = True
-        refuse_continuation(state.kept, state.config if state.drops else None, queries, state.sees_image)
-        new = None if state.real is None else state.real[:, state.past :]
-        if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
-            raise ValueError(
-                "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
-                "turn: start a new cache with the whole conversation"
-            )
-    state.kept.settled = True
-    begin(state, cache)
+    _begin_to_fill(state, kwargs, verifies)
     return args, kwargs
+
+
+def _begin_to_fill(state: ForwardState, kwargs: Kwargs, verifies: bool) -> None:
+    """Make the cache ready for the rows of this forward, or refuse them where it can't take them.
+
+    Args:
+        state: The running forward, with what it drops.
+        kwargs: Keyword arguments of the decoder.
+        verifies: The rows are drafts of assisted decoding, which follow the prompt.
+    """
+    cache = cache_of(kwargs)
+    if state.kept is None and not state.drops:
+        fit(cache, {})
+        return
+    if state.kept is not None and state.queries > 1 and not verifies:
+        _refuse_another_turn(state, state.kept, kwargs)
+    if state.kept is not None:
+        state.kept.settled = True
+    if cache is not None and (state.drops or state.queries > 1):
+        state.cache = cache
+        begin(cache)
+
+
+def _refuse_another_turn(state: ForwardState, kept: KeptTokens, kwargs: Kwargs) -> None:
+    """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
+    if drafts_now():
+        # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
+        # several tokens: what it had and what the other model wrote.
+        kept.settled = True
+    refuse_continuation(kept, state.config if state.drops else None, state.queries, state.sees_image)
+    assert isinstance(state.past, int)
+    new = None if state.real is None else state.real[:, state.past :]
+    if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
+        raise ValueError(
+            "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
+            "turn: start a new cache with the whole conversation"
+        )
 
 
 def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
@@ -351,8 +371,8 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     if state.kept is None and not state.drops:
         return None
-    first = state.drops[0].stage.layer if state.drops else state.kept.layers[0]  # type: ignore[union-attr]
-    if index <= first:
+    first = state.drops[0] if state.drops else state.kept.stages[0]  # type: ignore[union-attr]
+    if index < first.first_later:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -364,10 +384,22 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     if state.done:
         hidden_states = add_behind(state, hidden_states, index - 1)
     upcoming = state.next_drop
-    if upcoming is not None and index == upcoming.stage.layer + 1:
-        hidden_states = drop(state, upcoming, hidden_states, kwargs)
+    if upcoming is not None and index == upcoming.first_later:
+        hidden_states = _drop(state, upcoming, hidden_states, kwargs)
     shorten(state, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
+
+
+def _drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+    """Drop, and let state and cache know of it."""
+    dropped = drop(state, now, hidden_states, kwargs)
+    state.kept, state.selection = dropped.kept, dropped.selection
+    cache = cache_of(kwargs)
+    store(cache, state.kept)
+    if state.past == 0 and not state.done:
+        fit(cache, {each.first_later: state.queries - each.length for each in state.drops})
+    state.done += 1
+    return dropped.hidden_states
 
 
 def after_text(

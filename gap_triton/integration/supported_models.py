@@ -26,13 +26,18 @@ from transformers import PreTrainedModel
 from .._requirements import newer_than_tested
 from ..arguments import ALL_CACHE_NAMES
 from ..config import BEFORE_THE_DECODER, GapConfig
-from ..prefill.prompt import TOKEN_ID_FIELDS, visual_token_ids
+from ..introspect import (
+    TEXT_MODEL_NAMES,
+    TOKEN_ID_FIELDS,
+    calls_interface,
+    layer_type,
+    text_model_of,
+    visual_token_ids,
+)
 from .attention import MORE_THAN_DENSE
 
-TEXT_MODEL_NAMES = ("language_model", "text_model")
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
 PLAIN = "plain dense attention under this name"
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 
 # What each kind of layer does besides attending to its own keys and values.
 UNSAFE_LAYER_TYPES = {
@@ -112,21 +117,6 @@ class Parts(NamedTuple):
 
     owner: PreTrainedModel
     text: PreTrainedModel
-
-
-def text_model_of(module: nn.Module) -> PreTrainedModel | None:
-    """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
-    if not isinstance(module, PreTrainedModel):
-        return None
-    # Some owners hold the decoder with its language-model head around it, some as their plain "model".
-    children = [module._modules.get(name) for name in TEXT_MODEL_NAMES]
-    children += [getattr(child, "model", None) for child in children]
-    if visual_token_ids(module.config):
-        children.append(module._modules.get("model"))
-    for child in children:
-        if isinstance(child, PreTrainedModel) and isinstance(child._modules.get("layers"), nn.ModuleList):
-            return child
-    return None
 
 
 def is_vision_language_model(model: PreTrainedModel) -> bool:
@@ -375,11 +365,6 @@ def takes_more(module: nn.Module) -> bool:
     return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
 
 
-def calls_interface(module: nn.Module) -> bool:
-    """Whether ``module`` is an attention module that calls transformers' attention interface."""
-    return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
-
-
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(inspect.unwrap(type(_unwrapped(module)).forward)).parameters)
 
@@ -392,22 +377,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             break
         (module,) = module.children()
     return module
-
-
-def layer_type(config: Any, index: int) -> str:
-    """Attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another model's own."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return layer_types[index]
-    slides = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
-    return "sliding_attention" if slides else "full_attention"
-
-
-def sliding_window(config: Any, index: int) -> int | None:
-    """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
-    return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None
 
 
 def check_layers(config: GapConfig, layers: int) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments import by_name
-from ..names import NAME
+from ..introspect import NAME
 from ..state import Attachment, ForwardState
 
 logger = logging.get_logger(__name__)

@@ -9,8 +9,6 @@ import torch
 
 from ..plain import is_int, plain, shown
 
-VISUAL_GRID = "visual_grid"  # the keyword of forward() and generate()
-
 Grid = tuple[int, int]
 
 

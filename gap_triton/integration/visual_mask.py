@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..prefill.prompt import find_visual_tokens, visual_token_ids
-
-VISUAL_MASK = "visual_mask"  # the keyword of forward() and generate()
+from ..introspect import visual_token_ids
+from ..prefill.prompt import find_visual_tokens
 
 
 def named_visual_tokens(

@@ -1,22 +1,92 @@
-"""What a pruned KV cache stands for: reading, changing and storing `KeptTokens`, and refusing what can't go on."""
+"""What a pruned KV cache stands for: the records, reading and extending them, and refusing what can't go on."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from ..arguments import CACHE
-from ..config import BEFORE_THE_DECODER, GapConfig
-from ..state import Drop, ForwardState, KeptRows, KeptTokens
+from ..config import BEFORE_THE_DECODER, GapConfig, first_later
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
 UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has begun to fill
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What the layers after one pruning layer, up to the next, hold.
+
+    Attributes:
+        layer: The pruning layer.
+        index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
+            that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
+        covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
+            comes after is held one to one.
+        dense: No -1 in ``index``; known without asking the device.
+        id_shift: [B] (or [A, B] on several axes) int64, how much smaller the ids of following tokens are in the later
+            layers; None = not at all.
+    """
+
+    layer: int
+    index: torch.Tensor
+    covered: int
+    dense: bool
+    id_shift: torch.Tensor | None = None
+
+    @property
+    def first_later(self) -> int:
+        """Index of the first later layer, the first that lacks what was dropped."""
+        return first_later(self.layer)
+
+    @property
+    def dropped(self) -> int:
+        """How many columns fewer the later layers hold than a layer from which nothing was dropped."""
+        return self.covered - self.index.shape[1]
+
+
+@dataclass
+class KeptTokens:
+    """What all layers hold of what was pruned. Lives on the KV cache object, so a generation carries it along.
+
+    Attributes:
+        stages: One record for each pruning layer, first to last.
+        ids: The id rule that the survivors follow.
+        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
+            was read so far does not end in an image.
+        settled: Generated tokens follow the pruned prompt, so it was complete.
+    """
+
+    stages: tuple[KeptRows, ...]
+    ids: str
+    whole: bool = False
+    settled: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The pruning layers."""
+        return tuple(stage.layer for stage in self.stages)
+
+    @property
+    def covered(self) -> int:
+        """Number of original positions that the records account for."""
+        return self.stages[0].covered
+
+    @property
+    def renumbered(self) -> bool:
+        """Tokens to come have smaller ids in later layers."""
+        return any(stage.id_shift is not None for stage in self.stages)
+
+    def at(self, layer: int) -> KeptRows | None:
+        """What decoder layer ``layer`` holds; None where it holds everything."""
+        return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
+
+    def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
+        """The same with ``change`` made to every record."""
+        return replace(self, stages=tuple(map(change, self.stages)))
 
 
 def store(cache: Any | None, kept: KeptTokens) -> None:
@@ -42,14 +112,12 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     return kept
 
 
-def begin(state: ForwardState, cache: Any | None) -> None:
+def begin(cache: Any) -> None:
     """Mark the cache of a forward that drops, or adds several rows to a pruned cache, until `settle` takes the mark away.
 
     An exception in between leaves it.
     """
-    if cache is not None and (state.drops or state.queries > 1):
-        state.cache = cache
-        setattr(cache, UNFINISHED_ATTRIBUTE, True)
+    setattr(cache, UNFINISHED_ATTRIBUTE, True)
 
 
 def settle(cache: Any | None) -> None:
@@ -80,22 +148,22 @@ def original_length(
         return 0
     if kept is None:
         return int(cache.get_seq_length())
-    first = kept.stages[0].layer
-    if is_static(cache, first + 1):
+    first = kept.stages[0]
+    if is_static(cache, first.first_later):
         length = _static_length(cache, kept)
         if not isinstance(length, int) and cache_position is not None:
             length = cache_position[
                 0
             ]  # where it is passed, static layers guess their length from their contents
         return length if queries == 1 else int(length)
-    held = [int(cache.layers[stage.layer + 1].get_seq_length()) for stage in kept.stages]
+    held = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
     lengths = [length + stage.dropped for length, stage in zip(held, kept.stages, strict=True)]
-    if first != BEFORE_THE_DECODER:
+    if first.layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.layers[0].get_seq_length()))
     too_short = any(length < stage.index.shape[1] for length, stage in zip(held, kept.stages, strict=True))
     if too_short or len(set(lengths)) > 1:
         found = ", ".join(
-            f"layer {stage.layer + 1} {length}" for length, stage in zip(held, kept.stages, strict=True)
+            f"layer {stage.first_later} {length}" for length, stage in zip(held, kept.stages, strict=True)
         )
         raise ValueError(
             f"{CACHE} was changed behind its own methods after it was pruned: {found} tokens are held, which with "
@@ -182,188 +250,38 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers))
 
 
-def extend(state: ForwardState, drop: Drop, positions: torch.Tensor) -> KeptRows:
+def extend(
+    before: KeptRows | None,
+    layer: int,
+    positions: torch.Tensor,
+    *,
+    past: int,
+    queries: int,
+    real: torch.Tensor | None,
+    dense: bool,
+) -> KeptRows:
     """What the layers after a stage hold once they have taken the rows of a prompt that is pruned.
 
     Args:
-        state: The running forward.
-        drop: The stage.
-        positions: [B, L] int64, original positions of the surviving rows, -1 = filler. Drafts, which are the last of them,
-            are not recorded: like all that follows a prompt, they are held one to one.
-
-    Returns:
-        The extension of the stage's record in ``state.before``, or a new one where nothing had been dropped.
+        before: What they held before; None where nothing had been dropped.
+        layer: The pruning layer.
+        positions: [B, L] int64, original positions of the surviving rows, -1 = filler. Drafts are not among them: like all
+            that follows a prompt, they are held one to one.
+        past: Number of original positions before the prompt.
+        queries: Number of rows of the prompt.
+        real: [B, past + Q] bool, False at padding; None = no padding.
+        dense: No -1 in ``positions``, known without asking the device.
     """
-    assert isinstance(state.past, int)
-    before = None if state.before is None else state.before.stages[state.done]
     covered = 0 if before is None else before.covered
-    between = torch.arange(covered, state.past, device=positions.device).expand(positions.shape[0], -1)
-    new = torch.cat([between, positions[:, : positions.shape[1] - state.drafts]], dim=1)
-    if state.real is not None:
-        new = torch.where((new >= 0) & state.real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
+    between = torch.arange(covered, past, device=positions.device).expand(positions.shape[0], -1)
+    new = torch.cat([between, positions], dim=1)
+    if real is not None:
+        new = torch.where((new >= 0) & real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
     return KeptRows(
-        layer=drop.stage.layer,
+        layer=layer,
         index=new if before is None else torch.cat([before.index, new], dim=1),
-        covered=state.past + state.queries - state.drafts,
+        covered=past + queries,
         # Of earlier tokens only the device knows whether they are padding.
-        dense=drop.dense and before is None and state.past == 0,
+        dense=dense and before is None and past == 0,
         id_shift=None if before is None else before.id_shift,
     )
-
-
-# --------------------------------------------------------------------------------------------- methods of a cache
-def follow_cache_methods() -> None:
-    """Let the methods of transformers' `Cache` that change its samples or its length change `KeptTokens` with it.
-
-    Each is wrapped once, for all caches; a cache that was never pruned goes straight to the method.
-    """
-    for name, follow in {
-        "reorder_cache": _then(_select),
-        "batch_select_indices": _then(_select),
-        "batch_repeat_interleave": _then(_repeat),
-        "reset": _then(lambda kept: None),
-        "crop": _crop,
-    }.items():
-        method = getattr(Cache, name)
-        if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _following(method, follow))
-    # Methods that answer for one layer, which is an argument at this place.
-    for name, place, unpruned in (
-        ("get_seq_length", 0, _unpruned_length),
-        ("get_mask_sizes", 1, _unpruned_sizes),
-    ):
-        method = getattr(Cache, name)
-        if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _answering(method, place, unpruned))
-
-
-Follow = Callable[..., KeptTokens | None]
-
-
-def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
-        if kept is None:
-            result = method(self, *args, **kwargs)
-        else:
-            result = None
-            kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
-            if kept is None:
-                delattr(self, CACHE_ATTRIBUTE)
-            else:
-                store(self, kept)
-        # Some releases' reset() leaves dynamic layers as long as they were.
-        if getattr(self, UNFINISHED_ATTRIBUTE, False) and not int(self.get_seq_length()):
-            delattr(self, UNFINISHED_ATTRIBUTE)
-        return result
-
-    wrapped._gap_follows = True  # type: ignore[attr-defined]
-    return wrapped
-
-
-def _answering(
-    method: Callable[..., Any], place: int, unpruned: Callable[[Cache, int, Any], Any]
-) -> Callable[..., Any]:
-    """``method``, with its answer as if nothing were ever dropped: models and `generate` count and size masks by it."""
-
-    @functools.wraps(method)
-    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        answer = method(self, *args, **kwargs)
-        layer = args[place] if len(args) > place else kwargs.get("layer_idx", 0)
-        return unpruned(self, layer, answer)
-
-    wrapped._gap_follows = True  # type: ignore[attr-defined]
-    return wrapped
-
-
-def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
-    """Only where even the first layer lacks tokens; elsewhere a layer is asked for what it holds."""
-    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
-        return length
-    record = kept.at(layer)
-    assert record is not None
-    return length + record.dropped
-
-
-def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
-    full = getattr(cache, LENGTH_ATTRIBUTE, None)
-    if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
-        return full, sizes[1]  # also before a prompt that finds buffers as short as the last one left them
-    return _unpruned_length(cache, layer, sizes[0]), sizes[1]
-
-
-def _then(change: Follow) -> Follow:
-    """The method itself, then ``change`` of the note by the same arguments."""
-
-    def follow(cache: Cache, kept: KeptTokens, method: Callable[..., Any], *args: Any) -> KeptTokens | None:
-        method(*args)
-        return change(kept, *args)
-
-    return follow
-
-
-def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
-    def select(record: KeptRows) -> KeptRows:
-        chosen = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
-        shift = None if record.id_shift is None else record.id_shift[..., chosen]
-        return replace(record, index=record.index[chosen], id_shift=shift)
-
-    return kept.map(select)
-
-
-def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
-    def repeat(record: KeptRows) -> KeptRows:
-        shift = None if record.id_shift is None else record.id_shift.repeat_interleave(repeats, dim=-1)
-        return replace(record, index=record.index.repeat_interleave(repeats, dim=0), id_shift=shift)
-
-    return kept.map(repeat)
-
-
-def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
-    """Crop layers that hold everything as asked, and others to what they hold of the positions that are left.
-
-    Raises:
-        ValueError: The crop reaches into a prompt whose tokens were renumbered.
-    """
-    length = cache.layers[kept.stages[0].layer + 1].get_seq_length() + kept.stages[0].dropped
-    left = _cropped(int(length), amount)
-    if left < kept.covered and any(record.id_shift is not None for record in kept.stages):
-        raise ValueError(
-            f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
-            f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
-        )
-    # Without the generated tokens the prompt is as complete as it was, and another one may be on its way.
-    after = replace(kept, settled=left > kept.covered)
-    if left < kept.covered:
-        after = after.map(functools.partial(_cut, left=left))
-    for number, layer in enumerate(cache.layers):
-        record = after.at(number)
-        if record is None:
-            layer.crop(amount)
-            continue
-        surplus = int(layer.get_seq_length()) - record.index.shape[1] - (left - record.covered)
-        if surplus:
-            layer.crop(-surplus)
-        elif amount == 0:  # shrinks a sliding window that was recording its past
-            layer.crop(0)
-    return after if left else None
-
-
-def _cut(record: KeptRows, left: int) -> KeptRows:
-    """The record of the first ``left`` original positions."""
-    # A column that only some samples lose stays, and nobody may attend to it there.
-    index = torch.where(record.index < left, record.index, -1)
-    number = torch.arange(1, index.shape[1] + 1, device=index.device)
-    columns = int(torch.where((index >= 0).any(dim=0), number, 0).amax())
-    return replace(record, index=index[:, :columns], covered=left, dense=False)
-
-
-def _cropped(length: int, amount: int) -> int:
-    """How many of ``length`` tokens `Cache.crop` leaves: by number or to a length, as this release has it."""
-    layer = DynamicLayer()
-    rows = torch.empty(1, 1, length, 1)
-    layer.update(rows, rows)
-    layer.crop(amount)
-    return 0 if layer.keys is None else layer.keys.shape[-2]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..config import first_later
 from ..state import Deepstack, ForwardState
 
 
@@ -28,13 +29,13 @@ def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. "
             "Use keep=1.0"
         )
-    first = state.config.layer
-    later = {layer: value for layer, value in features.items() if layer > first}
+    first = first_later(state.config.layer)
+    later = {layer: value for layer, value in features.items() if layer >= first}
     state.deepstack = Deepstack(rows, later)
     given = kwargs[name]
     if isinstance(given, dict):
         return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
-    return {**kwargs, name: given[: first + 1]}
+    return {**kwargs, name: given[:first]}
 
 
 def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
-from ..integration.supported_models import sliding_window
-from ..prefill.position_ids import lowered
-from ..state import ForwardState, KeptRows
+from ..introspect import sliding_window
+from ..kv_cache.kept_tokens import KeptRows
+from ..state import ForwardState
 from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
 
 # Axis of the tokens, which follows the axis of the batch.
@@ -67,6 +67,19 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         before = None if state.before is None else state.before.at(index)
         lacked = 0 if before is None else before.dropped
         kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+
+
+def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Ids of tokens that follow renumbered ones.
+
+    Args:
+        position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
+        shift: [B] or [A, B] int64, from `gap_triton.prefill.position_ids.compact`.
+    """
+    shift = shift.to(position_ids.device)[..., None]
+    if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
+        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
+    return position_ids - shift
 
 
 def survivors_of(state: ForwardState, name: str, value: Any) -> Any:

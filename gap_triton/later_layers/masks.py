@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
-from ..state import KeptRows
+from ..kv_cache.kept_tokens import KeptRows
 
 HIDES = -1e4
 """Additive masks hide a column by this or less; a larger value is a bias, which only makes a column weigh less or more."""

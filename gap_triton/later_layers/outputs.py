@@ -61,7 +61,7 @@ def _hidden_states_before(state: ForwardState, index: int, entry: torch.Tensor |
         return None
     if index == 0:
         return entry if state.embeds is None else state.embeds
-    return _restored(state, entry, sum(drop.stage.layer < index - 1 for drop in state.drops))
+    return _restored(state, entry, sum(drop.first_later < index for drop in state.drops))
 
 
 def _restored(state: ForwardState, short: torch.Tensor, stages: int) -> torch.Tensor:

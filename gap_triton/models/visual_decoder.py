@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments import VISUAL_GRID, VISUAL_MASK
 from ..integration.attach import is_attached
-from ..integration.visual_grid import VISUAL_GRID
-from ..integration.visual_mask import VISUAL_MASK
 
 IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
 LISTED = 20

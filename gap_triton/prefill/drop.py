@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
-from ..arguments import cache_of
 from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, asks_for_text
-from ..kv_cache.kept_tokens import extend, store
-from ..kv_cache.static_cache import fit
-from ..later_layers.inputs import survivors_of
+from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
+from ..later_layers.inputs import lowered, survivors_of
 from ..selection import Selection
-from ..state import Drop, ForwardState, KeptTokens, Plan
-from .position_ids import compact, lowered, score_order
+from ..state import Drop, ForwardState, Plan
+from .position_ids import compact, score_order
 from .prompt import plan_of
 from .scores import attention_of, scores_of
 
 FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+class Dropped(NamedTuple):
+    """What one stage leaves.
+
+    Attributes:
+        hidden_states: [B, L, C], the surviving rows, filler on the left.
+        kept: What all layers hold after this forward.
+        selection: The same for users to look at.
+    """
+
+    hidden_states: torch.Tensor
+    kept: KeptTokens
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a stage finds: S of them, all Q of the forward in the first stage.
+
+    Attributes:
+        plan: What is to be dropped from them.
+        index: [B, S] int64, their rows in the prompt, -1 = filler; None where they are all of it.
+        tokens: Their hidden states [B, S, C], cos and sin [B, S, D], position ids [B, S] or [A, B, S], and visual rows.
+        one_pair: ``cos`` and ``sin`` are the layer's own, and no empty stand-ins.
+    """
+
+    plan: Plan
+    index: torch.Tensor | None
+    tokens: FiveTensors
+    one_pair: bool
+
+    def in_prompt(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the prompt, [B, N], from ``rows`` [B, N] among these; -1 stays -1."""
+        if self.index is None:
+            return rows
+        return torch.where(rows < 0, -1, self.index.gather(1, rows.clamp(min=0)))
+
+
+def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Dropped:
     """Drop what ``now`` says, between the pruning layer and the next.
 
     Args:
@@ -30,103 +65,123 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         now: The stage.
         hidden_states: [B, S, C], output of the pruning layer.
         kwargs: Keyword arguments of the first later layer.
-
-    Returns:
-        The surviving rows, [B, L, C], filler on the left.
     """
+    rotary = kwargs.get("position_embeddings")
+    position_ids = _unpruned_ids(state, hidden_states.device)
+    found = _rows_found(state, now, hidden_states, position_ids, rotary)
+    pruned = _score_and_prune(state, now, found)
+    state.forget_attention()
+    surviving = found.in_prompt(pruned.index)
+    record = _record_of(state, now, surviving)
+    survivors, order = pruned.hidden_states, surviving
+    if state.config.ids == "permuted":
+        order = score_order(surviving, found.plan.visual, found.plan.visual_index, pruned.scores)
+        survivors = hidden_states.gather(1, order.clamp(min=0)[..., None].expand_as(survivors))
+    new_ids = pruned.position_ids
+    if state.config.ids != "kept":
+        state.new_ids, record = _renumbered(state, position_ids, surviving, record)
+        new_ids = state.new_ids
+
+    state.slots, state.survivors, state.taken = surviving, order, []
+    state.left.append(order)
+    if found.one_pair and state.new_ids is None:
+        state.taken.append((rotary, (pruned.cos, pruned.sin)))
+    if now.stage.layer == BEFORE_THE_DECODER:
+        state.embeds = hidden_states
+    candidates = found.in_prompt(found.plan.visual_index)
+    selection = _selection_of(state, surviving, new_ids, candidates, pruned.scores)
+    return Dropped(survivors, _kept_with(state, record), selection)
+
+
+def _unpruned_ids(state: ForwardState, device: torch.device) -> torch.Tensor:
+    """[B, Q] or [A, B, Q], the ids of all rows of the forward."""
+    assert state.position_ids is not None
+    ids = state.position_ids.to(device)
+    return ids.expand(*ids.shape[:-2], state.batch, state.queries).contiguous()
+
+
+def _rows_found(
+    state: ForwardState, now: Drop, hidden_states: torch.Tensor, position_ids: torch.Tensor, rotary: Any
+) -> Rows:
+    """The rows that ``now`` finds, as the operator takes them; their rotary embeddings are left with ``state``, too."""
     assert state.prompt is not None
-    batch, queries = state.batch, state.queries
-    device = hidden_states.device
-    index = state.slots
+    device, index = hidden_states.device, state.slots
     plan = plan_of(state.prompt, now, state.raters, index).to(device)
     index = None if index is None else index.to(device)
-    rows = plan.visual.shape[1]
-
-    rotary = kwargs.get("position_embeddings")
-    # The operator gathers one cos and sin of three dimensions. Others are gathered by `later.shorten`, as the layers
-    # bring them; here an empty pair stands in.
-    cos = sin = hidden_states.new_empty(1, rows, 1)
+    # The operator gathers one cos and sin of three dimensions. Others are gathered by `later_layers.inputs.shorten`, as the
+    # layers bring them; here an empty pair stands in.
+    cos = sin = hidden_states.new_empty(1, plan.visual.shape[1], 1)
     one_pair = isinstance(rotary, tuple) and len(rotary) == 2 and all(x.dim() == 3 for x in rotary)
     state.rotary = rotary if index is None else survivors_of(state, "position_embeddings", rotary)
     if one_pair:
         cos, sin = state.rotary
-    cos, sin = (x.to(device).expand(batch, -1, -1) for x in (cos, sin))
-    assert state.position_ids is not None
-    position_ids = state.position_ids.to(device)
-    position_ids = position_ids.expand(*position_ids.shape[:-2], batch, queries).contiguous()
+    cos, sin = (x.to(device).expand(state.batch, -1, -1) for x in (cos, sin))
     # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
-    whole_ids = position_ids.long()
-    pruned = _score_and_prune(
-        state,
-        now,
-        plan,
-        index,
-        (
-            hidden_states,
-            cos,
-            sin,
-            whole_ids if index is None else _take(whole_ids, index),
-            plan.visual_index,
-        ),
-    )
-    state.scorer = state.query = state.key = state.mask = state.rotary = None
-    surviving = pruned.index if index is None else _rows_of(index, pruned.index)
+    ids = position_ids.long()
+    ids = ids if index is None else _take(ids, index)
+    return Rows(plan, index, (hidden_states, cos, sin, ids, plan.visual_index), one_pair)
 
-    real = state.prompt.real.to(device)
+
+def _record_of(state: ForwardState, now: Drop, surviving: torch.Tensor) -> KeptRows:
+    """What the layers after ``now`` hold, with the rows ``surviving`` [B, L] of the prompt."""
+    assert state.prompt is not None
+    assert isinstance(state.past, int)
     # A last row that is padding stays for its logits, but nobody may attend to it.
+    real = state.prompt.real.to(surviving.device)
     alive = (surviving >= 0) & real.gather(1, surviving.clamp(min=0))
-    record = extend(state, now, torch.where(alive, surviving + state.past, -1))
+    positions = torch.where(alive, surviving + state.past, -1)
+    return extend(
+        None if state.before is None else state.before.stages[state.done],
+        now.stage.layer,
+        positions[:, : positions.shape[1] - state.drafts],
+        past=state.past,
+        queries=state.queries - state.drafts,
+        real=state.real,
+        dense=now.dense,
+    )
 
-    state.slots = state.survivors = surviving
-    state.taken = []
-    survivors, new_ids = pruned.hidden_states, pruned.position_ids
-    if state.config.ids == "permuted":
-        state.survivors = score_order(surviving, plan.visual, plan.visual_index, pruned.scores)
-        source = state.survivors.clamp(min=0)
-        survivors = hidden_states.gather(1, source[..., None].expand_as(survivors))
-    if state.config.ids != "kept":
-        asking = state.prompt.asking.to(device)
-        new_ids, shift = compact(position_ids, surviving, asking, record.id_shift)
-        record = replace(record, id_shift=shift)
-        if state.prompt.asking is not state.prompt.real:  # an answer is numbered as tokens of later steps are
-            following = _take(lowered(position_ids, shift), surviving)
-            is_answer = (real & ~asking).gather(1, surviving.clamp(min=0))
-            new_ids = torch.where(is_answer, following, new_ids)
-        state.new_ids = new_ids
-    elif one_pair:
-        state.taken.append((rotary, (pruned.cos, pruned.sin)))
 
-    state.left.append(state.survivors)
-    if now.stage.layer == BEFORE_THE_DECODER:
-        state.embeds = hidden_states
+def _renumbered(
+    state: ForwardState, position_ids: torch.Tensor, surviving: torch.Tensor, record: KeptRows
+) -> tuple[torch.Tensor, KeptRows]:
+    """Ids of the survivors without gaps, and the record with what this takes off the ids of tokens to come."""
+    assert state.prompt is not None
+    asking = state.prompt.asking.to(surviving.device)
+    new_ids, shift = compact(position_ids, surviving, asking, record.id_shift)
+    if state.prompt.asking is not state.prompt.real:  # an answer is numbered as tokens of later steps are
+        real = state.prompt.real.to(surviving.device)
+        following = _take(lowered(position_ids, shift), surviving)
+        is_answer = (real & ~asking).gather(1, surviving.clamp(min=0))
+        new_ids = torch.where(is_answer, following, new_ids)
+    return new_ids, replace(record, id_shift=shift)
 
+
+def _kept_with(state: ForwardState, record: KeptRows) -> KeptTokens:
+    """What all layers hold, once those after this stage hold what ``record`` says."""
+    assert state.prompt is not None
     before = state.before.stages if state.before is not None else ()
     already = () if state.kept is None or not state.done else state.kept.stages[: state.done]
     whole = not any(asks_for_text(each.stage) for each in state.drops) and not any(state.prompt.ends_in_image)
-    state.kept = KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids, whole)
-    cache = cache_of(kwargs)
-    store(cache, state.kept)
-    if state.past == 0 and not state.done:
-        fit(cache, {each.stage.layer: queries - each.length for each in state.drops})
-    state.done += 1
-    scores, candidates = pruned.scores, plan.visual_index
-    if index is not None:
-        candidates = _rows_of(index, candidates)
+    return KeptTokens((*already, record, *before[state.done + 1 :]), state.config.ids, whole)
+
+
+def _selection_of(
+    state: ForwardState,
+    surviving: torch.Tensor,
+    ids: torch.Tensor,
+    candidates: torch.Tensor,
+    scores: torch.Tensor,
+) -> Selection:
+    assert state.prompt is not None
     of_prompt = surviving.shape[1] - state.drafts
-    state.selection = Selection(
+    return Selection(
         surviving[:, :of_prompt],
-        new_ids[..., :of_prompt],
+        ids[..., :of_prompt],
         candidates,
         scores,
-        state.prompt.visual[:, : queries - state.drafts],
+        state.prompt.visual[:, : state.queries - state.drafts],
         before=state.selection,
     )
-    return survivors
-
-
-def _rows_of(index: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows of the prompt, [B, N], from ``places`` [B, N] among the rows ``index`` [B, S]; -1 stays -1."""
-    return torch.where(places < 0, -1, index.gather(1, places.clamp(min=0)))
 
 
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -134,10 +189,8 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))
 
 
-def _score_and_prune(
-    state: ForwardState, now: Drop, plan: Plan, index: torch.Tensor | None, tokens: FiveTensors
-) -> PrunedTokens:
-    """``tokens``: hidden states, cos, sin, position ids, visual index."""
+def _score_and_prune(state: ForwardState, now: Drop, found: Rows) -> PrunedTokens:
+    plan, tokens = found.plan, found.tokens
     real = plan.real if plan.padded else None
     stage, device = now.stage, tokens[0].device
 
@@ -161,7 +214,7 @@ def _score_and_prune(
                 scale=asked.scale,
                 length=now.length,
             )
-        where = plan.visual_index if index is None else _rows_of(index, plan.visual_index)
+        where = found.in_prompt(plan.visual_index)
         scores = scores_of(state, stage, plan, where, asked)
         if by_rank and plan.stays is None:
             return prune(scores)
@@ -170,7 +223,10 @@ def _score_and_prune(
         else:
             assert state.places is not None
             chosen = (
-                state.places.choose(scores, plan.visual_index, where, plan.keep, stage, max(now.keep)) > 0
+                state.places.choose(
+                    scores, plan.visual_index, where, plan.keep, stage.coverage, max(now.keep)
+                )
+                > 0
             )
     keep = plan.keep
     if plan.stays is not None:

@@ -93,16 +93,3 @@ def compact(
     last = torch.where(counts, slot, 0).amax(dim=1, keepdim=True)
     shift = at(rows.gather(1, last)) - ids.gather(-1, last.expand(*ids.shape[:-1], -1))
     return ids, shift[..., 0]
-
-
-def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Ids of tokens that follow renumbered ones.
-
-    Args:
-        position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
-        shift: [B] or [A, B] int64, from `compact`.
-    """
-    shift = shift.to(position_ids.device)[..., None]
-    if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
-        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
-    return position_ids - shift

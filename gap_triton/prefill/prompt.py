@@ -9,16 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import BEFORE_THE_DECODER, Stage
+from ..introspect import visual_token_ids
 from ..later_layers.masks import visible
 from ..state import Chosen, Drop, Plan, Prompt
-
-TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
-
-def visual_token_ids(config: Any) -> list[int]:
-    """Ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
-    ids = {getattr(config, name, None) for name in TOKEN_ID_FIELDS}
-    return sorted(i for i in ids if isinstance(i, int))
+from ..strategies.rows import positions_first
 
 
 def find_visual_tokens(
@@ -250,10 +244,3 @@ def _scoring_rows(
     # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
     rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
     return rows
-
-
-def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Positions of the True entries of each row, ascending, then -1: [B, N] bool -> [B, width] int64."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]
-    return torch.where(ordered < mask.shape[1], ordered, -1)

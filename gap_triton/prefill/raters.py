@@ -8,7 +8,7 @@ import torch
 
 from ..state import Prompt
 from ..strategies import raters
-from .prompt import positions_first
+from ..strategies.rows import positions_first
 
 
 def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:

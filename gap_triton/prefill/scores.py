@@ -10,10 +10,10 @@ from gap_kernels import visual_importance
 from torch.nn.functional import pad
 
 from ..config import Stage
+from ..introspect import NAME
 from ..later_layers.masks import is_plain
-from ..names import NAME
 from ..state import ForwardState, Plan
-from .draw import draw
+from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..config import GapConfig
-from ..integration.supported_models import calls_interface
+from ..introspect import calls_interface
 from ..state import ForwardState
 
 # Names under which modeling files keep the function that rotates queries and keys.

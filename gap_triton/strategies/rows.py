@@ -54,3 +54,10 @@ def last_where(mask: Tensor, scores: Tensor) -> Tensor:
 def accumulation_dtype(features: Tensor) -> torch.dtype:
     """Return what sums over features are computed in: float64 for float64, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the positions of the True entries of each row, ascending, then -1: bool [G, N] -> int64 [G, width]."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]
+    return torch.where(ordered < mask.shape[1], ordered, -1)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gap_triton.config import Stage
-from gap_triton.prefill.prompt import positions_first
-from gap_triton.strategies import outlier_count, spatial_order
-
+from ..config import Stage
+from ..strategies import outlier_count, spatial_order
+from ..strategies.rows import positions_first
 from .layout import View
 
 NEWLINES_OF = 2  # newlines take at most one in so many of the tokens kept

@@ -11,19 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gap_triton.integration.supported_models import text_model_of
-from gap_triton.integration.visual_grid import VISUAL_GRID
-
-from .tower import (
-    GRID_FIELDS,
-    PIXEL_FIELDS,
-    encoded_ahead,
-    image_shape,
-    packs,
-    patch_size_of,
-    pooling_of,
-    resamples,
-)
+from ..arguments import VISUAL_GRID
+from ..introspect import text_model_of
+from .tower import encoded_ahead
+from .tower.finding import GRID_FIELDS, PIXEL_FIELDS, image_shape, packs, patch_size_of, pooling_of, resamples
 
 NEWLINE = -1.0
 INSTEAD = (

@@ -15,11 +15,9 @@ import torch
 from gap_kernels import grid_neighbours
 from transformers import PreTrainedModel
 
-from gap_triton.config import Stage, asks_for_places
-from gap_triton.prefill.draw import draw
-from gap_triton.prefill.prompt import positions_first
-from gap_triton.state import Attachment, Chosen, ForwardState, Prompt
-from gap_triton.strategies import (
+from ..config import Stage, asks_for_places
+from ..state import Attachment, Chosen, ForwardState, Prompt
+from ..strategies import (
     LLAVA,
     LLAVA_NEXT,
     QWEN,
@@ -34,10 +32,12 @@ from gap_triton.strategies import (
     spatial_order,
     text_similarity,
 )
-
+from ..strategies.draw import draw
+from ..strategies.rows import positions_first
 from .budget import budget_of, newlines_that_stay
 from .layout import Layout, View, layout_of
-from .tower import TowerOutput, packs
+from .tower import TowerOutput
+from .tower.finding import packs
 
 Kwargs = dict[str, Any]
 

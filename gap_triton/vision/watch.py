@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from gap_triton.config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
-from gap_triton.integration.calls import config_now
-from gap_triton.state import Attachment, ForwardState
-
-from .recording import Need, Needs
-from .tower import Tower, TowerWatch, check_needs, find_tower, install, note_sizes
+from ..calls import config_now
+from ..config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
+from ..state import Attachment, ForwardState
+from .tower import Need, Needs, Tower, TowerWatch, check_needs, find_tower, install, note_sizes
 
 MERGE_NEEDS: dict[str, Needs] = {
     "none": frozenset(),

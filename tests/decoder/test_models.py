@@ -18,7 +18,7 @@ from support.tiny import LAYERS, VIDEO, generate
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.prefill.prompt import visual_token_ids
+from gap_triton.introspect import visual_token_ids
 
 TOKENS = 4
 

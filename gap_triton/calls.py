@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import GapConfig
-from ..state import Attachment, Call, attachment_of, changing
+from .config import GapConfig
+from .state import Attachment, Call, attachment_of, changing
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The vision tower of a model: which module it is, and hooks that let it tell about the visual tokens.
+"""The vision tower of a model: which module it is, and how its rows become visual tokens.
 
 There is no list of towers. A tower is taken if it is a pretrained model below the module that receives ``input_ids``, whose
 layers each hold one attention module that calls transformers' attention interface and looks both ways.
@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import inspect
 import math
-import weakref
-from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from ..integration.supported_models import calls_interface, text_model_of
-from ..names import NAME, WATCHED
-from .recording import INSTEAD, Encoded, Need, Needs, Recording, TowerOutput, recording_now
-
-__all__ = ["Need", "Tower", "TowerOutput", "TowerWatch", "check_needs", "find_tower", "install", "note_sizes"]
+from ...introspect import calls_interface, text_model_of
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 # Arguments that tell frames, rows and columns of patches.
 GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
-ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
-ENCODED_ATTRIBUTE = "_gap_encoded"
 POOLING_FIELDS = (
     "spatial_merge_size",
     "downsample_factor",
@@ -39,10 +28,8 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
 )
+INSTEAD = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
-
-# Weak: a forward that fails never stops its watch, and then nothing else holds it.
-_watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,73 +150,6 @@ def find_tower(owner: PreTrainedModel) -> Tower:
     )
 
 
-def check_needs(tower: Tower, needs: Needs) -> None:
-    """Raise ValueError if ``tower`` can't tell what is asked of it; the sentence names what it can."""
-    name = type(tower.module).__name__
-    if "cls" in needs and not tower.has_cls:
-        raise ValueError(
-            f"{name} has no CLS token, whose attention could rank the visual tokens: use score='received', the attention "
-            "that each of them receives"
-        )
-    if "features" in needs and tower.projector is None:
-        raise ValueError(
-            f"{type(tower.owner).__name__} has no projector that maps the features of {name} one token at a time, so they "
-            "can't be combined before it"
-        )
-
-
-class TowerWatch:
-    """What the vision tower tells in one forward.
-
-    Args:
-        tower: The tower.
-        needs: What it is to tell.
-    """
-
-    def __init__(self, tower: Tower, needs: Needs):
-        self.tower, self.needs = tower, frozenset(needs)
-        self.encoded: dict[str, Encoded] = {}
-        self._token: Any = None
-
-    def start(self, kwargs: dict[str, Any] | None = None) -> None:
-        """Watch the encoders that run in this thread until `stop`.
-
-        Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
-        """
-        self.encoded = encoded_ahead(kwargs or {})
-        self._token = _watch_now.set(weakref.ref(self))
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        if self._token is not None:
-            _watch_now.reset(self._token)
-            self._token = None
-
-    def output(self) -> TowerOutput:
-        """What the tower told.
-
-        Raises:
-            ValueError: It did not run in this forward, or what was encoded ahead of it lacks something.
-        """
-        parts = [self.encoded[modality] for modality in ENCODERS if modality in self.encoded]
-        missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
-        if not parts or missing:
-            raise ValueError(
-                f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's "
-                "visual tokens: pass pixel_values with the prompt, not image features that were encoded before, or "
-                f"{INSTEAD}"
-            )
-        return TowerOutput.concatenate(part.output for part in parts)
-
-
-def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
-    """By modality, what was recorded of the encoders that ran before a forward with these keyword arguments."""
-    outputs = kwargs.get(ENCODED_AHEAD) or {}
-    found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
-    return {modality: encoded for modality, encoded in found.items() if encoded is not None}
-
-
 def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
     """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
 
@@ -286,172 +206,6 @@ def packs(owner: PreTrainedModel) -> bool:
     return pack is not None and "image_features" in inspect.signature(pack).parameters
 
 
-def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
-    """Let ``tower`` report, and run it under ``"gap_triton"``.
-
-    Args:
-        tower: The tower.
-        needs: Asked when an encoder runs outside a watched forward, as ahead of one in ``generate()``: what the next forward
-            will need. Nothing is recorded where that is nothing.
-
-    Returns:
-        Handles, whose ``remove()`` takes everything off again and restores the tower's implementation of attention.
-    """
-    handles: list[Any] = [_Mark(tower.attention)]
-    for modality, method in ENCODERS.items():
-        if hasattr(tower.owner, method):
-            handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
-    for layer in tower.layers[-1 - len(tower.layers) // 3 :]:
-        handles.append(layer.register_forward_hook(_after_layer))
-    if tower.projector is not None:
-        handles.append(tower.projector.register_forward_pre_hook(_before_projector))
-    if tower.module.config._attn_implementation != NAME:
-        handles.append(_Switched(tower.module))
-    return handles
-
-
-def note_sizes(owner: PreTrainedModel) -> list[Any]:
-    """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
-
-    Returns:
-        Handles, whose ``remove()`` takes everything off again.
-    """
-    methods = [method for method in ENCODERS.values() if hasattr(owner, method)]
-    return [_Wrapped(owner, method, _encode_and_note) for method in methods]
-
-
-# --------------------------------------------------------------------------------------------- hooks
-def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    recording = recording_now.get()
-    if recording is not None and "similarity" in recording.needs:
-        recording.layer_done(output[0] if isinstance(output, tuple) else output)
-
-
-def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
-    recording = recording_now.get()
-    if recording is not None and "features" in recording.needs:
-        recording.projecting(args[0])
-
-
-def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    output = encoder(*args, **kwargs)
-    if isinstance(output, ModelOutput):
-        bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
-        noted = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
-        setattr(output, ENCODED_ATTRIBUTE, noted)
-    return output
-
-
-def _encode(
-    tower: Tower,
-    modality: str,
-    needs: Callable[[], Needs],
-    encoder: Callable[..., Any],
-    /,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
-    watch = _watch_of(tower)
-    wanted = frozenset(needs()) | (frozenset() if watch is None else watch.needs)
-    if not wanted or recording_now.get() is not None:
-        return encoder(*args, **kwargs)
-    recording = Recording(tower, wanted)
-    token = recording_now.set(recording)
-    try:
-        output = encoder(*args, **kwargs)
-    finally:
-        recording_now.reset(token)
-    bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
-    _refuse_other_features(tower.owner, bound)
-    tokens = _count(output)
-    told = recording.output(bound, None if packs(tower.owner) else tokens)
-    found = Encoded(_without_pixels(bound), wanted, tokens, told)
-    if watch is not None:
-        watch.encoded[modality] = found
-    if isinstance(output, ModelOutput):
-        # Also beside a watch: one that an exception has left behind is not that of the forward to come.
-        setattr(output, ENCODED_ATTRIBUTE, found)
-    return output
-
-
-def _watch_of(tower: Tower) -> TowerWatch | None:
-    reference = _watch_now.get()
-    watch = None if reference is None else reference()
-    return watch if watch is not None and watch.tower is tower else None
-
-
-def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        given, known = arguments.get(name), getattr(owner.config, name, None)
-        if given is not None and given != known:
-            raise ValueError(
-                f"{name}={given!r}: the vision tower is watched for {known!r}; set it in model.config before "
-                "pruning is attached"
-            )
-
-
-def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
-    return {
-        name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-
-
-def _count(output: Any) -> int:
-    """Number of features in what an encoder puts out, 0 if there are none to be put into the prompt."""
-    features = getattr(output, "pooler_output", output)
-    if isinstance(features, ModelOutput):
-        return 0
-    if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
-        features = features[0]  # transformers 4: with deepstack features behind
-    if isinstance(features, Tensor):
-        features = [features]
-    return sum(each.shape[:-1].numel() for each in features)
-
-
-class _Mark:
-    """Marks the scoring layer's attention, so that others need no look at a context variable."""
-
-    def __init__(self, attention: nn.Module):
-        self.attention = attention
-        setattr(attention, WATCHED, True)
-
-    def remove(self) -> None:
-        delattr(self.attention, WATCHED)
-
-
-class _Wrapped:
-    """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
-
-    Several may lie around each other; the last one is removed first.
-    """
-
-    def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):
-        self.owner, self.method = owner, method
-        self.previous = vars(owner).get(method)
-        encoder = getattr(owner, method)
-        setattr(owner, method, update_wrapper(partial(run, encoder), encoder))
-
-    def remove(self) -> None:
-        delattr(self.owner, self.method)
-        if self.previous is not None:
-            setattr(self.owner, self.method, self.previous)
-
-
-class _Switched:
-    """Runs a tower under ``"gap_triton"`` that was loaded with another implementation of attention."""
-
-    def __init__(self, module: PreTrainedModel):
-        self.module, self.restore = module, module.config._attn_implementation
-        module.set_attn_implementation(NAME)
-
-    def remove(self) -> None:
-        self.module.set_attn_implementation(self.restore)
-
-
-# --------------------------------------------------------------------------------------------- finding
 def _why_not(owner: PreTrainedModel) -> str | None:
     if not hasattr(owner, ENCODERS["image"]):
         return f"it has no {ENCODERS['image']}, in which the tower would run"

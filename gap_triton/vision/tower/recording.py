@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .tower import Tower
+from .finding import INSTEAD, Tower
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
-INSTEAD = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
 
 recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)

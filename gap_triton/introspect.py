@@ -1,0 +1,57 @@
+"""What a model is, by its config and its code, and the names that the parts of a pruned one know each other by."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+NAME = "gap_triton"  # of the attention implementation
+WATCHED = "_gap_watched"  # marks the attention of a vision tower's scoring layer
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
+TEXT_MODEL_NAMES = ("language_model", "text_model")
+TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def visual_token_ids(config: Any) -> list[int]:
+    """Ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
+    ids = {getattr(config, name, None) for name in TOKEN_ID_FIELDS}
+    return sorted(i for i in ids if isinstance(i, int))
+
+
+def text_model_of(module: nn.Module) -> PreTrainedModel | None:
+    """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    # Some owners hold the decoder with its language-model head around it, some as their plain "model".
+    children = [module._modules.get(name) for name in TEXT_MODEL_NAMES]
+    children += [getattr(child, "model", None) for child in children]
+    if visual_token_ids(module.config):
+        children.append(module._modules.get("model"))
+    for child in children:
+        if isinstance(child, PreTrainedModel) and isinstance(child._modules.get("layers"), nn.ModuleList):
+            return child
+    return None
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention module that calls transformers' attention interface."""
+    return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def layer_type(config: Any, index: int) -> str:
+    """Attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another model's own."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[index]
+    slides = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    return "sliding_attention" if slides else "full_attention"
+
+
+def sliding_window(config: Any, index: int) -> int | None:
+    """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
+    return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None

@@ -1,0 +1,180 @@
+"""Methods of transformers' `Cache` that change its samples or its length, and what was kept with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..arguments import CACHE
+from ..config import BEFORE_THE_DECODER
+from .kept_tokens import (
+    CACHE_ATTRIBUTE,
+    LENGTH_ATTRIBUTE,
+    UNFINISHED_ATTRIBUTE,
+    KeptRows,
+    KeptTokens,
+    store,
+)
+
+
+# --------------------------------------------------------------------------------------------- methods of a cache
+def follow_cache_methods() -> None:
+    """Let the methods of transformers' `Cache` that change its samples or its length change `KeptTokens` with it.
+
+    Each is wrapped once, for all caches; a cache that was never pruned goes straight to the method.
+    """
+    for name, follow in {
+        "reorder_cache": _then(_select),
+        "batch_select_indices": _then(_select),
+        "batch_repeat_interleave": _then(_repeat),
+        "reset": _then(lambda kept: None),
+        "crop": _crop,
+    }.items():
+        method = getattr(Cache, name)
+        if not hasattr(method, "_gap_follows"):
+            setattr(Cache, name, _following(method, follow))
+    # Methods that answer for one layer, which is an argument at this place.
+    for name, place, unpruned in (
+        ("get_seq_length", 0, _unpruned_length),
+        ("get_mask_sizes", 1, _unpruned_sizes),
+    ):
+        method = getattr(Cache, name)
+        if not hasattr(method, "_gap_follows"):
+            setattr(Cache, name, _answering(method, place, unpruned))
+
+
+Follow = Callable[..., KeptTokens | None]
+
+
+def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
+        if kept is None:
+            result = method(self, *args, **kwargs)
+        else:
+            result = None
+            kept = follow(self, kept, functools.partial(method, self), *args, *kwargs.values())
+            if kept is None:
+                delattr(self, CACHE_ATTRIBUTE)
+            else:
+                store(self, kept)
+        # Some releases' reset() leaves dynamic layers as long as they were.
+        if getattr(self, UNFINISHED_ATTRIBUTE, False) and not int(self.get_seq_length()):
+            delattr(self, UNFINISHED_ATTRIBUTE)
+        return result
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _answering(
+    method: Callable[..., Any], place: int, unpruned: Callable[[Cache, int, Any], Any]
+) -> Callable[..., Any]:
+    """``method``, with its answer as if nothing were ever dropped: models and `generate` count and size masks by it."""
+
+    @functools.wraps(method)
+    def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        answer = method(self, *args, **kwargs)
+        layer = args[place] if len(args) > place else kwargs.get("layer_idx", 0)
+        return unpruned(self, layer, answer)
+
+    wrapped._gap_follows = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
+    """Only where even the first layer lacks tokens; elsewhere a layer is asked for what it holds."""
+    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+        return length
+    record = kept.at(layer)
+    assert record is not None
+    return length + record.dropped
+
+
+def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
+    full = getattr(cache, LENGTH_ATTRIBUTE, None)
+    if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
+        return full, sizes[1]  # also before a prompt that finds buffers as short as the last one left them
+    return _unpruned_length(cache, layer, sizes[0]), sizes[1]
+
+
+def _then(change: Follow) -> Follow:
+    """The method itself, then ``change`` of the note by the same arguments."""
+
+    def follow(cache: Cache, kept: KeptTokens, method: Callable[..., Any], *args: Any) -> KeptTokens | None:
+        method(*args)
+        return change(kept, *args)
+
+    return follow
+
+
+def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
+    def select(record: KeptRows) -> KeptRows:
+        chosen = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
+        shift = None if record.id_shift is None else record.id_shift[..., chosen]
+        return replace(record, index=record.index[chosen], id_shift=shift)
+
+    return kept.map(select)
+
+
+def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
+    def repeat(record: KeptRows) -> KeptRows:
+        shift = None if record.id_shift is None else record.id_shift.repeat_interleave(repeats, dim=-1)
+        return replace(record, index=record.index.repeat_interleave(repeats, dim=0), id_shift=shift)
+
+    return kept.map(repeat)
+
+
+def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
+    """Crop layers that hold everything as asked, and others to what they hold of the positions that are left.
+
+    Raises:
+        ValueError: The crop reaches into a prompt whose tokens were renumbered.
+    """
+    length = cache.layers[kept.stages[0].first_later].get_seq_length() + kept.stages[0].dropped
+    left = _cropped(int(length), amount)
+    if left < kept.covered and kept.renumbered:
+        raise ValueError(
+            f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
+            f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
+        )
+    # Without the generated tokens the prompt is as complete as it was, and another one may be on its way.
+    after = replace(kept, settled=left > kept.covered)
+    if left < kept.covered:
+        after = after.map(functools.partial(_cut, left=left))
+    for number, layer in enumerate(cache.layers):
+        record = after.at(number)
+        if record is None:
+            layer.crop(amount)
+            continue
+        surplus = int(layer.get_seq_length()) - record.index.shape[1] - (left - record.covered)
+        if surplus:
+            layer.crop(-surplus)
+        elif amount == 0:  # shrinks a sliding window that was recording its past
+            layer.crop(0)
+    return after if left else None
+
+
+def _cut(record: KeptRows, left: int) -> KeptRows:
+    """The record of the first ``left`` original positions."""
+    # A column that only some samples lose stays, and nobody may attend to it there.
+    index = torch.where(record.index < left, record.index, -1)
+    number = torch.arange(1, index.shape[1] + 1, device=index.device)
+    columns = int(torch.where((index >= 0).any(dim=0), number, 0).amax())
+    return replace(record, index=index[:, :columns], covered=left, dense=False)
+
+
+def _cropped(length: int, amount: int) -> int:
+    """How many of ``length`` tokens `Cache.crop` leaves: by number or to a length, as this release has it."""
+    layer = DynamicLayer()
+    rows = torch.empty(1, 1, length, 1)
+    layer.update(rows, rows)
+    layer.crop(amount)
+    return 0 if layer.keys is None else layer.keys.shape[-2]
