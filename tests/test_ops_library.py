@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import gap_kernels
@@ -216,3 +218,9 @@ def test_fake_cuda_tensors() -> None:
 
 def test_public_names() -> None:
     assert set(gap_kernels.__all__) <= set(dir(gap_kernels))
+
+
+def test_no_public_name_hides_a_module() -> None:
+    for module in pkgutil.iter_modules(gap_kernels.__path__):
+        loaded = importlib.import_module(f"gap_kernels.{module.name}")
+        assert getattr(gap_kernels, module.name) is loaded

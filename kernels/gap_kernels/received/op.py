@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.op import MAX_HEAD_DIM
 from ..backends import use_triton
+from ..flash_attention.op import MAX_HEAD_DIM
 from ..library import fake, no_gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options, describe
 from . import reference
