@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gap_kernels.aggregate.reference import spatial_aggregate as aggregate_reference
-from gap_kernels.attention.reference import attention as attention_reference
+from gap_kernels.flash_attention.reference import attention as attention_reference
 from gap_kernels.importance.reference import visual_importance as importance_reference
 from gap_kernels.prune.reference import gather_rows, surviving_rows
 from gap_kernels.received.reference import attention_received as received_reference

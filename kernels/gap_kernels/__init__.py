@@ -6,8 +6,8 @@ if find_spec("torch") is None:
     raise ImportError("gap_kernels needs torch, and it is not installed: pip install torch")
 
 from .aggregate import spatial_aggregate
-from .attention import AttentionOutput, attention
 from .backends import backend
+from .flash_attention import AttentionOutput, attention
 from .importance import visual_importance
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .received import attention_received

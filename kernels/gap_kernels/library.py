@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,30 +18,50 @@ NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register the decorated function as the implementation of an operator, for every device, with autocast off.
 
-    The function must not return one of its arguments, nor change one.
+    The function's own signature is that of the operator. It must not return one of its arguments, nor change one.
 
     Args:
-        schema: name, arguments and results, such as ``"twice(Tensor x) -> Tensor"``.
+        name: of the operator, without the namespace.
 
     Returns:
         a decorator that returns the operator, to be called instead of the function.
     """
-    name = schema.split("(", 1)[0]
 
     def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=(), op_name=name)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, without_autocast(function), "CompositeExplicitAutograd")
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        return _registered(name)
 
     return register
 
 
+def _registered(name: str) -> Any:
+    """Return the operator of a name."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the one that says what shapes and dtypes an operator returns."""
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY)
+    """Register the decorated function as the one that says what shapes and dtypes an operator returns.
+
+    The function takes the arguments of the operator that it uses, under their names.
+    """
+    names = [argument.name for argument in _registered(name)._schema.arguments]
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        used = inspect.signature(function).parameters
+
+        def by_name(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return function(**{argument: value for argument, value in given.items() if argument in used})
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", by_name, lib=LIBRARY)
+        return function
+
+    return register
 
 
 def gradient(name: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gap_kernels import AttentionOutput, attention, blocks, visual_importance
-from gap_kernels.attention import reference
+from gap_kernels.flash_attention import reference
 from support.naive.attention import TOLERANCE, oracle
 from support.naive.importance import make
 from support.naive.importance import oracle as importance_oracle

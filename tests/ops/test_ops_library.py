@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import gap_kernels
@@ -216,3 +218,57 @@ def test_fake_cuda_tensors() -> None:
 
 def test_public_names() -> None:
     assert set(gap_kernels.__all__) <= set(dir(gap_kernels))
+
+
+def test_no_public_name_hides_a_module() -> None:
+    for module in pkgutil.iter_modules(gap_kernels.__path__):
+        loaded = importlib.import_module(f"gap_kernels.{module.name}")
+        assert getattr(gap_kernels, module.name) is loaded
+
+
+SCHEMAS = (
+    (
+        "attention(Tensor query, Tensor key, Tensor value, bool causal, Tensor? attention_mask,"
+        " float? scale, Tensor? importance_rows, Tensor? importance_columns) -> (Tensor, Tensor, Tensor)"
+    ),
+    (
+        "attention_received(Tensor query, Tensor key, Tensor? attention_mask, Tensor? cu_seqlens,"
+        " bool causal, float? scale, Tensor? lse) -> Tensor"
+    ),
+    (
+        "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    (
+        "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin,"
+        " Tensor position_ids, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows,"
+        " Tensor? attention_mask, Tensor? lse, float? scale, SymInt length)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    (
+        "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
+        " float radius, Tensor? pillars, float? self_weight) -> Tensor"
+    ),
+    (
+        "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"
+        " Tensor? attention_mask, SymInt num_rows, SymInt length) -> Tensor"
+    ),
+    "topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
+    (
+        "topk_per_region(Tensor scores, Tensor neighbours, SymInt per_region, SymInt k, Tensor? counts,"
+        " SymInt length) -> Tensor"
+    ),
+    (
+        "visual_importance(Tensor query, Tensor key, Tensor visual_index, Tensor? rows,"
+        " Tensor? attention_mask, Tensor? lse, float? scale, bool causal=True, Tensor? value=None,"
+        ' str head_reduction="mean") -> Tensor'
+    ),
+)
+"""What a program that was compiled or exported with an earlier release holds this one to."""
+
+
+def test_schemas_stay_as_they_are() -> None:
+    every = (str(schema) for schema in torch._C._jit_get_all_schemas())
+    assert sorted(schema for schema in every if schema.startswith("gap_kernels::")) == [
+        f"gap_kernels::{schema}" for schema in SCHEMAS
+    ]

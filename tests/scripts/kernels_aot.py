@@ -23,7 +23,7 @@ import pytest
 import torch
 import triton
 from gap_kernels.aggregate import kernel as aggregate
-from gap_kernels.attention import kernel as attention
+from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.importance import kernel as importance
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch

@@ -13,9 +13,9 @@ import pytest
 import torch
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
-from gap_kernels.attention import kernel as attention
-from gap_kernels.attention import reference as attention_reference
 from gap_kernels.backends import triton_is_interpreted
+from gap_kernels.flash_attention import kernel as attention
+from gap_kernels.flash_attention import reference as attention_reference
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
 from gap_kernels.prune import kernel as prune

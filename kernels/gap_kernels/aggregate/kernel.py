@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel import load_vectors
 from ..backends import triton_is_interpreted
+from ..flash_attention.kernel import load_vectors
 from ..importance.kernel import part_of
 from ..launch import cdiv, launch, next_power_of_2
 from . import reference

@@ -22,10 +22,7 @@ from ..validation import (
 from . import reference
 
 
-@operator(
-    "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width, float radius,"
-    " Tensor? pillars, float? self_weight) -> Tensor"
-)
+@operator("spatial_aggregate")
 def spatial_aggregate_op(
     features: Tensor,
     similarity_features: Tensor,
@@ -50,15 +47,7 @@ def spatial_aggregate_op(
 
 
 @fake("spatial_aggregate")
-def _(
-    features: Tensor,
-    similarity_features: Tensor,
-    anchors: Tensor,
-    width: int,
-    radius: float,
-    pillars: Tensor | None,
-    self_weight: float | None,
-) -> Tensor:
+def _(features: Tensor, anchors: Tensor) -> Tensor:
     return features.new_empty((*anchors.shape, features.shape[2]))
 
 

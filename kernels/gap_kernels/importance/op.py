@@ -11,10 +11,7 @@ from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options,
 from . import reference
 
 
-@operator(
-    "visual_importance(Tensor query, Tensor key, Tensor visual_index, Tensor? rows, Tensor? attention_mask,"
-    " Tensor? lse, float? scale, bool causal=True, Tensor? value=None, str head_reduction='mean') -> Tensor"
-)
+@operator("visual_importance")
 def visual_importance_op(
     query: Tensor,
     key: Tensor,
@@ -41,18 +38,7 @@ def visual_importance_op(
 
 
 @fake("visual_importance")
-def _(
-    query: Tensor,
-    key: Tensor,
-    visual_index: Tensor,
-    rows: Tensor | None,
-    attention_mask: Tensor | None,
-    lse: Tensor | None,
-    scale: float | None,
-    causal: bool = True,
-    value: Tensor | None = None,
-    head_reduction: str = "mean",
-) -> Tensor:
+def _(query: Tensor, visual_index: Tensor) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(visual_index.shape, dtype=dtype)
 

@@ -18,10 +18,7 @@ from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range
 from . import reference
 
 
-@operator(
-    "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? attention_mask,"
-    " SymInt num_rows, SymInt length) -> Tensor"
-)
+@operator("surviving_rows")
 def surviving_rows_op(
     scores: Tensor,
     visual_index: Tensor,
@@ -48,22 +45,11 @@ def surviving_rows_op(
 
 
 @fake("surviving_rows")
-def _(
-    scores: Tensor,
-    visual_index: Tensor,
-    keep: int,
-    counts: Tensor | None,
-    attention_mask: Tensor | None,
-    num_rows: int,
-    length: int,
-) -> Tensor:
+def _(visual_index: Tensor, length: int) -> Tensor:
     return visual_index.new_empty((visual_index.shape[0], length))
 
 
-@operator(
-    "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@operator("gather_rows")
 def gather_rows_op(
     hidden_states: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,11 +102,7 @@ def _gather_backward(
 gradient("gather_rows", _gather_backward, _save_gather)
 
 
-@operator(
-    "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids,"
-    " Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows, Tensor? attention_mask, Tensor? lse,"
-    " float? scale, SymInt length) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+@operator("prune_tokens")
 def prune_tokens_op(
     query: Tensor,
     key: Tensor,
@@ -166,18 +148,11 @@ def prune_tokens_op(
 @fake("prune_tokens")
 def _(
     query: Tensor,
-    key: Tensor,
     hidden_states: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
     visual_index: Tensor,
-    keep: int,
-    counts: Tensor | None,
-    rows: Tensor | None,
-    attention_mask: Tensor | None,
-    lse: Tensor | None,
-    scale: float | None,
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     index = visual_index.new_empty((visual_index.shape[0], length))

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel import load_vectors, scores_of
 from ..backends import triton_is_interpreted
+from ..flash_attention.kernel import load_vectors, scores_of
 from ..importance.kernel import allowed_columns, over_heads
 from ..launch import cdiv, launch, next_power_of_2
 from .reference import rows_of_sequence, spans

@@ -5,17 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.op import MAX_HEAD_DIM
 from ..backends import use_triton
+from ..flash_attention.op import MAX_HEAD_DIM
 from ..library import fake, no_gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_heads, check_options, describe
 from . import reference
 
 
-@operator(
-    "attention_received(Tensor query, Tensor key, Tensor? attention_mask, Tensor? cu_seqlens, bool causal,"
-    " float? scale, Tensor? lse) -> Tensor"
-)
+@operator("attention_received")
 def attention_received_op(
     query: Tensor,
     key: Tensor,
@@ -36,15 +33,7 @@ def attention_received_op(
 
 
 @fake("attention_received")
-def _(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    lse: Tensor | None,
-) -> Tensor:
+def _(query: Tensor) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty((query.shape[0], query.shape[2]), dtype=dtype)
 

@@ -14,10 +14,7 @@ MAX_NEIGHBOURS = 8
 """What the kernel's loop over the neighbours of an entry is unrolled to at most: those of 3 x 3 regions."""
 
 
-@operator(
-    "topk_per_region(Tensor scores, Tensor neighbours, SymInt per_region, SymInt k, Tensor? counts, SymInt length)"
-    " -> Tensor"
-)
+@operator("topk_per_region")
 def topk_per_region_op(
     scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
 ) -> Tensor:
@@ -32,9 +29,7 @@ def topk_per_region_op(
 
 
 @fake("topk_per_region")
-def _(
-    scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
-) -> Tensor:
+def _(scores: Tensor, length: int) -> Tensor:
     return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
 
 

@@ -11,7 +11,7 @@ from ..validation import check_range
 from . import reference
 
 
-@operator("topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor")
+@operator("topk_indices")
 def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
     """Run the operator; see :func:`gap_kernels.topk_indices` and ``reference.py``."""
     if counts is not None and counts.is_cpu:
@@ -26,5 +26,5 @@ def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) 
 
 
 @fake("topk_indices")
-def _(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
+def _(scores: Tensor, length: int) -> Tensor:
     return scores.new_empty((scores.shape[0], length), dtype=torch.int64)

@@ -14,10 +14,7 @@ MAX_HEAD_DIM = 256
 """Kernels hold whole vectors in registers; longer ones would be spilled."""
 
 
-@operator(
-    "attention(Tensor query, Tensor key, Tensor value, bool causal, Tensor? attention_mask, float? scale,"
-    " Tensor? importance_rows, Tensor? importance_columns) -> (Tensor, Tensor, Tensor)"
-)
+@operator("attention")
 def attention_op(
     query: Tensor,
     key: Tensor,
@@ -43,16 +40,7 @@ def attention_op(
 
 
 @fake("attention")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    attention_mask: Tensor | None,
-    scale: float | None,
-    importance_rows: Tensor | None,
-    importance_columns: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, importance_columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     wanted = (query.shape[0], 0) if importance_columns is None else importance_columns.shape
     return (
