@@ -34,7 +34,7 @@ from ..later_layers.outputs import refuse_router_logits, restore_rows
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop
 from ..prefill.grid_positions import places_of
-from ..prefill.position_ids import refuse_ablation
+from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import (
     decide,
     find_visual_tokens,
@@ -289,7 +289,7 @@ def before_text(
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
     if state.drops:
         assert state.position_ids is not None
-        refuse_ablation(state.config, text)
+        ID_RULES[state.config.ids].refuse(text)
         refuse_router_logits(state, kwargs)
         kwargs = take_out(state, kwargs)
 

@@ -48,25 +48,33 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         for name, value in kwargs.items():
             if name not in OTHERWISE:
                 kwargs[name] = survivors_of(state, name, value)
-    ids = state.new_ids
-    if not state.drops and kept.id_shift is not None:
-        unpruned, shift = state.position_ids, kept.id_shift
-        assert unpruned is not None
-        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
-    if ids is not None:
-        # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
-        flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
-        told = kwargs.get("position_ids")
-        kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
-        if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
-            kwargs["position_embeddings"] = state.once(
-                ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
-            )
+    if state.new_ids is not None or kept.id_shift is not None:
+        _renumber(state, kept, hidden_states, kwargs)
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
         before = None if state.before is None else state.before.at(index)
         lacked = 0 if before is None else before.dropped
         kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+
+
+def _renumber(
+    state: ForwardState, kept: KeptRows, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Put other ids, and their rotary embeddings, in the place of those that the model gave; for ``ids`` but ``"kept"``."""
+    ids = state.new_ids
+    if not state.drops and kept.id_shift is not None:
+        unpruned, shift = state.position_ids, kept.id_shift
+        assert unpruned is not None
+        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
+    assert ids is not None
+    # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+    flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
+    told = kwargs.get("position_ids")
+    kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
+    if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
+        kwargs["position_embeddings"] = state.once(
+            ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
+        )
 
 
 def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
 from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, asks_for_text
 from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
-from ..later_layers.inputs import lowered, survivors_of
+from ..later_layers.inputs import survivors_of
 from ..selection import Selection
 from ..state import Drop, ForwardState, Plan
-from .position_ids import compact, score_order
+from ..strategies.rows import take_values
+from .position_ids import ID_RULES
 from .prompt import plan_of
 from .scores import attention_of, scores_of
 
@@ -66,6 +67,7 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         hidden_states: [B, S, C], output of the pruning layer.
         kwargs: Keyword arguments of the first later layer.
     """
+    assert state.prompt is not None
     rotary = kwargs.get("position_embeddings")
     position_ids = _unpruned_ids(state, hidden_states.device)
     found = _rows_found(state, now, hidden_states, position_ids, rotary)
@@ -73,14 +75,14 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
     state.forget_attention()
     surviving = found.in_prompt(pruned.index)
     record = _record_of(state, now, surviving)
-    survivors, order = pruned.hidden_states, surviving
-    if state.config.ids == "permuted":
-        order = score_order(surviving, found.plan.visual, found.plan.visual_index, pruned.scores)
+    rule = ID_RULES[state.config.ids]
+    survivors, order = pruned.hidden_states, rule.order(surviving, found.plan, pruned.scores)
+    if order is not surviving:
         survivors = hidden_states.gather(1, order.clamp(min=0)[..., None].expand_as(survivors))
-    new_ids = pruned.position_ids
-    if state.config.ids != "kept":
-        state.new_ids, record = _renumbered(state, position_ids, surviving, record)
-        new_ids = state.new_ids
+    renumbered = rule.number(position_ids, surviving, state.prompt, record.id_shift)
+    if renumbered is not None:
+        state.new_ids, shift = renumbered
+        record = replace(record, id_shift=shift)
 
     state.slots, state.survivors, state.taken = surviving, order, []
     state.left.append(order)
@@ -88,8 +90,9 @@ def drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: di
         state.taken.append((rotary, (pruned.cos, pruned.sin)))
     if now.stage.layer == BEFORE_THE_DECODER:
         state.embeds = hidden_states
+    ids = pruned.position_ids if state.new_ids is None else state.new_ids
     candidates = found.in_prompt(found.plan.visual_index)
-    selection = _selection_of(state, surviving, new_ids, candidates, pruned.scores)
+    selection = _selection_of(state, surviving, ids, candidates, pruned.scores)
     return Dropped(survivors, _kept_with(state, record), selection)
 
 
@@ -118,7 +121,7 @@ def _rows_found(
     cos, sin = (x.to(device).expand(state.batch, -1, -1) for x in (cos, sin))
     # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
     ids = position_ids.long()
-    ids = ids if index is None else _take(ids, index)
+    ids = ids if index is None else take_values(ids, index)
     return Rows(plan, index, (hidden_states, cos, sin, ids, plan.visual_index), one_pair)
 
 
@@ -139,21 +142,6 @@ def _record_of(state: ForwardState, now: Drop, surviving: torch.Tensor) -> KeptR
         real=state.real,
         dense=now.dense,
     )
-
-
-def _renumbered(
-    state: ForwardState, position_ids: torch.Tensor, surviving: torch.Tensor, record: KeptRows
-) -> tuple[torch.Tensor, KeptRows]:
-    """Ids of the survivors without gaps, and the record with what this takes off the ids of tokens to come."""
-    assert state.prompt is not None
-    asking = state.prompt.asking.to(surviving.device)
-    new_ids, shift = compact(position_ids, surviving, asking, record.id_shift)
-    if state.prompt.asking is not state.prompt.real:  # an answer is numbered as tokens of later steps are
-        real = state.prompt.real.to(surviving.device)
-        following = _take(lowered(position_ids, shift), surviving)
-        is_answer = (real & ~asking).gather(1, surviving.clamp(min=0))
-        new_ids = torch.where(is_answer, following, new_ids)
-    return new_ids, replace(record, id_shift=shift)
 
 
 def _kept_with(state: ForwardState, record: KeptRows) -> KeptTokens:
@@ -182,11 +170,6 @@ def _selection_of(
         state.prompt.visual[:, : state.queries - state.drafts],
         before=state.selection,
     )
-
-
-def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``values`` [..., B, Q] at the rows ``index`` [B, S], filler taken from row 0."""
-    return values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))
 
 
 def _score_and_prune(state: ForwardState, now: Drop, found: Rows) -> PrunedTokens:
