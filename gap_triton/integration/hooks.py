@@ -392,10 +392,10 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 
 
 def _drop(
-    state: ForwardState, prefill: Prefill, now: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
+    state: ForwardState, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
 ) -> torch.Tensor:
     """Drop, and let state and cache know of it."""
-    dropped = drop(state, prefill, now, hidden_states, kwargs)
+    dropped = drop(state, prefill, step, hidden_states, kwargs)
     state.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
     store(cache, state.kept)

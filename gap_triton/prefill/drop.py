@@ -61,24 +61,24 @@ class Rows:
 
 
 def drop(
-    state: ForwardState, prefill: Prefill, now: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    state: ForwardState, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: dict[str, Any]
 ) -> Dropped:
-    """Drop what ``now`` says, between the pruning layer and the next.
+    """Drop tokens between the pruning layer and the next.
 
     Args:
         state: The running forward.
         prefill: Its prompt; takes note of survivors, ids and rotary embeddings for the later layers.
-        now: The stage.
+        step: What it drops.
         hidden_states: [B, S, C], output of the pruning layer.
         kwargs: Keyword arguments of the first later layer.
     """
     rotary = kwargs.get("position_embeddings")
     position_ids = _unpruned_ids(state, prefill, hidden_states.device)
-    found = _rows_found(state, prefill, now, hidden_states, position_ids, rotary)
-    pruned = _score_and_prune(state, prefill, now, found)
+    found = _rows_found(state, prefill, step, hidden_states, position_ids, rotary)
+    pruned = _score_and_prune(state, prefill, step, found)
     prefill.scoring = None
     surviving = found.in_prompt(pruned.index)
-    record = _record_of(state, prefill, now, surviving)
+    record = _record_of(state, prefill, step, surviving)
     rule = ID_RULES[state.config.ids]
     survivors, order = pruned.hidden_states, rule.order(surviving, found.plan, pruned.scores)
     if order is not surviving:
@@ -94,7 +94,7 @@ def drop(
     if found.one_pair and new_ids is None:
         left.taken.append((rotary, (pruned.cos, pruned.sin)))
     prefill.left.append(left)
-    if now.stage.layer == BEFORE_THE_DECODER:
+    if step.stage.layer == BEFORE_THE_DECODER:
         prefill.embeds = hidden_states
     candidates = found.in_prompt(found.plan.visual_index)
     return Dropped(survivors, kept, _selection_of(prefill, surviving, ids, candidates, pruned.scores))
@@ -109,15 +109,15 @@ def _unpruned_ids(state: ForwardState, prefill: Prefill, device: torch.device) -
 def _rows_found(
     state: ForwardState,
     prefill: Prefill,
-    now: Drop,
+    step: Drop,
     hidden_states: torch.Tensor,
     position_ids: torch.Tensor,
     rotary: Any,
 ) -> Rows:
-    """The rows that ``now`` finds, as the operator takes them."""
+    """The rows that ``step`` finds, as the operator takes them."""
     device, earlier = hidden_states.device, state.survivors
     index = None if earlier is None else earlier.rows
-    plan = plan_of(prefill.prompt, now, prefill.raters, index).to(device)
+    plan = plan_of(prefill.prompt, step, prefill.raters, index).to(device)
     index = None if index is None else index.to(device)
     # The operator gathers one cos and sin of three dimensions. Others are gathered by `later_layers.inputs.shorten`, as the
     # layers bring them; here an empty pair stands in.
@@ -134,8 +134,8 @@ def _rows_found(
     return Rows(plan, index, (hidden_states, cos, sin, ids, plan.visual_index), rotary, one_pair)
 
 
-def _record_of(state: ForwardState, prefill: Prefill, now: Drop, surviving: torch.Tensor) -> KeptRows:
-    """What the layers after ``now`` hold, with the rows ``surviving`` [B, L] of the prompt."""
+def _record_of(state: ForwardState, prefill: Prefill, step: Drop, surviving: torch.Tensor) -> KeptRows:
+    """What the layers after ``step`` hold, with the rows ``surviving`` [B, L] of the prompt."""
     assert isinstance(state.past, int)
     # A last row that is padding stays for its logits, but nobody may attend to it.
     real = prefill.prompt.real.to(surviving.device)
@@ -143,12 +143,12 @@ def _record_of(state: ForwardState, prefill: Prefill, now: Drop, surviving: torc
     positions = torch.where(alive, surviving + state.past, -1)
     return extend(
         None if state.before is None else state.before.stages[prefill.done],
-        now.stage.layer,
+        step.stage.layer,
         positions[:, : positions.shape[1] - prefill.drafts],
         past=state.past,
         queries=state.queries - prefill.drafts,
         real=state.real,
-        dense=now.dense,
+        dense=step.dense,
     )
 
 
@@ -180,46 +180,46 @@ def _selection_of(
     )
 
 
-def _score_and_prune(state: ForwardState, prefill: Prefill, now: Drop, found: Rows) -> PrunedTokens:
+def _score_and_prune(state: ForwardState, prefill: Prefill, step: Drop, found: Rows) -> PrunedTokens:
     plan, tokens = found.plan, found.tokens
     real = plan.real if plan.padded else None
-    stage, device = now.stage, tokens[0].device
+    stage, device = step.stage, tokens[0].device
 
     def prune(scores: torch.Tensor, keep: torch.Tensor = plan.keep) -> PrunedTokens:
-        return prune_by_score(scores, *tokens, keep, attention_mask=real, length=now.length)
+        return prune_by_score(scores, *tokens, keep, attention_mask=real, length=step.length)
 
     if stage.layer == BEFORE_THE_DECODER:
         assert prefill.chosen is not None
         scores, chosen = prefill.chosen.score.to(device), prefill.chosen.stays.to(device)
     else:
-        asked = (
+        attention = (
             attention_of(state, prefill, stage, plan, found.rotary)
             if stage.score in ATTENTION_SCORES
             else None
         )
         by_rank = stage.coverage == "topk"
-        if asked is not None and asked.plain and by_rank and plan.stays is None:
+        if attention is not None and attention.plain and by_rank and plan.stays is None:
             return prune_tokens(
-                asked.query,
-                asked.key,
+                attention.query,
+                attention.key,
                 *tokens,
                 plan.keep,
                 rows=plan.rows,
-                attention_mask=asked.columns,
-                scale=asked.scale,
-                length=now.length,
+                attention_mask=attention.columns,
+                scale=attention.scale,
+                length=step.length,
             )
-        where = found.in_prompt(plan.visual_index)
-        scores = scores_of(state, prefill, stage, plan, where, asked)
+        prompt_rows = found.in_prompt(plan.visual_index)
+        scores = scores_of(state, prefill, stage, plan, prompt_rows, attention)
         if by_rank and plan.stays is None:
             return prune(scores)
         if by_rank:
-            chosen = _best(scores, plan, max(now.keep))
+            chosen = _best(scores, plan, max(step.keep))
         else:
             assert prefill.places is not None
             chosen = (
                 prefill.places.choose(
-                    scores, plan.visual_index, where, plan.keep, stage.coverage, max(now.keep)
+                    scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(step.keep)
                 )
                 > 0
             )
