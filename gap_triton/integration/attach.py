@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
 from ..introspect import NAME, text_model_of
@@ -18,7 +19,6 @@ from ..prefill.answers import GENERATED
 from ..prefill.position_ids import ID_RULES
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
-from ..state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..vision.watch import let_tower_tell
 from .hooks import (
     after_head,

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..attachment import Attachment, changing, remember_selection
 from ..calls import config_now, drafts_now
 from ..config import BEFORE_THE_DECODER, asks_for_places
 from ..introspect import NAME, layer_type, text_model_of
@@ -34,9 +35,9 @@ from ..later_layers.outputs import refuse_router_logits, restore_rows
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop
 from ..prefill.grid_positions import places_of
+from ..prefill.plan import decide
 from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import (
-    decide,
     find_visual_tokens,
     looks_ahead,
     position_ids_of,
@@ -44,7 +45,7 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import Attachment, Call, Drop, ForwardState, Prefill, changing, remember_selection
+from ..state import Call, Drop, ForwardState, Prefill
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
 from .supported_models import check_layers, find_parts

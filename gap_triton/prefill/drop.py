@@ -14,8 +14,8 @@ from ..later_layers.inputs import survivors_of
 from ..selection import Selection
 from ..state import Drop, ForwardState, Plan, Prefill, Survivors
 from ..strategies.rows import take_values
+from .plan import plan_of
 from .position_ids import ID_RULES
-from .prompt import plan_of
 from .scores import attention_of, scores_of
 
 FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -15,8 +15,9 @@ import torch
 from gap_kernels import grid_neighbours
 from transformers import PreTrainedModel
 
+from ..attachment import Attachment
 from ..config import Stage, asks_for_places
-from ..state import Attachment, Chosen, ForwardState, Prompt
+from ..state import Chosen, ForwardState, Prompt
 from ..strategies import (
     LLAVA,
     LLAVA_NEXT,
