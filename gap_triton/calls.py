@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .attachment import Attachment, attachment_of, changing
 from .config import GapConfig
-from .state import Attachment, Call, attachment_of, changing
+from .state import Call
 
 
 @dataclass(frozen=True, eq=False)

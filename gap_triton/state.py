@@ -1,99 +1,23 @@
-"""The three lifetimes of pruning state: an attachment (a model), kept tokens (a cache), a forward."""
+"""The state of one forward.
+
+Pruning state has three lifetimes: `Attachment` is kept on a model, `KeptTokens` on a cache, and this for one forward.
+"""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
-from .introspect import NAME
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
 from .strategies.places import Places
-from .vision.tower import Tower, TowerWatch
-
-ATTACHMENT_ATTRIBUTE = "_gap_attachment"
-
-changing = threading.RLock()  # held while hooks are put on a model or taken off
-
-
-@dataclass(eq=False)
-class Attachment:
-    """What `attach` put on one model.
-
-    Attributes:
-        config: The configuration that the next call reads.
-        owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
-        text: The decoder stack.
-        layers: Its layers that carry the hooks; the model may have got others since.
-        heads: The modules with a language head around ``owner``, as far as they are known.
-        tower: The vision encoder, once a configuration has asked it for something.
-        notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
-        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
-        handles: Removers of the hooks on everything but the layers and the vision encoder.
-        layer_handles, tower_handles: Removers of the hooks on those.
-        restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
-        running: The calls that are under way: forwards, and whole generations.
-        closing: Detached; the hooks stay until no call is under way any more, and do nothing in new ones.
-    """
-
-    config: GapConfig
-    owner: PreTrainedModel
-    text: PreTrainedModel
-    layers: tuple[nn.Module, ...] = ()
-    heads: list[PreTrainedModel] = field(default_factory=list)
-    tower: Tower | None = None
-    notes_sizes: bool = False
-    projector_is_last: bool | None = None
-    handles: list[Any] = field(default_factory=list)
-    layer_handles: list[Any] = field(default_factory=list)
-    tower_handles: list[Any] = field(default_factory=list)
-    restore: str | None = None
-    running: set[Any] = field(default_factory=set)
-    closing: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
-
-    def modules(self) -> list[PreTrainedModel]:
-        """The modules that carry hooks for a whole forward, outermost first."""
-        return list(dict.fromkeys((*self.heads, self.owner, self.text)))
-
-    def prunes(self, module: nn.Module) -> bool:
-        """Whether a forward of ``module`` prunes: not in training mode, nor under another implementation of attention."""
-        return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
-
-    def close(self) -> None:
-        """Take everything off; while a call is under way, when the last one ends."""
-        self.closing = True
-        self.close_if_idle()
-
-    def close_if_idle(self) -> None:
-        """Take everything off a model that was detached, if no call is under way."""
-        with changing:
-            if not self.closing or self.running:
-                return
-            for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):
-                handle.remove()
-            self.handles, self.layer_handles, self.tower_handles = [], [], []
-            for module in self.modules():
-                if module.__dict__.get(ATTACHMENT_ATTRIBUTE) is self:
-                    object.__delattr__(module, ATTACHMENT_ATTRIBUTE)
-            restore, self.restore = self.restore, None
-            if restore is not None and self.text.config._attn_implementation == NAME:
-                self.text.set_attn_implementation(restore)
-
-
-def attachment_of(module: Any) -> Attachment | None:
-    """The attachment whose hooks ``module`` carries for a whole forward."""
-    return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+from .vision.tower import TowerWatch
 
 
 @dataclass(frozen=True)
@@ -239,6 +163,84 @@ class Deepstack:
     features: dict[int, torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What the attention of the scoring layer works on.
+
+    Attributes:
+        module: That attention.
+        query: [B, Hq, S, D].
+        key: [B, Hkv, K, D], or the whole buffer of a static cache.
+        mask: None, or [B or 1, Hq or 1, S, K], bool or additive.
+        scale: Factor of ``q k^T``, None = ``D ** -0.5``.
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """The rows that one stage leaves.
+
+    Attributes:
+        rows: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+        order: [B, L] int64, the source row of each of the later layers' hidden states: ``rows``, but for
+            ``ids="permuted"``.
+        new_ids: [B, L] (or [A, B, L]) int64, their renumbered ids, None for ``ids="kept"``.
+        taken: Arguments of later layers, each with what is left of it for these rows.
+    """
+
+    rows: torch.Tensor
+    order: torch.Tensor
+    new_ids: torch.Tensor | None
+    taken: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A prompt that is pruned: what is decided before the first layer runs, and how far it has come.
+
+    Attributes:
+        prompt: The prompt.
+        drops: The stages, first to last; at least one.
+        drafts: Number of last rows, of all samples, that are drafts.
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
+        chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
+        raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
+        places: Where visual rows stand in their images; None where no stage in the decoder asks.
+        scoring: Left by the attention of the scoring layer, until the stage has scored.
+        left: The survivors of each stage so far.
+        embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
+        selection: What was kept, for users to look at.
+    """
+
+    prompt: Prompt
+    drops: tuple[Drop, ...]
+    drafts: int
+    position_ids: torch.Tensor
+    chosen: Chosen | None = None
+    raters: torch.Tensor | None = None
+    places: Places | None = None
+    scoring: Scoring | None = None
+    left: list[Survivors] = field(default_factory=list)
+    embeds: torch.Tensor | None = None
+    selection: Selection | None = None
+
+    @property
+    def done(self) -> int:
+        """How many stages have been."""
+        return len(self.left)
+
+    @property
+    def next_drop(self) -> Drop | None:
+        """The stage that comes next."""
+        return self.drops[self.done] if self.done < len(self.drops) else None
+
+
 @dataclass(eq=False)
 class ForwardState:
     """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
@@ -254,13 +256,7 @@ class ForwardState:
         owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
         sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
         sees_image: The rows of this forward hold visual tokens.
-        prompt: The prompt that this forward prunes; None where it drops nothing.
-        drafts: Number of last rows, of all samples, that are drafts.
-        drops: The stages of this forward, first to last; empty where it drops nothing.
-        done: How many of them have been.
-        chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
-        raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
-        places: Where visual rows stand in their images; None where no stage in the decoder asks.
+        prefill: The prompt that this forward prunes; None where it drops nothing.
         kept: What all layers hold after this forward; None while nothing has been dropped.
         before: The same before this forward.
         call: What the caller asked of the model around the decoder.
@@ -271,19 +267,10 @@ class ForwardState:
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
         given_mask: The mask as the caller gave it, before the model makes its own of it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
-        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning; None where nobody asks.
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
+            ones; None elsewhere.
         deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
-        query, key, mask, scale: Left by the attention of the scoring layer, with the module itself in ``scorer``.
-        rotary: Rotary embeddings of the rows that a stage finds, while it scores.
-        slots: [B, L] int64, the surviving rows in order, -1 = filler; set when tokens are dropped.
-        survivors: [B, L] int64, the source row of each of the later layers' hidden states: ``slots``, but for
-            ``ids="permuted"``.
-        left: The same after each stage so far.
-        embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
-        selection: What was kept, for users to look at.
-        new_ids: [B, L] (or [A, B, L]) int64, the renumbered ids of the survivors, None for ``ids="kept"``.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
-        taken: Arguments of later layers, each with what is left of it for the surviving rows.
     """
 
     config: GapConfig
@@ -296,13 +283,7 @@ class ForwardState:
     owner_kwargs: dict[str, Any] = field(default_factory=dict)
     sought: bool = False
     sees_image: bool = False
-    prompt: Prompt | None = None
-    drafts: int = 0
-    drops: tuple[Drop, ...] = ()
-    done: int = 0
-    chosen: Chosen | None = None
-    raters: torch.Tensor | None = None
-    places: Places | None = None
+    prefill: Prefill | None = None
     kept: KeptTokens | None = None
     before: KeptTokens | None = None
     call: Call = field(default_factory=Call)
@@ -315,25 +296,17 @@ class ForwardState:
     ready_made: bool = False
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
-    scorer: nn.Module | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    scale: float | None = None
-    rotary: Any = None
-    slots: torch.Tensor | None = None
-    survivors: torch.Tensor | None = None
-    left: list[torch.Tensor] = field(default_factory=list)
-    embeds: torch.Tensor | None = None
-    selection: Selection | None = None
-    new_ids: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
-    taken: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
-    def next_drop(self) -> Drop | None:
-        """The stage that comes next in this forward."""
-        return self.drops[self.done] if self.done < len(self.drops) else None
+    def drops(self) -> tuple[Drop, ...]:
+        """The stages of this forward, first to last; empty where it drops nothing."""
+        return () if self.prefill is None else self.prefill.drops
+
+    @property
+    def survivors(self) -> Survivors | None:
+        """The rows that are left by now; None where nothing has been dropped in this forward."""
+        return self.prefill.left[-1] if self.prefill is not None and self.prefill.left else None
 
     def observe(
         self,
@@ -344,34 +317,14 @@ class ForwardState:
         scale: float | None,
     ) -> None:
         """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
-        drop = self.next_drop
-        if drop is None or drop.stage.score not in ATTENTION_SCORES:
+        drop = None if self.prefill is None else self.prefill.next_drop
+        if self.prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:
             return
         if getattr(module, "layer_idx", None) == drop.stage.layer:
-            self.scorer, self.query, self.key, self.mask, self.scale = module, query, key, mask, scale
-
-    def forget_attention(self) -> None:
-        """Let go of what `observe` took, and of the rotary embeddings, once the stage has scored."""
-        self.scorer = self.query = self.key = self.mask = self.rotary = None
+            self.prefill.scoring = Scoring(module, query, key, mask, scale)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
-
-
-_selections = threading.local()
-
-
-def remember_selection(attachment: Attachment, selection: Selection) -> None:
-    """Store the selection of the forward that has just run in this thread."""
-    if not hasattr(_selections, "by_attachment"):
-        _selections.by_attachment = weakref.WeakKeyDictionary()
-    _selections.by_attachment[attachment] = selection
-
-
-def recall_selection(attachment: Attachment) -> Selection | None:
-    """The last selection made under ``attachment`` in this thread."""
-    by_attachment = getattr(_selections, "by_attachment", None)
-    return None if by_attachment is None else by_attachment.get(attachment)

@@ -27,6 +27,7 @@ ROOMS = (
     "vision",
     "calls",
     "state",
+    "attachment",
     "vision.tower",
     "kv_cache",
     "selection",

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
 from ..introspect import NAME, text_model_of
 from ..prefill.answers import GENERATED
-from ..prefill.position_ids import refuse_ablation
+from ..prefill.position_ids import ID_RULES
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
-from ..state import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
 from ..vision.watch import let_tower_tell
 from .hooks import (
     after_head,
@@ -410,6 +410,6 @@ def _checked(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
     check_layers(config, len(parts.text.layers))
-    refuse_ablation(config, parts.text)
+    ID_RULES[config.ids].refuse(parts.text)
     refuse_unrotated(config, parts.text)
     return config

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..attachment import Attachment, changing, remember_selection
 from ..calls import config_now, drafts_now
 from ..config import BEFORE_THE_DECODER, asks_for_places
 from ..introspect import NAME, layer_type, text_model_of
@@ -34,9 +35,9 @@ from ..later_layers.outputs import refuse_router_logits, restore_rows
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop
 from ..prefill.grid_positions import places_of
-from ..prefill.position_ids import refuse_ablation
+from ..prefill.plan import decide
+from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import (
-    decide,
     find_visual_tokens,
     looks_ahead,
     position_ids_of,
@@ -44,7 +45,7 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import Attachment, Call, Drop, ForwardState, changing, remember_selection
+from ..state import Call, Drop, ForwardState, Prefill
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
 from .supported_models import check_layers, find_parts
@@ -285,11 +286,10 @@ def before_text(
     if state.visual is not None and not verifies:
         kwargs = _plan(state, kwargs, len(text.layers))
     state.owner_kwargs = {}
-    if state.drops or (state.kept is not None and state.kept.renumbered):
+    if state.kept is not None and state.kept.renumbered:
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
     if state.drops:
-        assert state.position_ids is not None
-        refuse_ablation(state.config, text)
+        ID_RULES[state.config.ids].refuse(text)
         refuse_router_logits(state, kwargs)
         kwargs = take_out(state, kwargs)
 
@@ -341,26 +341,28 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     assert state.visual is not None
     assert isinstance(state.past, int)
     new = None if state.real is None else state.real[:, state.past :]
-    state.drafts = drafts_of(state.call, state.visual)
-    prompt = read_prompt(state.visual, new, answer_rows(state.call, state.drafts, state.visual))
+    drafts = drafts_of(state.call, state.visual)
+    prompt = read_prompt(state.visual, new, answer_rows(state.call, drafts, state.visual))
     state.sees_image = any(prompt.visual_counts)
     if not state.sees_image:
         if state.sought:
             say_that_no_placeholder_was_found(state)
         return kwargs
     stages = state.config.stages
+    chosen = None
     if stages[0].layer == BEFORE_THE_DECODER:
-        state.chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
-    state.drops = decide(prompt, stages, state.chosen)
-    if not state.drops:
+        chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
+    drops = decide(prompt, stages, chosen)
+    if not drops:
         return kwargs
     check_layers(state.config, layers)
-    refuse_lost_labels(state.call, prompt, state.drops[-1].keep)
-    state.prompt = prompt
+    refuse_lost_labels(state.call, prompt, drops[-1].keep)
+    ids = position_ids_of(kwargs.get("position_ids"), state.past, state.queries, prompt.visual.device)
+    state.prefill = prefill = Prefill(prompt, drops, drafts, ids, chosen)
     if any(stage.score == "raters" for stage in stages):
-        state.raters = find_raters(prompt, kwargs)
+        prefill.raters = find_raters(prompt, kwargs)
     if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):
-        state.places = places_of(state, prompt)
+        prefill.places = places_of(state, prompt)
     return kwargs
 
 
@@ -381,24 +383,25 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
-    if state.done:
-        hidden_states = add_behind(state, hidden_states, index - 1)
-    upcoming = state.next_drop
-    if upcoming is not None and index == upcoming.first_later:
-        hidden_states = _drop(state, upcoming, hidden_states, kwargs)
+    hidden_states = add_behind(state, hidden_states, index - 1)
+    prefill = state.prefill
+    upcoming = None if prefill is None else prefill.next_drop
+    if prefill is not None and upcoming is not None and index == upcoming.first_later:
+        hidden_states = _drop(state, prefill, upcoming, hidden_states, kwargs)
     shorten(state, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
 
 
-def _drop(state: ForwardState, now: Drop, hidden_states: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+def _drop(
+    state: ForwardState, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
+) -> torch.Tensor:
     """Drop, and let state and cache know of it."""
-    dropped = drop(state, now, hidden_states, kwargs)
-    state.kept, state.selection = dropped.kept, dropped.selection
+    dropped = drop(state, prefill, step, hidden_states, kwargs)
+    state.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
     store(cache, state.kept)
-    if state.past == 0 and not state.done:
-        fit(cache, {each.first_later: state.queries - each.length for each in state.drops})
-    state.done += 1
+    if state.past == 0 and prefill.done == 1:
+        fit(cache, {each.first_later: state.queries - each.length for each in prefill.drops})
     return dropped.hidden_states
 
 
@@ -417,16 +420,17 @@ def after_text(
     if not state.enabled or output is None:
         return None
     settle(state.cache)
-    if not state.drops:
+    prefill = state.prefill
+    if prefill is None:
         return None
-    if state.done < len(state.drops):
+    if prefill.next_drop is not None:
         raise RuntimeError(
             f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
             "model with attn_implementation='sdpa' to run it unpruned"
         )
-    if state.selection is not None:
-        remember_selection(state.attachment, state.selection)
-    return restore_rows(state, output)
+    if prefill.selection is not None:
+        remember_selection(state.attachment, prefill.selection)
+    return restore_rows(state, prefill, output)
 
 
 def after_owner(

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments import by_name
+from ..attachment import Attachment
 from ..introspect import NAME
-from ..state import Attachment, ForwardState
+from ..state import ForwardState
 
 logger = logging.get_logger(__name__)
 

@@ -44,13 +44,7 @@ def named_visual_tokens(
     if inputs is None or inputs.shape[1] - drafts <= 1:
         return None
     batch, queries = inputs.shape[0], inputs.shape[1] - drafts
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        kind = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"visual_mask is {kind}: expected a bool tensor, True at visual tokens")
-    if mask.device != inputs.device:
-        raise ValueError(
-            f"visual_mask is on {mask.device} and the input on {inputs.device}: expected the same device"
-        )
+    _refuse_no_mask(mask, inputs.device)
     if mask.shape != (batch, queries):
         # Layer 0 holds every token, but where tokens were dropped before it, and there another turn is refused.
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -64,12 +58,27 @@ def named_visual_tokens(
         mask = mask[:, past:]
     mask = torch.nn.functional.pad(mask, (0, drafts))
     if input_ids is not None and visual_token_ids(owner.config):
-        placeholders = find_visual_tokens(owner, input_ids, None)
-        assert placeholders is not None
-        strangers = (mask & ~placeholders).nonzero().tolist()
-        if strangers:
-            raise ValueError(
-                f"visual_mask names {len(strangers)} rows that hold no image placeholder in input_ids, the first at "
-                f"{strangers[0]} (sample, row): expected a subset of the placeholders, or inputs_embeds without input_ids"
-            )
+        _refuse_strangers(owner, mask, input_ids)
     return mask
+
+
+def _refuse_no_mask(mask: Any, device: torch.device) -> None:
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"visual_mask is {kind}: expected a bool tensor, True at visual tokens")
+    if mask.device != device:
+        raise ValueError(
+            f"visual_mask is on {mask.device} and the input on {device}: expected the same device"
+        )
+
+
+def _refuse_strangers(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """Raise ValueError if ``mask`` [B, Q] names rows of ``input_ids`` [B, Q] that are no placeholder of an image."""
+    placeholders = find_visual_tokens(owner, input_ids, None)
+    assert placeholders is not None
+    strangers = (mask & ~placeholders).nonzero().tolist()
+    if strangers:
+        raise ValueError(
+            f"visual_mask names {len(strangers)} rows that hold no image placeholder in input_ids, the first at "
+            f"{strangers[0]} (sample, row): expected a subset of the placeholders, or inputs_embeds without input_ids"
+        )

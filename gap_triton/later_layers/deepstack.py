@@ -51,13 +51,13 @@ def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], 
 
 def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
     """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
-    if state.deepstack is None or layer not in state.deepstack.features:
+    survivors = state.survivors
+    if survivors is None or state.deepstack is None or layer not in state.deepstack.features:
         return hidden_states
-    assert state.survivors is not None
     device = hidden_states.device
     rows = state.deepstack.rows.to(device)
-    source = state.survivors.to(device).clamp(min=0)
-    surviving = rows.gather(1, source) & (state.survivors.to(device) >= 0)
+    source = survivors.order.to(device).clamp(min=0)
+    surviving = rows.gather(1, source) & (survivors.order.to(device) >= 0)
     place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
     features = state.deepstack.features[layer].to(device, hidden_states.dtype)
     full = torch.zeros_like(hidden_states)

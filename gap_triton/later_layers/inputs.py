@@ -9,7 +9,7 @@ import torch
 from ..arguments import ALL_CACHE_NAMES, cache_of
 from ..introspect import sliding_window
 from ..kv_cache.kept_tokens import KeptRows
-from ..state import ForwardState
+from ..state import ForwardState, Survivors
 from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
 
 # Axis of the tokens, which follows the axis of the batch.
@@ -35,7 +35,7 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
     assert state.kept is not None
     kept = state.kept.at(index)
     assert kept is not None
-    cache = cache_of(kwargs)
+    survivors, cache = state.survivors, cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = sliding_window(state.attachment.text.config, index)
     mask = kwargs.get("attention_mask")
@@ -44,29 +44,37 @@ def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, 
         ("mask", kept.layer, window),
         lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window),
     )
-    if state.drops:
+    if survivors is not None:
         for name, value in kwargs.items():
             if name not in OTHERWISE:
-                kwargs[name] = survivors_of(state, name, value)
-    ids = state.new_ids
-    if not state.drops and kept.id_shift is not None:
-        unpruned, shift = state.position_ids, kept.id_shift
-        assert unpruned is not None
-        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
-    if ids is not None:
-        # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
-        flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
-        told = kwargs.get("position_ids")
-        kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
-        if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
-            kwargs["position_embeddings"] = state.once(
-                ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
-            )
+                kwargs[name] = survivors_of(state, survivors, name, value)
+    if (survivors is not None and survivors.new_ids is not None) or kept.id_shift is not None:
+        _renumber(state, kept, hidden_states, kwargs)
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
         before = None if state.before is None else state.before.at(index)
         lacked = 0 if before is None else before.dropped
         kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+
+
+def _renumber(
+    state: ForwardState, kept: KeptRows, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Put other ids, and their rotary embeddings, in the place of those that the model gave; for ``ids`` but ``"kept"``."""
+    ids = None if state.survivors is None else state.survivors.new_ids
+    if state.survivors is None and kept.id_shift is not None:
+        unpruned, shift = state.position_ids, kept.id_shift
+        assert unpruned is not None
+        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
+    assert ids is not None
+    # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+    flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
+    told = kwargs.get("position_ids")
+    kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
+    if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
+        kwargs["position_embeddings"] = state.once(
+            ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
+        )
 
 
 def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -82,30 +90,29 @@ def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return position_ids - shift
 
 
-def survivors_of(state: ForwardState, name: str, value: Any) -> Any:
+def survivors_of(state: ForwardState, survivors: Survivors, name: str, value: Any) -> Any:
     """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
-    for known, survivors in state.taken:
+    for known, taken in survivors.taken:
         if known is value:
-            return survivors
+            return taken
     if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
-        survivors = type(value)(survivors_of(state, name, x) for x in value)
+        taken = type(value)(survivors_of(state, survivors, name, x) for x in value)
     elif not isinstance(value, torch.Tensor):
         return value
     elif name in TOKEN_AXIS:
-        survivors = _take_rows(state, value, TOKEN_AXIS[name] % value.dim())
+        taken = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
     elif value.dim() >= 2 and value.shape[0] in (1, state.batch) and value.shape[1] == state.queries:
-        survivors = _take_rows(state, value, 1)  # something that is handed through, one entry per token
+        taken = _take_rows(survivors, value, 1)  # something that is handed through, one entry per token
     else:
         return value
-    state.taken.append((value, survivors))
-    return survivors
+    survivors.taken.append((value, taken))
+    return taken
 
 
-def _take_rows(state: ForwardState, value: torch.Tensor, axis: int) -> torch.Tensor:
+def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Tensor:
     """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
-    assert state.slots is not None
-    rows = state.slots.clamp(min=0).to(value.device)  # [B, L]
+    rows = survivors.rows.clamp(min=0).to(value.device)  # [B, L]
     shape = list(value.shape)
     shape[axis - 1] = rows.shape[0]
     value = value.expand(shape)
@@ -126,14 +133,13 @@ def _later_mask(
     rows, device = hidden_states.shape[1], hidden_states.device
     static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
     if mask is None and kept.dense:
-        if state.drops:
+        if state.survivors is not None:
             return None
         if rows == 1 and not static and (window is None or state.past + rows <= window):
             return None
     columns = column_positions(kept, cache_layer, rows)
-    if state.drops:
-        assert state.slots is not None
-        own = state.slots
+    if state.survivors is not None:
+        own = state.survivors.rows
     else:
         own = torch.arange(rows, device=columns.device).expand(columns.shape[0], -1)
     if mask is not None and (state.ready_made or state.before is None):

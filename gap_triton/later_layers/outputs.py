@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..state import ForwardState
+from ..state import ForwardState, Prefill
 
 # Fields of a decoder's output whose shape says nothing about the tokens of this forward.
 NOT_BY_TOKEN = ("cache", "past_key_values", "attentions", "rope_deltas")
@@ -23,24 +23,25 @@ def refuse_router_logits(state: ForwardState, kwargs: dict[str, Any]) -> None:
         )
 
 
-def restore_rows(state: ForwardState, output: Any) -> Any:
+def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
     """A decoder's output with all hidden states in the rows of its input.
 
     Args:
-        state: The running forward, all stages of which have dropped.
+        state: The running forward.
+        prefill: Its prompt, all stages of which have dropped.
         output: A tuple or a `ModelOutput`, hidden states of the last layer first, [B, L, C].
 
     Raises:
         ValueError: Something else in it has one entry for each token that is left.
     """
     last = output[0]
-    full = _restored(state, last, len(state.drops))
+    full = _restored(prefill, last, prefill.done)
     layers = len(state.attachment.text.layers)
 
     def restored(value: Any) -> Any:
         if not isinstance(value, (tuple, list)) or len(value) != layers + 1:
             return value
-        states = [_hidden_states_before(state, index, entry) for index, entry in enumerate(value)]
+        states = [_hidden_states_before(prefill, index, entry) for index, entry in enumerate(value)]
         # The last entry is the last hidden state, after the final norm.
         return (*states[:-1], full if value[-1] is last else states[-1])
 
@@ -55,23 +56,24 @@ def restore_rows(state: ForwardState, output: Any) -> Any:
     return output
 
 
-def _hidden_states_before(state: ForwardState, index: int, entry: torch.Tensor | None) -> torch.Tensor | None:
+def _hidden_states_before(prefill: Prefill, index: int, entry: torch.Tensor | None) -> torch.Tensor | None:
     """The hidden states that enter layer ``index``, as the layer before it put them out."""
     if entry is None:  # not asked for
         return None
     if index == 0:
-        return entry if state.embeds is None else state.embeds
-    return _restored(state, entry, sum(drop.first_later < index for drop in state.drops))
+        return entry if prefill.embeds is None else prefill.embeds
+    return _restored(prefill, entry, sum(drop.first_later < index for drop in prefill.drops))
 
 
-def _restored(state: ForwardState, short: torch.Tensor, stages: int) -> torch.Tensor:
+def _restored(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor:
     """``short`` [B, L, C], what is left after the first ``stages`` stages, as [B, Q, C]."""
     if not stages:
         return short
-    survivors = state.left[stages - 1].to(short.device)
+    queries = prefill.prompt.visual.shape[1]
+    survivors = prefill.left[stages - 1].order.to(short.device)
     # One more row at the end takes the filler and is cut off again.
-    target = torch.where(survivors < 0, state.queries, survivors)[..., None].expand_as(short)
-    full = short.new_zeros(short.shape[0], state.queries + 1, short.shape[2])
+    target = torch.where(survivors < 0, queries, survivors)[..., None].expand_as(short)
+    full = short.new_zeros(short.shape[0], queries + 1, short.shape[2])
     return full.scatter(1, target, short)[:, :-1]
 
 

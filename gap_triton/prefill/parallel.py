@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..state import Attachment
+from ..attachment import Attachment
 
 
 def tensor_parallel_group(attachment: Attachment, query: torch.Tensor) -> Any | None:

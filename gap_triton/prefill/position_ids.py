@@ -1,7 +1,6 @@
-"""Which position ids the survivors carry.
+"""Which position ids the survivors carry: GAP's rule, and the two defects that its paper (arXiv 2506.21873) names.
 
-GAP's rule needs no code: gathering position ids together with the rows keeps them. What stands here are the two
-defects that the GAP paper (arXiv 2506.21873) names, so that their effect can be measured.
+The defects are here so that their effect can be measured.
 """
 
 from __future__ import annotations
@@ -11,30 +10,95 @@ from typing import Any
 
 import torch
 
-from ..config import GapConfig
+from ..config import Ids
+from ..later_layers.inputs import lowered
+from ..state import Plan, Prompt
+from ..strategies.rows import take_values
 
 
-def refuse_ablation(config: GapConfig, text: Any) -> None:
-    """Refuse ``ids`` other than ``"kept"`` where renumbering is not defined.
+class KeptIds:
+    """``ids="kept"``: gathering position ids together with the rows keeps them, so there is nothing to do."""
 
-    Args:
-        config: The configuration of this forward.
-        text: The decoder stack.
+    def refuse(self, text: Any) -> None:
+        """Raise ValueError where the rule is not defined for the decoder ``text``."""
 
-    Raises:
-        ValueError: There is not one rotary embedding for all layers.
-    """
-    if config.ids == "kept":
-        return
-    rotary = getattr(text, "rotary_emb", None)
-    several = hasattr(text, "rotary_emb_local") or (
-        rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-    )
-    if rotary is None or several:
-        raise ValueError(
-            f"GapConfig.ids={config.ids!r}: renumbering is defined for one rotary embedding for all layers, and "
-            f"{type(text).__name__} has {'one by layer type' if several else 'none'}; use ids='kept'"
+    def order(self, surviving: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
+        """The rows ``surviving`` [B, L] in the order in which the later layers hold them.
+
+        Args:
+            surviving: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+            plan: What was dropped.
+            scores: [B, V] float32, the scores of ``plan.visual_index``.
+        """
+        return surviving
+
+    def number(
+        self,
+        position_ids: torch.Tensor,
+        surviving: torch.Tensor,
+        prompt: Prompt,
+        earlier_shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Other ids than the survivors' own, and by how much ids of later tokens must be lowered; None where there are none.
+
+        Args:
+            position_ids: [B, Q] or [A, B, Q], the ids without pruning.
+            surviving: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+            prompt: The prompt.
+            earlier_shift: [B] or [A, B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
+        """
+        return None
+
+
+class CompactedIds(KeptIds):
+    """``ids="compacted"``: 0, 1, 2, ..."""
+
+    name: Ids = "compacted"
+
+    def refuse(self, text: Any) -> None:
+        """Raise ValueError where there is not one rotary embedding for all layers."""
+        rotary = getattr(text, "rotary_emb", None)
+        several = hasattr(text, "rotary_emb_local") or (
+            rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         )
+        if rotary is None or several:
+            raise ValueError(
+                f"GapConfig.ids={self.name!r}: renumbering is defined for one rotary embedding for all layers, and "
+                f"{type(text).__name__} has {'one by layer type' if several else 'none'}; use ids='kept'"
+            )
+
+    def number(
+        self,
+        position_ids: torch.Tensor,
+        surviving: torch.Tensor,
+        prompt: Prompt,
+        earlier_shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Ids without gaps; an answer is numbered as tokens of later steps are."""
+        asking = prompt.asking.to(surviving.device)
+        ids, shift = compact(position_ids, surviving, asking, earlier_shift)
+        if prompt.asking is not prompt.real:
+            following = take_values(lowered(position_ids, shift), surviving)
+            is_answer = (prompt.real.to(surviving.device) & ~asking).gather(1, surviving.clamp(min=0))
+            ids = torch.where(is_answer, following, ids)
+        return ids, shift
+
+
+class PermutedIds(CompactedIds):
+    """``ids="permuted"``: the same, with the visual survivors in score order. For one stage only, which finds all rows."""
+
+    name: Ids = "permuted"
+
+    def order(self, surviving: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
+        """The visual rows best first, in the places that they hold among the others."""
+        return score_order(surviving, plan.visual, plan.visual_index, scores)
+
+
+ID_RULES: dict[Ids, KeptIds] = {
+    "kept": KeptIds(),
+    "compacted": CompactedIds(),
+    "permuted": PermutedIds(),
+}
 
 
 def score_order(

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ..config import Stage
 from ..introspect import NAME
 from ..later_layers.masks import is_plain
-from ..state import ForwardState, Plan
+from ..state import ForwardState, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
@@ -45,83 +45,90 @@ class Attention:
     plain: bool
 
 
-def attention_of(state: ForwardState, stage: Stage, plan: Plan) -> Attention:
-    """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes."""
-    query, key = state.query, state.key
-    if query is None or key is None:
+def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
+    """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes, with their ``rotary``."""
+    scoring = prefill.scoring
+    if scoring is None:
         raise RuntimeError(
             f"layer {stage.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
             'attn_implementation="gap_triton" for the text model'
         )
     assert isinstance(state.past, int)
+    query, key = scoring.query, scoring.key
     rows = plan.visual.shape[1]
-    held = state.kept.stages[state.done - 1] if state.done and state.kept is not None else None
-    columns = state.past + state.queries if held is None else held.index.shape[1] + state.drafts
+    held = state.kept.stages[prefill.done - 1] if prefill.done and state.kept is not None else None
+    columns = state.past + state.queries if held is None else held.index.shape[1] + prefill.drafts
     key = key[:, :, :columns]  # a static cache hands over its whole buffer
     real = state.real
     if held is not None:
-        real = None if held.dense else pad(held.index >= 0, (0, state.drafts), value=True)
+        real = None if held.dense else pad(held.index >= 0, (0, prefill.drafts), value=True)
     if real is not None:
         real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
-    mask = None if is_plain(state.mask, state.past + state.queries) else state.mask
+    mask = None if is_plain(scoring.mask, state.past + state.queries) else scoring.mask
     group = tensor_parallel_group(state.attachment, query)
     if stage.score == "unrotated":
         # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.
         mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
         key = key[:, :, -rows:]
         real = None if real is None else real[:, -rows:]
-        query, key = unrotated(state, query, key)
+        query, key = unrotated(scoring.module, rotary, query, key)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
     plain = mask is None and group is None and stage.score != "key_norm"
-    return Attention(query, key, real, mask, state.scale, group, plain)
+    return Attention(query, key, real, mask, scoring.scale, group, plain)
 
 
 def scores_of(
-    state: ForwardState, stage: Stage, plan: Plan, where: torch.Tensor, asked: Attention | None
+    state: ForwardState,
+    prefill: Prefill,
+    stage: Stage,
+    plan: Plan,
+    prompt_rows: torch.Tensor,
+    attention: Attention | None,
 ) -> torch.Tensor:
     """[B, V] float32, the score of each visual token that ``plan`` names.
 
     Args:
         state: The running forward.
+        prefill: Its prompt.
         stage: What ranks.
         plan: Rows that the stage finds.
-        where: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
-        asked: What the layer's attention left; None for scores that ask none.
+        prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
+        attention: What the layer's attention left; None for scores that ask none.
     """
     if stage.score == "random":
-        drawn = draw(state.config.seed, state.done, plan.visual_index.shape[1])
+        drawn = draw(state.config.seed, prefill.done, plan.visual_index.shape[1])
         return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
     if stage.score == "spatial":
-        assert state.places is not None
-        return -state.places.order_of(where).float()
-    assert asked is not None
+        assert prefill.places is not None
+        return -prefill.places.order_of(prompt_rows).float()
+    assert attention is not None
     if stage.score == "key_norm":
-        squares = asked.key[:, :, -plan.visual.shape[1] :].float().square().sum(dim=(1, 3))  # [B, S]
-        if asked.group is not None:
-            squares = mean_over_ranks(squares, asked.group)
+        squares = attention.key[:, :, -plan.visual.shape[1] :].float().square().sum(dim=(1, 3))  # [B, S]
+        if attention.group is not None:
+            squares = mean_over_ranks(squares, attention.group)
         return squares.sqrt().gather(1, plan.visual_index.clamp(min=0))
-    if asked.mask is None:
+    if attention.mask is None:
         scores = visual_importance(
-            asked.query,
-            asked.key,
+            attention.query,
+            attention.key,
             plan.visual_index,
             rows=plan.rows,
-            attention_mask=asked.columns,
-            scale=asked.scale,
+            attention_mask=attention.columns,
+            scale=attention.scale,
         ).float()
     else:
-        scores = importance_by_mask(asked, asked.mask, plan.rows, plan.visual_index)
-    return scores if asked.group is None else mean_over_ranks(scores, asked.group)
+        scores = importance_by_mask(attention, attention.mask, plan.rows, plan.visual_index)
+    return scores if attention.group is None else mean_over_ranks(scores, attention.group)
 
 
 def importance_by_mask(
-    asked: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
+    attention: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
 ) -> torch.Tensor:
     """What `gap_kernels.visual_importance` is of rows that each see what ``mask`` says, in bounded memory.
 
     Args:
-        asked: Query, key and scale.
+        attention: Query, key and scale.
         mask: [B or 1, Hq or 1, S, K], bool, or additive with what the layer added to its logits, biases included.
         rows: [B, R] int64, the query rows to average, -1 = filler.
         visual_index: [B, V] int64, -1 = filler.
@@ -129,11 +136,11 @@ def importance_by_mask(
     Returns:
         [B, V] float32; 0 at filler.
     """
-    query, key = asked.query, asked.key
+    query, key = attention.query, attention.key
     batch, heads, queries, channels = query.shape
     columns = key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scale = channels**-0.5 if asked.scale is None else asked.scale
+    scale = channels**-0.5 if attention.scale is None else attention.scale
     mask = mask.to(query.device).expand(batch, *mask.shape[1:])
     visual_columns = (visual_index.clamp(min=0) + columns - queries)[:, None, None]
     total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)

@@ -9,16 +9,15 @@ import torch
 
 from ..config import GapConfig
 from ..introspect import calls_interface
-from ..state import ForwardState
 
 # Names under which modeling files keep the function that rotates queries and keys.
 ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
 
 
 def unrotated(
-    state: ForwardState, query: torch.Tensor, key: torch.Tensor
+    module: Any, rotary: Any, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn ``query`` [B, Hq, S, D] and ``key`` [B, Hkv, S, D] of the scoring layer back, by the model's own rotation.
+    """Turn ``query`` [B, Hq, S, D] and ``key`` [B, Hkv, S, D] of the attention ``module`` back, by its own rotation.
 
     A rotation by an angle is undone by one with the negative sine. Whatever the model does besides (only some channels,
     several axes, interleaved pairs), its own function does here too.
@@ -26,9 +25,7 @@ def unrotated(
     Raises:
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
-    assert state.scorer is not None
-    module: Any = state.scorer
-    rotate, rotary = rotation_of(module), state.rotary
+    rotate = rotation_of(module)
     if rotate is None or not isinstance(rotary, tuple) or len(rotary) != 2:
         raise _no_rotation(module)
     cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)

@@ -61,3 +61,8 @@ def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]
     return torch.where(ordered < mask.shape[1], ordered, -1)
+
+
+def take_values(values: Tensor, index: Tensor) -> Tensor:
+    """Gather [..., G, N] at int64 [G, K] into [..., G, K]; filler, -1, gives the value of row 0."""
+    return values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))

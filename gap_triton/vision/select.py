@@ -15,8 +15,9 @@ import torch
 from gap_kernels import grid_neighbours
 from transformers import PreTrainedModel
 
+from ..attachment import Attachment
 from ..config import Stage, asks_for_places
-from ..state import Attachment, Chosen, ForwardState, Prompt
+from ..state import Chosen, ForwardState, Prompt
 from ..strategies import (
     LLAVA,
     LLAVA_NEXT,
@@ -86,18 +87,7 @@ def choose_before_the_decoder(
     layout = _layout(state, prompt, stage)
     told = None if state.watch is None else state.watch.output()
     embeds = kwargs.get("inputs_embeds")
-    if embeds is None and (stage.score == "text_similarity" or stage.merge != "none"):
-        raise ValueError(
-            f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
-            "pass inputs_embeds"
-        )
-    if told is not None and told.tokens and not packs(state.attachment.owner):
-        placed = sum(len(view.rows) for view in layout.views)
-        if placed % told.tokens:  # a multiple where generate() has repeated the prompt
-            raise ValueError(
-                f"the prompt has {placed} visual tokens, and the vision encoder made {told.tokens}: pass the images of the "
-                "prompt only, and a visual_mask that names all of their tokens"
-            )
+    _refuse_what_does_not_fit(state.attachment.owner, stage, layout, told, embeds)
     scores = _scores(state, prompt, stage, layout.views, told, embeds)
     device = prompt.visual.device
     budget = budget_of(layout.views, scores, stage, prompt.visual_counts)
@@ -128,6 +118,28 @@ def choose_before_the_decoder(
     real = prompt.visual_index >= 0
     score = torch.where(real, by_row.gather(1, rows), -torch.inf)
     return Chosen(score, stays.gather(1, rows) & real, tuple(keep)), kwargs
+
+
+def _refuse_what_does_not_fit(
+    owner: PreTrainedModel,
+    stage: Stage,
+    layout: Layout,
+    told: TowerOutput | None,
+    embeds: torch.Tensor | None,
+) -> None:
+    """Raise ValueError if ``stage`` needs embeddings that there are not, or the images are not those of the prompt."""
+    if embeds is None and (stage.score == "text_similarity" or stage.merge != "none"):
+        raise ValueError(
+            f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
+            "pass inputs_embeds"
+        )
+    if told is not None and told.tokens and not packs(owner):
+        placed = sum(len(view.rows) for view in layout.views)
+        if placed % told.tokens:  # a multiple where generate() has repeated the prompt
+            raise ValueError(
+                f"the prompt has {placed} visual tokens, and the vision encoder made {told.tokens}: pass the images of the "
+                "prompt only, and a visual_mask that names all of their tokens"
+            )
 
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from ..attachment import Attachment
 from ..calls import config_now
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
-from ..state import Attachment, ForwardState
+from ..state import ForwardState
 from .tower import Need, Needs, Tower, TowerWatch, check_needs, find_tower, install, note_sizes
 
 MERGE_NEEDS: dict[str, Needs] = {

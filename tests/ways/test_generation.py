@@ -11,23 +11,12 @@ import transformers
 from packaging.version import Version
 from support.comparison import TOLERANCE, error
 from support.conversation import next_turn
-from support.oracle import NAME as ORACLE
-from support.oracle import MaskingOracle
 from support.prompts import make_prompt
-from support.tiny import build, generate, prompt
+from support.tiny import generate, prompt
+from support.ways import pair
 
 import gap_triton
-from gap_triton import GapConfig
 from gap_triton.arguments import CACHE, CACHE_NAMES
-
-CONFIG = GapConfig(keep=0.4, layer=1)
-
-
-def pair(name: str = "llava", config: GapConfig = CONFIG):
-    model = build(name, "gap_triton")
-    gap_triton.configure(model, config)
-    reference = build(name, {"text_config": ORACLE})
-    return model, reference, MaskingOracle(reference, config.layer, config.keep, config.score)
 
 
 @pytest.mark.parametrize("batch", ["left-padded", "ragged-images", "one-without-image"])

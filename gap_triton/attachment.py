@@ -1,0 +1,108 @@
+"""What pruning puts on a model, for as long as it is attached."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import GapConfig
+from .introspect import NAME
+from .selection import Selection
+from .vision.tower import Tower
+
+ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+
+changing = threading.RLock()  # held while hooks are put on a model or taken off
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` put on one model.
+
+    Attributes:
+        config: The configuration that the next call reads.
+        owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
+        text: The decoder stack.
+        layers: Its layers that carry the hooks; the model may have got others since.
+        heads: The modules with a language head around ``owner``, as far as they are known.
+        tower: The vision encoder, once a configuration has asked it for something.
+        notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
+        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
+        handles: Removers of the hooks on everything but the layers and the vision encoder.
+        layer_handles, tower_handles: Removers of the hooks on those.
+        restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
+        running: The calls that are under way: forwards, and whole generations.
+        closing: Detached; the hooks stay until no call is under way any more, and do nothing in new ones.
+    """
+
+    config: GapConfig
+    owner: PreTrainedModel
+    text: PreTrainedModel
+    layers: tuple[nn.Module, ...] = ()
+    heads: list[PreTrainedModel] = field(default_factory=list)
+    tower: Tower | None = None
+    notes_sizes: bool = False
+    projector_is_last: bool | None = None
+    handles: list[Any] = field(default_factory=list)
+    layer_handles: list[Any] = field(default_factory=list)
+    tower_handles: list[Any] = field(default_factory=list)
+    restore: str | None = None
+    running: set[Any] = field(default_factory=set)
+    closing: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
+
+    def modules(self) -> list[PreTrainedModel]:
+        """The modules that carry hooks for a whole forward, outermost first."""
+        return list(dict.fromkeys((*self.heads, self.owner, self.text)))
+
+    def prunes(self, module: nn.Module) -> bool:
+        """Whether a forward of ``module`` prunes: not in training mode, nor under another implementation of attention."""
+        return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
+
+    def close(self) -> None:
+        """Take everything off; while a call is under way, when the last one ends."""
+        self.closing = True
+        self.close_if_idle()
+
+    def close_if_idle(self) -> None:
+        """Take everything off a model that was detached, if no call is under way."""
+        with changing:
+            if not self.closing or self.running:
+                return
+            for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):
+                handle.remove()
+            self.handles, self.layer_handles, self.tower_handles = [], [], []
+            for module in self.modules():
+                if module.__dict__.get(ATTACHMENT_ATTRIBUTE) is self:
+                    object.__delattr__(module, ATTACHMENT_ATTRIBUTE)
+            restore, self.restore = self.restore, None
+            if restore is not None and self.text.config._attn_implementation == NAME:
+                self.text.set_attn_implementation(restore)
+
+
+def attachment_of(module: Any) -> Attachment | None:
+    """The attachment whose hooks ``module`` carries for a whole forward."""
+    return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+
+
+_selections = threading.local()
+
+
+def remember_selection(attachment: Attachment, selection: Selection) -> None:
+    """Store the selection of the forward that has just run in this thread."""
+    if not hasattr(_selections, "by_attachment"):
+        _selections.by_attachment = weakref.WeakKeyDictionary()
+    _selections.by_attachment[attachment] = selection
+
+
+def recall_selection(attachment: Attachment) -> Selection | None:
+    """The last selection made under ``attachment`` in this thread."""
+    by_attachment = getattr(_selections, "by_attachment", None)
+    return None if by_attachment is None else by_attachment.get(attachment)
