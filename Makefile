@@ -16,7 +16,7 @@ endef
 
 help:
 	@echo "make demo   prune the embedded model, with and without GAP: table, pictures and JSON in demo-output/"
-	@echo "make test   all tests that need no GPU"
+	@echo "make test   all tests that need no GPU, on all cores (ARGS=... for pytest)"
 	@echo "make fuzz   100,000 random calls, right and wrong, of all operators and strategies (about 10 minutes)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
 
 fuzz: $(VENV)/.installed-test
 	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/ops/test_fuzz.py

@@ -1,4 +1,4 @@
-"""Shared set-up: quiet transformers, one thread, no network."""
+"""Shared set-up: quiet transformers, no network, one thread where several processes share the tests."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ import torch
 import transformers
 
 pytest.register_assert_rewrite("support")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a worker on every core
 
 from support.drafts import Script  # noqa: E402
 

@@ -26,7 +26,7 @@ from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.environment import installed_versions
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests")
+FOLDERS = ("bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
 FILES = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
     *("constraints.txt", "pyproject.toml", "setup.py"),
