@@ -17,7 +17,7 @@ from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
 from .strategies.places import Places
-from .vision.tower import TowerWatch
+from .vision_tower import TowerWatch
 
 
 @dataclass(frozen=True)
