@@ -616,8 +616,9 @@ def test_the_recipes_of_the_document_run(name: str, tmp_path: Path) -> None:
 
 
 def test_the_older_name() -> None:
-    import gap_triton.models.shikra
     import gap_triton.published.shikra
+
+    import gap_triton.models.shikra
     from gap_triton.published import minigpt_v2 as by_its_older_name
 
     assert gap_triton.published.shikra is gap_triton.models.shikra
