@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .config import GapConfig
 from .introspect import NAME
 from .selection import Selection
-from .vision.tower import Tower
+from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 

@@ -17,7 +17,7 @@ from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
 from .strategies.places import Places
-from .vision.tower import TowerWatch
+from .vision_tower import TowerWatch
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ class Prefill:
         prompt: The prompt.
         drops: The stages, first to last; at least one.
         drafts: Number of last rows, of all samples, that are drafts.
+        past: Number of original positions in the cache before it.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
         chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
         raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
@@ -221,6 +222,7 @@ class Prefill:
     prompt: Prompt
     drops: tuple[Drop, ...]
     drafts: int
+    past: int
     position_ids: torch.Tensor
     chosen: Chosen | None = None
     raters: torch.Tensor | None = None

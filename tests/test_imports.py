@@ -28,7 +28,7 @@ ROOMS = (
     "calls",
     "state",
     "attachment",
-    "vision.tower",
+    "vision_tower",
     "kv_cache",
     "selection",
     "config",

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..introspect import NAME, WATCHED
 from ..later_layers.masks import mask_for_attention
 from ..state import ForwardState
-from ..vision.tower.recording import recording_now
+from ..vision_tower.recording import recording_now
 
 logger = logging.get_logger(__name__)
 

@@ -284,7 +284,7 @@ def before_text(
     state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
     verifies = bool(queries > 1 and state.past > 0 and follows_prompt(state, inputs.device))
     if state.visual is not None and not verifies:
-        kwargs = _plan(state, kwargs, len(text.layers))
+        kwargs = _plan(state, state.visual, kwargs, len(text.layers))
     state.owner_kwargs = {}
     if state.kept is not None and state.kept.renumbered:
         state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
@@ -336,13 +336,12 @@ def _refuse_another_turn(state: ForwardState, kept: KeptTokens, kwargs: Kwargs) 
         )
 
 
-def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
+def _plan(state: ForwardState, visual: torch.Tensor, kwargs: Kwargs, layers: int) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
-    assert state.visual is not None
     assert isinstance(state.past, int)
     new = None if state.real is None else state.real[:, state.past :]
-    drafts = drafts_of(state.call, state.visual)
-    prompt = read_prompt(state.visual, new, answer_rows(state.call, drafts, state.visual))
+    drafts = drafts_of(state.call, visual)
+    prompt = read_prompt(visual, new, answer_rows(state.call, drafts, visual))
     state.sees_image = any(prompt.visual_counts)
     if not state.sees_image:
         if state.sought:
@@ -358,7 +357,7 @@ def _plan(state: ForwardState, kwargs: Kwargs, layers: int) -> Kwargs:
     check_layers(state.config, layers)
     refuse_lost_labels(state.call, prompt, drops[-1].keep)
     ids = position_ids_of(kwargs.get("position_ids"), state.past, state.queries, prompt.visual.device)
-    state.prefill = prefill = Prefill(prompt, drops, drafts, ids, chosen)
+    state.prefill = prefill = Prefill(prompt, drops, drafts, state.past, ids, chosen)
     if any(stage.score == "raters" for stage in stages):
         prefill.raters = find_raters(prompt, kwargs)
     if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):

@@ -136,16 +136,15 @@ def _rows_found(
 
 def _record_of(state: ForwardState, prefill: Prefill, step: Drop, surviving: torch.Tensor) -> KeptRows:
     """What the layers after ``step`` hold, with the rows ``surviving`` [B, L] of the prompt."""
-    assert isinstance(state.past, int)
     # A last row that is padding stays for its logits, but nobody may attend to it.
     real = prefill.prompt.real.to(surviving.device)
     alive = (surviving >= 0) & real.gather(1, surviving.clamp(min=0))
-    positions = torch.where(alive, surviving + state.past, -1)
+    positions = torch.where(alive, surviving + prefill.past, -1)
     return extend(
         None if state.before is None else state.before.stages[prefill.done],
         step.stage.layer,
         positions[:, : positions.shape[1] - prefill.drafts],
-        past=state.past,
+        past=prefill.past,
         queries=state.queries - prefill.drafts,
         real=state.real,
         dense=step.dense,

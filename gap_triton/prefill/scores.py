@@ -53,18 +53,17 @@ def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan
             f"layer {stage.layer} ran without calling the attention function '{NAME}', so nothing was scored: set "
             'attn_implementation="gap_triton" for the text model'
         )
-    assert isinstance(state.past, int)
     query, key = scoring.query, scoring.key
     rows = plan.visual.shape[1]
     held = state.kept.stages[prefill.done - 1] if prefill.done and state.kept is not None else None
-    columns = state.past + state.queries if held is None else held.index.shape[1] + prefill.drafts
+    columns = prefill.past + state.queries if held is None else held.index.shape[1] + prefill.drafts
     key = key[:, :, :columns]  # a static cache hands over its whole buffer
     real = state.real
     if held is not None:
         real = None if held.dense else pad(held.index >= 0, (0, prefill.drafts), value=True)
     if real is not None:
         real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
-    mask = None if is_plain(scoring.mask, state.past + state.queries) else scoring.mask
+    mask = None if is_plain(scoring.mask, prefill.past + state.queries) else scoring.mask
     group = tensor_parallel_group(state.attachment, query)
     if stage.score == "unrotated":
         # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.

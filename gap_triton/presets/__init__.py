@@ -14,7 +14,7 @@ from typing import Any
 from ..config import GapConfig, Score
 from ..integration.supported_models import find_parts
 from ..plain import shown
-from ..vision.tower import find_tower
+from ..vision_tower import find_tower
 from . import (
     cls,
     fastv,

@@ -1,1 +1,1 @@
-"""Pruning before the decoder: what a vision tower tells about the visual tokens, and where each of them stands."""
+"""Pruning before the decoder: where each visual token stands in its image, and which of them survive."""

@@ -13,8 +13,16 @@ from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
 from ..introspect import text_model_of
-from .tower import encoded_ahead
-from .tower.finding import GRID_FIELDS, PIXEL_FIELDS, image_shape, packs, patch_size_of, pooling_of, resamples
+from ..vision_tower import encoded_ahead
+from ..vision_tower.finding import (
+    GRID_FIELDS,
+    PIXEL_FIELDS,
+    image_shape,
+    packs,
+    patch_size_of,
+    pooling_of,
+    resamples,
+)
 
 NEWLINE = -1.0
 INSTEAD = (

@@ -35,10 +35,10 @@ from ..strategies import (
 )
 from ..strategies.draw import draw
 from ..strategies.rows import positions_first
+from ..vision_tower import TowerOutput
+from ..vision_tower.finding import packs
 from .budget import budget_of, newlines_that_stay
 from .layout import Layout, View, layout_of
-from .tower import TowerOutput
-from .tower.finding import packs
 
 Kwargs = dict[str, Any]
 

@@ -8,7 +8,7 @@ from ..attachment import Attachment
 from ..calls import config_now
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
 from ..state import ForwardState
-from .tower import Need, Needs, Tower, TowerWatch, check_needs, find_tower, install, note_sizes
+from ..vision_tower import Need, Needs, Tower, TowerWatch, check_needs, find_tower, install, note_sizes
 
 MERGE_NEEDS: dict[str, Needs] = {
     "none": frozenset(),

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, _picture_of, layout_of
-from gap_triton.vision.tower import TowerOutput, TowerWatch, check_needs, find_tower, install
+from gap_triton.vision_tower import TowerOutput, TowerWatch, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "projection_layer")  # of the attention of vision towers

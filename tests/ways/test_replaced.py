@@ -179,7 +179,7 @@ def test_the_vision_encoder(what: str, how: str) -> None:
         layers = core.vision_tower.vision_model.encoder.layers if layers is None else layers
         layers[-1] = _twin(model, layers[-1])
     elif what == "its scoring attention":
-        layer = gap_triton.vision.tower.find_tower(core).layers[-1]
+        layer = gap_triton.vision_tower.find_tower(core).layers[-1]
         layer.self_attn = _twin(model, layer.self_attn)
     else:
         core.multi_modal_projector = _twin(model, core.multi_modal_projector)

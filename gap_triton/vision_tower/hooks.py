@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ...introspect import NAME, WATCHED
+from ..introspect import NAME, WATCHED
 from .finding import ENCODERS, INSTEAD, PIXEL_FIELDS, Tower, packs
 from .recording import Encoded, Needs, Recording, TowerOutput, recording_now
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...introspect import calls_interface, text_model_of
+from ..introspect import calls_interface, text_model_of
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 # Arguments that tell frames, rows and columns of patches.
