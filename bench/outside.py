@@ -76,8 +76,8 @@ def run_tests(arguments: Sequence[str], limit_s: float) -> Found:
         raise StepFailed(f"ran past {limit_s:.0f} s: {last_lines}", found)
     if found["failing"]:
         raise StepFailed("; ".join(test["name"] for test in found["failing"]), found)
-    if code != 0:
-        raise StepFailed(last_lines, found)
+    if code != 0:  # side by side, pytest does not say which file it did not find
+        raise StepFailed(f"pytest {' '.join(arguments)}: {last_lines}", found)
     if not found["passed"]:
         raise StepFailed("nothing ran", found)
     return found

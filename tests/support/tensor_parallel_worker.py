@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -62,5 +63,6 @@ def main(folder: str, name: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    (Path(sys.argv[1]) / f"passed-{dist.get_rank()}").touch()
     dist.barrier()
     dist.destroy_process_group()

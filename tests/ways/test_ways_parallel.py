@@ -35,7 +35,8 @@ def test_two_processes_keep_the_same_tokens(name: str, tmp_path: Path) -> None:
         text=True,
         timeout=240,
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+    # Not by the exit status: on a busy machine, gloo may abort a process that has passed while it shuts down.
+    assert {path.name for path in tmp_path.glob("passed-*")} == {"passed-0", "passed-1"}, run.stderr[-4000:]
 
 
 def test_heads_are_missing_and_nobody_says_where_they_are() -> None:
