@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(VENV)/.installed-test
 	FUZZ_CALLS=100000 $(BIN)/python -m pytest -q tests/ops/test_fuzz.py

@@ -135,17 +135,17 @@ def _test(python: str, combination: Combination, where: Path) -> tuple[int, str]
     return process.wait(), re.sub(r" in [\d.]+s.*", "", last).strip("= ")
 
 
-def record(results: dict[str, Result]) -> None:
-    """Put ``results`` among those that were recorded before, and write the table of all of them."""
+def record(name: str, result: Result) -> None:
+    """Put a result among those that were recorded before, and write the table of all of them."""
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for name, result in results.items():
-        known[name] = {
-            "date": datetime.date.today().isoformat(),
-            "python": ".".join(map(str, sys.version_info[:3])),
-            **result.versions,
-            "passed": result.status == 0,
-            "tests": result.tests,
-        }
+    known[name] = {
+        "date": datetime.date.today().isoformat(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **result.versions,
+        "passed": result.status == 0,
+        "tests": result.tests,
+    }
+    known = {each: known[each] for each in COMBINATIONS if each in known}
     RESULTS.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), known), encoding="utf-8")
 
@@ -177,11 +177,11 @@ def main() -> int:
     for name in names:
         print(f"{name}: {', '.join(COMBINATIONS[name].requirements) or 'no constraints'}", flush=True)
         results[name] = run(name)
+        if arguments.record:  # as it comes: a later one may be broken off
+            record(name, results[name])
     for name, result in results.items():
         outcome = "passed" if result.status == 0 else f"failed, exit status {result.status}"
         print(f"{name}: {outcome} ({result.tests})")
-    if arguments.record:
-        record(results)
     return int(any(result.status for result in results.values()))
 
 
