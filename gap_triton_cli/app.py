@@ -1,4 +1,4 @@
-"""The command line: ``gap-triton demo | run | eval | info``, a file for each command."""
+"""The command line: ``gap-triton demo | run | eval | bench | info``, a file for each command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(info)
 
 
