@@ -139,7 +139,7 @@ def variants_of(
     next_ids = _ids_behind_the_prompt(subject)
     length = subject.prompt_tokens + steps
     models = {UNPRUNED: share(subject.model)}
-    for name, each in ((ATTACHED, GapConfig(keep=1.0)), (PRUNED, config)):
+    for name, each in ((ATTACHED, GapConfig(1.0, config.layer, config.score)), (PRUNED, config)):
         models[name] = share(subject.model)
         attach(models[name], each)
 
