@@ -77,6 +77,9 @@ class Drop:
         before: How many visual rows there are at most before it, by sample.
         length: L, the number of rows after it.
         dense: Every row after it is a real token, in every sample.
+        chosen: What was chosen after the vision encoder; None where the stage is in the decoder.
+        text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
+        places: Where visual rows stand in their images; None where the stage does not ask, or is not in the decoder.
     """
 
     stage: Stage
@@ -84,6 +87,9 @@ class Drop:
     before: tuple[int, ...]
     length: int
     dense: bool
+    chosen: Chosen | None = None
+    text_rows: torch.Tensor | None = None
+    places: Places | None = None
 
     @property
     def first_later(self) -> int:
@@ -210,9 +216,6 @@ class Prefill:
         drafts: Number of last rows, of all samples, that are drafts.
         past: Number of original positions in the cache before it.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
-        chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
-        raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
-        places: Where visual rows stand in their images; None where no stage in the decoder asks.
         scoring: Left by the attention of the scoring layer, until the stage has scored.
         left: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
@@ -224,9 +227,6 @@ class Prefill:
     drafts: int
     past: int
     position_ids: torch.Tensor
-    chosen: Chosen | None = None
-    raters: torch.Tensor | None = None
-    places: Places | None = None
     scoring: Scoring | None = None
     left: list[Survivors] = field(default_factory=list)
     embeds: torch.Tensor | None = None
@@ -242,33 +242,43 @@ class Prefill:
         """The stage that comes next."""
         return self.drops[self.done] if self.done < len(self.drops) else None
 
+    def drop_before(self, index: int) -> Drop | None:
+        """The stage that drops right before decoder layer ``index``; None where none does."""
+        drop = self.next_drop
+        return drop if drop is not None and drop.first_later == index else None
+
 
 @dataclass(eq=False)
-class ForwardState:
-    """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
+class Rows:
+    """The rows that a forward adds, as the decoder gets them.
 
     Attributes:
-        config: The configuration, read once at the start of the call.
-        attachment: The attachment that the forward runs under.
-        visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
-        enabled: False in training mode, or when the model was switched to another implementation.
-        entered: The decoder has seen this state.
-        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
-        watch: What looks on while the vision encoder runs; None where nothing is asked of it.
-        owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
-        sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
-        sees_image: The rows of this forward hold visual tokens.
-        prefill: The prompt that this forward prunes; None where it drops nothing.
-        kept: What all layers hold after this forward; None while nothing has been dropped.
-        before: The same before this forward.
-        call: What the caller asked of the model around the decoder.
-        cache: The KV cache, while it is half filled (`kept.begin`).
-        past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
-        batch, queries: Number of samples and rows of this forward, B and Q.
+        batch, queries: Number of samples and of rows of each, B and Q.
+        past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
-        given_mask: The mask as the caller gave it, before the model makes its own of it.
         ready_made: The caller gave a mask of four dimensions, which says more than padding.
+    """
+
+    batch: int
+    queries: int
+    past: int | torch.Tensor
+    real: torch.Tensor | None
+    ready_made: bool
+
+
+@dataclass(eq=False)
+class DecoderRun:
+    """One run of the decoder in which tokens are dropped, or were before it.
+
+    Attributes:
+        config: The configuration of the call.
+        attachment: The attachment that it runs under.
+        rows: The rows that it adds.
+        before: What all layers held before it; None where nothing had been dropped.
+        kept: What they hold now.
+        prefill: The prompt that it prunes; None where it drops nothing.
+        cache: The KV cache, while it is half filled (`kept_tokens.begin`).
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
             ones; None elsewhere.
         deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
@@ -277,38 +287,69 @@ class ForwardState:
 
     config: GapConfig
     attachment: Attachment
-    visual: torch.Tensor | None
-    enabled: bool = True
-    entered: bool = False
-    by_itself: bool = False
-    watch: TowerWatch | None = None
-    owner_kwargs: dict[str, Any] = field(default_factory=dict)
-    sought: bool = False
-    sees_image: bool = False
+    rows: Rows
+    before: KeptTokens | None
+    kept: KeptTokens | None
     prefill: Prefill | None = None
-    kept: KeptTokens | None = None
-    before: KeptTokens | None = None
-    call: Call = field(default_factory=Call)
     cache: Any = None
-    past: int | torch.Tensor = 0
-    batch: int = 0
-    queries: int = 0
-    real: torch.Tensor | None = None
-    given_mask: Any = None
-    ready_made: bool = False
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def drops(self) -> tuple[Drop, ...]:
-        """The stages of this forward, first to last; empty where it drops nothing."""
-        return () if self.prefill is None else self.prefill.drops
-
-    @property
     def survivors(self) -> Survivors | None:
-        """The rows that are left by now; None where nothing has been dropped in this forward."""
+        """The rows that are left by now; None where nothing has been dropped in this run."""
         return self.prefill.left[-1] if self.prefill is not None and self.prefill.left else None
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The value of ``make()``, computed for the first later layer and shared by the others."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+@dataclass(eq=False)
+class OwnerArguments:
+    """What the module that receives ``input_ids`` was given.
+
+    Attributes:
+        visual: [B, Q] bool, the visual tokens; None where there is no prompt.
+        attention_mask: The mask as the caller gave it, before the model makes its own of it.
+        sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
+        kwargs: Its keyword arguments, which say where images begin; empty once the prompt is planned.
+    """
+
+    visual: torch.Tensor | None = None
+    attention_mask: Any = None
+    sought: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """State of one forward. Travels through the model's ``**kwargs``, so concurrent forwards never share it.
+
+    Attributes:
+        config: The configuration, read once at the start of the call.
+        attachment: The attachment that the forward runs under.
+        call: What the caller asked of the model around the decoder.
+        owner: What the module that receives ``input_ids`` was given.
+        enabled: False in training mode, or when the model was switched to another implementation.
+        entered: The decoder has seen this state.
+        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
+        watch: What looks on while the vision encoder runs; None where nothing is asked of it.
+        run: The run of the decoder; None until it begins, and where nothing is or was dropped.
+    """
+
+    config: GapConfig
+    attachment: Attachment
+    call: Call
+    owner: OwnerArguments = field(default_factory=OwnerArguments)
+    enabled: bool = True
+    entered: bool = False
+    by_itself: bool = False
+    watch: TowerWatch | None = None
+    run: DecoderRun | None = None
 
     def observe(
         self,
@@ -319,14 +360,9 @@ class ForwardState:
         scale: float | None,
     ) -> None:
         """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
-        drop = None if self.prefill is None else self.prefill.next_drop
-        if self.prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:
+        prefill = None if self.run is None else self.run.prefill
+        drop = None if prefill is None else prefill.next_drop
+        if prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:
             return
         if getattr(module, "layer_idx", None) == drop.stage.layer:
-            self.prefill.scoring = Scoring(module, query, key, mask, scale)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The value of ``make()``, computed for the first later layer and shared by the others."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+            prefill.scoring = Scoring(module, query, key, mask, scale)

@@ -6,6 +6,7 @@ it hands query and key to the state of the running forward, and `gap_triton.inte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -84,8 +85,9 @@ def gap_attention_forward(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
             "Call gap_triton.attach(model, config) to prune."
         )
-    if _flash_applies(query, attention_mask, kwargs):
-        return _flash_attention(module, query, key, value, **kwargs), None
+    flash = flash_attn_func() if _flash_applies(query, attention_mask, kwargs) else None
+    if flash is not None:
+        return _flash_attention(flash, module, query, key, value, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -114,6 +116,7 @@ def _flash_applies(query: torch.Tensor, attention_mask: torch.Tensor | None, kwa
 
 
 def _flash_attention(
+    flash: Callable[..., torch.Tensor],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -128,8 +131,6 @@ def _flash_attention(
     if causal and 1 < queries < key.shape[2]:
         # No mask and more keys than queries: the unused tail of a static cache at prefill, as in sdpa's own path.
         key, value = key[:, :, :queries], value[:, :, :queries]
-    flash = flash_attn_func()
-    assert flash is not None
     return flash(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -8,6 +8,7 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from ..calls import config_now, drafts_now
 from ..config import BEFORE_THE_DECODER, asks_for_places
 from ..introspect import NAME, layer_type, text_model_of
 from ..kv_cache.kept_tokens import (
+    KeptRows,
     KeptTokens,
     begin,
     kept_tokens_of,
+    length_in_step,
     original_length,
     refuse_continuation,
     refuse_pruned_cache,
@@ -45,7 +48,7 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import Call, Drop, ForwardState, Prefill
+from ..state import Call, DecoderRun, Drop, ForwardState, OwnerArguments, Prefill, Prompt, Rows
 from ..vision.select import choose_before_the_decoder
 from ..vision.watch import watch_tower
 from .supported_models import check_layers, find_parts
@@ -170,33 +173,31 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     call.arrived = True
-    state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
+    state = ForwardState(attachment.config, attachment, call)
     state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
     input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if not state.enabled:
         say_that_nothing_is_pruned(owner, attachment, embeds if input_ids is None else input_ids)
     else:
-        alone = attachment.owner is attachment.text
+        visual = None
         if visual_mask is not None:
-            state.visual = named_visual_tokens(
-                owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts
-            )
-        elif not alone:
-            state.visual = find_visual_tokens(owner, input_ids, embeds)
-            state.sought = input_ids is None
+            visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts)
+        elif attachment.owner is not attachment.text:
+            visual = find_visual_tokens(owner, input_ids, embeds)
         else:
             say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
-        state.given_mask = kwargs.get("attention_mask")
-        if state.visual is not None:
+        sought = visual_mask is None and input_ids is None
+        state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought)
+        if visual is not None:
             refuse_export()
             config = config_now(attachment, call)
             state.enabled = config is not None
             state.config = config or state.config
-    if state.enabled and state.visual is not None:
+    if state.enabled and state.owner.visual is not None:
         refuse_paged_cache(cache_of(kwargs))
-        state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+        state.owner.kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         if visual_grid is not None:
-            state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
+            state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
         watch_tower(state)
     if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
         attachment.running.add(state)
@@ -271,82 +272,117 @@ def before_text(
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    batch, queries = inputs.shape[:2]
-    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
-    cache, mask = cache_of(kwargs), state.given_mask
-    state.kept = state.before = kept_tokens_of(cache, batch)
-    state.batch, state.queries = batch, queries
-    if state.kept is None and queries <= 1:
-        fit(cache, {})
+    kept = kept_tokens_of(cache_of(kwargs), inputs.shape[0])
+    if inputs.shape[1] > 1:
+        kwargs = _begin_prompt(state, text, inputs, kept, kwargs)
+    elif kept is not None:
+        kwargs = _begin_step(state, text, inputs, kept, kwargs)
+    else:
+        fit(cache_of(kwargs), {})
         return None
-    state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
-    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = bool(queries > 1 and state.past > 0 and follows_prompt(state, inputs.device))
-    if state.visual is not None and not verifies:
-        kwargs = _plan(state, state.visual, kwargs, len(text.layers))
-    state.owner_kwargs = {}
-    if state.kept is not None and state.kept.renumbered:
-        state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
-    if state.drops:
-        ID_RULES[state.config.ids].refuse(text)
-        refuse_router_logits(state, kwargs)
-        kwargs = take_out(state, kwargs)
-
-    if state.drops or state.kept is not None:
-        _follow_layers(attachment, text)
-    _begin_to_fill(state, kwargs, verifies)
+    state.owner.kwargs = {}
     return args, kwargs
 
 
-def _begin_to_fill(state: ForwardState, kwargs: Kwargs, verifies: bool) -> None:
-    """Make the cache ready for the rows of this forward, or refuse them where it can't take them.
+def _rows_of(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
+) -> Rows:
+    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
+    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
+    mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
+    ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
+    return Rows(batch, queries, past, real, ready_made)
 
-    Args:
-        state: The running forward, with what it drops.
-        kwargs: Keyword arguments of the decoder.
-        verifies: The rows are drafts of assisted decoding, which follow the prompt.
-    """
+
+def _begin_step(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens, kwargs: Kwargs
+) -> Kwargs:
+    """A step of decoding, of one row, on a cache that lacks tokens."""
+    past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    _count_without_pruning(run, kept, kwargs, inputs.device)
+    _follow_layers(state.attachment, text)
+    kept.settled = True
+    state.run = run
+    return kwargs
+
+
+def _begin_prompt(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens | None, kwargs: Kwargs
+) -> Kwargs:
+    """Several rows: a prompt, a further turn, or drafts. Decides what every stage drops; returns the decoder's arguments."""
+    past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
+    visual = state.owner.visual
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    verifies = past > 0 and follows_prompt(state.call, visual, inputs)
+    sees_image = False
+    if visual is not None and not verifies:
+        prompt, drafts = _read(state.call, run.rows, visual)
+        sees_image = any(prompt.visual_counts)
+        if sees_image:
+            kwargs = _plan(state, run, prompt, drafts, past, kwargs)
+        elif state.owner.sought:
+            say_that_no_placeholder_was_found(state.attachment.owner)
+    if kept is not None:
+        _count_without_pruning(run, kept, kwargs, inputs.device)
+    if run.prefill is not None:
+        ID_RULES[state.config.ids].refuse(text)
+        refuse_router_logits(run, kwargs)
+        kwargs = take_out(run, kwargs)
     cache = cache_of(kwargs)
-    if state.kept is None and not state.drops:
+    if run.prefill is None and kept is None:
         fit(cache, {})
-        return
-    if state.kept is not None and state.queries > 1 and not verifies:
-        _refuse_another_turn(state, state.kept, kwargs)
-    if state.kept is not None:
-        state.kept.settled = True
-    if cache is not None and (state.drops or state.queries > 1):
-        state.cache = cache
+        return kwargs
+    _follow_layers(state.attachment, text)
+    if kept is not None:
+        if not verifies:
+            _refuse_another_turn(run, kept, sees_image, kwargs)
+        kept.settled = True
+    if cache is not None:
+        run.cache = cache
         begin(cache)
+    state.run = run
+    return kwargs
 
 
-def _refuse_another_turn(state: ForwardState, kept: KeptTokens, kwargs: Kwargs) -> None:
+def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:
+    """Let ``run`` know the ids without pruning, where its rows follow renumbered ones."""
+    if kept.renumbered:
+        rows = run.rows
+        run.position_ids = position_ids_of(kwargs.get("position_ids"), rows.past, rows.queries, device)
+
+
+def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, sees_image: bool, kwargs: Kwargs) -> None:
     """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
     if drafts_now():
         # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
         # several tokens: what it had and what the other model wrote.
         kept.settled = True
-    refuse_continuation(kept, state.config if state.drops else None, state.queries, state.sees_image)
-    assert isinstance(state.past, int)
-    new = None if state.real is None else state.real[:, state.past :]
-    if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
+    rows = run.rows
+    refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, sees_image)
+    if not rows.ready_made and looks_ahead(kwargs.get("attention_mask"), _new(rows)):
         raise ValueError(
             "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
             "turn: start a new cache with the whole conversation"
         )
 
 
-def _plan(state: ForwardState, visual: torch.Tensor, kwargs: Kwargs, layers: int) -> Kwargs:
+def _new(rows: Rows) -> torch.Tensor | None:
+    """[B, Q] bool, False where one of the rows is padding; None = no padding."""
+    return None if rows.real is None else rows.real[:, -rows.queries :]
+
+
+def _read(call: Call, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
+    """The prompt among ``rows``, whose visual tokens are ``visual`` [B, Q] bool, and how many last rows are drafts."""
+    drafts = drafts_of(call, visual)
+    return read_prompt(visual, _new(rows), answer_rows(call, drafts, visual)), drafts
+
+
+def _plan(
+    state: ForwardState, run: DecoderRun, prompt: Prompt, drafts: int, past: int, kwargs: Kwargs
+) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
-    assert isinstance(state.past, int)
-    new = None if state.real is None else state.real[:, state.past :]
-    drafts = drafts_of(state.call, visual)
-    prompt = read_prompt(visual, new, answer_rows(state.call, drafts, visual))
-    state.sees_image = any(prompt.visual_counts)
-    if not state.sees_image:
-        if state.sought:
-            say_that_no_placeholder_was_found(state)
-        return kwargs
     stages = state.config.stages
     chosen = None
     if stages[0].layer == BEFORE_THE_DECODER:
@@ -354,26 +390,46 @@ def _plan(state: ForwardState, visual: torch.Tensor, kwargs: Kwargs, layers: int
     drops = decide(prompt, stages, chosen)
     if not drops:
         return kwargs
-    check_layers(state.config, layers)
+    check_layers(state.config, len(run.attachment.text.layers))
     refuse_lost_labels(state.call, prompt, drops[-1].keep)
-    ids = position_ids_of(kwargs.get("position_ids"), state.past, state.queries, prompt.visual.device)
-    state.prefill = prefill = Prefill(prompt, drops, drafts, state.past, ids, chosen)
-    if any(stage.score == "raters" for stage in stages):
-        prefill.raters = find_raters(prompt, kwargs)
-    if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):
-        prefill.places = places_of(state, prompt)
+    ids = position_ids_of(kwargs.get("position_ids"), past, run.rows.queries, prompt.visual.device)
+    drops = _with_what_ranks(state, prompt, drops, kwargs)
+    run.prefill = Prefill(prompt, drops, drafts, past, ids)
     return kwargs
+
+
+def _with_what_ranks(
+    state: ForwardState, prompt: Prompt, drops: tuple[Drop, ...], kwargs: Kwargs
+) -> tuple[Drop, ...]:
+    """``drops``, with the text rows and the places in the image that the stages in the decoder ask for."""
+    in_decoder = [drop.stage for drop in drops if drop.chosen is None]
+    text_rows = {"text": prompt.text_after}
+    if any(stage.score == "raters" for stage in in_decoder):
+        text_rows["raters"] = find_raters(prompt, kwargs)
+    places = None
+    if any(map(asks_for_places, in_decoder)):
+        places = places_of(state.attachment, state.owner.kwargs, prompt)
+    return tuple(
+        drop
+        if drop.chosen is not None
+        else replace(
+            drop,
+            text_rows=text_rows.get(drop.stage.score),
+            places=places if asks_for_places(drop.stage) else None,
+        )
+        for drop in drops
+    )
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
     """Hand a later layer its shortened inputs; the first of them drops."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or not state.enabled:
+    run = None if state is None else state.run
+    if run is None:
         return None
-    if state.kept is None and not state.drops:
-        return None
-    first = state.drops[0] if state.drops else state.kept.stages[0]  # type: ignore[union-attr]
-    if index < first.first_later:
+    kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
+    step = None if run.prefill is None else run.prefill.drop_before(index)
+    if kept is None and step is None:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -382,26 +438,25 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
-    hidden_states = add_behind(state, hidden_states, index - 1)
-    prefill = state.prefill
-    upcoming = None if prefill is None else prefill.next_drop
-    if prefill is not None and upcoming is not None and index == upcoming.first_later:
-        hidden_states = _drop(state, prefill, upcoming, hidden_states, kwargs)
-    shorten(state, hidden_states, kwargs, index)
+    hidden_states = add_behind(run, hidden_states, index - 1)
+    if run.prefill is not None and step is not None:
+        hidden_states, kept = _drop(run, run.prefill, step, hidden_states, kwargs)
+    if kept is not None:
+        shorten(run, kept, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
 
 
 def _drop(
-    state: ForwardState, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
-) -> torch.Tensor:
-    """Drop, and let state and cache know of it."""
-    dropped = drop(state, prefill, step, hidden_states, kwargs)
-    state.kept, prefill.selection = dropped.kept, dropped.selection
+    run: DecoderRun, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
+) -> tuple[torch.Tensor, KeptRows]:
+    """Drop, and let run and cache know of it; returns the hidden states and what the layers from here on hold."""
+    dropped = drop(run, prefill, step, hidden_states, kwargs)
+    run.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
-    store(cache, state.kept)
-    if state.past == 0 and prefill.done == 1:
-        fit(cache, {each.first_later: state.queries - each.length for each in prefill.drops})
-    return dropped.hidden_states
+    store(cache, dropped.kept)
+    if prefill.past == 0 and prefill.done == 1:
+        fit(cache, {each.first_later: run.rows.queries - each.length for each in prefill.drops})
+    return dropped.hidden_states, dropped.rows
 
 
 def after_text(
@@ -416,10 +471,11 @@ def after_text(
         return None
     if state.by_itself:
         _end(state)
-    if not state.enabled or output is None:
+    run = state.run
+    if run is None or output is None:
         return None
-    settle(state.cache)
-    prefill = state.prefill
+    settle(run.cache)
+    prefill = run.prefill
     if prefill is None:
         return None
     if prefill.next_drop is not None:
@@ -428,8 +484,8 @@ def after_text(
             "model with attn_implementation='sdpa' to run it unpruned"
         )
     if prefill.selection is not None:
-        remember_selection(state.attachment, prefill.selection)
-    return restore_rows(state, prefill, output)
+        remember_selection(run.attachment, prefill.selection)
+    return restore_rows(run, prefill, output)
 
 
 def after_owner(

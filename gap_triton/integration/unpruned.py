@@ -11,7 +11,6 @@ from transformers.utils import logging
 from ..arguments import by_name
 from ..attachment import Attachment
 from ..introspect import NAME
-from ..state import ForwardState
 
 logger = logging.get_logger(__name__)
 
@@ -44,10 +43,10 @@ def say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | N
         )
 
 
-def say_that_no_placeholder_was_found(state: ForwardState) -> None:
+def say_that_no_placeholder_was_found(owner: PreTrainedModel) -> None:
     """Warn of ``inputs_embeds`` in which no row is a placeholder; the prompt has been read, so this is known."""
     logger.warning_once(
-        f"{type(state.attachment.owner).__name__} got inputs_embeds without input_ids, and no row of them is the embedding "
+        f"{type(owner).__name__} got inputs_embeds without input_ids, and no row of them is the embedding "
         "of an image placeholder, so gap_triton prunes nothing in them. If image features are merged into them already, "
         f"pass visual_mask, {HOW_TO_NAME}, to this module's forward() or to generate() to prune."
     )

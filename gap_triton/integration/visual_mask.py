@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..introspect import visual_token_ids
-from ..prefill.prompt import find_visual_tokens
+from ..prefill.prompt import placeholders_in
 
 
 def named_visual_tokens(
@@ -74,9 +74,7 @@ def _refuse_no_mask(mask: Any, device: torch.device) -> None:
 
 def _refuse_strangers(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Raise ValueError if ``mask`` [B, Q] names rows of ``input_ids`` [B, Q] that are no placeholder of an image."""
-    placeholders = find_visual_tokens(owner, input_ids, None)
-    assert placeholders is not None
-    strangers = (mask & ~placeholders).nonzero().tolist()
+    strangers = (mask & ~placeholders_in(owner, input_ids)).nonzero().tolist()
     if strangers:
         raise ValueError(
             f"visual_mask names {len(strangers)} rows that hold no image placeholder in input_ids, the first at "

@@ -93,9 +93,7 @@ def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
         return length
-    record = kept.at(layer)
-    assert record is not None
-    return length + record.dropped
+    return length + kept.dropped_at(layer)
 
 
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:

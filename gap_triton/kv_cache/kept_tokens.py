@@ -84,6 +84,11 @@ class KeptTokens:
         """What decoder layer ``layer`` holds; None where it holds everything."""
         return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
 
+    def dropped_at(self, layer: int) -> int:
+        """How many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
+        record = self.at(layer)
+        return 0 if record is None else record.dropped
+
     def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
         """The same with ``change`` made to every record."""
         return replace(self, stages=tuple(map(change, self.stages)))
@@ -126,20 +131,24 @@ def settle(cache: Any | None) -> None:
         delattr(cache, UNFINISHED_ATTRIBUTE)
 
 
-def original_length(
-    cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None, queries: int
+def length_in_step(
+    cache: Any | None, kept: KeptTokens, cache_position: torch.Tensor | None
 ) -> int | torch.Tensor:
+    """`original_length` in a decode step: of a static cache an int64 tensor of no dimension, so that nothing is read."""
+    if cache is None:
+        return 0
+    if is_static(cache, kept.stages[0].first_later):
+        return _static_length(cache, kept, cache_position)
+    return _dynamic_length(cache, kept)
+
+
+def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None) -> int:
     """Number of tokens that the cache stands for, dropped ones included.
 
     Args:
         cache: The KV cache of the running forward.
         kept: What its later layers hold.
         cache_position: [Q], original positions of the new rows, where this release of transformers passes them.
-        queries: Q, the number of new rows.
-
-    Returns:
-        An int; for one new row and a static cache an int64 tensor of no dimension, so that a decode step reads nothing
-        from the device.
 
     Raises:
         ValueError: Earlier and later layers disagree, because the cache was changed behind our back.
@@ -148,17 +157,15 @@ def original_length(
         return 0
     if kept is None:
         return int(cache.get_seq_length())
-    first = kept.stages[0]
-    if is_static(cache, first.first_later):
-        length = _static_length(cache, kept)
-        if not isinstance(length, int) and cache_position is not None:
-            length = cache_position[
-                0
-            ]  # where it is passed, static layers guess their length from their contents
-        return length if queries == 1 else int(length)
+    if is_static(cache, kept.stages[0].first_later):
+        return int(_static_length(cache, kept, cache_position))
+    return _dynamic_length(cache, kept)
+
+
+def _dynamic_length(cache: Any, kept: KeptTokens) -> int:
     held = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
     lengths = [length + stage.dropped for length, stage in zip(held, kept.stages, strict=True)]
-    if first.layer != BEFORE_THE_DECODER:
+    if kept.stages[0].layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.layers[0].get_seq_length()))
     too_short = any(length < stage.index.shape[1] for length, stage in zip(held, kept.stages, strict=True))
     if too_short or len(set(lengths)) > 1:
@@ -182,15 +189,15 @@ def is_static(cache: Any | None, layer: int) -> bool:
     )
 
 
-def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
+def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
         # A new tensor: the layer's own is counted up in place while the forward runs.
-        record = kept.at(index)
-        length = layer.get_seq_length() + (0 if record is None else record.dropped)
+        length = layer.get_seq_length() + kept.dropped_at(index)
         if isinstance(length, int):  # sliding layers count on the host
             break
-    return length
+    # Where positions are passed, static layers guess their length from their contents.
+    return length if isinstance(length, int) or cache_position is None else cache_position[0]
 
 
 def _refuse_unfinished_cache(cache: Any | None) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..config import first_later
-from ..state import Deepstack, ForwardState
+from ..state import DecoderRun, Deepstack
 
 
-def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``state``.
+def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``run``.
 
     Raises:
         ValueError: Features belong behind the last layer, after which nothing can be added.
@@ -23,15 +23,15 @@ def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
     name, features, rows = _features_of(kwargs)
     if not features:
         return kwargs
-    last = len(state.attachment.text.layers) - 1
+    last = len(run.attachment.text.layers) - 1
     if max(features) >= last:
         raise ValueError(
             f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. "
             "Use keep=1.0"
         )
-    first = first_later(state.config.layer)
+    first = first_later(run.config.layer)
     later = {layer: value for layer, value in features.items() if layer >= first}
-    state.deepstack = Deepstack(rows, later)
+    run.deepstack = Deepstack(rows, later)
     given = kwargs[name]
     if isinstance(given, dict):
         return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
@@ -49,17 +49,17 @@ def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], 
     return name, {}, torch.empty(0)
 
 
-def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+def add_behind(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
     """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
-    survivors = state.survivors
-    if survivors is None or state.deepstack is None or layer not in state.deepstack.features:
+    survivors = run.survivors
+    if survivors is None or run.deepstack is None or layer not in run.deepstack.features:
         return hidden_states
     device = hidden_states.device
-    rows = state.deepstack.rows.to(device)
+    rows = run.deepstack.rows.to(device)
     source = survivors.order.to(device).clamp(min=0)
     surviving = rows.gather(1, source) & (survivors.order.to(device) >= 0)
     place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
-    features = state.deepstack.features[layer].to(device, hidden_states.dtype)
+    features = run.deepstack.features[layer].to(device, hidden_states.dtype)
     full = torch.zeros_like(hidden_states)
     full[surviving] = features[place.gather(1, source)[surviving]]
     return hidden_states + full

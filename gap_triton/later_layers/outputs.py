@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 
-from ..state import ForwardState, Prefill
+from ..state import DecoderRun, Prefill
 
 # Fields of a decoder's output whose shape says nothing about the tokens of this forward.
 NOT_BY_TOKEN = ("cache", "past_key_values", "attentions", "rope_deltas")
 
 
-def refuse_router_logits(state: ForwardState, kwargs: dict[str, Any]) -> None:
+def refuse_router_logits(run: DecoderRun, kwargs: dict[str, Any]) -> None:
     """Raise ValueError if the decoder is to return what its router says of every token."""
     name = "output_router_logits"
-    if kwargs.get(name, getattr(state.attachment.text.config, name, False)):
+    if kwargs.get(name, getattr(run.attachment.text.config, name, False)):
         raise ValueError(
             f"{name}=True: later layers route fewer tokens than this prompt has, and a load-balancing loss over all of them "
             f"is not defined. Set it to False, in the call and in the config of the text model, or use keep=1.0"
         )
 
 
-def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
+def restore_rows(run: DecoderRun, prefill: Prefill, output: Any) -> Any:
     """A decoder's output with all hidden states in the rows of its input.
 
     Args:
-        state: The running forward.
+        run: The run of the decoder.
         prefill: Its prompt, all stages of which have dropped.
         output: A tuple or a `ModelOutput`, hidden states of the last layer first, [B, L, C].
 
@@ -36,7 +36,7 @@ def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
     """
     last = output[0]
     full = _restored(prefill, last, prefill.done)
-    layers = len(state.attachment.text.layers)
+    layers = len(run.attachment.text.layers)
 
     def restored(value: Any) -> Any:
         if not isinstance(value, (tuple, list)) or len(value) != layers + 1:
@@ -51,7 +51,7 @@ def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
         if name == "hidden_states":
             output[name] = restored(value)
         elif name != "last_hidden_state" and name not in NOT_BY_TOKEN:
-            _refuse_what_is_left(state, name, value)
+            _refuse_what_is_left(run, prefill, name, value)
     output["last_hidden_state"] = full
     return output
 
@@ -77,11 +77,12 @@ def _restored(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tenso
     return full.scatter(1, target, short)[:, :-1]
 
 
-def _refuse_what_is_left(state: ForwardState, name: str, value: Any) -> None:
-    lengths = {drop.length for drop in state.drops} - {state.queries}
+def _refuse_what_is_left(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:
+    batch = run.rows.batch
+    lengths = {drop.length for drop in prefill.drops} - {run.rows.queries}
     for tensor in _tensors_in(value):
-        by_token = tensor.dim() >= 2 and tensor.shape[0] == state.batch and tensor.shape[1] in lengths
-        if by_token or tensor.shape[:1] in [(state.batch * length,) for length in lengths]:
+        by_token = tensor.dim() >= 2 and tensor.shape[0] == batch and tensor.shape[1] in lengths
+        if by_token or tensor.shape[:1] in [(batch * length,) for length in lengths]:
             raise ValueError(
                 f"{name}: later layers return it for fewer tokens than this prompt has, and what belongs to which is not "
                 "known: do without it, or use keep=1.0"

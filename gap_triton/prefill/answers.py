@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..state import Call, ForwardState, Prompt
+from ..state import Call, Prompt
 
 IGNORED_LABEL = -100
 GENERATED = "gap_generated"  # how many tokens `generate` has written, where it feeds them again
@@ -44,17 +44,20 @@ def drafts_of(call: Call, visual: torch.Tensor) -> int:
     return drafts
 
 
-def follows_prompt(state: ForwardState, device: torch.device) -> bool:
+def follows_prompt(call: Call, visual: torch.Tensor | None, inputs: torch.Tensor) -> bool:
     """Whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
 
     One read where labels, or rows by a tensor, say so; never in `generate`.
+
+    Args:
+        call: What the caller said.
+        visual: [B, Q] bool, the visual tokens; None = none.
+        inputs: [B, Q] or [B, Q, C], the rows.
     """
-    call, shape = state.call, (state.batch, state.queries)
-    if state.queries == call.drafts + 1:
+    if inputs.shape[1] == call.drafts + 1:
         return True
-    visual = state.visual
     if visual is None:
-        visual = torch.zeros(shape, dtype=torch.bool, device=device)
+        visual = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     answer = answer_rows(call, 0, visual)
     return answer is not None and bool(answer[:, 1:].all())
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..state import ForwardState, Prompt
+from ..attachment import Attachment
+from ..state import Prompt
 from ..strategies import spatial_order
 from ..strategies.places import LATE, REGION, Places
 from ..vision.layout import View, layout_of
 
 
-def places_of(state: ForwardState, prompt: Prompt) -> Places:
+def places_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> Places:
     """Places of the prompt's visual rows.
+
+    Args:
+        attachment: The attachment of the forward.
+        kwargs: Keyword arguments of its owner.
+        prompt: The prompt.
 
     Raises:
         ValueError: Where they stand is not known.
     """
-    layout = layout_of(
-        state.attachment.owner, state.owner_kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts
-    )
+    layout = layout_of(attachment.owner, kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts)
     return place(layout.views, prompt.visual)
 
 

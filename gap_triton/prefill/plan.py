@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..config import BEFORE_THE_DECODER, Stage
+from ..config import Stage
 from ..state import Chosen, Drop, Plan, Prompt
 from ..strategies.rows import positions_first
 
@@ -17,16 +17,14 @@ def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tu
     Args:
         prompt: The prompt.
         stages: Where and how.
-        chosen: What the first stage keeps, where that is the one after the vision encoder.
+        chosen: What the first stage keeps, where that is the one after the vision encoder; else None.
     """
     drops: list[Drop] = []
     before = prompt.visual_counts
     for stage in stages:
-        if stage.layer == BEFORE_THE_DECODER:
-            assert chosen is not None
-            keep = chosen.keep
-        else:
-            keep = tuple(map(min, map(stage.count, prompt.visual_counts), before))
+        given = None if drops else chosen
+        counts = map(stage.count, prompt.visual_counts)
+        keep = tuple(map(min, counts, before)) if given is None else given.keep
         lengths, dense, after = [], True, []
         for b, kept in enumerate(keep):
             # The last row of the prompt always stays, because generation reads its logits, and so does the last of the
@@ -37,23 +35,17 @@ def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tu
             dense = dense and not extra
             after.append(kept + int(visual_stays))
         dense = dense and min(lengths) == max(lengths)
-        drops.append(Drop(stage, keep, before, max(lengths), dense))
+        drops.append(Drop(stage, keep, before, max(lengths), dense, given))
         before = tuple(after)
     return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
 
 
-def plan_of(
-    prompt: Prompt,
-    drop: Drop,
-    raters: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> Plan:
+def plan_of(prompt: Prompt, drop: Drop, index: torch.Tensor | None) -> Plan:
     """What ``drop`` drops from the rows that it finds.
 
     Args:
         prompt: The prompt.
         drop: The stage.
-        raters: [B, Q] bool, rows that rate for ``score="raters"``.
         index: [B, S] int64, the rows of the prompt that are left, -1 = filler; None = all of them.
     """
 
@@ -71,28 +63,21 @@ def plan_of(
         visual_index=visual_index,
         keep=torch.tensor(drop.keep, device=visual.device),
         stays=stays,
-        rows=_scoring_rows(prompt, drop.stage, left, raters),
+        rows=_scoring_rows(prompt, drop.text_rows, left),
         padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
     )
 
 
 def _scoring_rows(
-    prompt: Prompt,
-    stage: Stage,
-    left: Callable[[torch.Tensor], torch.Tensor],
-    raters: torch.Tensor | None,
+    prompt: Prompt, text_rows: torch.Tensor | None, left: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     may_ask = left(prompt.asking)
     positions = torch.arange(may_ask.shape[1], device=may_ask.device)
     last_real = torch.where(may_ask, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
     most_text = max(prompt.text_counts)
-    if stage.score not in ("text", "raters") or most_text == 0:
+    if text_rows is None or most_text == 0:
         return last_real
-    asking = prompt.text_after
-    if stage.score == "raters":
-        assert raters is not None
-        asking = raters
-    rows = positions_first(left(asking), most_text)  # [B, R]
+    rows = positions_first(left(text_rows), most_text)  # [B, R]
     # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
     rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
     return rows

@@ -22,12 +22,7 @@ def find_visual_tokens(
     how transformers finds the rows to fill.
     """
     if input_ids is not None:
-        if input_ids.shape[1] == 1:
-            return None
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in visual_token_ids(owner.config):
-            visual |= input_ids == token
-        return visual
+        return None if input_ids.shape[1] == 1 else placeholders_in(owner, input_ids)
     if inputs_embeds is None or inputs_embeds.shape[1] == 1:
         return None
     table = owner.get_input_embeddings()
@@ -35,6 +30,14 @@ def find_visual_tokens(
     for token in visual_token_ids(owner.config):
         placeholder = table(torch.full((), token, dtype=torch.long, device=inputs_embeds.device))
         visual |= (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(dim=-1)
+    return visual
+
+
+def placeholders_in(owner: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, Q] bool, the rows of ``input_ids`` [B, Q] int64 that are placeholders of visual tokens."""
+    visual = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in visual_token_ids(owner.config):
+        visual |= input_ids == token
     return visual
 
 

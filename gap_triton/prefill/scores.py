@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ..config import Stage
 from ..introspect import NAME
 from ..later_layers.masks import is_plain
-from ..state import ForwardState, Plan, Prefill
+from ..state import DecoderRun, Drop, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
@@ -45,7 +45,7 @@ class Attention:
     plain: bool
 
 
-def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
+def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
     """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes, with their ``rotary``."""
     scoring = prefill.scoring
     if scoring is None:
@@ -55,16 +55,17 @@ def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan
         )
     query, key = scoring.query, scoring.key
     rows = plan.visual.shape[1]
-    held = state.kept.stages[prefill.done - 1] if prefill.done and state.kept is not None else None
-    columns = prefill.past + state.queries if held is None else held.index.shape[1] + prefill.drafts
+    total = prefill.past + run.rows.queries
+    held = run.kept.stages[prefill.done - 1] if prefill.done and run.kept is not None else None
+    columns = total if held is None else held.index.shape[1] + prefill.drafts
     key = key[:, :, :columns]  # a static cache hands over its whole buffer
-    real = state.real
+    real = run.rows.real
     if held is not None:
         real = None if held.dense else pad(held.index >= 0, (0, prefill.drafts), value=True)
     if real is not None:
         real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
-    mask = None if is_plain(scoring.mask, prefill.past + state.queries) else scoring.mask
-    group = tensor_parallel_group(state.attachment, query)
+    mask = None if is_plain(scoring.mask, total) else scoring.mask
+    group = tensor_parallel_group(run.attachment, query)
     if stage.score == "unrotated":
         # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.
         mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
@@ -77,31 +78,32 @@ def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan
     return Attention(query, key, real, mask, scoring.scale, group, plain)
 
 
-def scores_of(
-    state: ForwardState,
-    prefill: Prefill,
-    stage: Stage,
-    plan: Plan,
-    prompt_rows: torch.Tensor,
-    attention: Attention | None,
+def scores_without_attention(
+    run: DecoderRun, prefill: Prefill, drop: Drop, plan: Plan, prompt_rows: torch.Tensor
 ) -> torch.Tensor:
+    """[B, V] float32, the score of each visual token that ``plan`` names: by an even spread over the image, or at random.
+
+    Args:
+        run: The run of the decoder.
+        prefill: Its prompt.
+        drop: The stage.
+        plan: Rows that the stage finds.
+        prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
+    """
+    if drop.stage.score == "spatial" and drop.places is not None:
+        return -drop.places.order_of(prompt_rows).float()
+    drawn = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
+    return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
+
+
+def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch.Tensor:
     """[B, V] float32, the score of each visual token that ``plan`` names.
 
     Args:
-        state: The running forward.
-        prefill: Its prompt.
         stage: What ranks.
         plan: Rows that the stage finds.
-        prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
-        attention: What the layer's attention left; None for scores that ask none.
+        attention: What the layer's attention left.
     """
-    if stage.score == "random":
-        drawn = draw(state.config.seed, prefill.done, plan.visual_index.shape[1])
-        return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
-    if stage.score == "spatial":
-        assert prefill.places is not None
-        return -prefill.places.order_of(prompt_rows).float()
-    assert attention is not None
     if stage.score == "key_norm":
         squares = attention.key[:, :, -plan.visual.shape[1] :].float().square().sum(dim=(1, 3))  # [B, S]
         if attention.group is not None:

@@ -64,7 +64,7 @@ def watch_tower(state: ForwardState) -> None:
     needs = frozenset() if tower is None else _told_by(tower, state.config)
     if tower is not None and needs:
         state.watch = TowerWatch(tower, needs)
-        state.watch.start(state.owner_kwargs)
+        state.watch.start(state.owner.kwargs)
 
 
 def _told_by(tower: Tower, config: GapConfig) -> Needs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from gap_kernels import attention_received, visual_importance
@@ -53,10 +53,15 @@ class TowerOutput:
     projector: nn.Module | None = None
 
     @property
+    def rows(self) -> dict[Need, Tensor]:
+        """What was asked for, by name."""
+        every: dict[Need, Tensor | None] = {need: getattr(self, need) for need in get_args(Need)}
+        return {need: rows for need, rows in every.items() if rows is not None}
+
+    @property
     def tokens(self) -> int:
         """F."""
-        told = (self.cls, self.received, self.key_norm, self.keys, self.similarity, self.features)
-        return next((len(rows) for rows in told if rows is not None), 0)
+        return next(map(len, self.rows.values()), 0)
 
     def project(self, rows: Tensor) -> Tensor:
         """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
@@ -74,10 +79,9 @@ class TowerOutput:
         outputs = list(outputs)
         if len(outputs) == 1:
             return outputs[0]
-        fields = ("cls", "received", "key_norm", "keys", "similarity", "features")
-        joined = {name: [getattr(output, name) for output in outputs] for name in fields}
-        tensors = {name: torch.cat(parts) for name, parts in joined.items() if parts[0] is not None}
-        return TowerOutput(**tensors, projector=outputs[0].projector)
+        every = [output.rows for output in outputs]
+        joined: dict[str, Tensor] = {need: torch.cat([rows[need] for rows in every]) for need in every[0]}
+        return TowerOutput(**joined, projector=outputs[0].projector)
 
 
 @dataclass(frozen=True)
