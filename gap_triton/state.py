@@ -344,7 +344,7 @@ class ForwardState:
     config: GapConfig
     attachment: Attachment
     call: Call
-    owner: OwnerArguments = field(default_factory=OwnerArguments)
+    owner: OwnerArguments
     enabled: bool = True
     entered: bool = False
     by_itself: bool = False

@@ -173,7 +173,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
     call.arrived = True
-    state = ForwardState(attachment.config, attachment, call)
+    state = ForwardState(attachment.config, attachment, call, OwnerArguments())
     state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
     input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if not state.enabled:
