@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, Qwen2_5_VLModel
 
 from gap_triton.demo.scenes import IMAGE_SIZE
 
-if TYPE_CHECKING:
-    from gap_triton.demo.qwen2_5_vl import Qwen25VL
+
+class ImageLayout(Protocol):
+    """How a model takes its images: what the processor asks of a `gap_triton.demo.architecture.Architecture`."""
+
+    image_token: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """All tokens ahead of the question."""
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """Patches of uint8 images ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+
+    def image_grid(self, images: int) -> Tensor:
+        """Frames, rows and columns of patches of so many images: ``[N, 3]``."""
 
 
 class NativeProcessor:
@@ -28,7 +42,7 @@ class NativeProcessor:
         architecture: whose placeholder and pixel layout to use.
     """
 
-    def __init__(self, tokenizer: Any, architecture: Qwen25VL) -> None:
+    def __init__(self, tokenizer: Any, architecture: ImageLayout) -> None:
         self.tokenizer = tokenizer
         self.image_token = architecture.image_token
         self.batch_decode = tokenizer.batch_decode

@@ -47,8 +47,13 @@ class Case:
 
     @classmethod
     def of(cls, config: GapConfig) -> Case:
-        """``config`` under the name that says where and by what it prunes."""
-        assert not isinstance(config.keep, str), "how many tokens outliers are is no budget"
+        """``config`` under the name that says where and by what it prunes.
+
+        Raises:
+            ValueError: ``keep`` is ``"outliers"``, which is no budget.
+        """
+        if isinstance(config.keep, str):
+            raise ValueError(f"keep={config.keep!r}: expected a budget, a share or a number of tokens")
         return cls(method_name(config), config.keep, config)
 
 

@@ -43,7 +43,6 @@ ROOMS = (
 # Imports inside of a function, or for types alone, which may close a circle.
 LAZY = {
     ("config", "presets"): "GapConfig.preset gives a preset by its name, and presets are made of GapConfig",
-    ("demo.native", "demo.qwen2_5_vl"): "the processor's annotations name the architecture that makes it",
     ("demo.evaluation", "demo.charts"): "charts need matplotlib, which is optional",
     ("demo.run", "demo.pictures"): "pictures need matplotlib, which is optional",
 }
