@@ -88,34 +88,43 @@ def contextual(
     if numbers is not None and is_readable(numbers):
         check_range("count", numbers, 0, torch.iinfo(torch.int64).max)
     length = width_of("count", number, numbers, length)
-    groups, num_rows, _ = features.shape
-    own = gather_rows(features, kept)
-
-    left = ~members(kept, num_rows)
-    place = left.cumsum(1) - 1  # among the tokens that are left
-    wanted = torch.as_tensor(count, device=features.device).expand(groups)[:, None]
-    stride = (left.sum(1, keepdim=True) // wanted.clamp(min=1)).clamp(min=1)
-    is_target = left & (place % stride == 0) & (place // stride < wanted)
+    rest = ~members(kept, features.shape[1])
+    is_target = _every_nth(rest, torch.as_tensor(count, device=features.device))
     # 1 for targets, 0 for others: exact top-k finds their rows in order.
     targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
+    mean = _mean_by_target(features, keys, targets, rest & ~is_target)
+    added = (gather_rows(features, targets).to(mean.dtype) + mean).to(features.dtype)
+    return assemble(kept, gather_rows(features, kept), targets, added)
 
-    dtype = accumulation_dtype(features)
+
+def _every_nth(rest: Tensor, count: Tensor) -> Tensor:
+    """Return ``count``, int64 [] or [G], of the True entries of ``rest``, bool [G, N], at equal distances from the first."""
+    number = rest.cumsum(1) - 1
+    count = count.expand(rest.shape[0])[:, None]
+    stride = (rest.sum(1, keepdim=True) // count.clamp(min=1)).clamp(min=1)
+    return rest & (number % stride == 0) & (number // stride < count)
+
+
+def _mean_by_target(features: Tensor, keys: Tensor, targets: Tensor, others: Tensor) -> Tensor:
+    """Return the mean of the features of those ``others``, bool [G, N], whose keys are most like a target's: [G, M, C]."""
+    groups, num_rows, _ = features.shape
+    length, dtype = targets.shape[1], accumulation_dtype(features)
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
     target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
 
-    def gathered(block: slice) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
+    def sums_over(
+        block: slice,
+    ) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
         cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
         # NaN ranks below everything: below any cosine (-2), but above filler.
         cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
         best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
         goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
-        goes_to &= (left & ~is_target)[:, block, None] & (targets >= 0)[:, None]
+        goes_to &= others[:, block, None] & (targets >= 0)[:, None]
         return goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype), goes_to.sum(1)
 
-    total, number_of = functools.reduce(
+    total, number = functools.reduce(
         lambda sums, more: (sums[0].add_(more[0]), sums[1].add_(more[1])),
-        map(gathered, row_blocks(num_rows, groups * length)),
+        map(sums_over, row_blocks(num_rows, groups * length)),
     )
-    mean = total / number_of.clamp(min=1)[..., None]
-    target_features = gather_rows(features, targets)
-    return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))
+    return total / number.clamp(min=1)[..., None]

@@ -75,29 +75,12 @@ def choose(
     """
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
-    num_rows = scores.shape[1]
-    count, counts = split_count("keep", keep, shapes)
-    if counts is None:
-        if count > num_rows:
-            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {describe_number(count)}")
-    elif is_readable(counts):
-        check_range("keep", counts, 0, num_rows)
-        count = int(counts.max()) if counts.numel() else 0
-    length = width_of("keep", count, counts, length)
+    length = _check_keep(keep, scores, shapes, length)
     if not isinstance(coverage, str) or coverage not in get_args(Coverage):
         raise ValueError(
             f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
         )
-    if neighbours is not None:
-        check_neighbours(shapes, neighbours)
-    if per_region is not None:
-        check_per_region(per_region)
-    if order is not None:
-        shapes.check("order", order, "G|1 N", (torch.int64,))
-        if order.shape[0] not in (1, scores.shape[0]):
-            raise ValueError(
-                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
-            )
+    _check_grids(scores, shapes, neighbours, per_region, order)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -111,6 +94,38 @@ def choose(
     if order is None:
         raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
     return _by_stride(scores, order.expand_as(scores), keep, length)
+
+
+def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
+    """Return the columns of the result, after a check of ``keep``."""
+    num_rows = scores.shape[1]
+    count, counts = split_count("keep", keep, shapes)
+    if counts is None:
+        if count > num_rows:
+            raise ValueError(f"keep: expected 0..{num_rows} (N of scores), got {describe_number(count)}")
+    elif is_readable(counts):
+        check_range("keep", counts, 0, num_rows)
+        count = int(counts.max()) if counts.numel() else 0
+    return width_of("keep", count, counts, length)
+
+
+def _check_grids(
+    scores: Tensor,
+    shapes: ShapeChecker,
+    neighbours: Tensor | None,
+    per_region: int | None,
+    order: Tensor | None,
+) -> None:
+    if neighbours is not None:
+        check_neighbours(shapes, neighbours)
+    if per_region is not None:
+        check_per_region(per_region)
+    if order is not None:
+        shapes.check("order", order, "G|1 N", (torch.int64,))
+        if order.shape[0] not in (1, scores.shape[0]):
+            raise ValueError(
+                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
+            )
 
 
 def _by_region(

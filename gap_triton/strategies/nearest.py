@@ -55,18 +55,11 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
 
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
-    row = torch.arange(num_rows, device=kept.device)
-    most = max(0, min(COLLECTED, num_rows - 1))
-
-    def collect(block: slice) -> Tensor:  # [G, k, C], a block of the kept tokens
-        some = kept[:, block]
-        cosine = (gather_rows(unit, some) @ unit.transpose(1, 2)).float()  # [G, k, N]
-        ranked = last_where(some[..., None] == row, cosine).flatten(0, 1)
-        near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
-        near &= (some >= 0)[..., None]
-        return own[:, block].to(dtype) + torch.where(near, weights[:, None], 0) @ values
-
-    parts = [collect(block) for block in row_blocks(kept.shape[1], features.shape[0] * num_rows)]
+    blocks = row_blocks(kept.shape[1], features.shape[0] * num_rows)
+    parts = [
+        own[:, block].to(dtype) + torch.where(_near(unit, kept[:, block]), weights[:, None], 0) @ values
+        for block in blocks
+    ]
     collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     dropped = ~members(kept, num_rows)
     added = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
@@ -78,3 +71,14 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         added,
         torch.where(unchanged, gather_rows(features, added), summed.to(features.dtype)),
     )
+
+
+def _near(unit: Tensor, kept: Tensor) -> Tensor:
+    """Return which of N tokens each of ``kept``, int64 [G, K], collects, by their unit keys [G, N, E]: bool [G, K, N]."""
+    num_rows = unit.shape[1]
+    row = torch.arange(num_rows, device=kept.device)
+    cosine = (gather_rows(unit, kept) @ unit.transpose(1, 2)).float()
+    ranked = last_where(kept[..., None] == row, cosine).flatten(0, 1)
+    most = max(0, min(COLLECTED, num_rows - 1))
+    near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
+    return near & (kept >= 0)[..., None]
