@@ -28,7 +28,7 @@ from training import curve
 from training.build import build_model, save
 from training.naming import naming_loss
 from training.packing import ANSWER, PREDICTED, Packed, pack, with_wrong_answers
-from training.schedule import learning_rate, stage_at
+from training.schedule import learning_rate, phase_at
 
 SEEDS_PER_RUN = 1_000_000  # a run uses one scene seed per step; runs of different seeds share none
 LOG_EVERY = 25  # steps
@@ -130,15 +130,15 @@ def train(
     start, earlier = _resume(output, settings, model, optimizer)
     began = time.perf_counter()
     for step in range(start, last):
-        stage = stage_at(step, steps)
-        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=stage.fewest, most=stage.most)
+        phase = phase_at(step, steps)
+        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=phase.fewest, most=phase.most)
         packed = pack(scenes, architecture)
         with torch.autocast("cpu", torch.bfloat16):
             features = architecture.visual_features(model, packed.pixel_values)
             names, accuracy = naming_loss(features, model.get_input_embeddings().weight, scenes)
-            if stage.answers:
+            if phase.answers:
                 logits = answer_logits(architecture, model, with_wrong_answers(packed, step), features)
-        if stage.answers:
+        if phase.answers:
             answers = F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten())
             loss = answers + NAMING_WEIGHT * names
             accuracy = teacher_forced_accuracy(logits, scenes)
@@ -157,7 +157,7 @@ def train(
         if step % LOG_EVERY == 0 or done == steps:
             row = {
                 "step": step,
-                "stage": stage.name,
+                "stage": phase.name,
                 "loss": round(answers.item(), 4),
                 "accuracy": round(accuracy, 4),
                 "seconds": round(seconds, 1),
