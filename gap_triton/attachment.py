@@ -17,7 +17,7 @@ from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
-changing = threading.RLock()  # held while hooks are put on a model or taken off
+attach_lock = threading.RLock()  # held while hooks are put on a model or taken off
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Attachment:
         layers: Its layers that carry the hooks; the model may have got others since.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration has asked it for something.
-        notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
+        records_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
         projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
@@ -46,7 +46,7 @@ class Attachment:
     layers: tuple[nn.Module, ...] = ()
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
-    notes_sizes: bool = False
+    records_sizes: bool = False
     projector_is_last: bool | None = None
     handles: list[Any] = field(default_factory=list)
     layer_handles: list[Any] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Attachment:
 
     def close_if_idle(self) -> None:
         """Take everything off a model that was detached, if no call is under way."""
-        with changing:
+        with attach_lock:
             if not self.closing or self.running:
                 return
             for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):

@@ -92,14 +92,14 @@ class Stage:
         self._check_choice("coverage", get_args(Coverage))
         self._check_choice("merge", get_args(Merge))
         in_vision = self.layer == BEFORE_THE_DECODER
-        allowed, place = (
+        allowed, location = (
             (VISION_SCORES, "after the vision encoder (layer=-1)")
             if in_vision
             else (DECODER_SCORES, "in a decoder layer")
         )
         if self.score not in allowed:
             raise self._error(
-                "score", f"{place} it is one of {_listed(allowed)}", f" with layer={shown(self.layer)}"
+                "score", f"{location} it is one of {_joined(allowed)}", f" with layer={shown(self.layer)}"
             )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
@@ -115,7 +115,7 @@ class Stage:
     def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in allowed:
-            raise self._error(field, f"expected one of {_listed(allowed)}")
+            raise self._error(field, f"expected one of {_joined(allowed)}")
 
     def _check_keep(self) -> None:
         if is_int(self.keep):
@@ -177,7 +177,7 @@ class GapConfig(Stage):
         self._check_choice("ids", get_args(Ids))
         if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise self._error("seed", "expected an int in 0..2**63 - 1")
-        object.__setattr__(self, "then", _listed_once(self.then))
+        object.__setattr__(self, "then", _as_tuple(self.then))
         if not isinstance(self.then, tuple) or not all(type(stage) is Stage for stage in self.then):
             raise self._error("then", "expected a tuple of gap_triton.Stage")
         if self.then and self.ids == "permuted":
@@ -190,8 +190,8 @@ class GapConfig(Stage):
                     "then", f"layers must increase, and {shown(after.layer)} follows {shown(before.layer)}"
                 )
             if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
-                found = f"keep={shown(after.keep)} follows {shown(before.keep)}"
-                raise self._error("then", f"a stage can't keep more than the one before, and {found}")
+                fault = f"keep={shown(after.keep)} follows {shown(before.keep)}"
+                raise self._error("then", f"a stage can't keep more than the one before, and {fault}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -214,12 +214,12 @@ def first_later(layer: int) -> int:
     return layer + 1
 
 
-def asks_for_text(stage: Stage) -> bool:
+def needs_text(stage: Stage) -> bool:
     """Whether what ``stage`` keeps depends on the text of the prompt."""
     return stage.score in TEXT_SCORES
 
 
-def asks_for_places(stage: Stage) -> bool:
+def needs_grid(stage: Stage) -> bool:
     """Whether ``stage`` must know where in its image each visual token stands."""
     spreads = stage.coverage != "topk" or stage.score == "spatial"
     if stage.layer != BEFORE_THE_DECODER:
@@ -229,7 +229,7 @@ def asks_for_places(stage: Stage) -> bool:
     )
 
 
-def _listed_once(values: object) -> object:
+def _as_tuple(values: object) -> object:
     """What can be gone through as a tuple, for it may be a generator, which can't be gone through twice."""
     try:
         return tuple(iter(values))  # type: ignore[call-overload]
@@ -237,5 +237,5 @@ def _listed_once(values: object) -> object:
         return values
 
 
-def _listed(values: tuple[str, ...]) -> str:
+def _joined(values: tuple[str, ...]) -> str:
     return ", ".join(map(repr, values))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 NAME = "gap_triton"  # of the attention implementation
-WATCHED = "_gap_watched"  # marks the attention of a vision tower's scoring layer
+SCORES = "_gap_scores"  # marks the attention of a vision tower's scoring layer
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

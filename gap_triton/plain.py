@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-SHOWN = 300
+MAX_SHOWN = 300
 
 
 def plain(value: object) -> object:
@@ -35,4 +35,4 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # what a foreign `__repr__` raises says nothing about the argument
         return f"<{type(value).__name__}>"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

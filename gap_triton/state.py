@@ -16,8 +16,8 @@ from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
-from .strategies.places import Places
-from .vision_tower import TowerWatch
+from .strategies.places import GridPositions
+from .vision_tower import TowerRecorder
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Prompt:
     Attributes:
         visual: [B, Q] bool, the visual tokens.
         real: [B, Q] bool, False at padding.
-        asking: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
+        query_rows: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
         before_answer: [B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays;
             None where no sample has one.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
@@ -41,7 +41,7 @@ class Prompt:
 
     visual: torch.Tensor
     real: torch.Tensor
-    asking: torch.Tensor
+    query_rows: torch.Tensor
     before_answer: torch.Tensor | None
     visual_index: torch.Tensor
     text_after: torch.Tensor
@@ -53,7 +53,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class VisionSelection:
     """What was chosen after the vision encoder, before the decoder runs.
 
     Attributes:
@@ -74,22 +74,22 @@ class Drop:
     Attributes:
         stage: Where and how.
         keep: How many visual tokens survive, by sample.
-        before: How many visual rows there are at most before it, by sample.
+        visual_counts: How many visual rows it finds at most, by sample.
         length: L, the number of rows after it.
         dense: Every row after it is a real token, in every sample.
-        chosen: What was chosen after the vision encoder; None where the stage is in the decoder.
+        selection: What was chosen after the vision encoder; None where the stage is in the decoder.
         text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
-        places: Where visual rows stand in their images; None where the stage does not ask, or is not in the decoder.
+        grid_positions: Where visual rows stand in their images; None where the stage does not ask, or is not in the decoder.
     """
 
     stage: Stage
     keep: tuple[int, ...]
-    before: tuple[int, ...]
+    visual_counts: tuple[int, ...]
     length: int
     dense: bool
-    chosen: Chosen | None = None
+    selection: VisionSelection | None = None
     text_rows: torch.Tensor | None = None
-    places: Places | None = None
+    grid_positions: GridPositions | None = None
 
     @property
     def first_later(self) -> int:
@@ -139,21 +139,21 @@ class Call:
     Attributes:
         drafts: Number of last rows that are no prompt: guesses to be verified (``logits_to_keep`` less one), or what
             `generate` without a KV cache has written.
-        written: What `generate` without a KV cache has written, of those.
-        rows_asked: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
+        generated: What `generate` without a KV cache has written, of those.
+        logit_rows: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
         labels: [B, Q] int64 targets of the loss.
         ignored_label: The label that is no target.
         config: The configuration when the forward began; None where no head told.
-        arrived: They have been handed on to the module that receives ``input_ids``.
+        reached_owner: They have been handed on to the module that receives ``input_ids``.
     """
 
     drafts: int = 0
-    written: int = 0
-    rows_asked: torch.Tensor | None = None
+    generated: int = 0
+    logit_rows: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     ignored_label: int = -100
     config: GapConfig | None = None
-    arrived: bool = False
+    reached_owner: bool = False
 
 
 @dataclass
@@ -193,17 +193,17 @@ class Survivors:
     """The rows that one stage leaves.
 
     Attributes:
-        rows: [B, L] int64, rows of the prompt, ascending, -1 = filler.
-        order: [B, L] int64, the source row of each of the later layers' hidden states: ``rows``, but for
+        index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+        order: [B, L] int64, the source row of each of the later layers' hidden states: ``index``, but for
             ``ids="permuted"``.
         new_ids: [B, L] (or [A, B, L]) int64, their renumbered ids, None for ``ids="kept"``.
-        taken: Arguments of later layers, each with what is left of it for these rows.
+        arguments: Arguments of later layers, each with what is left of it for these rows.
     """
 
-    rows: torch.Tensor
+    index: torch.Tensor
     order: torch.Tensor
     new_ids: torch.Tensor | None
-    taken: list[tuple[Any, Any]] = field(default_factory=list)
+    arguments: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -217,7 +217,7 @@ class Prefill:
         past: Number of original positions in the cache before it.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
         scoring: Left by the attention of the scoring layer, until the stage has scored.
-        left: The survivors of each stage so far.
+        survivors: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
     """
@@ -228,14 +228,14 @@ class Prefill:
     past: int
     position_ids: torch.Tensor
     scoring: Scoring | None = None
-    left: list[Survivors] = field(default_factory=list)
+    survivors: list[Survivors] = field(default_factory=list)
     embeds: torch.Tensor | None = None
     selection: Selection | None = None
 
     @property
     def done(self) -> int:
         """How many stages have been."""
-        return len(self.left)
+        return len(self.survivors)
 
     @property
     def next_drop(self) -> Drop | None:
@@ -257,14 +257,14 @@ class Rows:
         past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
-        ready_made: The caller gave a mask of four dimensions, which says more than padding.
+        has_4d_mask: The caller gave a mask of four dimensions, which says more than padding.
     """
 
     batch: int
     queries: int
     past: int | torch.Tensor
     real: torch.Tensor | None
-    ready_made: bool
+    has_4d_mask: bool
 
 
 @dataclass(eq=False)
@@ -275,10 +275,10 @@ class DecoderRun:
         config: The configuration of the call.
         attachment: The attachment that it runs under.
         rows: The rows that it adds.
-        before: What all layers held before it; None where nothing had been dropped.
+        kept_before: What all layers held before it; None where nothing had been dropped.
         kept: What they hold now.
         prefill: The prompt that it prunes; None where it drops nothing.
-        cache: The KV cache, while it is half filled (`kept_tokens.begin`).
+        cache: The KV cache, while it is half filled (`kept_tokens.mark_unfinished`).
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
             ones; None elsewhere.
         deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
@@ -288,7 +288,7 @@ class DecoderRun:
     config: GapConfig
     attachment: Attachment
     rows: Rows
-    before: KeptTokens | None
+    kept_before: KeptTokens | None
     kept: KeptTokens | None
     prefill: Prefill | None = None
     cache: Any = None
@@ -299,7 +299,7 @@ class DecoderRun:
     @property
     def survivors(self) -> Survivors | None:
         """The rows that are left by now; None where nothing has been dropped in this run."""
-        return self.prefill.left[-1] if self.prefill is not None and self.prefill.left else None
+        return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, computed for the first later layer and shared by the others."""
@@ -315,13 +315,13 @@ class OwnerArguments:
     Attributes:
         visual: [B, Q] bool, the visual tokens; None where there is no prompt.
         attention_mask: The mask as the caller gave it, before the model makes its own of it.
-        sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
+        by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
         kwargs: Its keyword arguments, which say where images begin; empty once the prompt is planned.
     """
 
     visual: torch.Tensor | None = None
     attention_mask: Any = None
-    sought: bool = False
+    by_embedding: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -335,9 +335,9 @@ class ForwardState:
         call: What the caller asked of the model around the decoder.
         owner: What the module that receives ``input_ids`` was given.
         enabled: False in training mode, or when the model was switched to another implementation.
-        entered: The decoder has seen this state.
-        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
-        watch: What looks on while the vision encoder runs; None where nothing is asked of it.
+        reached_decoder: The decoder has seen this state.
+        without_owner: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
+        recorder: What looks on while the vision encoder runs; None where nothing is asked of it.
         run: The run of the decoder; None until it begins, and where nothing is or was dropped.
     """
 
@@ -346,12 +346,12 @@ class ForwardState:
     call: Call
     owner: OwnerArguments
     enabled: bool = True
-    entered: bool = False
-    by_itself: bool = False
-    watch: TowerWatch | None = None
+    reached_decoder: bool = False
+    without_owner: bool = False
+    recorder: TowerRecorder | None = None
     run: DecoderRun | None = None
 
-    def observe(
+    def record_attention(
         self,
         module: nn.Module,
         query: torch.Tensor,

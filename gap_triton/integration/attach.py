@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..arguments import VISUAL_GRID, VISUAL_MASK
-from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
+from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
 from ..introspect import NAME, text_model_of
@@ -19,7 +19,7 @@ from ..prefill.answers import GENERATED
 from ..prefill.position_ids import ID_RULES
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
-from ..vision.watch import let_tower_tell
+from ..vision.needs import hook_tower
 from .hooks import (
     after_head,
     after_owner,
@@ -36,12 +36,12 @@ from .supported_models import (
     find_parts,
     is_vision_language_model,
     lone_decoder_of,
-    takes_more,
+    takes_kwargs,
     unwrap,
 )
-from .unpruned import say_what_a_head_gets
+from .unpruned import warn_of_zeros
 
-OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
+OWN_ARGUMENTS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
@@ -63,10 +63,10 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
-    config = _checked(config if config is not None else GapConfig(), parts)
-    with changing:
+    config = _check_config(config if config is not None else GapConfig(), parts)
+    with attach_lock:
         new = not _attachments_of(parts, model)
-        attachment = _bring_up(model, parts, config)
+        attachment = _ensure_attached(model, parts, config)
         previous = parts.text.config._attn_implementation
         if previous == NAME:
             return
@@ -91,7 +91,7 @@ def detach(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
-    with changing:
+    with attach_lock:
         for attachment in _attachments_in(model):
             attachment.close()
 
@@ -108,7 +108,7 @@ def configure(model: nn.Module, config: GapConfig) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
-    with changing:
+    with attach_lock:
         if parts.text.config._attn_implementation != NAME:
             raise ValueError(
                 f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
@@ -119,7 +119,7 @@ def configure(model: nn.Module, config: GapConfig) -> None:
                 f'{type(model).__name__} runs under "{NAME}", but nothing is attached to it: use '
                 "gap_triton.attach(model, config)"
             )
-        _bring_up(model, parts, _checked(config, parts))
+        _ensure_attached(model, parts, _check_config(config, parts))
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
         before = [config._attn_implementation for config in configs]
         result = method(self, *args, **kwargs)
         try:
-            with changing:
+            with attach_lock:
                 _synchronize(self)
         except (ValueError, RuntimeError):
             for config, implementation in zip(configs, before, strict=True):
@@ -203,7 +203,7 @@ def let_generate_take_visual_mask() -> None:
     @functools.wraps(validate)
     def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
         if is_attached(self):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OURS}
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_ARGUMENTS}
         validate(self, model_kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -246,7 +246,7 @@ def refuse_continuous_batching() -> None:
     setattr(GenerationMixin, name, wrapped)
 
 
-def let_generate_count_what_it_feeds_again() -> None:
+def let_generate_count_generated_tokens() -> None:
     """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
 
     Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
@@ -280,16 +280,16 @@ def _synchronize(model: PreTrainedModel) -> None:
     for module in model.modules():
         text = text_model_of(module)
         if text is not None and text.config._attn_implementation == NAME:
-            _bring_up_by_name(model, module, text)
+            _ensure_attached_by_name(model, module, text)
     # Of a decoder stack alone nobody knows yet whether it will be part of a vision-language model.
     decoder = lone_decoder_of(model)
     if decoder is not None and decoder is not model and decoder.config._attn_implementation == NAME:
-        _bring_up_by_name(model, model, decoder)
+        _ensure_attached_by_name(model, model, decoder)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
         find_parts(model)  # a model that can't be pruned says so now
 
 
-def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
+def _ensure_attached_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
     try:
         parts = find_parts(module)
     except ValueError:
@@ -297,31 +297,31 @@ def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: Pre
             return  # the decoder was attached alone, inside a model that can't be
         raise
     check_heads(model, parts)
-    attachment = _bring_up(model, parts, None)
+    attachment = _ensure_attached(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
 
 # --------------------------------------------------------------------------------------------- hooks
-def _bring_up(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
+def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
     """The attachment of ``parts``, put on now, or anew where they were replaced; ``config`` None = what it was."""
     earlier = _attachments_of(parts, model)
     attachment = next((each for each in earlier if _covers(each, parts)), None)
-    stale = [each for each in earlier if each is not attachment]
-    if any(each.running for each in stale):
+    replaced = [each for each in earlier if each is not attachment]
+    if any(each.running for each in replaced):
         raise RuntimeError(
             f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
             "is still under way: attach again when it has ended"
         )
     config = config or next((each.config for each in earlier if not each.closing), GapConfig())
     restore = next((each.restore for each in earlier if each.restore is not None), None)
-    for each in stale:
+    for each in replaced:
         each.restore = None
         each.close()
     if attachment is None:
         attachment = _install(parts, config)
     else:
         attachment.closing = False
-        let_tower_tell(attachment, config)
+        hook_tower(attachment, config)
         attachment.config = config
         hook_layers(attachment)
     attachment.restore = restore
@@ -340,7 +340,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     for module in (owner, text):
         object.__setattr__(module, ATTACHMENT_ATTRIBUTE, attachment)
     try:
-        let_tower_tell(attachment, config)
+        hook_tower(attachment, config)
     except ValueError:
         attachment.close()
         raise
@@ -353,17 +353,17 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
         if any(head is known for known in attachment.heads):
             continue
         attachment.heads.append(head)
-        say_what_a_head_gets(head)
+        warn_of_zeros(head)
         object.__setattr__(head, ATTACHMENT_ATTRIBUTE, attachment)
         _register(
             attachment,
             "register_forward_pre_hook",
             head,
-            functools.partial(before_head, owner_name=name, takes_more=takes_more(head)),
+            functools.partial(before_head, owner_name=name, takes_kwargs=takes_kwargs(head)),
         )
-        looks: list[Any] = []
-        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=looks))
-        looks.append(attachment.handles[-1])
+        handles: list[Any] = []
+        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=handles))
+        handles.append(attachment.handles[-1])
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:
@@ -406,7 +406,7 @@ def _covers(attachment: Attachment, parts: Parts) -> bool:
     return attachment.owner is parts.owner or inside
 
 
-def _checked(config: GapConfig, parts: Parts) -> GapConfig:
+def _check_config(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
     check_layers(config, len(parts.text.layers))

@@ -17,10 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
-from ..introspect import NAME, WATCHED
+from ..introspect import NAME, SCORES
 from ..later_layers.masks import mask_for_attention
 from ..state import ForwardState
-from ..vision_tower.recording import recording_now
+from ..vision_tower.recording import current_recording
 
 logger = logging.get_logger(__name__)
 
@@ -74,12 +74,12 @@ def gap_attention_forward(
                 f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
                 "load the model with attn_implementation='eager'"
             )
-    if getattr(module, WATCHED, False):
-        recording = recording_now.get()
+    if getattr(module, SCORES, False):
+        recording = current_recording.get()
         if recording is not None:
-            recording.attend(module, query, key, attention_mask, kwargs.get("scaling"))
+            recording.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif gap_state is not None:
-        gap_state.observe(module, query, key, attention_mask, kwargs.get("scaling"))
+        gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '

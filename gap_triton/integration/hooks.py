@@ -15,29 +15,29 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
-from ..attachment import Attachment, changing, remember_selection
-from ..calls import config_now, drafts_now
-from ..config import BEFORE_THE_DECODER, asks_for_places
+from ..attachment import Attachment, attach_lock, remember_selection
+from ..calls import current_config, is_assistant
+from ..config import BEFORE_THE_DECODER, needs_grid
 from ..introspect import NAME, layer_type, text_model_of
 from ..kv_cache.kept_tokens import (
     KeptRows,
     KeptTokens,
-    begin,
     kept_tokens_of,
     length_in_step,
+    mark_finished,
+    mark_unfinished,
     original_length,
     refuse_continuation,
     refuse_pruned_cache,
-    settle,
     store,
 )
 from ..kv_cache.static_cache import fit
-from ..later_layers.deepstack import add_behind, take_out
+from ..later_layers.deepstack import add_features, take_out
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import refuse_router_logits, restore_rows
 from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
-from ..prefill.drop import drop
-from ..prefill.grid_positions import places_of
+from ..prefill.drop import drop_tokens
+from ..prefill.grid_positions import grid_positions_of
 from ..prefill.plan import decide
 from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import (
@@ -49,16 +49,16 @@ from ..prefill.prompt import (
 )
 from ..prefill.raters import find_raters
 from ..state import Call, DecoderRun, Drop, ForwardState, OwnerArguments, Prefill, Prompt, Rows
-from ..vision.select import choose_before_the_decoder
-from ..vision.watch import watch_tower
+from ..vision.needs import start_recorder
+from ..vision.select import select_before_decoder
 from .supported_models import check_layers, find_parts
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
-    say_that_it_was_called_by_itself,
-    say_that_no_placeholder_was_found,
-    say_that_nothing_is_named,
-    say_that_nothing_is_pruned,
+    warn_no_placeholder,
+    warn_no_visual_mask,
+    warn_not_pruned,
+    warn_owner_skipped,
 )
 from .visual_grid import named_grids
 from .visual_mask import named_visual_tokens
@@ -74,7 +74,7 @@ def before_head(
     *,
     attachment: Attachment,
     owner_name: str,
-    takes_more: bool,
+    takes_kwargs: bool,
 ) -> tuple[Args, Kwargs] | None:
     """Pass on what the module with the language head would keep to itself.
 
@@ -85,7 +85,7 @@ def before_head(
             forgets at once that it takes them.
         attachment: What is attached to the module that it holds.
         owner_name: The name under which it holds it.
-        takes_more: Its forward takes keyword arguments that it does not list.
+        takes_kwargs: Its forward takes keyword arguments that it does not list.
     """
     if kwargs is None:
         return None
@@ -96,8 +96,8 @@ def before_head(
         )
     args, kwargs = by_name(model, args, dict(kwargs))
     call = _call_of(kwargs, attachment)
-    if not takes_more:
-        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    if not takes_kwargs:
+        _refuse_lost_arguments(model, args, kwargs, call, attachment)
         return args, kwargs
     call.config = attachment.config
     kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
@@ -120,27 +120,27 @@ def after_head(
     call: Call | None = None if output is None else kwargs.get(CALL_KEY)
     if call is None:
         return
-    if not call.arrived:
-        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    if not call.reached_owner:
+        _refuse_lost_arguments(model, args, kwargs, call, attachment)
     elif not torch.compiler.is_compiling():
         handles[0].remove()
 
 
-def _refuse_to_keep_quiet(
+def _refuse_lost_arguments(
     model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
 ) -> None:
     """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
     labels = call.labels
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = [each for each in given if isinstance(each, torch.Tensor)]
-    told = {
+    lost = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
         "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
-        "use_cache=False": call.written > 0,
-        "logits_to_keep": call.drafts > call.written or call.rows_asked is not None,
+        "use_cache=False": call.generated > 0,
+        "logits_to_keep": call.drafts > call.generated or call.logit_rows is not None,
     }
-    names = [name for name, given in told.items() if given]
+    names = [name for name, given in lost.items() if given]
     if names and attachment.prunes(model):
         raise RuntimeError(
             f"{type(model).__name__} does not hand further keyword arguments on to {type(attachment.owner).__name__}, which "
@@ -172,12 +172,14 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
-    call.arrived = True
+    call.reached_owner = True
     state = ForwardState(attachment.config, attachment, call, OwnerArguments())
-    state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
+    state.enabled = attachment.prunes(owner) and not (
+        attachment.closing and current_config(attachment) is None
+    )
     input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if not state.enabled:
-        say_that_nothing_is_pruned(owner, attachment, embeds if input_ids is None else input_ids)
+        warn_not_pruned(owner, attachment, embeds if input_ids is None else input_ids)
     else:
         visual = None
         if visual_mask is not None:
@@ -185,12 +187,12 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         elif attachment.owner is not attachment.text:
             visual = find_visual_tokens(owner, input_ids, embeds)
         else:
-            say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
+            warn_no_visual_mask(owner, embeds if input_ids is None else input_ids)
         sought = visual_mask is None and input_ids is None
         state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought)
         if visual is not None:
             refuse_export()
-            config = config_now(attachment, call)
+            config = current_config(attachment, call)
             state.enabled = config is not None
             state.config = config or state.config
     if state.enabled and state.owner.visual is not None:
@@ -198,19 +200,19 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         state.owner.kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         if visual_grid is not None:
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
-        watch_tower(state)
+        start_recorder(state)
     if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
         attachment.running.add(state)
         if attachment.closing:
-            with changing:  # a removal that began before this call was seen comes to its end first
+            with attach_lock:  # a removal that began before this call was seen comes to its end first
                 state.enabled = state.enabled and bool(attachment.handles)
     kwargs[STATE_KEY] = state
     return args, kwargs
 
 
 def _end(state: ForwardState) -> None:
-    if state.watch is not None:
-        state.watch.stop()
+    if state.recorder is not None:
+        state.recorder.stop()
     if not torch.compiler.is_compiling():
         state.attachment.running.discard(state)
         if state.attachment.closing:
@@ -220,7 +222,7 @@ def _end(state: ForwardState) -> None:
 def hook_layers(attachment: Attachment) -> None:
     """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
     text = attachment.text
-    with changing:
+    with attach_lock:
         if attachment.layers == tuple(text.layers):
             return
         for handle in attachment.layer_handles:
@@ -241,13 +243,13 @@ def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
     hook_layers(attachment)
 
 
-def _begin_by_itself(
+def _begin_without_owner(
     text: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
     """The decoder was called past its owner; there a mask can name visual tokens too."""
     args, kwargs = _begin(text, args, kwargs, attachment)
     state: ForwardState = kwargs[STATE_KEY]
-    state.by_itself = True
+    state.without_owner = True
     try:
         return before_text(text, args, kwargs, attachment=attachment) or (args, kwargs)
     except Exception:
@@ -262,12 +264,12 @@ def before_text(
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         if kwargs.get(VISUAL_MASK) is not None:
-            return _begin_by_itself(text, args, kwargs, attachment)
-        say_that_it_was_called_by_itself(text, args, kwargs, attachment)
+            return _begin_without_owner(text, args, kwargs, attachment)
+        warn_owner_skipped(text, args, kwargs, attachment)
     if state is None or not state.enabled:
         refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None
-    state.entered = True
+    state.reached_decoder = True
     args, kwargs = by_name(text, args, kwargs)
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
@@ -290,9 +292,9 @@ def _rows_of(
     """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
     # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
-    ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
     real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
-    return Rows(batch, queries, past, real, ready_made)
+    return Rows(batch, queries, past, real, has_4d_mask)
 
 
 def _begin_step(
@@ -303,7 +305,7 @@ def _begin_step(
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     _follow_layers(state.attachment, text)
-    kept.settled = True
+    kept.complete = True
     state.run = run
     return kwargs
 
@@ -316,14 +318,14 @@ def _begin_prompt(
     visual = state.owner.visual
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
     verifies = past > 0 and follows_prompt(state.call, visual, inputs)
-    sees_image = False
+    has_image = False
     if visual is not None and not verifies:
         prompt, drafts = _read(state.call, run.rows, visual)
-        sees_image = any(prompt.visual_counts)
-        if sees_image:
+        has_image = any(prompt.visual_counts)
+        if has_image:
             kwargs = _plan(state, run, prompt, drafts, past, kwargs)
-        elif state.owner.sought:
-            say_that_no_placeholder_was_found(state.attachment.owner)
+        elif state.owner.by_embedding:
+            warn_no_placeholder(state.attachment.owner)
     if kept is not None:
         _count_without_pruning(run, kept, kwargs, inputs.device)
     if run.prefill is not None:
@@ -337,11 +339,11 @@ def _begin_prompt(
     _follow_layers(state.attachment, text)
     if kept is not None:
         if not verifies:
-            _refuse_another_turn(run, kept, sees_image, kwargs)
-        kept.settled = True
+            _refuse_another_turn(run, kept, has_image, kwargs)
+        kept.complete = True
     if cache is not None:
         run.cache = cache
-        begin(cache)
+        mark_unfinished(cache)
     state.run = run
     return kwargs
 
@@ -353,15 +355,15 @@ def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, de
         run.position_ids = position_ids_of(kwargs.get("position_ids"), rows.past, rows.queries, device)
 
 
-def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, sees_image: bool, kwargs: Kwargs) -> None:
+def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, has_image: bool, kwargs: Kwargs) -> None:
     """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
-    if drafts_now():
+    if is_assistant():
         # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
         # several tokens: what it had and what the other model wrote.
-        kept.settled = True
+        kept.complete = True
     rows = run.rows
-    refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, sees_image)
-    if not rows.ready_made and looks_ahead(kwargs.get("attention_mask"), _new(rows)):
+    refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, has_image)
+    if not rows.has_4d_mask and looks_ahead(kwargs.get("attention_mask"), _new(rows)):
         raise ValueError(
             "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
             "turn: start a new cache with the whole conversation"
@@ -384,10 +386,10 @@ def _plan(
 ) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     stages = state.config.stages
-    chosen = None
+    selection = None
     if stages[0].layer == BEFORE_THE_DECODER:
-        chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
-    drops = decide(prompt, stages, chosen)
+        selection, kwargs = select_before_decoder(state, prompt, stages[0], kwargs)
+    drops = decide(prompt, stages, selection)
     if not drops:
         return kwargs
     check_layers(state.config, len(run.attachment.text.layers))
@@ -402,20 +404,20 @@ def _with_what_ranks(
     state: ForwardState, prompt: Prompt, drops: tuple[Drop, ...], kwargs: Kwargs
 ) -> tuple[Drop, ...]:
     """``drops``, with the text rows and the places in the image that the stages in the decoder ask for."""
-    in_decoder = [drop.stage for drop in drops if drop.chosen is None]
+    in_decoder = [drop.stage for drop in drops if drop.selection is None]
     text_rows = {"text": prompt.text_after}
     if any(stage.score == "raters" for stage in in_decoder):
         text_rows["raters"] = find_raters(prompt, kwargs)
-    places = None
-    if any(map(asks_for_places, in_decoder)):
-        places = places_of(state.attachment, state.owner.kwargs, prompt)
+    positions = None
+    if any(map(needs_grid, in_decoder)):
+        positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)
     return tuple(
         drop
-        if drop.chosen is not None
+        if drop.selection is not None
         else replace(
             drop,
             text_rows=text_rows.get(drop.stage.score),
-            places=places if asks_for_places(drop.stage) else None,
+            grid_positions=positions if needs_grid(drop.stage) else None,
         )
         for drop in drops
     )
@@ -438,7 +440,7 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
-    hidden_states = add_behind(run, hidden_states, index - 1)
+    hidden_states = add_features(run, hidden_states, index - 1)
     if run.prefill is not None and step is not None:
         hidden_states, kept = _drop(run, run.prefill, step, hidden_states, kwargs)
     if kept is not None:
@@ -450,7 +452,7 @@ def _drop(
     run: DecoderRun, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
 ) -> tuple[torch.Tensor, KeptRows]:
     """Drop, and let run and cache know of it; returns the hidden states and what the layers from here on hold."""
-    dropped = drop(run, prefill, step, hidden_states, kwargs)
+    dropped = drop_tokens(run, prefill, step, hidden_states, kwargs)
     run.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
     store(cache, dropped.kept)
@@ -469,12 +471,12 @@ def after_text(
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         return None
-    if state.by_itself:
+    if state.without_owner:
         _end(state)
     run = state.run
     if run is None or output is None:
         return None
-    settle(run.cache)
+    mark_finished(run.cache)
     prefill = run.prefill
     if prefill is None:
         return None
@@ -499,7 +501,7 @@ def after_owner(
     if state is None:
         return
     _end(state)
-    if state.enabled and not state.entered and output is not None:
+    if state.enabled and not state.reached_decoder and output is not None:
         if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
             raise RuntimeError(
                 f"the decoder of {type(owner).__name__} was replaced after gap_triton was attached, so nothing was dropped: "

@@ -174,8 +174,8 @@ def find_parts(model: nn.Module) -> Parts:
         raise _refusal(model, parts, reason)
     if parts is None:
         raise ValueError(
-            f"gap_triton found no vision-language decoder in {_described(model)}: expected a module with a decoder stack in "
-            f".{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_instead()}"
+            f"gap_triton found no vision-language decoder in {_description(model)}: expected a module with a decoder stack "
+            f"in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_hint()}"
         )
     return parts
 
@@ -188,19 +188,19 @@ def check_heads(model: PreTrainedModel, parts: Parts) -> None:
 
 
 def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
-    instead = _alone_instead(model, parts) + _unpruned_instead("eager" if PLAIN in reason else "sdpa")
-    return ValueError(f"gap_triton can't prune {_described(model)}: {reason}. {instead}")
+    instead = _decoder_hint(model, parts) + _unpruned_hint("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {_description(model)}: {reason}. {instead}")
 
 
-def _described(model: PreTrainedModel) -> str:
+def _description(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
 
 
-def _unpruned_instead(implementation: str = "sdpa") -> str:
+def _unpruned_hint(implementation: str = "sdpa") -> str:
     return f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
 
 
-def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
+def _decoder_hint(model: PreTrainedModel, parts: Parts | None) -> str:
     """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
     if parts is None or parts.owner is parts.text or _second_decoder(model, parts.owner):
         return ""
@@ -238,7 +238,7 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
         or _unsafe_config(text)
         or _unsafe_signatures(owner, text)
         or _unsafe_layers(text)
-        or _nameless(owner, text)
+        or _no_token_id(owner, text)
     )
 
 
@@ -278,14 +278,14 @@ def _unsafe_config(text: PreTrainedModel) -> str | None:
 
 def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     for module in (owner, text, text.layers[0]):
-        if not takes_more(module):
+        if not takes_kwargs(module):
             return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
     return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
         text, DECODER_PARAMETERS
     )
 
 
-def _nameless(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+def _no_token_id(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     if owner is text or visual_token_ids(owner.config):
         return None
     return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
@@ -303,16 +303,16 @@ def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
-    for index, layer in enumerate(map(_unwrapped, text.layers)):
+    for index, layer in enumerate(map(_inner_module, text.layers)):
         inside = [m for m in layer.modules() if m is not layer]
-        own = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
-        if len(own) != 1:
-            names = ", ".join(type(m).__name__ for m in own) or "none"
+        attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
+        if len(attentions) != 1:
+            names = ", ".join(type(m).__name__ for m in attentions) or "none"
             return (
                 f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
                 f"found {names}"
             )
-        attention = own[0]
+        attention = attentions[0]
         others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
         if others:
             return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
@@ -327,9 +327,9 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
 
 def _more_than_dense(attention: nn.Module) -> str | None:
     """What ``attention`` asks of the attention function besides dense attention, as its code and its attributes tell."""
-    for keyword, given in _keywords_given(inspect.unwrap(type(attention).forward)):
+    for keyword, attribute in _keywords_given(inspect.unwrap(type(attention).forward)):
         # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
-        if isinstance(given, str) and getattr(attention, given, None) is None:
+        if isinstance(attribute, str) and getattr(attention, attribute, None) is None:
             continue
         return f"{type(attention).__name__} needs {MORE_THAN_DENSE[keyword]} ({keyword!r}), and attention is {PLAIN}"
     return None
@@ -349,27 +349,27 @@ def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
         value = node.value
         if isinstance(value, ast.Constant) and value.value is None:
             continue
-        own = None
+        attribute = None
         if (
             isinstance(value, ast.Attribute)
             and isinstance(value.value, ast.Name)
             and value.value.id == "self"
         ):
-            own = value.attr
-        found.append((node.arg, own))
+            attribute = value.attr
+        found.append((node.arg, attribute))
     return tuple(found)
 
 
-def takes_more(module: nn.Module) -> bool:
+def takes_kwargs(module: nn.Module) -> bool:
     """Whether the forward of ``module`` takes keyword arguments that it does not list."""
     return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(inspect.unwrap(type(_unwrapped(module)).forward)).parameters)
+    return dict(inspect.signature(inspect.unwrap(type(_inner_module(module)).forward)).parameters)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _inner_module(module: nn.Module) -> nn.Module:
     """``module``, or the one that it is wrapped around and hands everything on to, as `torch.compile` makes them."""
     while len(module._modules) == 1:
         parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]

@@ -58,7 +58,7 @@ def named_visual_tokens(
         mask = mask[:, past:]
     mask = torch.nn.functional.pad(mask, (0, drafts))
     if input_ids is not None and visual_token_ids(owner.config):
-        _refuse_strangers(owner, mask, input_ids)
+        _refuse_other_rows(owner, mask, input_ids)
     return mask
 
 
@@ -72,7 +72,7 @@ def _refuse_no_mask(mask: Any, device: torch.device) -> None:
         )
 
 
-def _refuse_strangers(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+def _refuse_other_rows(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Raise ValueError if ``mask`` [B, Q] names rows of ``input_ids`` [B, Q] that are no placeholder of an image."""
     strangers = (mask & ~placeholders_in(owner, input_ids)).nonzero().tolist()
     if strangers:

@@ -55,15 +55,15 @@ class KeptTokens:
     Attributes:
         stages: One record for each pruning layer, first to last.
         ids: The id rule that the survivors follow.
-        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
-            was read so far does not end in an image.
-        settled: Generated tokens follow the pruned prompt, so it was complete.
+        text_independent: Text that follows can't change the choice: no score looks at text, and the rows so far don't end in
+            an image.
+        complete: Generated tokens follow the pruned prompt, so it was complete.
     """
 
     stages: tuple[KeptRows, ...]
     ids: str
-    whole: bool = False
-    settled: bool = False
+    text_independent: bool = False
+    complete: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -117,16 +117,16 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     return kept
 
 
-def begin(cache: Any) -> None:
-    """Mark the cache of a forward that drops, or adds several rows to a pruned cache, until `settle` takes the mark away.
+def mark_unfinished(cache: Any) -> None:
+    """Mark the cache of a forward that drops, or that adds several rows to a pruned cache.
 
-    An exception in between leaves it.
+    `mark_finished` takes the mark away. An exception in between leaves it.
     """
     setattr(cache, UNFINISHED_ATTRIBUTE, True)
 
 
-def settle(cache: Any | None) -> None:
-    """Take away what `begin` left on a cache."""
+def mark_finished(cache: Any | None) -> None:
+    """Take away the mark of `mark_unfinished`."""
     if cache is not None:
         delattr(cache, UNFINISHED_ATTRIBUTE)
 
@@ -218,20 +218,20 @@ def refuse_pruned_cache(cache: Any | None) -> None:
         )
 
 
-def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int, sees_image: bool) -> None:
+def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int, has_image: bool) -> None:
     """Refuse a block of ``queries`` > 1 tokens that the cache can't take.
 
     Args:
         kept: What the cache's later layers hold.
         config: How this block is pruned, None where it is not.
         queries: Number of tokens in the block.
-        sees_image: There are visual tokens among them.
+        has_image: There are visual tokens among them.
 
     Raises:
         ValueError: The pruned prompt was not complete, and its choice depends on what follows; or the cache was pruned after
             another layer, by another id rule, or before the decoder.
     """
-    if not kept.settled and (sees_image or not kept.whole):
+    if not kept.complete and (has_image or not kept.text_independent):
         raise ValueError(
             f"{queries} more prompt tokens follow a pruned prompt with no generated token in between: the tokens were "
             "chosen by a prompt that was not complete. Chunked prefill can't be combined with pruning: pass the whole "

@@ -32,10 +32,10 @@ def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
     first = first_later(run.config.layer)
     later = {layer: value for layer, value in features.items() if layer >= first}
     run.deepstack = Deepstack(rows, later)
-    given = kwargs[name]
-    if isinstance(given, dict):
-        return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
-    return {**kwargs, name: given[:first]}
+    argument = kwargs[name]
+    if isinstance(argument, dict):
+        return {**kwargs, name: {k: v for k, v in argument.items() if k - 1 not in later}}
+    return {**kwargs, name: argument[:first]}
 
 
 def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:
@@ -49,7 +49,7 @@ def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], 
     return name, {}, torch.empty(0)
 
 
-def add_behind(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+def add_features(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
     """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
     survivors = run.survivors
     if survivors is None or run.deepstack is None or layer not in run.deepstack.features:
@@ -57,9 +57,9 @@ def add_behind(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torc
     device = hidden_states.device
     rows = run.deepstack.rows.to(device)
     source = survivors.order.to(device).clamp(min=0)
-    surviving = rows.gather(1, source) & (survivors.order.to(device) >= 0)
-    place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
+    is_visual = rows.gather(1, source) & (survivors.order.to(device) >= 0)
+    number = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
     features = run.deepstack.features[layer].to(device, hidden_states.dtype)
     full = torch.zeros_like(hidden_states)
-    full[surviving] = features[place.gather(1, source)[surviving]]
+    full[is_visual] = features[number.gather(1, source)[is_visual]]
     return hidden_states + full

@@ -10,7 +10,7 @@ from ..arguments import ALL_CACHE_NAMES, cache_of
 from ..introspect import sliding_window
 from ..kv_cache.kept_tokens import KeptRows
 from ..state import DecoderRun, Rows, Survivors
-from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
+from .masks import causal_mask, column_positions, take_from_mask, with_reach_of
 
 # Axis of the tokens, which follows the axis of the batch.
 TOKEN_AXIS = {
@@ -20,7 +20,7 @@ TOKEN_AXIS = {
     "position_embeddings_local": -2,
 }
 # Arguments that are not cut down but made anew, or that say nothing about single tokens.
-OTHERWISE = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
+NOT_SHORTENED = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
 
 
 def shorten(
@@ -46,25 +46,25 @@ def shorten(
     )
     if survivors is not None:
         for name, value in kwargs.items():
-            if name not in OTHERWISE:
-                kwargs[name] = survivors_of(run.rows, survivors, name, value)
+            if name not in NOT_SHORTENED:
+                kwargs[name] = take_survivors(run.rows, survivors, name, value)
     ids = _new_ids(run, kept)
     if ids is not None:
         _renumber(run, kept, ids, hidden_states, kwargs)
     if kwargs.get("cache_position") is not None and cache_layer is not None:
         # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
-        lacked = 0 if run.before is None else run.before.dropped_at(index)
-        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+        dropped = 0 if run.kept_before is None else run.kept_before.dropped_at(index)
+        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - dropped
 
 
 def _new_ids(run: DecoderRun, kept: KeptRows) -> torch.Tensor | None:
-    """[B, L], or [A, B, L] on several axes: the renumbered ids of a layer's rows; None where they keep their own."""
+    """[B, L], or [A, B, L] on several axes: the renumbered ids of a layer's rows; None where they keep their query_rows."""
     if run.survivors is not None:
         return run.survivors.new_ids
     unpruned, shift = run.position_ids, kept.id_shift
     if unpruned is None or shift is None:
         return None
-    return run.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
+    return run.once(("ids", kept.layer), lambda: shift_ids(unpruned, shift))
 
 
 def _renumber(
@@ -73,15 +73,15 @@ def _renumber(
     """Put ``ids``, and their rotary embeddings, in the place of those that the model gave."""
     # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
     flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
-    told = kwargs.get("position_ids")
-    kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
+    model_ids = kwargs.get("position_ids")
+    kwargs["position_ids"] = axes if model_ids is not None and model_ids.dim() == 3 else flat
     if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
         kwargs["position_embeddings"] = run.once(
             ("rotary", kept.layer), lambda: run.attachment.text.rotary_emb(hidden_states, axes)
         )
 
 
-def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def shift_ids(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Ids of tokens that follow renumbered ones.
 
     Args:
@@ -94,29 +94,29 @@ def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return position_ids - shift
 
 
-def survivors_of(rows: Rows, survivors: Survivors, name: str, value: Any) -> Any:
+def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> Any:
     """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
-    for known, taken in survivors.taken:
+    for known, shortened in survivors.arguments:
         if known is value:
-            return taken
+            return shortened
     if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
-        taken = type(value)(survivors_of(rows, survivors, name, x) for x in value)
+        shortened = type(value)(take_survivors(rows, survivors, name, x) for x in value)
     elif not isinstance(value, torch.Tensor):
         return value
     elif name in TOKEN_AXIS:
-        taken = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
+        shortened = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
     elif value.dim() >= 2 and value.shape[0] in (1, rows.batch) and value.shape[1] == rows.queries:
-        taken = _take_rows(survivors, value, 1)  # something that is handed through, one entry per token
+        shortened = _take_rows(survivors, value, 1)  # something that is handed through, one entry per token
     else:
         return value
-    survivors.taken.append((value, taken))
-    return taken
+    survivors.arguments.append((value, shortened))
+    return shortened
 
 
 def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Tensor:
     """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
-    rows = survivors.rows.clamp(min=0).to(value.device)  # [B, L]
+    rows = survivors.index.clamp(min=0).to(value.device)  # [B, L]
     shape = list(value.shape)
     shape[axis - 1] = rows.shape[0]
     value = value.expand(shape)
@@ -143,16 +143,16 @@ def _later_mask(
             return None
     columns = column_positions(kept, cache_layer, length)
     if run.survivors is not None:
-        own = run.survivors.rows
+        query_rows = run.survivors.index
     else:
-        own = torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
-    if mask is not None and (run.rows.ready_made or run.before is None):
-        return take_from_mask(mask, own, columns, past + run.rows.queries)
+        query_rows = torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
+    if mask is not None and (run.rows.has_4d_mask or run.kept_before is None):
+        return take_from_mask(mask, query_rows, columns, past + run.rows.queries)
     # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
     # its mask is of no use here.
-    allowed = causal_mask(torch.where(own < 0, -1, own + past), columns, window)
+    allowed = causal_mask(torch.where(query_rows < 0, -1, query_rows + past), columns, window)
     if run.rows.real is not None:
         real = run.rows.real.to(columns.device)
         real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
-        allowed = as_plain_as(allowed & real[:, None, None, :], allowed)
-    return as_plain_as(allowed.to(device), allowed)
+        allowed = with_reach_of(allowed & real[:, None, None, :], allowed)
+    return with_reach_of(allowed.to(device), allowed)

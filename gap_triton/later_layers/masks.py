@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from ..kv_cache.kept_tokens import KeptRows
 
-HIDES = -1e4
+HIDDEN = -1e4
 """Additive masks hide a column by this or less; a larger value is a bias, which only makes a column weigh less or more."""
 
 REACH = (
@@ -44,8 +44,8 @@ def mask_for_attention(
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
         return mask  # nothing ranks in a decode step
-    made = _parts_of(mask_function)
-    return _reaching(mask, math.inf if made == _CAUSAL else local_size if made == _SLIDING else None)
+    parts = _parts_of(mask_function)
+    return _with_reach(mask, math.inf if parts == _CAUSAL else local_size if parts == _SLIDING else None)
 
 
 def _parts_of(function: Any) -> Any:
@@ -68,7 +68,7 @@ def is_plain(mask: torch.Tensor | None, length: int) -> bool:
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
     """Bool, of the shape of ``mask``: which columns are seen, by a bool or by an additive mask."""
-    return mask if mask.dtype == torch.bool else mask > HIDES
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> torch.Tensor:
@@ -82,15 +82,15 @@ def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> t
     Returns:
         [B, K] int64; -1 = a column that nobody may attend to.
     """
-    held = kept.index.shape[1]
+    length_kept = kept.index.shape[1]
     if cache_layer is None:
         length, offset = queries, 0
     else:
         request = queries if _SIZES_BY_LENGTH else torch.arange(queries, device=kept.index.device)
         length, offset = cache_layer.get_mask_sizes(request)
     column = offset + torch.arange(length, device=kept.index.device)  # in the layer's own, shorter sequence
-    covered = kept.index[:, column.clamp(max=held - 1)]
-    return torch.where(column < held, covered, kept.covered + column - held)
+    covered = kept.index[:, column.clamp(max=length_kept - 1)]
+    return torch.where(column < length_kept, covered, kept.covered + column - length_kept)
 
 
 def take_from_mask(
@@ -110,7 +110,7 @@ def take_from_mask(
     """
     # A sliding layer's mask covers the last K positions only; a static cache's covers its whole buffer.
     first = max(total - mask.shape[-1], 0) if isinstance(total, int) else 0
-    whole = mask
+    model_mask = mask
     rows, columns = rows.to(mask.device), columns.to(mask.device)
     batch = rows.shape[0]
     inside = ((columns >= first) & (columns < first + mask.shape[-1]))[:, None, None, :]
@@ -119,14 +119,14 @@ def take_from_mask(
     by_row = mask.gather(
         2, rows.clamp(min=0)[:, None, :, None].expand(batch, mask.shape[1], -1, mask.shape[3])
     )
-    taken = by_row.gather(3, source[:, None, None, :].expand(batch, mask.shape[1], rows.shape[1], -1))
+    mask = by_row.gather(3, source[:, None, None, :].expand(batch, mask.shape[1], rows.shape[1], -1))
     # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
     filler = (rows < 0)[:, None, :, None]
-    if taken.dtype == torch.bool:
-        taken = (taken | filler) & inside
+    if mask.dtype == torch.bool:
+        mask = (mask | filler) & inside
     else:
-        taken = taken.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(taken.dtype).min)
-    return as_plain_as(taken, whole)
+        mask = mask.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(mask.dtype).min)
+    return with_reach_of(mask, model_mask)
 
 
 def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -143,17 +143,17 @@ def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: in
     if window is not None:
         allowed = allowed & (columns > query_positions - window)
     # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
-    return _reaching(
+    return _with_reach(
         (allowed | (query_positions < 0)) & (columns >= 0), math.inf if window is None else window
     )
 
 
-def as_plain_as(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def with_reach_of(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """``mask``, made of ``other`` by taking rows and columns out or by hiding padding."""
-    return _reaching(mask, getattr(other, REACH, None))
+    return _with_reach(mask, getattr(other, REACH, None))
 
 
-def _reaching(mask: torch.Tensor, reach: float | None) -> torch.Tensor:
+def _with_reach(mask: torch.Tensor, reach: float | None) -> torch.Tensor:
     if reach is not None and not torch.compiler.is_compiling():
         setattr(mask, REACH, reach)
     return mask

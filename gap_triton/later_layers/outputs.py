@@ -35,7 +35,7 @@ def restore_rows(run: DecoderRun, prefill: Prefill, output: Any) -> Any:
         ValueError: Something else in it has one entry for each token that is left.
     """
     last = output[0]
-    full = _restored(prefill, last, prefill.done)
+    full = _restore(prefill, last, prefill.done)
     layers = len(run.attachment.text.layers)
 
     def restored(value: Any) -> Any:
@@ -51,7 +51,7 @@ def restore_rows(run: DecoderRun, prefill: Prefill, output: Any) -> Any:
         if name == "hidden_states":
             output[name] = restored(value)
         elif name != "last_hidden_state" and name not in NOT_BY_TOKEN:
-            _refuse_what_is_left(run, prefill, name, value)
+            _refuse_short_output(run, prefill, name, value)
     output["last_hidden_state"] = full
     return output
 
@@ -62,22 +62,22 @@ def _hidden_states_before(prefill: Prefill, index: int, entry: torch.Tensor | No
         return None
     if index == 0:
         return entry if prefill.embeds is None else prefill.embeds
-    return _restored(prefill, entry, sum(drop.first_later < index for drop in prefill.drops))
+    return _restore(prefill, entry, sum(drop.first_later < index for drop in prefill.drops))
 
 
-def _restored(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor:
+def _restore(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor:
     """``short`` [B, L, C], what is left after the first ``stages`` stages, as [B, Q, C]."""
     if not stages:
         return short
     queries = prefill.prompt.visual.shape[1]
-    survivors = prefill.left[stages - 1].order.to(short.device)
+    survivors = prefill.survivors[stages - 1].order.to(short.device)
     # One more row at the end takes the filler and is cut off again.
     target = torch.where(survivors < 0, queries, survivors)[..., None].expand_as(short)
     full = short.new_zeros(short.shape[0], queries + 1, short.shape[2])
     return full.scatter(1, target, short)[:, :-1]
 
 
-def _refuse_what_is_left(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:
+def _refuse_short_output(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:
     batch = run.rows.batch
     lengths = {drop.length for drop in prefill.drops} - {run.rows.queries}
     for tensor in _tensors_in(value):

@@ -14,23 +14,23 @@ import torch
 from ..state import Call, Prompt
 
 IGNORED_LABEL = -100
-GENERATED = "gap_generated"  # how many tokens `generate` has written, where it feeds them again
+GENERATED = "gap_generated"  # how many tokens `generate` has generated, where it feeds them again
 
 
 def call_of(kwargs: dict[str, Any]) -> Call:
     """What the keyword arguments of a forward say of its rows; takes out the one that is ours."""
     logits = kwargs.get("logits_to_keep", 0)
-    written = kwargs.pop(GENERATED, 0)
+    generated = kwargs.pop(GENERATED, 0)
     if isinstance(logits, torch.Tensor):
-        drafts, rows_asked = written, logits
+        drafts, logit_rows = generated, logits
     else:
         # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
-        drafts, rows_asked = max(written, logits - 1 if isinstance(logits, int) else 0), None
+        drafts, logit_rows = max(generated, logits - 1 if isinstance(logits, int) else 0), None
     ignored = kwargs.get("ignore_index", IGNORED_LABEL)
     return Call(
         drafts=drafts,
-        written=written,
-        rows_asked=rows_asked,
+        generated=generated,
+        logit_rows=logit_rows,
         labels=kwargs.get("labels"),
         ignored_label=ignored,
     )
@@ -72,13 +72,13 @@ def answer_rows(call: Call, drafts: int, visual: torch.Tensor) -> torch.Tensor |
     """
     batch, queries = visual.shape
     labels = _labels_of(call, visual)
-    if not drafts and call.rows_asked is None and labels is None:
+    if not drafts and call.logit_rows is None and labels is None:
         return None
     positions = torch.arange(queries, device=visual.device)
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
     start = torch.full_like(last_visual, queries - drafts)
-    if call.rows_asked is not None:
-        first = _first_asked(call.rows_asked.to(visual.device), batch, queries)
+    if call.logit_rows is not None:
+        first = _first_logit_row(call.logit_rows.to(visual.device), batch, queries)
         start = torch.where(first >= last_visual, start.minimum(first + 1), start)
     if labels is not None:
         targets = (labels != call.ignored_label) & (positions > last_visual)
@@ -91,7 +91,7 @@ def _labels_of(call: Call, visual: torch.Tensor) -> torch.Tensor | None:
     return labels.to(visual.device) if labels is not None and labels.shape == visual.shape else None
 
 
-def _first_asked(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
+def _first_logit_row(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
     """[B, 1] int64, the first row whose logits are asked for by a tensor as ``logits_to_keep``; Q - 1 where none is."""
     if rows.dtype == torch.bool:
         positions = torch.arange(queries, device=rows.device)

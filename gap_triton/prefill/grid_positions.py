@@ -10,11 +10,11 @@ import torch
 from ..attachment import Attachment
 from ..state import Prompt
 from ..strategies import spatial_order
-from ..strategies.places import LATE, REGION, Places
+from ..strategies.places import LAST, REGION, GridPositions
 from ..vision.layout import View, layout_of
 
 
-def places_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> Places:
+def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> GridPositions:
     """Places of the prompt's visual rows.
 
     Args:
@@ -26,14 +26,14 @@ def places_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) ->
         ValueError: Where they stand is not known.
     """
     layout = layout_of(attachment.owner, kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts)
-    return place(layout.views, prompt.visual)
+    return place_views(layout.views, prompt.visual)
 
 
-def place(views: Sequence[View], visual: torch.Tensor) -> Places:
+def place_views(views: Sequence[View], visual: torch.Tensor) -> GridPositions:
     """Places of the rows of ``visual`` [B, Q] that stand in ``views``."""
     region = torch.full(visual.shape, -1, device=visual.device)
     cell = torch.zeros_like(region)
-    order = torch.full_like(region, LATE)
+    order = torch.full_like(region, LAST)
     regions = [0] * visual.shape[0]
     for view in views:
         height, width = view.grid
@@ -44,6 +44,6 @@ def place(views: Sequence[View], visual: torch.Tensor) -> Places:
         region[view.sample, rows] = regions[view.sample] + down // REGION * wide + right // REGION
         cell[view.sample, rows] = down % REGION * REGION + right % REGION
         spread = spatial_order(view.grid).to(visual.device)
-        order[view.sample, rows] = spread * LATE // (height * width)
+        order[view.sample, rows] = spread * LAST // (height * width)
         regions[view.sample] += -(-height // REGION) * wide
-    return Places(region, cell, order, max(regions))
+    return GridPositions(region, cell, order, max(regions))

@@ -135,12 +135,12 @@ def read_prompt(
     real = torch.ones_like(visual) if real is None else real.to(visual.device)
     visual = visual & real
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
-    asking, before_answer, ends_in_image = real, None, visual[:, -1]
+    query_rows, before_answer, ends_in_image = real, None, visual[:, -1]
     if answer is not None:
-        asking = real & ~answer
+        query_rows = real & ~answer
         before_answer = visual & torch.nn.functional.pad(answer[:, 1:], (0, 1))
         ends_in_image = ends_in_image | before_answer.any(dim=1)
-    text_after = asking & ~visual & (positions > last_visual)  # [B, Q]
+    text_after = query_rows & ~visual & (positions > last_visual)  # [B, Q]
     facts = torch.stack(
         [visual.sum(1), real.sum(1), text_after.sum(1), ends_in_image.long(), real[:, -1].long()]
     ).tolist()
@@ -148,7 +148,7 @@ def read_prompt(
     return Prompt(
         visual=visual,
         real=real,
-        asking=asking,
+        query_rows=query_rows,
         before_answer=before_answer if any(in_image) else None,
         visual_index=positions_first(visual, max(visual_counts)),
         text_after=text_after,

@@ -18,7 +18,7 @@ from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
 
 BLOCK = 1 << 22
-"""How many attention logits are held at once where rows see what a mask of their own says."""
+"""How many attention logits are record at once where rows see what a mask of their own says."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
     query, key = scoring.query, scoring.key
     rows = plan.visual.shape[1]
     total = prefill.past + run.rows.queries
-    held = run.kept.stages[prefill.done - 1] if prefill.done and run.kept is not None else None
-    columns = total if held is None else held.index.shape[1] + prefill.drafts
+    record = run.kept.stages[prefill.done - 1] if prefill.done and run.kept is not None else None
+    columns = total if record is None else record.index.shape[1] + prefill.drafts
     key = key[:, :, :columns]  # a static cache hands over its whole buffer
     real = run.rows.real
-    if held is not None:
-        real = None if held.dense else pad(held.index >= 0, (0, prefill.drafts), value=True)
+    if record is not None:
+        real = None if record.dense else pad(record.index >= 0, (0, prefill.drafts), value=True)
     if real is not None:
         real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
     mask = None if is_plain(scoring.mask, total) else scoring.mask
@@ -90,8 +90,8 @@ def scores_without_attention(
         plan: Rows that the stage finds.
         prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
     """
-    if drop.stage.score == "spatial" and drop.places is not None:
-        return -drop.places.order_of(prompt_rows).float()
+    if drop.stage.score == "spatial" and drop.grid_positions is not None:
+        return -drop.grid_positions.rank_of(prompt_rows).float()
     drawn = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
     return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
 
@@ -147,15 +147,19 @@ def importance_by_mask(
     total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         keys = key.to(dtype).transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, K]
-        for some in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
-            source = some.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
-            wanted = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
-            logits = (wanted.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
-            seen = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
-            logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
-            nothing = logits.amax(dim=-1, keepdim=True) == -torch.inf
-            weights = torch.where(nothing, 0.0, logits.softmax(dim=-1))
-            weights = weights.gather(3, visual_columns.expand(-1, heads, some.shape[1], -1))
-            total += torch.where((some >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
+        for block in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
+            source = block.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
+            block_query = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
+            logits = (block_query.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
+            block_mask = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
+            logits = (
+                logits.masked_fill(~block_mask, -torch.inf)
+                if block_mask.dtype == torch.bool
+                else logits + block_mask
+            )
+            sees_none = logits.amax(dim=-1, keepdim=True) == -torch.inf
+            weights = torch.where(sees_none, 0.0, logits.softmax(dim=-1))
+            weights = weights.gather(3, visual_columns.expand(-1, heads, block.shape[1], -1))
+            total += torch.where((block >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
     total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
     return torch.where(visual_index >= 0, total, 0.0).float()

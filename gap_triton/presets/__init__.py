@@ -71,8 +71,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         if option not in known:
             raise ValueError(f"preset {name!r} takes no {option!r}: it takes {', '.join(map(repr, known))}")
     if model is not None:
-        told = {"layers": _layers_of, "score": _score_of}
-        options = {option: told[option](model) for option in known if option in told} | options
+        from_model = {"layers": _layers_of, "score": _score_of}
+        options = {option: from_model[option](model) for option in known if option in from_model} | options
     return PRESETS[name](**options)
 
 

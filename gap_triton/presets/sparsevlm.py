@@ -8,7 +8,7 @@ from .budget import check_share, rounded
 from .depth import pruning_layers
 
 # Layers 2, 6 and 15 of 32 score, and the next ones are the first with fewer tokens.
-ENTERED = (3, 7, 16)
+FIRST_LAYERS = (3, 7, 16)
 # Tokens left after each stage by budget, of 576: the released code's lists.
 PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 TOKENS = 576
@@ -38,7 +38,7 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
         raise ValueError(
             f"budget={shown(budget)}: expected {', '.join(map(str, sorted(PUBLISHED)))}, or a share, a float in (0, 1]"
         )
-    first, *rest = pruning_layers(ENTERED, layers)
+    first, *rest = pruning_layers(FIRST_LAYERS, layers)
     later = tuple(Stage(keep, layer, "raters") for keep, layer in zip(keeps[1:], rest, strict=True))
     return GapConfig(keep=keeps[0], layer=first, score="raters", then=later)
 

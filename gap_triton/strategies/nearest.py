@@ -12,7 +12,7 @@ from torch import Tensor
 from .merged import Merged, assemble, check_merge
 from .rows import accumulation_dtype, best_of, gather_rows, last_where, members
 
-COLLECTED = 32
+COLLECT_COUNT = 32
 """How many tokens each kept one collects."""
 
 
@@ -20,7 +20,7 @@ COLLECTED = 32
 def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add to each kept token the tokens with the most similar keys, and what is dropped as one more token.
 
-    With ``a`` the scores, a kept token ``i`` becomes ``x_i + sum of a_j x_j`` over the ``COLLECTED`` other tokens whose
+    With ``a`` the scores, a kept token ``i`` becomes ``x_i + sum of a_j x_j`` over the ``COLLECT_COUNT`` other tokens whose
     keys have the largest cosine to its own, and the one more token is ``sum of a_j x_j`` over all dropped ones. It gets
     the row of the best-scored dropped token.
 
@@ -79,6 +79,6 @@ def _near(unit: Tensor, kept: Tensor) -> Tensor:
     row = torch.arange(num_rows, device=kept.device)
     cosine = (gather_rows(unit, kept) @ unit.transpose(1, 2)).float()
     ranked = last_where(kept[..., None] == row, cosine).flatten(0, 1)
-    most = max(0, min(COLLECTED, num_rows - 1))
+    most = max(0, min(COLLECT_COUNT, num_rows - 1))
     near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
     return near & (kept >= 0)[..., None]

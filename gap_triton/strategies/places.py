@@ -10,11 +10,11 @@ from .coverage import Coverage, choose
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 CELLS = REGION * REGION
-LATE = 2**30  # `Places.order` of a row that an even spread comes to last, or never
+LAST = 2**30  # `GridPositions.order` of a row that an even spread reaches last, or never
 
 
 @dataclass(frozen=True)
-class Places:
+class GridPositions:
     """What each row of a prompt is in its image.
 
     Attributes:
@@ -29,28 +29,28 @@ class Places:
     order: torch.Tensor
     regions: int
 
-    def order_of(self, rows: torch.Tensor) -> torch.Tensor:
+    def rank_of(self, rows: torch.Tensor) -> torch.Tensor:
         """`order` of ``rows`` [B, V] int64; filler comes last."""
         order = self.order.to(rows.device).gather(1, rows.clamp(min=0))
-        return torch.where(rows < 0, LATE, order)
+        return torch.where(rows < 0, LAST, order)
 
     def neighbours_of(self, rows: torch.Tensor) -> torch.Tensor:
         """For each of ``rows`` [B, V] which others of them are in its region: [B, V, 3] int32, -1 = none."""
         batch, count = rows.shape
         region, cell = (x.to(rows.device).gather(1, rows.clamp(min=0)) for x in (self.region, self.cell))
-        placed = (rows >= 0) & (region >= 0)
+        in_grid = (rows >= 0) & (region >= 0)
         # One more column takes what stands nowhere.
-        by_place = torch.full((batch, self.regions * CELLS + 1), -1, device=rows.device)
-        place = torch.where(placed, region * CELLS + cell, self.regions * CELLS)
-        by_place = by_place.scatter(1, place, torch.arange(count, device=rows.device).expand(batch, -1))
-        by_place[:, -1] = -1
+        row_of = torch.full((batch, self.regions * CELLS + 1), -1, device=rows.device)
+        own_cell = torch.where(in_grid, region * CELLS + cell, self.regions * CELLS)
+        row_of = row_of.scatter(1, own_cell, torch.arange(count, device=rows.device).expand(batch, -1))
+        row_of[:, -1] = -1
         others = []
         for step in range(1, CELLS):
-            other = torch.where(placed, region * CELLS + (cell + step) % CELLS, self.regions * CELLS)
-            others.append(by_place.gather(1, other))
+            other = torch.where(in_grid, region * CELLS + (cell + step) % CELLS, self.regions * CELLS)
+            others.append(row_of.gather(1, other))
         return torch.stack(others, dim=2).int()
 
-    def choose(
+    def mask_of_chosen(
         self,
         scores: torch.Tensor,
         candidates: torch.Tensor,
@@ -75,7 +75,7 @@ class Places:
             keep,
             coverage,
             neighbours=self.neighbours_of(rows) if coverage == "region" else None,
-            order=self.order_of(rows) if coverage == "stride" else None,
+            order=self.rank_of(rows) if coverage == "stride" else None,
             length=length,
         )
         chosen = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
 from ..introspect import text_model_of
-from ..vision_tower import encoded_ahead
+from ..vision_tower import encoder_outputs
 from ..vision_tower.finding import (
     GRID_FIELDS,
     PIXEL_FIELDS,
@@ -25,7 +25,7 @@ from ..vision_tower.finding import (
 )
 
 NEWLINE = -1.0
-INSTEAD = (
+ALTERNATIVE = (
     "choose a score and a coverage that don't ask where visual tokens stand, as presets 'text' and 'fastv' do"
 )
 
@@ -64,10 +64,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Grid:
-    """A grid among the tokens of one image: its size, and by cell the token's place in the image and its feature."""
+    """A grid among the tokens of one image: its size, and by cell the number of its token in the image and its feature."""
 
     size: tuple[int, int]
-    slots: Tensor
+    index: Tensor
     features: Tensor
 
 
@@ -99,13 +99,13 @@ def layout_of(
         ValueError: The grids aren't known; the sentence says what is missing, and what can be done instead.
     """
     arguments = dict(kwargs)
-    for encoded in encoded_ahead(kwargs).values():
+    for encoded in encoder_outputs(kwargs).values():
         arguments |= {name: value for name, value in encoded.arguments.items() if value is not None}
     samples = [rows[:count] for rows, count in zip(visual_index.cpu(), counts, strict=True)]
     copies = _copies(kwargs, arguments, samples)
     pictures = _pictures(owner, arguments, samples[::copies])
     kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
-    found = _place(pictures, samples, kinds, copies)
+    found = _assign_rows(pictures, samples, kinds, copies)
 
     unplaced = visual.clone()
     if not found:
@@ -122,7 +122,7 @@ def layout_of(
 
 
 # --------------------------------------------------------------------------------------------- placing
-def _place(
+def _assign_rows(
     pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
 ) -> list[View]:
     """Give the pictures, in order, the rows of the samples, in order; each ``copies`` samples share theirs."""
@@ -130,28 +130,28 @@ def _place(
     for kind, queue in pictures.items():
         cursor = 0
         for first in range(0, len(samples), copies):
-            taken = cursor
+            number = cursor
             for sample in range(first, first + copies):
-                taken, rows, start = cursor, kinds[sample][kind], 0
+                number, rows, start = cursor, kinds[sample][kind], 0
                 while start < len(rows):
-                    if taken == len(queue) or start + queue[taken].tokens > len(rows):
+                    if number == len(queue) or start + queue[number].tokens > len(rows):
                         raise ValueError(
                             f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the "
                             f"{len(queue)} {kind}s given with the prompt don't add up to: pass them in the order of the "
-                            f"prompt, or {INSTEAD}"
+                            f"prompt, or {ALTERNATIVE}"
                         )
-                    piece = rows[start : start + queue[taken].tokens]
-                    found.append((sample, int(piece[0]), queue[taken], piece))
-                    start, taken = start + len(piece), taken + 1
-            cursor = taken
+                    piece = rows[start : start + queue[number].tokens]
+                    found.append((sample, int(piece[0]), queue[number], piece))
+                    start, number = start + len(piece), number + 1
+            cursor = number
         if cursor < len(queue):
             raise ValueError(
                 f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of "
-                f"the prompt only, or {INSTEAD}"
+                f"the prompt only, or {ALTERNATIVE}"
             )
     found.sort(key=lambda piece: piece[:2])
     return [
-        View(sample, image, rows[grid.slots], grid.size, grid.features)
+        View(sample, image, rows[grid.index], grid.size, grid.features)
         for image, (sample, _, picture, rows) in enumerate(found)
         for grid in picture.grids
     ]
@@ -159,27 +159,27 @@ def _place(
 
 def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
     """How many samples in a row are the same one: ``generate()`` repeats prompts, not what was said of them beforehand."""
-    ahead, named = encoded_ahead(kwargs), arguments.get(VISUAL_GRID)
-    if ahead:
-        told = sum(each.tokens for each in ahead.values())
+    encoded, named = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
+    if encoded:
+        recorded = sum(each.tokens for each in encoded.values())
     elif isinstance(named, list):
-        told = sum(height * width for height, width in named)
+        recorded = sum(height * width for height, width in named)
     else:
         return 1
     visual = sum(map(len, samples))
-    if told in (0, visual):
+    if recorded in (0, visual):
         return 1
-    copies = visual // told
+    copies = visual // recorded
     same = (
         all(torch.equal(rows, samples[i - i % copies]) for i, rows in enumerate(samples)) if copies else False
     )
-    right = copies * told == visual and len(samples) % copies == 0 and same
-    if ahead and not right:
+    right = copies * recorded == visual and len(samples) % copies == 0 and same
+    if encoded and not right:
         raise ValueError(
-            f"the prompt has {visual} visual tokens, and {told} were encoded ahead of it: pass the whole prompt at once, "
-            f"without prefill_chunk_size, or {INSTEAD}"
+            f"the prompt has {visual} visual tokens, and {recorded} were encoded ahead of it: pass the whole prompt at "
+            f"once, without prefill_chunk_size, or {ALTERNATIVE}"
         )
-    return copies if right and (ahead or _repeat(arguments, copies)) else 1
+    return copies if right and (encoded or _repeat(arguments, copies)) else 1
 
 
 def _repeat(arguments: dict[str, Any], copies: int) -> bool:
@@ -210,7 +210,7 @@ def _kinds(
     else:
         raise ValueError(
             "images and videos in one prompt are told apart by mm_token_type_ids, or by the ids of their placeholders: pass "
-            f"mm_token_type_ids or input_ids, or {INSTEAD}"
+            f"mm_token_type_ids or input_ids, or {ALTERNATIVE}"
         )
     shows_video = shows_video[:, -queries:]
     return [
@@ -224,14 +224,14 @@ def _pictures(
     owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]
 ) -> dict[str, list[_Picture]]:
     """All images and videos of a prompt, in the order of their features."""
-    own = _by_the_model(owner, arguments)
+    pictures = _by_the_model(owner, arguments)
     named = arguments.get(VISUAL_GRID)
-    if own is not None:
+    if pictures is not None:
         if named is not None:
             raise ValueError(
                 f"visual_grid={named!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
             )
-        return own
+        return pictures
     if named is None:
         named = _by_patches(owner, arguments, _runs(samples))
     visual, shape = sum(map(len, samples)), image_shape(arguments)
@@ -253,12 +253,12 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
     if GRID_FIELDS["image"] in _parameters(owner) and arguments.get(VISUAL_GRID) is None:
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
-            f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
+            f"not known: pass it with the prompt, as the processor makes it, or {ALTERNATIVE}"
         )
     if arguments.get("pixel_values_videos") is not None:
         raise ValueError(
             f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
-            f"{INSTEAD}"
+            f"{ALTERNATIVE}"
         )
     if resamples(owner):
         return None
@@ -281,7 +281,7 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
     which alone tells nothing: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
     """
     name = type(owner).__name__
-    instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {INSTEAD}"
+    instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"
     size = None if resamples(owner) else _patches_of(owner, arguments)
     if size is None:
         raise ValueError(
@@ -347,12 +347,14 @@ def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_
 
 def _merge_size(owner: PreTrainedModel) -> int:
     config = owner.config
-    places = (getattr(config, "vision_config", None), config)
-    merge = next((m for each in places if (m := getattr(each, "spatial_merge_size", None)) is not None), None)
+    configs = (getattr(config, "vision_config", None), config)
+    merge = next(
+        (m for each in configs if (m := getattr(each, "spatial_merge_size", None)) is not None), None
+    )
     if merge is None:
         raise ValueError(
             f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
-            f"not known: {INSTEAD}"
+            f"not known: {ALTERNATIVE}"
         )
     return int(merge)
 
@@ -366,7 +368,7 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
     if sizes is None:
         raise ValueError(
             f"{type(owner).__name__} was not given image_sizes, so how it has cut its images into tiles is not known: pass "
-            f"image_sizes with the prompt, as the processor makes it, or {INSTEAD}"
+            f"image_sizes with the prompt, as the processor makes it, or {ALTERNATIVE}"
         )
     sizes = sizes.cpu() if isinstance(sizes, Tensor) else torch.tensor(sizes)
     side = _tower_side(owner)
@@ -384,8 +386,8 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
 
 
 def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    wanted = inspect.signature(owner.pack_image_features).parameters
-    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in wanted]
+    parameters = inspect.signature(owner.pack_image_features).parameters
+    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in parameters]
     given = {name: arguments.get(name) for name in names}
     return {name: getattr(owner.config, name) if value is None else value for name, value in given.items()}
 
@@ -408,15 +410,15 @@ def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
     if not torch.equal(numbers.square(), squares):
         raise ValueError(
             "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
-            f"visual tokens are not those of the tower: pass a smaller image, or {INSTEAD}"
+            f"visual tokens are not those of the tower: pass a smaller image, or {ALTERNATIVE}"
         )
     features = numbers.round().long()
     grids = [_Grid((side, side), torch.arange(side * side), features[: side * side])]
     details = features[side * side :]
     newlines = (details == NEWLINE).nonzero().flatten()
-    slots = (details != NEWLINE).nonzero().flatten()
-    if len(slots):
-        grids.append(_Grid((len(newlines), len(slots) // len(newlines)), slots + side * side, details[slots]))
+    index = (details != NEWLINE).nonzero().flatten()
+    if len(index):
+        grids.append(_Grid((len(newlines), len(index) // len(newlines)), index + side * side, details[index]))
     return _Picture(len(features), tuple(grids))
 
 

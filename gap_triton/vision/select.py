@@ -16,8 +16,8 @@ from gap_kernels import grid_neighbours
 from transformers import PreTrainedModel
 
 from ..attachment import Attachment
-from ..config import Merge, Stage, asks_for_places
-from ..state import Chosen, ForwardState, Prompt
+from ..config import Merge, Stage, needs_grid
+from ..state import ForwardState, Prompt, VisionSelection
 from ..strategies import (
     LLAVA,
     LLAVA_NEXT,
@@ -43,7 +43,7 @@ from .layout import Layout, View, layout_of
 Kwargs = dict[str, Any]
 
 
-CLOSE = 1e-2  # relative; a model that does something behind its projector does more than that
+TOLERANCE = 1e-2  # relative; a model that does something behind its projector does more than that
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Merging:
     rule: AggregationRule
 
 
-def choose_before_the_decoder(
+def select_before_decoder(
     state: ForwardState, prompt: Prompt, stage: Stage, kwargs: Kwargs
-) -> tuple[Chosen, Kwargs]:
+) -> tuple[VisionSelection, Kwargs]:
     """Choose, and merge what is not chosen.
 
     Args:
@@ -109,7 +109,7 @@ def choose_before_the_decoder(
         ValueError: The score or the merge asks for something that this prompt or this model does not have.
     """
     layout = _layout(state, prompt, stage)
-    tower = TowerOutput() if state.watch is None else state.watch.output()
+    tower = TowerOutput() if state.recorder is None else state.recorder.output()
     merging = None if stage.merge == "none" else _merging(state.attachment, stage, layout, tower, kwargs)
     _refuse_other_images(state.attachment.owner, layout, tower)
     scores = _scores(state, prompt, stage, layout.views, tower, kwargs)
@@ -122,18 +122,18 @@ def choose_before_the_decoder(
     merged: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # samples, rows, embeddings
     for grids in _grouped(layout.views, scores, budget.views):
         samples = grids.samples_on(prompt.visual.device)
-        index, embeds = _choose(grids, stage, merging)
-        chosen = grids.rows.gather(1, index)
-        stays[samples, chosen] = True
+        index, embeds = _survivors_of(grids, stage, merging)
+        rows = grids.rows.gather(1, index)
+        stays[samples, rows] = True
         if embeds is not None:
-            merged.append((samples, chosen, embeds))
+            merged.append((samples, rows, embeds))
         for sample in grids.sample:
             keep[sample] += grids.keep
     if merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(kwargs["inputs_embeds"], merged)}
     rows, real = prompt.visual_index.clamp(min=0), prompt.visual_index >= 0
     score = torch.where(real, by_row.gather(1, rows), -torch.inf)
-    return Chosen(score, stays.gather(1, rows) & real, tuple(keep)), kwargs
+    return VisionSelection(score, stays.gather(1, rows) & real, tuple(keep)), kwargs
 
 
 def _with_merged(
@@ -170,7 +170,7 @@ def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOut
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
     """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
-    if not asks_for_places(stage):
+    if not needs_grid(stage):
         rows = [index[:count] for index, count in zip(prompt.visual_index, prompt.visual_counts, strict=True)]
         views = [View(b, b, row, (1, len(row)), row) for b, row in enumerate(rows) if len(row)]
         return Layout(tuple(views), torch.zeros_like(prompt.visual))
@@ -191,8 +191,8 @@ def _scores(
     device = prompt.visual.device
     if stage.score == "random":
         drawn = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
-        place = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
-        return [drawn[place[view.sample, view.rows]] for view in views]
+        number = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
+        return [drawn[number[view.sample, view.rows]] for view in views]
     if stage.score == "spatial":
         return [-spatial_order(view.grid).to(device).float() for view in views]
     if stage.score == "text_similarity":
@@ -205,18 +205,18 @@ def _text_similarities(prompt: Prompt, views: Sequence[View], embeds: torch.Tens
     """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
     all_text = [real - visual for real, visual in zip(prompt.real_counts, prompt.visual_counts, strict=True)]
     ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
-    text = torch.where(ends_in_image[:, None], prompt.asking & ~prompt.visual, prompt.text_after)
+    text = torch.where(ends_in_image[:, None], prompt.query_rows & ~prompt.visual, prompt.text_after)
     rows = positions_first(
         text, max(after or whole for after, whole in zip(prompt.text_counts, all_text, strict=True))
     )
-    found = []
+    similarities = []
     for view in views:
-        own = rows[view.sample].to(embeds.device)
+        text_rows = rows[view.sample].to(embeds.device)
         visual = embeds[view.sample, view.rows.to(embeds.device)]
-        words = embeds[view.sample, own.clamp(min=0)]
-        similarity = text_similarity(visual[None], words[None], (own >= 0)[None])
-        found.append(similarity[0].to(prompt.visual.device))
-    return found
+        words = embeds[view.sample, text_rows.clamp(min=0)]
+        similarity = text_similarity(visual[None], words[None], (text_rows >= 0)[None])
+        similarities.append(similarity[0].to(prompt.visual.device))
+    return similarities
 
 
 def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence[int]) -> list[Grids]:
@@ -238,7 +238,9 @@ def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence
     ]
 
 
-def _choose(grids: Grids, stage: Stage, merging: Merging | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _survivors_of(
+    grids: Grids, stage: Stage, merging: Merging | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in."""
 
     def cover(keep: int) -> torch.Tensor:
@@ -294,12 +296,12 @@ def _merging(
     Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it, is a
     property of the model, found once per configuration, by the first prompt that shows it.
     """
-    embeds, before = _embeds_of(stage, kwargs), False
+    embeds, before_projector = _embeds_of(stage, kwargs), False
     if "features" in tower.rows:
         if attachment.projector_is_last is None:
             attachment.projector_is_last = _projector_is_last(layout, tower, embeds)
-        before = attachment.projector_is_last is not False
-    return Merging(stage.merge, embeds, tower, before, _rule_of(attachment.owner, before))
+        before_projector = attachment.projector_is_last is not False
+    return Merging(stage.merge, embeds, tower, before_projector, _rule_of(attachment.owner, before_projector))
 
 
 def _projector_is_last(layout: Layout, tower: TowerOutput, embeds: torch.Tensor) -> bool | None:
@@ -312,11 +314,11 @@ def _projector_is_last(layout: Layout, tower: TowerOutput, embeds: torch.Tensor)
     )
     entering = tower.rows["features"]
     mapped = tower.project(entering[features.to(entering.device)]).float()
-    given = embeds[sample.to(embeds.device), rows.to(embeds.device)].float().to(mapped.device)
-    size = given.abs().amax(dim=-1, keepdim=True)
+    decoder_input = embeds[sample.to(embeds.device), rows.to(embeds.device)].float().to(mapped.device)
+    size = decoder_input.abs().amax(dim=-1, keepdim=True)
     # An image of nothing but NaN, or of zeros, shows nothing.
-    shows = (mapped.isfinite() & given.isfinite()).all(dim=-1) & (size[:, 0] > 0)
-    close = ((mapped - given).abs() <= CLOSE * (size + given.abs())).all(dim=-1)
+    shows = (mapped.isfinite() & decoder_input.isfinite()).all(dim=-1) & (size[:, 0] > 0)
+    close = ((mapped - decoder_input).abs() <= TOLERANCE * (size + decoder_input.abs())).all(dim=-1)
     any_shows, all_close = torch.stack([shows.any(), (close | ~shows).all()]).tolist()
     return all_close if any_shows else None
 

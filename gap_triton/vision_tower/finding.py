@@ -28,7 +28,7 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
 )
-INSTEAD = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
+ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 
 
@@ -92,7 +92,7 @@ class Tower:
             ]
         )
 
-    def stands(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the model still holds this tower, and none of what was found of it has been replaced."""
         try:
             found = find_tower(self.owner)
@@ -128,7 +128,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
     reason = _why_not(owner)
     if reason is not None:
         raise ValueError(
-            f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {INSTEAD.capitalize()}"
+            f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {ALTERNATIVE.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
@@ -299,7 +299,7 @@ def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
 
 def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
     """[F] int64: by feature in raster order, where it stands in a tower that goes window by window through each frame."""
-    places, start = [], 0
+    orders, start = [], 0
     for frames, height, width in grids:
         row, column = torch.meshgrid(
             torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
@@ -307,9 +307,9 @@ def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
         # A stable sort keeps raster order inside a window.
         in_windows = ((row // window) * width + column // window).flatten().argsort(stable=True)
         for _ in range(frames):
-            places.append(in_windows.argsort() + start)
+            orders.append(in_windows.argsort() + start)
             start += len(in_windows)
-    return torch.cat(places)
+    return torch.cat(orders)
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:

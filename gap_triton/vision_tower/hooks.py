@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..introspect import NAME, WATCHED
-from .finding import ENCODERS, INSTEAD, PIXEL_FIELDS, Tower, packs
-from .recording import Encoded, Needs, Recording, TowerOutput, recording_now
+from ..introspect import NAME, SCORES
+from .finding import ALTERNATIVE, ENCODERS, PIXEL_FIELDS, Tower, packs
+from .recording import Encoded, Needs, Recording, TowerOutput, current_recording
 
-ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
+ENCODER_OUTPUTS = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 
-# Weak: a forward that fails never stops its watch, and then nothing else holds it.
-_watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
+# Weak: a forward that fails never stops its recorder, and then nothing else holds it.
+_current_recorder: ContextVar[weakref.ref[TowerRecorder] | None] = ContextVar(
+    "gap_triton_tower_watch", default=None
+)
 
 
 def check_needs(tower: Tower, needs: Needs) -> None:
@@ -39,7 +41,7 @@ def check_needs(tower: Tower, needs: Needs) -> None:
         )
 
 
-class TowerWatch:
+class TowerRecorder:
     """What the vision tower tells in one forward.
 
     Args:
@@ -58,13 +60,13 @@ class TowerWatch:
         Args:
             kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
         """
-        self.encoded = encoded_ahead(kwargs or {})
-        self._token = _watch_now.set(weakref.ref(self))
+        self.encoded = encoder_outputs(kwargs or {})
+        self._token = _current_recorder.set(weakref.ref(self))
 
     def stop(self) -> None:
         """Watch no longer."""
         if self._token is not None:
-            _watch_now.reset(self._token)
+            _current_recorder.reset(self._token)
             self._token = None
 
     def output(self) -> TowerOutput:
@@ -79,16 +81,16 @@ class TowerWatch:
             raise ValueError(
                 f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's "
                 "visual tokens: pass pixel_values with the prompt, not image features that were encoded before, or "
-                f"{INSTEAD}"
+                f"{ALTERNATIVE}"
             )
         return TowerOutput.concatenate(part.output for part in parts)
 
 
-def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
+def encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     """By modality, what was recorded of the encoders that ran before a forward with these keyword arguments."""
-    outputs = kwargs.get(ENCODED_AHEAD) or {}
-    found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
-    return {modality: encoded for modality, encoded in found.items() if encoded is not None}
+    outputs = kwargs.get(ENCODER_OUTPUTS) or {}
+    encoders = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
+    return {modality: encoded for modality, encoded in encoders.items() if encoded is not None}
 
 
 def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
@@ -115,34 +117,34 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     return handles
 
 
-def note_sizes(owner: PreTrainedModel) -> list[Any]:
+def record_sizes(owner: PreTrainedModel) -> list[Any]:
     """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
 
     Returns:
         Handles, whose ``remove()`` takes everything off again.
     """
     methods = [method for method in ENCODERS.values() if hasattr(owner, method)]
-    return [_Wrapped(owner, method, _encode_and_note) for method in methods]
+    return [_Wrapped(owner, method, _encode_and_record_size) for method in methods]
 
 
 def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    recording = recording_now.get()
+    recording = current_recording.get()
     if recording is not None and "similarity" in recording.needs:
-        recording.layer_done(output[0] if isinstance(output, tuple) else output)
+        recording.record_hidden_states(output[0] if isinstance(output, tuple) else output)
 
 
 def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
-    recording = recording_now.get()
+    recording = current_recording.get()
     if recording is not None and "features" in recording.needs:
-        recording.projecting(args[0])
+        recording.record_features(args[0])
 
 
-def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _encode_and_record_size(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     output = encoder(*args, **kwargs)
     if isinstance(output, ModelOutput):
         bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
-        noted = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
-        setattr(output, ENCODED_ATTRIBUTE, noted)
+        encoded = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
+        setattr(output, ENCODED_ATTRIBUTE, encoded)
     return output
 
 
@@ -156,33 +158,33 @@ def _encode(
     **kwargs: Any,
 ) -> Any:
     """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
-    watch = _watch_of(tower)
-    wanted = frozenset(needs()) | (frozenset() if watch is None else watch.needs)
-    if not wanted or recording_now.get() is not None:
+    recorder = _recorder_of(tower)
+    needed = frozenset(needs()) | (frozenset() if recorder is None else recorder.needs)
+    if not needed or current_recording.get() is not None:
         return encoder(*args, **kwargs)
-    recording = Recording(tower, wanted)
-    token = recording_now.set(recording)
+    recording = Recording(tower, needed)
+    token = current_recording.set(recording)
     try:
         output = encoder(*args, **kwargs)
     finally:
-        recording_now.reset(token)
+        current_recording.reset(token)
     bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
     _refuse_other_features(tower.owner, bound)
     tokens = _count(output)
-    told = recording.output(bound, None if packs(tower.owner) else tokens)
-    found = Encoded(_without_pixels(bound), wanted, tokens, told)
-    if watch is not None:
-        watch.encoded[modality] = found
+    recorded = recording.output(bound, None if packs(tower.owner) else tokens)
+    encoded = Encoded(_without_pixels(bound), needed, tokens, recorded)
+    if recorder is not None:
+        recorder.encoded[modality] = encoded
     if isinstance(output, ModelOutput):
-        # Also beside a watch: one that an exception has left behind is not that of the forward to come.
-        setattr(output, ENCODED_ATTRIBUTE, found)
+        # Also beside a recorder: one that an exception has left behind is not that of the forward to come.
+        setattr(output, ENCODED_ATTRIBUTE, encoded)
     return output
 
 
-def _watch_of(tower: Tower) -> TowerWatch | None:
-    reference = _watch_now.get()
-    watch = None if reference is None else reference()
-    return watch if watch is not None and watch.tower is tower else None
+def _recorder_of(tower: Tower) -> TowerRecorder | None:
+    reference = _current_recorder.get()
+    recorder = None if reference is None else reference()
+    return recorder if recorder is not None and recorder.tower is tower else None
 
 
 def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -220,10 +222,10 @@ class _Mark:
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
-        setattr(attention, WATCHED, True)
+        setattr(attention, SCORES, True)
 
     def remove(self) -> None:
-        delattr(self.attention, WATCHED)
+        delattr(self.attention, SCORES)
 
 
 class _Wrapped:

@@ -16,13 +16,13 @@ import torch
 from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
-from .finding import INSTEAD, Tower
+from .finding import ALTERNATIVE, Tower
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
 
-recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
+current_recording: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Recording:
         self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
         self._states = 0
 
-    def attend(
+    def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
         """Score by the attention of ``module`` if it is the scoring layer's, at once: query and key are not kept.
@@ -137,7 +137,7 @@ class Recording:
         first = self.tower.leading
         if "cls" in self.needs:
             if mask is not None and len(_sequences(mask)) > 2:
-                raise ValueError(f"{_HIDES}: use score='received'")
+                raise ValueError(f"{_HIDDEN}: use score='received'")
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
@@ -154,7 +154,7 @@ class Recording:
             if "keys" in self.needs:
                 self._parts["keys"].append(rows)
 
-    def layer_done(self, hidden_states: Tensor) -> None:
+    def record_hidden_states(self, hidden_states: Tensor) -> None:
         """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
         state = hidden_states.detach()
         if state.dim() == 3:
@@ -163,7 +163,7 @@ class Recording:
         parts[:] = [parts[0] + state.float() if parts else state.float()]
         self._states += 1
 
-    def projecting(self, features: Tensor) -> None:
+    def record_features(self, features: Tensor) -> None:
         """Take what enters the projector, [..., C]."""
         self._parts["features"].append(features.detach().flatten(0, -2))
 
@@ -177,7 +177,7 @@ class Recording:
         Raises:
             ValueError: The tower did not report what is needed, or its patches are not those of the features.
         """
-        found: dict[str, Tensor] = {}
+        collected: dict[str, Tensor] = {}
         for need, parts in self._parts.items():
             if not parts:
                 self._refuse_if_replaced()
@@ -189,28 +189,28 @@ class Recording:
             if need == "similarity":
                 self._check_states()
                 rows = rows / self._states
-            found[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
-            if tokens is not None and found[need].shape[0] != tokens:
+            collected[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
+            if tokens is not None and collected[need].shape[0] != tokens:
                 raise ValueError(
-                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, "
-                    f"so its visual tokens can't be told apart by what the vision tower says: {INSTEAD}"
+                    f"{type(self.tower.owner).__name__} made {tokens} features of {collected[need].shape[0]} rows of "
+                    f"{need!r}, so its visual tokens can't be told apart by what the vision tower says: {ALTERNATIVE}"
                 )
-        return TowerOutput(**found, projector=self.tower.projector)
+        return TowerOutput(**collected, projector=self.tower.projector)
 
     def _refuse_if_replaced(self) -> None:
-        if not self.tower.stands():
+        if not self.tower.is_current():
             raise ValueError(
                 f"the vision tower of {type(self.tower.owner).__name__}, or a part of it, was replaced after the model was "
                 "configured: call gap_triton.configure(model, config) again"
             )
 
     def _check_states(self) -> None:
-        wanted = 1 + len(self.tower.layers) // 3
-        if self._states != wanted:
+        expected = 1 + len(self.tower.layers) // 3
+        if self._states != expected:
             self._refuse_if_replaced()
             raise ValueError(
-                f"{type(self.tower.module).__name__} ran {self._states // wanted} times for one call of its encoder, which "
-                f"is not supported: {INSTEAD}"
+                f"{type(self.tower.module).__name__} ran {self._states // expected} times for one call of its encoder, "
+                f"which is not supported: {ALTERNATIVE}"
             )
 
     def _check_heads(self, query: Tensor) -> None:
@@ -219,11 +219,11 @@ class Recording:
         if isinstance(heads, int) and query.shape[1] != heads:
             raise ValueError(
                 f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower "
-                f"that is split over devices are not supported; leave it whole, or {INSTEAD}"
+                f"that is split over devices are not supported; leave it whole, or {ALTERNATIVE}"
             )
 
 
-_HIDES = "the vision tower's scoring layer hides some patches from others"
+_HIDDEN = "the vision tower's scoring layer hides some patches from others"
 
 
 def _sequences(mask: Tensor) -> Tensor:
@@ -238,5 +238,7 @@ def _sequences(mask: Tensor) -> Tensor:
     if not torch.equal(allowed, (sequence[:, None] == sequence).expand_as(allowed)) or (
         len(allowed) > 1 and bool(sequence[-1] > 0)
     ):
-        raise ValueError(f"{_HIDES}, as padding does, which scores by its attention don't take: {INSTEAD}")
+        raise ValueError(
+            f"{_HIDDEN}, as padding does, which scores by its attention don't take: {ALTERNATIVE}"
+        )
     return torch.nn.functional.pad(sequence.bincount().cumsum(0), (1, 0)).to(torch.int32)

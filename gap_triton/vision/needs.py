@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 from ..attachment import Attachment
-from ..calls import config_now
-from ..config import BEFORE_THE_DECODER, GapConfig, Stage, asks_for_places
+from ..calls import current_config
+from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
 from ..state import ForwardState
-from ..vision_tower import Need, Needs, Tower, TowerWatch, check_needs, find_tower, install, note_sizes
+from ..vision_tower import Need, Needs, Tower, TowerRecorder, check_needs, find_tower, install, record_sizes
 
 MERGE_NEEDS: dict[str, Needs] = {
     "none": frozenset(),
@@ -28,46 +28,46 @@ def needs_of(config: GapConfig) -> Needs:
     return frozenset(need for need in TOWER_SCORES if need == stage.score) | MERGE_NEEDS[stage.merge]
 
 
-def let_tower_tell(attachment: Attachment, config: GapConfig) -> None:
+def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     """Install hooks on the vision encoder, if ``config`` asks it for something: once, and anew where it was replaced.
 
     Raises:
         ValueError: There is no vision encoder that could tell it; the sentence says what can be done instead.
     """
-    if attachment.tower is not None and not attachment.tower.stands():
+    if attachment.tower is not None and not attachment.tower.is_current():
         for handle in reversed(attachment.tower_handles):
             handle.remove()
-        attachment.tower, attachment.tower_handles, attachment.notes_sizes = None, [], False
-    if any(asks_for_places(stage) for stage in config.stages) and not attachment.notes_sizes:
-        attachment.notes_sizes = True
-        attachment.tower_handles += note_sizes(attachment.owner)
+        attachment.tower, attachment.tower_handles, attachment.records_sizes = None, [], False
+    if any(needs_grid(stage) for stage in config.stages) and not attachment.records_sizes:
+        attachment.records_sizes = True
+        attachment.tower_handles += record_sizes(attachment.owner)
     attachment.projector_is_last = None  # the model may have been changed since
     if not needs_of(config):
         return
     tower = attachment.tower or find_tower(attachment.owner)
-    check_needs(tower, _told_by(tower, config))
+    check_needs(tower, _needs_from(tower, config))
     if attachment.tower is None:
         attachment.tower = tower
-        attachment.tower_handles += install(tower, functools.partial(_told_now, attachment))
+        attachment.tower_handles += install(tower, functools.partial(_current_needs, attachment))
 
 
-def _told_now(attachment: Attachment) -> Needs:
-    config = config_now(attachment)
+def _current_needs(attachment: Attachment) -> Needs:
+    config = current_config(attachment)
     if attachment.tower is None or config is None or attachment.owner.training:
         return frozenset()  # nothing is pruned then
-    return _told_by(attachment.tower, config)
+    return _needs_from(attachment.tower, config)
 
 
-def watch_tower(state: ForwardState) -> None:
+def start_recorder(state: ForwardState) -> None:
     """Look on from now until `stop_watching`, if the configuration asks the vision encoder for something."""
     tower = state.attachment.tower
-    needs = frozenset() if tower is None else _told_by(tower, state.config)
+    needs = frozenset() if tower is None else _needs_from(tower, state.config)
     if tower is not None and needs:
-        state.watch = TowerWatch(tower, needs)
-        state.watch.start(state.owner.kwargs)
+        state.recorder = TowerRecorder(tower, needs)
+        state.recorder.start(state.owner.kwargs)
 
 
-def _told_by(tower: Tower, config: GapConfig) -> Needs:
+def _needs_from(tower: Tower, config: GapConfig) -> Needs:
     """`needs_of`, without the features before the projector where there is none: then tokens merge behind it."""
     needs = needs_of(config)
     return needs if tower.projector is not None else needs - {"features"}
