@@ -1,4 +1,4 @@
-"""Refuses unsupported versions at import, in a sentence that says what is needed."""
+"""The versions that are supported; others are refused at import, with what is needed."""
 
 from __future__ import annotations
 

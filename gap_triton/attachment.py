@@ -30,8 +30,8 @@ class Attachment:
         text: The decoder stack.
         layers: Its layers that carry the hooks; the model may have got others since.
         heads: The modules with a language head around ``owner``, as far as they are known.
-        tower: The vision encoder, once a configuration has asked it for something.
-        records_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
+        tower: The vision encoder, once a configuration needs something of it.
+        records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
         projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.

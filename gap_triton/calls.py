@@ -72,14 +72,14 @@ def current_config(attachment: Attachment, call: Call | None = None) -> GapConfi
 
     Args:
         attachment: What is attached to the model that runs.
-        call: What its head told of this forward, None if it is not known.
+        call: What its head handed on in this forward, None if it is not known.
     """
     generation = _generation.get()
     if generation is not None:
         if attachment in generation.configs:
             return generation.configs[attachment]
         if any(module is attachment.owner for module in generation.model.modules()):
-            return None  # attached since: what was encoded before was not watched
+            return None  # attached since: what was encoded before was not recorded
     if attachment.closing:
         return None
     return attachment.config if call is None or call.config is None else call.config

@@ -32,9 +32,9 @@ BEFORE_THE_DECODER = -1
 # What can rank a token depends on where it is ranked.
 DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
-# What a decoder layer's query and key are asked for; the other scores need no attention.
+# Scores from a decoder layer's query and key; the others need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
-# What looks at the text of the prompt; the other scores are the same whatever text follows the image.
+# Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
 TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
 
 
@@ -48,7 +48,7 @@ class Stage:
             only where a prompt ends in a visual token that was not chosen, whose logits are read. After the vision encoder
             the images of a sample, tiles and frames included, share it by their size; where there are fewer than images,
             some get none. The newline tokens of LLaVA-NeXT and its kin, which stand in no grid, count among the survivors:
-            where a score or a coverage asks where tokens stand, all of them stay as long as they take at most half of the
+            where a score or a coverage needs positions in the image, all of them stay while they take at most half of the
             number, else so many as make half of it, evenly spread. ``"outliers"`` keeps, there only, the newlines and the
             tokens of each image whose score lies above the third quartile by more than 1.5 interquartile ranges
             (PruMerge, arXiv 2403.15388, section 3.2).
@@ -220,7 +220,7 @@ def needs_text(stage: Stage) -> bool:
 
 
 def needs_grid(stage: Stage) -> bool:
-    """Whether ``stage`` must know where in its image each visual token stands."""
+    """Whether ``stage`` needs the position of each visual token in its image."""
     spreads = stage.coverage != "topk" or stage.score == "spatial"
     if stage.layer != BEFORE_THE_DECODER:
         return spreads

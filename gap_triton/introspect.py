@@ -1,4 +1,4 @@
-"""What a model is, by its config and its code, and the names that the parts of a pruned one know each other by."""
+"""What a model is, by its config and its code; and names that several parts of this package share."""
 
 from __future__ import annotations
 

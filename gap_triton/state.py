@@ -79,7 +79,7 @@ class Drop:
         dense: Every row after it is a real token, in every sample.
         selection: What was chosen after the vision encoder; None where the stage is in the decoder.
         text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
-        grid_positions: Where visual rows stand in their images; None where the stage does not ask, or is not in the decoder.
+        grid_positions: Where visual rows stand in their images; None where the stage needs none, or is not in the decoder.
     """
 
     stage: Stage
@@ -143,8 +143,8 @@ class Call:
         logit_rows: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
         labels: [B, Q] int64 targets of the loss.
         ignored_label: The label that is no target.
-        config: The configuration when the forward began; None where no head told.
-        reached_owner: They have been handed on to the module that receives ``input_ids``.
+        config: The configuration when the forward began; None without a head.
+        reached_owner: The module that receives ``input_ids`` has got them.
     """
 
     drafts: int = 0
@@ -216,7 +216,7 @@ class Prefill:
         drafts: Number of last rows, of all samples, that are drafts.
         past: Number of original positions in the cache before it.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
-        scoring: Left by the attention of the scoring layer, until the stage has scored.
+        scoring: What the attention of the scoring layer recorded, until the stage has scored.
         survivors: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
@@ -234,7 +234,7 @@ class Prefill:
 
     @property
     def done(self) -> int:
-        """How many stages have been."""
+        """How many stages have dropped."""
         return len(self.survivors)
 
     @property
@@ -257,7 +257,7 @@ class Rows:
         past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
             tensor, as wide as the mask and one column more, which stands for all positions behind it.
-        has_4d_mask: The caller gave a mask of four dimensions, which says more than padding.
+        has_4d_mask: The caller gave a mask of four dimensions, which holds more than padding.
     """
 
     batch: int
@@ -315,8 +315,8 @@ class OwnerArguments:
     Attributes:
         visual: [B, Q] bool, the visual tokens; None where there is no prompt.
         attention_mask: The mask as the caller gave it, before the model makes its own of it.
-        by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
-        kwargs: Its keyword arguments, which say where images begin; empty once the prompt is planned.
+        by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, by the embedding of a placeholder.
+        kwargs: Its keyword arguments, from which the sizes of images are read; empty once the prompt is planned.
     """
 
     visual: torch.Tensor | None = None
@@ -332,12 +332,12 @@ class ForwardState:
     Attributes:
         config: The configuration, read once at the start of the call.
         attachment: The attachment that the forward runs under.
-        call: What the caller asked of the model around the decoder.
+        call: Arguments of the module with the language head.
         owner: What the module that receives ``input_ids`` was given.
         enabled: False in training mode, or when the model was switched to another implementation.
         reached_decoder: The decoder has seen this state.
-        without_owner: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
-        recorder: What looks on while the vision encoder runs; None where nothing is asked of it.
+        without_owner: The decoder was called without the module that receives ``input_ids``, with ``visual_mask``.
+        recorder: What records the vision encoder; None where nothing of it is needed.
         run: The run of the decoder; None until it begins, and where nothing is or was dropped.
     """
 
@@ -359,7 +359,7 @@ class ForwardState:
         mask: torch.Tensor | None,
         scale: float | None,
     ) -> None:
-        """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
+        """Record query, key and mask of the scoring layer; do nothing in other layers and other forwards."""
         prefill = None if self.run is None else self.run.prefill
         drop = None if prefill is None else prefill.next_drop
         if prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:

@@ -51,9 +51,9 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     model that is attached already this sets the configuration, and hooks those modules that were replaced since.
 
     Args:
-        model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
-            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens, and by
-            ``visual_grid`` ([H, W], or a list of one per image) how many rows and columns they make, where that is asked.
+        model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`. Of a
+            decoder alone, forward and `generate` take ``visual_mask`` ([B, Q] bool), which rows are visual tokens, and,
+            where the configuration needs it, ``visual_grid`` ([H, W], or a list of one per image), their rows and columns.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
@@ -84,7 +84,7 @@ def detach(model: nn.Module) -> None:
 
     A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
     name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. A cache
-    that was pruned before can't go on afterwards, and nothing is left that could say so.
+    that was pruned before must not be used afterwards, and nothing is left that could refuse it.
 
     Calls that are under way in other threads, or around this one, run to their end as they began: then the hooks are taken
     off when the last of them ends. Calls that begin meanwhile are dense.
@@ -194,7 +194,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
 def let_generate_take_visual_mask() -> None:
     """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` and ``visual_grid`` on to forward.
 
-    `generate` forwards keyword arguments that it does not know, but first refuses those that forward does not list.
+    `generate` forwards unknown keyword arguments, but first refuses those that forward does not list.
     """
     validate = GenerationMixin._validate_model_kwargs
     if hasattr(validate, "_gap_follows"):
@@ -211,7 +211,7 @@ def let_generate_take_visual_mask() -> None:
 
 
 def let_calls_keep_their_configuration() -> None:
-    """Let every `generate` note the configuration that it starts with, see `gap_triton.calls`."""
+    """Let every `generate` keep the configuration that it starts with, see `gap_triton.calls`."""
     generate = GenerationMixin.generate
     if hasattr(generate, "_gap_follows"):
         return
@@ -281,12 +281,12 @@ def _synchronize(model: PreTrainedModel) -> None:
         text = text_model_of(module)
         if text is not None and text.config._attn_implementation == NAME:
             _ensure_attached_by_name(model, module, text)
-    # Of a decoder stack alone nobody knows yet whether it will be part of a vision-language model.
+    # A decoder stack alone may become part of a vision-language model later.
     decoder = lone_decoder_of(model)
     if decoder is not None and decoder is not model and decoder.config._attn_implementation == NAME:
         _ensure_attached_by_name(model, model, decoder)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
-        find_parts(model)  # a model that can't be pruned says so now
+        find_parts(model)  # refuses a model that can't be pruned
 
 
 def _ensure_attached_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The attention function behind ``attn_implementation="gap_triton"``: dense attention that lets pruning look on.
+"""The attention function behind ``attn_implementation="gap_triton"``: dense attention that records what pruning needs.
 
 An attention function runs inside the residual branch of its layer. It can *score* tokens but not *drop* them, so
 it hands query and key to the state of the running forward, and `gap_triton.integration.hooks` drops before the next layer.
@@ -24,7 +24,7 @@ from ..vision_tower.recording import current_recording
 
 logger = logging.get_logger(__name__)
 
-# What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
+# What some models need of their attention, by keyword, which neither the scores nor the back ends here support.
 MORE_THAN_DENSE = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",

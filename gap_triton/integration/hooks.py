@@ -1,4 +1,4 @@
-"""One forward of a pruned model, as the hooks see it.
+"""The hooks of one forward of a pruned model.
 
 A decoder's loop keeps hidden states, rotary embeddings, masks and ids in local variables that nothing outside can
 rebind, so *every* layer after the pruning layer has a pre-hook that hands it the shortened ones. Dropping happens in
@@ -76,13 +76,13 @@ def before_head(
     owner_name: str,
     takes_kwargs: bool,
 ) -> tuple[Args, Kwargs] | None:
-    """Pass on what the module with the language head would keep to itself.
+    """Pass on the arguments that the module with the language head would not hand on.
 
     Args:
         model: That module.
         args: Its positional arguments.
-        kwargs: Its keyword arguments; None where the hook was removed by one that ran right before it, of which torch
-            forgets at once that it takes them.
+        kwargs: Its keyword arguments; None where the hook before this one has just removed it: then torch calls it once more
+            without them.
         attachment: What is attached to the module that it holds.
         owner_name: The name under which it holds it.
         takes_kwargs: Its forward takes keyword arguments that it does not list.
@@ -113,7 +113,7 @@ def after_head(
     attachment: Attachment,
     handles: list[Any],
 ) -> None:
-    """Say so if the module with the language head kept its keyword arguments to itself; once it has not, look no more.
+    """Refuse a head that did not hand its keyword arguments on; after one that did, take this hook off.
 
     Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
     """
@@ -129,7 +129,7 @@ def after_head(
 def _refuse_lost_arguments(
     model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
 ) -> None:
-    """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
+    """Raise RuntimeError if ``model``, which hands nothing on, got arguments that its owner needs to prune."""
     labels = call.labels
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = [each for each in given if isinstance(each, torch.Tensor)]
@@ -246,14 +246,14 @@ def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
 def _begin_without_owner(
     text: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
-    """The decoder was called past its owner; there a mask can name visual tokens too."""
+    """The decoder was called without its owner, with a mask that names the visual tokens."""
     args, kwargs = _begin(text, args, kwargs, attachment)
     state: ForwardState = kwargs[STATE_KEY]
     state.without_owner = True
     try:
         return before_text(text, args, kwargs, attachment=attachment) or (args, kwargs)
     except Exception:
-        _end(state)  # nobody else gets to see it
+        _end(state)  # no later hook sees it
         raise
 
 
@@ -290,7 +290,7 @@ def _rows_of(
     state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
 ) -> Rows:
     """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
-    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
+    # Padding is read from the caller's mask: by now some models have made another one from it.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
     has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
     real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
@@ -349,7 +349,7 @@ def _begin_prompt(
 
 
 def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:
-    """Let ``run`` know the ids without pruning, where its rows follow renumbered ones."""
+    """Keep the ids without pruning in ``run``, where its rows follow renumbered ones."""
     if kept.renumbered:
         rows = run.rows
         run.position_ids = position_ids_of(kwargs.get("position_ids"), rows.past, rows.queries, device)
@@ -358,8 +358,8 @@ def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, de
 def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, has_image: bool, kwargs: Kwargs) -> None:
     """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
     if is_assistant():
-        # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
-        # several tokens: what it had and what the other model wrote.
+        # An assistant's prompt was complete. If all its drafts were wrong they are cropped, and it goes on with several
+        # tokens: its own last one and what the other model wrote.
         kept.complete = True
     rows = run.rows
     refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, has_image)
@@ -403,7 +403,7 @@ def _plan(
 def _with_what_ranks(
     state: ForwardState, prompt: Prompt, drops: tuple[Drop, ...], kwargs: Kwargs
 ) -> tuple[Drop, ...]:
-    """``drops``, with the text rows and the places in the image that the stages in the decoder ask for."""
+    """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
     in_decoder = [drop.stage for drop in drops if drop.selection is None]
     text_rows = {"text": prompt.text_after}
     if any(stage.score == "raters" for stage in in_decoder):
@@ -451,7 +451,7 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
 def _drop(
     run: DecoderRun, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
 ) -> tuple[torch.Tensor, KeptRows]:
-    """Drop, and let run and cache know of it; returns the hidden states and what the layers from here on hold."""
+    """Drop, and record it in run and cache; returns the hidden states and what the layers from here on hold."""
     dropped = drop_tokens(run, prefill, step, hidden_states, kwargs)
     run.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
@@ -493,9 +493,9 @@ def after_text(
 def after_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
 ) -> None:
-    """Stop looking at the vision encoder; say so if the owner kept its keyword arguments to itself.
+    """Stop recording the vision encoder; refuse an owner that did not hand its keyword arguments on.
 
-    The decoder would have run unpruned without a word. After a forward that failed ``output`` is None.
+    Otherwise the decoder would have run unpruned without a warning. After a forward that failed ``output`` is None.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:

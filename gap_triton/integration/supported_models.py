@@ -1,13 +1,13 @@
 """Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve.
 
 There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
-later layers can be handed fewer tokens without noticing:
+later layers can run on fewer tokens unchanged:
 
 - a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
   unknown keyword arguments on, which is how the state of a forward gets to the layers;
 - in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
   or remembers them: full or sliding self-attention over the layer's own keys and values;
-- layers that are told about their tokens by arguments that `gap_triton.later_layers.inputs` knows how to shorten.
+- layers whose arguments `gap_triton.later_layers.inputs` can shorten.
 
 Whatever falls outside is refused, in a sentence that says why.
 """
@@ -60,7 +60,7 @@ UNSAFE_PARAMETERS = {
 READS_EVERY_ROW = ("ForRetrieval", "ForTokenClassification", "ForQuestionAnswering")
 SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# What a layer and its attention may be told; each is shortened, rebuilt, or does not depend on the tokens.
+# Arguments that a layer and its attention may take; each is shortened, rebuilt, or does not depend on the tokens.
 LAYER_PARAMETERS = frozenset(
     {
         "self",
@@ -78,7 +78,7 @@ LAYER_PARAMETERS = frozenset(
         *ALL_CACHE_NAMES,
     }
 )
-# What only a module that remembers tokens is told, and one that looks at others.
+# Arguments that only a module takes that remembers tokens, or that looks at others.
 REMEMBERS_TOKENS = frozenset({*ALL_CACHE_NAMES, "cache_params"})
 SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
 DECODER_PARAMETERS = frozenset(
@@ -120,7 +120,7 @@ class Parts(NamedTuple):
 
 
 def is_vision_language_model(model: PreTrainedModel) -> bool:
-    """Whether ``model`` generates text and reads images, as far as its config tells."""
+    """Whether ``model`` generates text and reads images, by its config."""
     config = model.config
     sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
     return model.can_generate() and (sees or bool(visual_token_ids(config)))
@@ -326,7 +326,7 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
 
 
 def _more_than_dense(attention: nn.Module) -> str | None:
-    """What ``attention`` asks of the attention function besides dense attention, as its code and its attributes tell."""
+    """What ``attention`` needs besides dense attention, read from its code and its attributes."""
     for keyword, attribute in _keywords_given(inspect.unwrap(type(attention).forward)):
         # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
         if isinstance(attribute, str) and getattr(attention, attribute, None) is None:

@@ -1,4 +1,4 @@
-"""Runs that could prune and don't, or whose caller may not see what was dropped: each is said once, or refused."""
+"""Warnings, once each, about runs that could prune and don't; and refusals of runs that would hide what was dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``visual_grid``: the caller says how many rows and columns the visual tokens of an image make, where nothing else does."""
+"""``visual_grid``: the caller gives the rows and columns of an image's visual tokens, where nothing else does."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def follow_cache_methods() -> None:
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
             setattr(Cache, name, _wrap_change(method, follow))
-    # Methods that answer for one layer, which is an argument at this argument.
+    # Methods that answer for one layer, which is an argument at this position.
     for name, argument, unpruned in (
         ("get_seq_length", 0, _unpruned_length),
         ("get_mask_sizes", 1, _unpruned_sizes),
@@ -89,7 +89,7 @@ def _wrap_query(
 
 
 def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
-    """Only where even the first layer lacks tokens; elsewhere a layer is asked for what it holds."""
+    """``length`` with what was dropped, where even the first layer lacks tokens; elsewhere what the layer holds."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
         return length
@@ -99,9 +99,8 @@ def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
     full = getattr(cache, LENGTH_ATTRIBUTE, None)
     if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
-        return full, sizes[
-            1
-        ]  # also before a prompt that finds buffers as short as the last one remaining them
+        # Also before a prompt: its buffers may still be as short as the last one made them.
+        return full, sizes[1]
     return _unpruned_length(cache, layer, sizes[0]), sizes[1]
 
 
@@ -133,7 +132,7 @@ def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
 
 
 def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
-    """Crop layers that hold everything as asked, and others to what they hold of the positions that are remaining.
+    """Crop layers that hold everything by ``amount``, and others to what they hold of the remaining positions.
 
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.

@@ -26,7 +26,7 @@ class KeptRows:
             that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
         covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
             comes after is held one to one.
-        dense: No -1 in ``index``; known without asking the device.
+        dense: No -1 in ``index``; known on the host.
         id_shift: [B] (or [A, B] on several axes) int64, how much smaller the ids of following tokens are in the later
             layers; None = not at all.
     """
@@ -277,7 +277,7 @@ def extend(
         past: Number of original positions before the prompt.
         queries: Number of rows of the prompt.
         real: [B, past + Q] bool, False at padding; None = no padding.
-        dense: No -1 in ``positions``, known without asking the device.
+        dense: No -1 in ``positions``, known on the host.
     """
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, past, device=positions.device).expand(positions.shape[0], -1)

@@ -1,7 +1,7 @@
 """Visual features that a model adds behind its first decoder layers (Qwen3-VL and kin), for fewer rows.
 
-The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. What
-belongs behind later layers is taken out of the loop and added, to the survivors, before the layer that comes next.
+The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. The
+features for later layers are taken out of the loop, and added to the survivors before the next layer runs.
 """
 
 from __future__ import annotations

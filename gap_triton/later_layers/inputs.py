@@ -1,4 +1,4 @@
-"""What the layers after the pruning layer are handed: mask, position ids and rotary embeddings of fewer tokens."""
+"""Inputs of the layers after the pruning layer: mask, position ids and rotary embeddings of fewer tokens."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TOKEN_AXIS = {
     "position_embeddings_global": -2,
     "position_embeddings_local": -2,
 }
-# Arguments that are not cut down but made anew, or that say nothing about single tokens.
+# Arguments that are made anew, or that hold nothing per token.
 NOT_SHORTENED = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
 
 
 def shorten(
     run: DecoderRun, kept: KeptRows, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int
 ) -> None:
-    """Replace, in ``kwargs``, what layer ``index`` is told about its tokens.
+    """Replace, in ``kwargs``, the arguments of layer ``index`` that depend on its tokens.
 
     Args:
         run: The run of the decoder.
         kept: What the layer holds after it.
         hidden_states: [B, L, C], the layer's input.
         kwargs: The layer's keyword arguments, changed in place.
-        index: The layer's place in the decoder.
+        index: The layer's number in the decoder.
     """
     survivors, cache = run.survivors, cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
@@ -52,7 +52,7 @@ def shorten(
     if ids is not None:
         _renumber(run, kept, ids, hidden_states, kwargs)
     if kwargs.get("cache_position") is not None and cache_layer is not None:
-        # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
+        # Static caches of releases that have this argument write there: it must count from the layer's own length.
         dropped = 0 if run.kept_before is None else run.kept_before.dropped_at(index)
         kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - dropped
 
@@ -71,7 +71,7 @@ def _renumber(
     run: DecoderRun, kept: KeptRows, ids: torch.Tensor, hidden_states: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
     """Put ``ids``, and their rotary embeddings, in the place of those that the model gave."""
-    # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+    # Where there are four axes, the first is for masks and goes to the layer, and the others are for RoPE.
     flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
     model_ids = kwargs.get("position_ids")
     kwargs["position_ids"] = axes if model_ids is not None and model_ids.dim() == 3 else flat
@@ -90,12 +90,12 @@ def shift_ids(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """
     shift = shift.to(position_ids.device)[..., None]
     if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
-        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
+        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them has the axis for masks
     return position_ids - shift
 
 
 def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> Any:
-    """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
+    """A layer's argument ``name`` for the surviving rows; shared by the layers that get the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
     for known, shortened in survivors.arguments:
         if known is value:
@@ -107,7 +107,7 @@ def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> A
     elif name in TOKEN_AXIS:
         shortened = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
     elif value.dim() >= 2 and value.shape[0] in (1, rows.batch) and value.shape[1] == rows.queries:
-        shortened = _take_rows(survivors, value, 1)  # something that is handed through, one entry per token
+        shortened = _take_rows(survivors, value, 1)  # one entry per token, whatever it is
     else:
         return value
     survivors.arguments.append((value, shortened))
@@ -115,7 +115,7 @@ def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> A
 
 
 def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Tensor:
-    """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
+    """``value`` with only the survivors on its token ``axis``, which follows the batch axis."""
     rows = survivors.index.clamp(min=0).to(value.device)  # [B, L]
     shape = list(value.shape)
     shape[axis - 1] = rows.shape[0]

@@ -9,12 +9,12 @@ import torch
 
 from ..state import DecoderRun, Prefill
 
-# Fields of a decoder's output whose shape says nothing about the tokens of this forward.
+# Fields of a decoder's output whose shape does not depend on the tokens of this forward.
 NOT_BY_TOKEN = ("cache", "past_key_values", "attentions", "rope_deltas")
 
 
 def refuse_router_logits(run: DecoderRun, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError if the decoder is to return what its router says of every token."""
+    """Raise ValueError if the decoder is to return its router's logits of every token."""
     name = "output_router_logits"
     if kwargs.get(name, getattr(run.attachment.text.config, name, False)):
         raise ValueError(

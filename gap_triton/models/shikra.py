@@ -69,9 +69,8 @@ def load(
         ValueError: Keys of the checkpoint are missing or unknown; the message lists them.
     """
     clip = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype)
-    fields, _ = LlamaConfig.get_config_dict(
-        checkpoint
-    )  # of model_type "shikra", which transformers does not know
+    # Its model_type is "shikra", which transformers does not have.
+    fields, _ = LlamaConfig.get_config_dict(checkpoint)
     fields |= {"model_type": LlamaConfig.model_type, "mm_hidden_size": clip.config.hidden_size}
     config = LlamaConfig.from_dict(fields)
     decoder, report = ShikraLlama.from_pretrained(

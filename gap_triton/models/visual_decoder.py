@@ -32,7 +32,7 @@ class VisualDecoder(nn.Module):
 
     Attributes:
         tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image, whose rows and columns its
-            method ``grid`` tells.
+            method ``grid`` returns.
         projector: Linear layer from F to the decoder's width.
         decoder: The language model, which `gap_triton.attach` takes.
     """
@@ -65,7 +65,8 @@ class VisualDecoder(nn.Module):
             images = 0 if pixel_values is None else pixel_values.shape[0]
             raise ValueError(
                 f"input_ids hold {placeholders} visual tokens and the {images} images of pixel_values have "
-                f"{features.shape[0]}: expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids puts it there"
+                f"{features.shape[0]}: expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids "
+                "puts it there"
             )
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
         grid = None if pixel_values is None else self.tower.grid(pixel_values)

@@ -2,7 +2,7 @@
 
 What ranks the visual tokens is the prompt, because nothing else exists when `generate` prunes it. A forward may hold
 generated tokens behind it all the same: targets of a loss, drafts to be verified, or, without a KV cache, what has been
-written so far. Every way to say so ends in one mask here.
+written so far. Each of these becomes one mask here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GENERATED = "gap_generated"  # how many tokens `generate` has generated, where i
 
 
 def call_of(kwargs: dict[str, Any]) -> Call:
-    """What the keyword arguments of a forward say of its rows; takes out the one that is ours."""
+    """What the keyword arguments of a forward hold about its rows; takes out the one that is ours."""
     logits = kwargs.get("logits_to_keep", 0)
     generated = kwargs.pop(GENERATED, 0)
     if isinstance(logits, torch.Tensor):
@@ -47,10 +47,10 @@ def drafts_of(call: Call, visual: torch.Tensor) -> int:
 def follows_prompt(call: Call, visual: torch.Tensor | None, inputs: torch.Tensor) -> bool:
     """Whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
 
-    One read where labels, or rows by a tensor, say so; never in `generate`.
+    One read where there are labels, or rows by a tensor; none in `generate`.
 
     Args:
-        call: What the caller said.
+        call: What the caller gave.
         visual: [B, Q] bool, the visual tokens; None = none.
         inputs: [B, Q] or [B, Q, C], the rows.
     """
@@ -63,10 +63,10 @@ def follows_prompt(call: Call, visual: torch.Tensor | None, inputs: torch.Tensor
 
 
 def answer_rows(call: Call, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:
-    """[B, Q] bool, the rows of each sample's answer and whatever follows it; None where nothing says that there is any.
+    """[B, Q] bool, the rows of each sample's answer and whatever follows it; None where no argument names any.
 
     Args:
-        call: What the caller said.
+        call: What the caller gave.
         drafts: How many last rows of all samples are drafts.
         visual: [B, Q] bool, the visual tokens.
     """
@@ -92,7 +92,7 @@ def _labels_of(call: Call, visual: torch.Tensor) -> torch.Tensor | None:
 
 
 def _first_logit_row(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
-    """[B, 1] int64, the first row whose logits are asked for by a tensor as ``logits_to_keep``; Q - 1 where none is."""
+    """[B, 1] int64, the first row that a tensor as ``logits_to_keep`` names; Q - 1 where it names none."""
     if rows.dtype == torch.bool:
         positions = torch.arange(queries, device=rows.device)
         first = torch.where(rows, positions, queries - 1).amin(dim=-1, keepdim=True)
@@ -107,7 +107,7 @@ def refuse_lost_labels(call: Call, prompt: Prompt, keep: tuple[int, ...]) -> Non
     """Refuse labels whose prediction is lost, whatever token survives. One read, where there are labels.
 
     Args:
-        call: What the caller said.
+        call: What the caller gave.
         prompt: The prompt.
         keep: How many visual tokens of each sample survive.
 

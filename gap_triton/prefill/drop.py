@@ -1,4 +1,4 @@
-"""Dropping: rank the visual tokens, keep the best in order, and note what was kept."""
+"""Dropping: rank the visual tokens, keep the best in order, and record what was kept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def drop_tokens(
 
     Args:
         run: The run of the decoder.
-        prefill: Its prompt; takes note of survivors, ids and rotary embeddings for the later layers.
+        prefill: Its prompt; gets the survivors, with ids and rotary embeddings for the later layers.
         drop: What it drops.
         hidden_states: [B, S, C], output of the pruning layer.
         kwargs: Keyword arguments of the first later layer.
@@ -155,7 +155,7 @@ def _record_of(run: DecoderRun, prefill: Prefill, drop: Drop, index: torch.Tenso
 
 
 def _kept_with(run: DecoderRun, prefill: Prefill, record: KeptRows) -> KeptTokens:
-    """What all layers hold, once those after this stage hold what ``record`` says."""
+    """What all layers hold, once those after this stage hold ``record``."""
     before = () if run.kept_before is None else run.kept_before.stages
     done = () if run.kept is None else run.kept.stages[: prefill.done]
     text_independent = not any(needs_text(each.stage) for each in prefill.drops) and not any(

@@ -14,7 +14,7 @@ def tensor_parallel_group(attachment: Attachment, query: torch.Tensor) -> Any | 
     """The process group over which ``query`` [B, Hq, Q, D] is split by heads, None where it holds all of them.
 
     Raises:
-        ValueError: Heads are missing and the model does not say which processes hold them.
+        ValueError: Heads are missing and the model does not name the processes that hold them.
     """
     heads = attachment.text.config.num_attention_heads
     if query.shape[1] == heads:

@@ -67,7 +67,7 @@ def real_positions(
         return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
     total = past + queries
     if mask.dim() == 2:
-        # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
+        # A longer mask belongs to a static cache that is not full yet; a shorter one covers the end.
         real = mask[:, :total] != 0
         return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
     allowed = visible(mask).any(dim=1)  # by some head, [B, Q, K]
@@ -86,10 +86,10 @@ def real_positions(
 def position_ids_of(
     given: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
 ) -> torch.Tensor:
-    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
+    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it gets several per token.
 
     Args:
-        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
+        given: The decoder's argument: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
             with plain text ids in front.
         past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
         queries: Q.

@@ -18,7 +18,7 @@ from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
 
 BLOCK = 1 << 22
-"""How many attention logits are record at once where rows see what a mask of their own says."""
+"""How many attention logits are in memory at once where the rows have a mask of their own."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch
 def importance_by_mask(
     attention: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
 ) -> torch.Tensor:
-    """What `gap_kernels.visual_importance` is of rows that each see what ``mask`` says, in bounded memory.
+    """`gap_kernels.visual_importance` of rows that attend by ``mask``, in bounded memory.
 
     Args:
         attention: Query, key and scale.

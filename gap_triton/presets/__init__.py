@@ -55,7 +55,7 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"visionzip"``, ``"feather"``.
-        model: The model that it is for, which tells ``layers``, and ``score`` where its vision encoder has no CLS token.
+        model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
             whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the

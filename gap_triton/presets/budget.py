@@ -1,4 +1,4 @@
-"""How many visual tokens a method is to keep, as its caller says it."""
+"""The budget of a method: how many visual tokens it is to keep."""
 
 from __future__ import annotations
 

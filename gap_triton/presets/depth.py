@@ -38,8 +38,7 @@ def pruning_layers(first_layers: tuple[int, ...], layers: int) -> tuple[int, ...
     scaled_layers: list[int] = []
     for number, layer in enumerate(first_layers):
         scaled = round(Fraction(layer * layers, PUBLISHED_LAYERS)) - 1
-        last = (
-            layers - 1 - (len(first_layers) - number)
-        )  # a layer is left for every stage to come, and one for the end
+        # A layer is left for every stage to come, and one for the end.
+        last = layers - 1 - (len(first_layers) - number)
         scaled_layers.append(min(max(scaled, scaled_layers[-1] + 1 if scaled_layers else 0), last))
     return tuple(scaled_layers)

@@ -14,8 +14,7 @@ FIRST = 1 / STRIDE**2 + (1 - 1 / STRIDE**2) * KEEP_SHARE
 
 
 def configure(budget: float = round(FIRST * KEEP_SHARE, 4), layers: int = 32) -> GapConfig:
-    """Keep the tokens that the last prompt token attends to when RoPE is left out, and some spread evenly; later
-    fewer.
+    """Keep the tokens that the last prompt token attends to when RoPE is left out, and some spread evenly; later fewer.
 
     RoPE makes tokens near the end of the image look important; without it, an early layer ranks better. The released
     script prunes at layers 8 and 16, 30% survive each time, besides a lattice of stride 3. Here the number of tokens

@@ -10,8 +10,7 @@ FIRST_LAYERS = (8, 16, 24)
 
 
 def configure(budget: float = 0.125, layers: int = 32) -> GapConfig:
-    """Keep the same share of what is left at a quarter, a half and three quarters of the decoder, by the last prompt
-    token.
+    """Keep the same share at a quarter, a half and three quarters of the decoder, by the last prompt token's attention.
 
     The published schedule halves, which leaves an eighth: the default. The released code ranks on entering a layer
     with that layer's projections; here the attention of the layer before is used, because it has been computed anyway.

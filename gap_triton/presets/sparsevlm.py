@@ -23,9 +23,8 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
     left out here. Its version 1.5 renumbers the survivors; here they keep their ids.
 
     Args:
-        budget: 192, 128 or 64 of 576 tokens, what the paper calls its budget: roughly the mean over the layers. A
-            share stands for any number of tokens: the lists are interpolated between the published budgets, as shares of
-            576.
+        budget: 192, 128 or 64, the paper's budgets for 576 tokens, each roughly the mean over the layers; or a share. For a
+            share, the published lists are interpolated as shares of 576.
         layers: Number of decoder layers; layers 2, 6 and 15 of 32 are scaled to it.
     """
     keeps: tuple[float | int, ...]

@@ -59,7 +59,7 @@ def contextual(
     features of those that went to it. It keeps its target's row.
 
     The paper describes an average over target and assigned tokens; the released code, which the published numbers come from,
-    adds the two as said, and we follow it. Two more differences. The code keeps CLS as the first of the dominant tokens: it
+    adds the two, and we follow it. Two more differences. The code keeps CLS as the first of the dominant tokens: it
     has no place in the grid, so it is left out, and one more patch is dominant instead. The code compares keys averaged over
     heads; here ``keys`` are what the caller gives, usually all heads together.
 

@@ -24,7 +24,7 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     keys have the largest cosine to its own, and the one more token is ``sum of a_j x_j`` over all dropped ones. It gets
     the row of the best-scored dropped token.
 
-    This is what the released code does. The paper's abstract speaks of merging the pruned tokens with the others; in the
+    This is what the released code does. The paper's abstract describes merging the pruned tokens with the others; in the
     code a token collects from all others, kept ones too. Nothing is divided by the sum of the weights, which are attention
     and add up to 1 at most. Where we differ: the code puts the tokens in order of score, the one more last, and renumbers
     them; and its ``a`` is the attention of the CLS row at the tower's last layer, with all heads taken as one, here it is

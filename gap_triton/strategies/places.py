@@ -1,4 +1,4 @@
-"""Where the rows of a prompt stand in their images, as coverages ask it."""
+"""The positions of a prompt's rows in their images, as coverages need them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LAST = 2**30  # `GridPositions.order` of a row that an even spread reaches last,
 
 @dataclass(frozen=True)
 class GridPositions:
-    """What each row of a prompt is in its image.
+    """The position of each row of a prompt in its image.
 
     Attributes:
         region: [B, Q] int64, number of its region of 2 x 2 visual tokens within the sample; -1 = in no grid.
-        cell: [B, Q] int64, which of the region's cells it is, 0..3.
-        order: [B, Q] int64 in 0..2**30, how early an even spread over the image comes to it.
+        cell: [B, Q] int64, its cell in that region, 0..3.
+        order: [B, Q] int64 in 0..2**30, its rank in an even spread over the image: 0 comes first.
         regions: Number of regions, in the sample with the most.
     """
 
@@ -35,11 +35,11 @@ class GridPositions:
         return torch.where(rows < 0, LAST, order)
 
     def neighbours_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """For each of ``rows`` [B, V] which others of them are in its region: [B, V, 3] int32, -1 = none."""
+        """Which of ``rows`` [B, V] int64 share the region of each of them, by number: [B, V, 3] int32, -1 = none."""
         batch, count = rows.shape
         region, cell = (x.to(rows.device).gather(1, rows.clamp(min=0)) for x in (self.region, self.cell))
         in_grid = (rows >= 0) & (region >= 0)
-        # One more column takes what stands nowhere.
+        # One more column takes the rows that are in no grid.
         row_of = torch.full((batch, self.regions * CELLS + 1), -1, device=rows.device)
         own_cell = torch.where(in_grid, region * CELLS + cell, self.regions * CELLS)
         row_of = row_of.scatter(1, own_cell, torch.arange(count, device=rows.device).expand(batch, -1))
@@ -59,11 +59,11 @@ class GridPositions:
         coverage: Coverage,
         length: int,
     ) -> torch.Tensor:
-        """[B, V] float32, 1 at the candidates that ``coverage`` chooses, else 0.
+        """[B, V] float32: 1 at the candidates that ``coverage`` chooses, else 0.
 
         Args:
             scores: [B, V] float32.
-            candidates: [B, V] int64, any number >= 0 for a candidate, -1 = filler.
+            candidates: [B, V] int64, >= 0 for a candidate, -1 = filler.
             rows: [B, V] int64, their rows in the prompt.
             keep: [B] int64, how many to choose.
             coverage: How.

@@ -1,6 +1,6 @@
 """How the visual tokens that a sample keeps are shared by its images, and by the tokens that stand in none of their grids.
 
-The latter are newline tokens, which LLaVA-NeXT and its kin put behind each row of an image. They tell where a row ends and
+The latter are newline tokens, which LLaVA-NeXT and its kin put behind each row of an image. They mark where a row ends and
 show nothing of the image, so what they take of a budget is bounded.
 """
 

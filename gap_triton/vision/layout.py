@@ -1,4 +1,4 @@
-"""Where each visual token stands in its image, and which row of the vision tower's output it comes from."""
+"""The position of each visual token in its image, and the row of the vision tower's output that it comes from."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _assign_rows(
 
 
 def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
-    """How many samples in a row are the same one: ``generate()`` repeats prompts, not what was said of them beforehand."""
+    """How many samples in a row are the same one: ``generate()`` repeats prompts, but not the images that go with them."""
     encoded, named = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
     if encoded:
         recorded = sum(each.tokens for each in encoded.values())
@@ -246,7 +246,7 @@ def _pictures(
 
 
 def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[_Picture]] | None:
-    """The images and videos of a prompt where the model is told, or makes, the size of each; else None."""
+    """The images and videos of a prompt where the model gets, or sets, the size of each; else None."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
         return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
@@ -277,8 +277,8 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
 def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[int]) -> tuple[int, int]:
     """Rows and columns of visual tokens of each image where all are of one size: LLaVA and most others.
 
-    They are those of the tower's patches, or of squares of them where the config tells so. That is checked by their number,
-    which alone tells nothing: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
+    They are those of the tower's patches, or of squares of them as the config says. That is checked by their number,
+    which does not suffice alone: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
     """
     name = type(owner).__name__
     instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"

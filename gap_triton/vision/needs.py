@@ -1,4 +1,4 @@
-"""What the vision encoder is asked for by a configuration, and looking on while it runs."""
+"""What a configuration needs of the vision encoder, and the hooks that record it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
 def needs_of(config: GapConfig) -> Needs:
-    """What the vision encoder is to tell for ``config``; empty where it is asked nothing."""
+    """What must be recorded of the vision encoder for ``config``; empty where that is nothing."""
     stage: Stage = config.stages[0]
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()
@@ -29,10 +29,10 @@ def needs_of(config: GapConfig) -> Needs:
 
 
 def hook_tower(attachment: Attachment, config: GapConfig) -> None:
-    """Install hooks on the vision encoder, if ``config`` asks it for something: once, and anew where it was replaced.
+    """Install hooks on the vision encoder, if ``config`` needs any: once, and anew where it was replaced.
 
     Raises:
-        ValueError: There is no vision encoder that could tell it; the sentence says what can be done instead.
+        ValueError: There is no vision encoder that could give it; the message has what can be done instead.
     """
     if attachment.tower is not None and not attachment.tower.is_current():
         for handle in reversed(attachment.tower_handles):
@@ -59,7 +59,7 @@ def _current_needs(attachment: Attachment) -> Needs:
 
 
 def start_recorder(state: ForwardState) -> None:
-    """Look on from now until `stop_watching`, if the configuration asks the vision encoder for something."""
+    """Record the vision encoder until the recorder's `stop`, if the configuration needs something of it."""
     tower = state.attachment.tower
     needs = frozenset() if tower is None else _needs_from(tower, state.config)
     if tower is not None and needs:

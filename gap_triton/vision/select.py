@@ -1,8 +1,8 @@
-"""Choosing visual tokens after the vision encoder, at the decoder's door.
+"""Selecting visual tokens after the vision encoder, right before the decoder.
 
-The prompt is whole here: the model has numbered, masked and embedded it as if nothing were ever dropped. What is chosen now
-is dropped before the first decoder layer, so the ids of all that follows are those without pruning, and no key of a dropped
-token is ever computed.
+The prompt is complete here: the model has numbered, masked and embedded all of it. What is not selected is dropped before
+the first decoder layer. So all other tokens keep the ids that they have without pruning, and no key of a dropped token is
+computed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def select_before_decoder(
         What survives; and the keyword arguments, with merged tokens in the place of the survivors that took them in.
 
     Raises:
-        ValueError: The score or the merge asks for something that this prompt or this model does not have.
+        ValueError: The score or the merge needs something that this prompt or this model does not have.
     """
     layout = _layout(state, prompt, stage)
     tower = TowerOutput() if state.recorder is None else state.recorder.output()
@@ -241,7 +241,7 @@ def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence
 def _survivors_of(
     grids: Grids, stage: Stage, merging: Merging | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What survives of each view, [G, K] ascending, and its embeddings [G, K, C] where some survivors took others in."""
+    """The survivors of each view, [G, K] ascending, and their embeddings [G, K, C] where others were merged into them."""
 
     def cover(keep: int) -> torch.Tensor:
         device, by = grids.score.device, stage.coverage
@@ -293,7 +293,7 @@ def _merging(
 ) -> Merging:
     """How ``stage`` merges.
 
-    Whether there is a projector that maps features one by one to what the decoder gets, and nothing is done behind it, is a
+    Tokens merge before the projector if it maps features one by one and the decoder gets its output unchanged. That is a
     property of the model, found once per configuration, by the first prompt that shows it.
     """
     embeds, before_projector = _embeds_of(stage, kwargs), False

@@ -1,7 +1,7 @@
 """The vision tower of a model: which module it is, and how its rows become visual tokens.
 
 There is no list of towers. A tower is taken if it is a pretrained model below the module that receives ``input_ids``, whose
-layers each hold one attention module that calls transformers' attention interface and looks both ways.
+layers each hold one attention module that calls transformers' attention interface and is not causal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..introspect import calls_interface, text_model_of
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
-# Arguments that tell frames, rows and columns of patches.
+# Arguments with the number of frames, rows and columns of patches.
 GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 POOLING_FIELDS = (
@@ -45,8 +45,8 @@ class Tower:
         projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
             module.
         has_cls: The tower's first token is a CLS token.
-        leading: Number of tokens in front of each image that don't become features.
-        merge: Side of the square of patches that become one token, where it is handed them one after the other; else 1.
+        leading: Number of tokens before each image that don't become features.
+        merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
     """
 
@@ -61,15 +61,15 @@ class Tower:
     window: int | None
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
-        """What the tower tells of its patches, as what it tells of the features: raster order, patches of a token averaged.
+        """Rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
 
         Args:
             rows: [P, ...], the patches of all images in the tower's order.
-            arguments: What the encoder was told, by name.
+            arguments: Those of the encoder, by name.
             tokens: F, None where the model adds rows of its own to the features, or leaves some out.
 
         Returns:
-            [F, ...]; ``rows`` where nothing says which patches become one token.
+            [F, ...]; ``rows`` where it is not known which patches become one token.
         """
         if self.merge > 1:
             rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
@@ -123,7 +123,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
     """The vision tower below ``owner``, the module that receives ``input_ids``.
 
     Raises:
-        ValueError: There is none that could be watched; the sentence says why, and what can be done instead.
+        ValueError: There is none that can be recorded; the message has the reason, and what can be done instead.
     """
     reason = _why_not(owner)
     if reason is not None:
@@ -162,7 +162,7 @@ def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None
 
 
 def patch_size_of(config: Any) -> tuple[int, int] | None:
-    """Height and width in pixels of a patch of a vision tower with this config, None where it does not tell."""
+    """Height and width in pixels of a patch of a vision tower with this config, None where it has none."""
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int):
         return patch, patch
@@ -172,9 +172,9 @@ def patch_size_of(config: Any) -> tuple[int, int] | None:
 
 
 def pooling_of(owner: PreTrainedModel) -> int:
-    """Side of the square of patches that become one visual token, as the config tells; 1 where it tells none.
+    """Side of the square of patches that become one visual token, by the config; 1 where it has none.
 
-    What a model does besides, such as strided convolutions, shows in another number of tokens than this comes to.
+    Other steps of a model, such as strided convolutions, show in a number of tokens that differs from this one's.
     """
     vision = getattr(owner.config, "vision_config", None)
     for name in POOLING_FIELDS:
@@ -191,7 +191,7 @@ def pooling_of(owner: PreTrainedModel) -> int:
 
 
 def resamples(owner: PreTrainedModel) -> bool:
-    """Whether ``owner`` makes visual tokens by attention over all patches, as Aria and Idefics 2 do: these stand nowhere."""
+    """Whether ``owner`` makes visual tokens by attention over all patches, as Aria does: these have no position."""
     return any(
         calls_interface(module) or isinstance(module, nn.MultiheadAttention)
         for child in owner.children()
@@ -277,8 +277,8 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
 def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:
     if GRID_FIELDS["image"] not in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
         return 1
-    # A tower that merges patches, or has a projector that does, is handed those of one token one after the other. What takes
-    # patches in raster order and puts them together (PaddleOCR-VL) goes by other names.
+    # A tower that merges patches, or has a projector that does, gets those of one token one after the other. Models that
+    # take patches in raster order and merge them (PaddleOCR-VL) use other names.
     sizes = (getattr(each, "spatial_merge_size", None) for each in (module, *owner.children()))
     return next((size for size in sizes if isinstance(size, int)), 1)
 
@@ -293,12 +293,12 @@ def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
-    """Frames, rows and columns of patches of each image or video that an encoder was told."""
+    """Frames, rows and columns of patches of each image or video among an encoder's arguments."""
     return next(arguments[name] for name in GRID_FIELDS.values() if name in arguments).tolist()
 
 
 def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
-    """[F] int64: by feature in raster order, where it stands in a tower that goes window by window through each frame."""
+    """[F] int64: by feature in raster order, its row in a tower that takes each frame window by window."""
     orders, start = [], 0
     for frames, height, width in grids:
         row, column = torch.meshgrid(
@@ -313,7 +313,7 @@ def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:
-    """Whether ``module`` only chains layers that work on the last dimension, as far as its code tells."""
+    """Whether ``module`` only chains layers that work on the last dimension, by its code."""
     children = dict(module.named_children())
     if not children:
         kind = type(module)

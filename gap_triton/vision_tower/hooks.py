@@ -27,7 +27,7 @@ _current_recorder: ContextVar[weakref.ref[TowerRecorder] | None] = ContextVar(
 
 
 def check_needs(tower: Tower, needs: Needs) -> None:
-    """Raise ValueError if ``tower`` can't tell what is asked of it; the sentence names what it can."""
+    """Raise ValueError if ``tower`` does not have something of ``needs``; the message names what it has."""
     name = type(tower.module).__name__
     if "cls" in needs and not tower.has_cls:
         raise ValueError(
@@ -42,11 +42,11 @@ def check_needs(tower: Tower, needs: Needs) -> None:
 
 
 class TowerRecorder:
-    """What the vision tower tells in one forward.
+    """Records the vision tower in one forward.
 
     Args:
         tower: The tower.
-        needs: What it is to tell.
+        needs: What to record.
     """
 
     def __init__(self, tower: Tower, needs: Needs):
@@ -55,25 +55,25 @@ class TowerRecorder:
         self._token: Any = None
 
     def start(self, kwargs: dict[str, Any] | None = None) -> None:
-        """Watch the encoders that run in this thread until `stop`.
+        """Record the encoders that run in this thread until `stop`.
 
         Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` passes what it has encoded.
         """
         self.encoded = encoder_outputs(kwargs or {})
         self._token = _current_recorder.set(weakref.ref(self))
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop recording."""
         if self._token is not None:
             _current_recorder.reset(self._token)
             self._token = None
 
     def output(self) -> TowerOutput:
-        """What the tower told.
+        """What was recorded.
 
         Raises:
-            ValueError: It did not run in this forward, or what was encoded ahead of it lacks something.
+            ValueError: The tower did not run in this forward, or what was encoded before it lacks something.
         """
         parts = [self.encoded[modality] for modality in ENCODERS if modality in self.encoded]
         missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
@@ -94,11 +94,11 @@ def encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Encoded]:
 
 
 def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
-    """Let ``tower`` report, and run it under ``"gap_triton"``.
+    """Install the hooks that record ``tower``, and run it under ``"gap_triton"``.
 
     Args:
         tower: The tower.
-        needs: Asked when an encoder runs outside a watched forward, as ahead of one in ``generate()``: what the next forward
+        needs: Called when an encoder runs outside a recorded forward, as before one in ``generate()``: what the next forward
             will need. Nothing is recorded where that is nothing.
 
     Returns:
@@ -118,7 +118,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
 
 
 def record_sizes(owner: PreTrainedModel) -> list[Any]:
-    """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
+    """Let the encoders of ``owner`` record the sizes of their images: `generate` passes these to no other module.
 
     Returns:
         Handles, whose ``remove()`` takes everything off again.
@@ -157,7 +157,7 @@ def _encode(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
+    """``encoder(*args, **kwargs)``, recorded for the forward that it is in, or for the one to come."""
     recorder = _recorder_of(tower)
     needed = frozenset(needs()) | (frozenset() if recorder is None else recorder.needs)
     if not needed or current_recording.get() is not None:
@@ -198,7 +198,7 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
 
 
 def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
+    """``arguments`` with pixels of the same shape that take no memory, as they are kept for a whole generation."""
     return {
         name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
         for name, value in arguments.items()
@@ -218,7 +218,7 @@ def _count(output: Any) -> int:
 
 
 class _Mark:
-    """Marks the scoring layer's attention, so that others need no look at a context variable."""
+    """Marks the scoring layer's attention, so that the others need not read a context variable."""
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
@@ -229,9 +229,9 @@ class _Mark:
 
 
 class _Wrapped:
-    """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
+    """Runs an encoder of this owner through ``run``.
 
-    Several may lie around each other; the last one is removed first.
+    torch has no hooks on methods, and no other module gets the sizes of images. Several may be wrapped around each other; the last one is removed first.
     """
 
     def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):

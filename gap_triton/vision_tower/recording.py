@@ -1,8 +1,8 @@
-"""One run of a vision encoder, as the hooks on it and its scoring layer see it.
+"""What is recorded of one run of a vision encoder, by the hooks on it and by its scoring layer.
 
 An encoder runs inside ``get_image_features``, or ``get_video_features``, of the module that receives ``input_ids``: in its
-forward, or ahead of it in ``generate()``. Which recording is under way is a context variable, so nothing of a forward is
-stored on a module, and threads that share a model don't meet.
+forward, or before it in ``generate()``. The current recording is a context variable. So nothing of a forward is stored on a
+module, and threads can share a model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ current_recording: ContextVar[Recording | None] = ContextVar("gap_triton_recordi
 
 @dataclass(frozen=True)
 class TowerOutput:
-    """What a vision tower told about F feature rows.
+    """What was recorded of F feature rows of a vision tower.
 
     The rows of all images come one after the other, then those of all videos, in the order in which the model puts them into
-    the prompt: without a CLS token, in raster order, and one row for the patches that become one visual token. What was not
-    asked for is None.
+    the prompt: without a CLS token, in raster order, and one row for the patches that become one visual token. What is not
+    needed is None.
 
     Attributes:
         cls: [F] float32, attention of the CLS row, mean over heads; of several patches, their mean.
@@ -54,7 +54,7 @@ class TowerOutput:
 
     @property
     def rows(self) -> dict[Need, Tensor]:
-        """What was asked for, by name."""
+        """What was recorded, by name."""
         every: dict[Need, Tensor | None] = {need: getattr(self, need) for need in get_args(Need)}
         return {need: rows for need, rows in every.items() if rows is not None}
 
@@ -64,7 +64,7 @@ class TowerOutput:
         return next(map(len, self.rows.values()), 0)
 
     def project(self, rows: Tensor) -> Tensor:
-        """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
+        """Map features [..., C], such as means of several, to what the decoder would get, [..., C'].
 
         Raises:
             ValueError: The model has no projector that maps one token at a time.
@@ -75,7 +75,7 @@ class TowerOutput:
 
     @staticmethod
     def concatenate(outputs: Iterable[TowerOutput]) -> TowerOutput:
-        """The rows of several runs, one after the other; all must tell the same things."""
+        """The rows of several runs, one after the other; all must hold the same fields."""
         outputs = list(outputs)
         if len(outputs) == 1:
             return outputs[0]
@@ -89,10 +89,10 @@ class Encoded:
     """One run of the encoder.
 
     Attributes:
-        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name; of pixels their shape only.
-        needs: What was asked for.
+        arguments: Those of ``get_image_features`` or ``get_video_features``, by name; of pixels their shape only.
+        needs: What was recorded.
         tokens: Number of visual tokens that it made.
-        output: What the tower told.
+        output: The recorded rows.
     """
 
     arguments: dict[str, Any]
@@ -102,11 +102,11 @@ class Encoded:
 
 
 class Recording:
-    """Collects what one run of the encoder tells.
+    """Records one run of the encoder.
 
     Args:
         tower: The tower that runs.
-        needs: What to collect.
+        needs: What to record.
     """
 
     def __init__(self, tower: Tower, needs: Needs):
@@ -117,7 +117,7 @@ class Recording:
     def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
-        """Score by the attention of ``module`` if it is the scoring layer's, at once: query and key are not kept.
+        """Score by the attention of ``module`` if it is the scoring layer's. Query and key are not kept.
 
         Args:
             module: The attention layer that calls.
@@ -164,18 +164,18 @@ class Recording:
         self._states += 1
 
     def record_features(self, features: Tensor) -> None:
-        """Take what enters the projector, [..., C]."""
+        """Record what enters the projector, [..., C]."""
         self._parts["features"].append(features.detach().flatten(0, -2))
 
     def output(self, arguments: dict[str, Any], tokens: int | None) -> TowerOutput:
-        """What was collected, one row per feature.
+        """What was recorded, one row per feature.
 
         Args:
-            arguments: What the encoder was told, by name.
+            arguments: Those of the encoder, by name.
             tokens: F, None where the model adds rows of its own to the features, or leaves some out.
 
         Raises:
-            ValueError: The tower did not report what is needed, or its patches are not those of the features.
+            ValueError: Something that is needed was not recorded, or the patches are not those of the features.
         """
         collected: dict[str, Tensor] = {}
         for need, parts in self._parts.items():
@@ -227,10 +227,10 @@ _HIDDEN = "the vision tower's scoring layer hides some patches from others"
 
 
 def _sequences(mask: Tensor) -> Tensor:
-    """Where the sequences begin and the last one ends that ``mask`` [B or 1, 1, S, S] keeps apart; int32, [0, S] if none.
+    """The bounds of the sequences that ``mask`` [B or 1, 1, S, S] separates, as cumulative lengths; int32, [0, S] if one.
 
     Raises:
-        ValueError: It hides tokens in another way, or several in a batch.
+        ValueError: It hides tokens in another way, or has several sequences in a batch.
     """
     allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
     sequence = (~allowed[0].diagonal(1)).cumsum(0)
