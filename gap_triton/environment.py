@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import torch
 
-from gap_triton._requirements import installed_version
+from ._requirements import installed_version
 
 PACKAGES = ("gap-triton", "torch", "triton", "transformers", "flash-attn")
 

@@ -20,11 +20,11 @@ class Phase:
     """What the steps of one phase learn from.
 
     Attributes:
-        name: what the phase teaches.
-        begin: the phase's first step, as a share of all steps.
-        answers: whether the decoder answers questions; otherwise the vision tower alone learns words.
-        fewest: objects in a scene, at least.
-        most: objects in a scene, at most.
+        name: What the phase teaches.
+        begin: The phase's first step, as a share of all steps.
+        answers: Whether the decoder answers questions; otherwise the vision tower alone learns words.
+        fewest: Objects in a scene, at least.
+        most: Objects in a scene, at most.
     """
 
     name: str

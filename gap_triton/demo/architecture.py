@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoProcessor
 
-from gap_triton.demo.scenes import GRID
+from .scenes import GRID
 
 VISUAL = GRID * GRID  # visual tokens of one image
 CONTEXT = 512  # tokens, as the decoder's config and the tokenizer say
@@ -29,12 +29,12 @@ class Architecture(ABC):
     """How to build and save one kind of model, how to put a question to it, and how to feed it while it is trained.
 
     Attributes:
-        name: its ``model_type`` in transformers.
-        folder: where the trained model lies.
-        tokens: the vocabulary; a token's id is its place.
-        image_token: placeholder of a visual token.
-        before: tokens ahead of the visual tokens; the tokenizer puts the first one, ``<s>``, there.
-        after: tokens between the visual tokens and the question.
+        name: Its ``model_type`` in transformers.
+        folder: Where the trained model lies.
+        tokens: The vocabulary; a token's id is its place.
+        image_token: Placeholder of a visual token.
+        before: Tokens ahead of the visual tokens; the tokenizer puts the first one, ``<s>``, there.
+        after: Tokens between the visual tokens and the question.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Architecture(ABC):
         return f"{self.image_text} {question}"
 
     def splice(self, words: Tensor, features: Tensor) -> Tensor:
-        """Put visual tokens ``[N, VISUAL, C]`` where ``words``, embedded tokens ``[N, L, C]``, have placeholders."""
+        """Put visual tokens [N, VISUAL, C] where ``words``, embedded tokens [N, L, C], have placeholders."""
         start = len(self.before)
         words = words.clone()
         words[:, start : start + VISUAL] = features.to(words.dtype)
@@ -80,18 +80,18 @@ class Architecture(ABC):
 
     @abstractmethod
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Turn uint8 images ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]`` into what the image processor makes of them."""
+        """Turn uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE] into what the image processor makes of them."""
 
     @abstractmethod
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Visual tokens as the decoder gets them: ``[N, VISUAL, C]``."""
+        """Visual tokens as the decoder gets them: [N, VISUAL, C]."""
 
     @abstractmethod
     def position_ids(self, within: Tensor) -> Tensor:
-        """Position ids of the prefix and of the tokens behind it: int64 ``[1, L]``, or ``[3, 1, L]``.
+        """Position ids of the prefix and of the tokens behind it: [1, L] int64, or [3, 1, L].
 
         Args:
-            within: how far each of the tokens behind the prefix is from the first of its own question, int64.
+            within: How far each of the tokens behind the prefix is from the first of its own question, int64.
         """
 
     @abstractmethod

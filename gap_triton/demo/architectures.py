@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gap_triton.demo.architecture import Architecture
-from gap_triton.demo.llava import Llava
-from gap_triton.demo.qwen2_5_vl import Qwen25VL
+from .architecture import Architecture
+from .llava import Llava
+from .qwen2_5_vl import Qwen25VL
 
 LLAVA, QWEN2_5_VL = Llava(), Qwen25VL()
 ARCHITECTURES: dict[str, Architecture] = {one.name: one for one in (LLAVA, QWEN2_5_VL)}

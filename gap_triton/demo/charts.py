@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gap_triton.demo.coverage import coverage_of, place_of
-from gap_triton.demo.pictures import COLOURS, DPI, LABELS
-from gap_triton.demo.report import budget_name
-from gap_triton.demo.table import NO_PRUNING, Row
+from .coverage import coverage_of, place_of
+from .pictures import COLOURS, DPI, LABELS
+from .report import budget_name
+from .table import NO_PRUNING, Row
 
 
 def save_methods(rows: Sequence[Row], title: str, path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gap_triton.demo.intervals import paired_difference
-from gap_triton.demo.table import IOU_THRESHOLD, Row
+from .intervals import paired_difference
+from .table import IOU_THRESHOLD, Row
 
 
 @dataclass(frozen=True)

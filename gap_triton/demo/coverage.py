@@ -7,12 +7,12 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from gap_triton import GapConfig
-from gap_triton.config import BEFORE_THE_DECODER, Coverage, Ids, Score
-from gap_triton.demo.compare import Comparison
-from gap_triton.demo.methods import score_without_cls
-from gap_triton.demo.report import accuracy, budget_name, difference, markdown
-from gap_triton.demo.table import NO_PRUNING, Case, Row, place_name
+from .. import GapConfig
+from ..config import BEFORE_THE_DECODER, Coverage, Ids, Score
+from .compare import Comparison
+from .methods import score_without_cls
+from .report import accuracy, budget_name, difference, markdown
+from .table import NO_PRUNING, Case, Row, place_name
 
 LAYER = 1  # in the decoder, as the demo does
 SCORE: Score = "text"

@@ -12,17 +12,18 @@ from rich.console import Console
 from torch import Tensor
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
-from gap_triton.demo.compare import compare
-from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
-from gap_triton.demo.jobs import Job, run_jobs
-from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
-from gap_triton.demo.report import can_draw, markdown_of, table_of, write_results
-from gap_triton.demo.run import load_embedded_model
-from gap_triton.demo.scenes import held_out
-from gap_triton.demo.table import Case, Row
-from gap_triton.environment import default_device
+
+from .. import GapConfig
+from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
+from ..environment import default_device
+from .compare import compare
+from .coverage import coverage_cases, coverage_markdown, plain_of
+from .jobs import Job, run_jobs
+from .methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
+from .report import can_draw, markdown_of, table_of, write_results
+from .run import load_embedded_model
+from .scenes import held_out
+from .table import Case, Row
 
 Budgets = Sequence[float | int]
 Measured = list[tuple[list[Row], list[Tensor]]]  # by model
@@ -98,7 +99,7 @@ class Evaluation:
             self._write("methods.json", rows=rows, comparisons=comparisons, refused=refused)
             self._write_text("methods.md", methods_markdown(rows, comparisons, refused))
             if can_draw(self.console, "methods.png"):
-                from gap_triton.demo.charts import save_methods
+                from .charts import save_methods
 
                 save_methods(
                     rows, self._title("Methods with ids compacted and kept"), self.output / "methods.png"
@@ -118,7 +119,7 @@ class Evaluation:
             self._write("coverage.json", rows=rows, comparisons=comparisons)
             self._write_text("coverage.md", coverage_markdown(rows, comparisons))
             if can_draw(self.console, "coverage.png"):
-                from gap_triton.demo.charts import save_coverage
+                from .charts import save_coverage
 
                 save_coverage(rows, self._title("Coverage and position ids"), self.output / "coverage.png")
                 self._wrote("coverage.png")

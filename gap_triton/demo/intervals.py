@@ -49,7 +49,7 @@ def paired_difference(first: Tensor, second: Tensor, z: float = Z) -> Difference
     Medicine 17, 1998, 2635-2650, method 10). Unlike a Wald interval it keeps a width where the ways never disagree.
 
     Args:
-        first: Whether each scene was answered right, bool [N].
+        first: Whether each scene was answered right, [N] bool.
         second: The same for the other way.
         z: Normal quantile of the interval, 95% by default.
 

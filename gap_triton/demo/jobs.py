@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from gap_triton.demo.scenes import Scenes
-from gap_triton.demo.table import Case, Row, measure
+from .scenes import Scenes
+from .table import Case, Row, measure
 
 
 @dataclass(frozen=True)

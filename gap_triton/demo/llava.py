@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from gap_triton.demo.architecture import DECODER, VISUAL, Architecture
-from gap_triton.demo.scenes import IMAGE_SIZE, PATCH
-from gap_triton.demo.vocabulary import BOS, IMAGE, TOKENS, token_id
+from .architecture import DECODER, VISUAL, Architecture
+from .scenes import IMAGE_SIZE, PATCH
+from .vocabulary import BOS, IMAGE, TOKENS, token_id
 
 
 class Llava(Architecture):
@@ -47,7 +47,7 @@ class Llava(Architecture):
         return LlavaForConditionalGeneration(config)
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Turn pixels into the model's -1..1 range, ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+        """Turn pixels into the model's -1..1 range, [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
         return images.float() / 127.5 - 1
 
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Llava(Architecture):
         return model.model.multi_modal_projector(hidden[:, 1:])
 
     def position_ids(self, within: Tensor) -> Tensor:
-        """Count on from the image: int64 ``[1, L]``."""
+        """Count on from the image: [1, L] int64."""
         prefix = len(self.prefix)
         return torch.cat([torch.arange(prefix), prefix + within])[None]
 

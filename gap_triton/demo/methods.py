@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import Ids
-from gap_triton.demo.compare import Comparison
-from gap_triton.demo.report import accuracy, budget_name, cost_cells, difference, markdown
-from gap_triton.demo.table import NO_PRUNING, Case, Row
+
+from .. import GapConfig
+from ..config import Ids
+from .compare import Comparison
+from .report import accuracy, budget_name, cost_cells, difference, markdown
+from .table import NO_PRUNING, Case, Row
 
 PLAIN = "cls"  # plain top-k: what the others are compared with
 IDS: tuple[Ids, ...] = ("kept", "compacted")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, Qwen2_5_VLModel
 
-from gap_triton.demo.scenes import IMAGE_SIZE
+from .scenes import IMAGE_SIZE
 
 
 class ImageLayout(Protocol):
@@ -25,10 +25,10 @@ class ImageLayout(Protocol):
         """All tokens ahead of the question."""
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Patches of uint8 images ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+        """Patches of uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
 
     def image_grid(self, images: int) -> Tensor:
-        """Frames, rows and columns of patches of so many images: ``[N, 3]``."""
+        """Frames, rows and columns of patches of so many images: [N, 3]."""
 
 
 class NativeProcessor:
@@ -38,8 +38,8 @@ class NativeProcessor:
     here does.
 
     Args:
-        tokenizer: what ``AutoTokenizer`` loads.
-        architecture: whose placeholder and pixel layout to use.
+        tokenizer: What ``AutoTokenizer`` loads.
+        architecture: Whose placeholder and pixel layout to use.
     """
 
     def __init__(self, tokenizer: Any, architecture: ImageLayout) -> None:
@@ -60,16 +60,16 @@ class NativeProcessor:
 
         Args:
             images: RGB images of IMAGE_SIZE x IMAGE_SIZE pixels, one a prompt.
-            text: prompts with one image token each.
-            padding: whether to pad the prompts, on the left, to one length.
+            text: Prompts with one image token each.
+            padding: Whether to pad the prompts, on the left, to one length.
             return_tensors: ``"pt"``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[N, L]``, ``pixel_values`` ``[patches, values]`` and ``image_grid_thw``
-            ``[N, 3]``; with transformers 5 also ``mm_token_type_ids`` ``[N, L]``, 1 for a visual token.
+            ``input_ids`` and ``attention_mask`` [N, L], ``pixel_values`` [patches, values] and ``image_grid_thw``
+            [N, 3]; with transformers 5 also ``mm_token_type_ids`` [N, L], 1 for a visual token.
 
         Raises:
-            ValueError: an image has another size, or a prompt not one image token.
+            ValueError: An image has another size, or a prompt not one image token.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         text = [text] if isinstance(text, str) else list(text)

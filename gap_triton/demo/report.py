@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gap_triton.demo.compare import Comparison
-from gap_triton.demo.table import IOU_THRESHOLD, NO_PRUNING, Row
-from gap_triton.environment import device_name, installed_versions
+from ..environment import device_name, installed_versions
+from .compare import Comparison
+from .table import IOU_THRESHOLD, NO_PRUNING, Row
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:

@@ -11,18 +11,19 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import Ids, Score
-from gap_triton.demo.architectures import LLAVA, find
-from gap_triton.demo.grounding import answer_boxes
-from gap_triton.demo.jobs import Job, run_jobs
-from gap_triton.demo.report import can_draw, table_of, write_results
-from gap_triton.demo.scenes import GRID, IMAGE_SIZE, held_out
-from gap_triton.demo.table import Case, Row
-from gap_triton.environment import default_device, device_name
+
+from .. import GapConfig
+from ..config import Ids, Score
+from ..environment import default_device, device_name
+from .architectures import LLAVA, find
+from .grounding import answer_boxes
+from .jobs import Job, run_jobs
+from .report import can_draw, table_of, write_results
+from .scenes import GRID, IMAGE_SIZE, held_out
+from .table import Case, Row
 
 if TYPE_CHECKING:
-    from gap_triton.demo.pictures import Example
+    from .pictures import Example
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
 SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
@@ -36,8 +37,8 @@ def load_embedded_model(device: torch.device | None = None, name: str = LLAVA.na
     """Load an embedded model under ``"gap_triton"``, and its processor, through the public API of transformers.
 
     Args:
-        device: where to put the model; None = the best there is.
-        name: its architecture, ``"llava"`` or ``"qwen2_5_vl"``.
+        device: Where to put the model; None = the best there is.
+        name: Its architecture, ``"llava"`` or ``"qwen2_5_vl"``.
     """
     architecture = find(name)
     model = AutoModelForImageTextToText.from_pretrained(architecture.folder, attn_implementation="gap_triton")
@@ -71,7 +72,7 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
     write_results(output / "results.json", samples, device, rows=rows)
     written = ["results.json"]
     if can_draw(console, "overlay.png", "accuracy.png"):
-        from gap_triton.demo.pictures import save_bars, save_overlay
+        from .pictures import save_bars, save_overlay
 
         save_overlay(
             examples(model, processor),
@@ -88,7 +89,7 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
 
 def examples(model: Any, processor: Any) -> list[Example]:
     """The first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
-    from gap_triton.demo.pictures import Example, kept_grid
+    from .pictures import Example, kept_grid
 
     scenes = held_out(SHOWN)
     boxes = {"truth": scenes.target_boxes / IMAGE_SIZE}

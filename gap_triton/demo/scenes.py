@@ -38,13 +38,13 @@ class Scenes:
     """A batch of ``N`` scenes, ``M = MOST_OBJECTS`` object slots each.
 
     Attributes:
-        images: uint8 ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``, RGB.
-        colours: int64 ``[N, M]``, index into ``COLOURS``.
-        shapes: int64 ``[N, M]``, index into ``SHAPES``. No (colour, shape) pair occurs twice in a scene.
-        boxes: int64 ``[N, M, 4]``, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
-        present: bool ``[N, M]``, whether the slot holds an object. Slot 0 always does.
-        target: int64 ``[N]``, the slot that the scene's expression names.
-        owners: int64 ``[N, GRID, GRID]``, the slot whose object covers the centre of each patch; ``M`` for none.
+        images: [N, 3, IMAGE_SIZE, IMAGE_SIZE] uint8, RGB.
+        colours: [N, M] int64, index into ``COLOURS``.
+        shapes: [N, M] int64, index into ``SHAPES``. No (colour, shape) pair occurs twice in a scene.
+        boxes: [N, M, 4] int64, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
+        present: [N, M] bool, whether the slot holds an object. Slot 0 always does.
+        target: [N] int64, the slot that the scene's expression names.
+        owners: [N, GRID, GRID] int64, the slot whose object covers the centre of each patch; ``M`` for none.
     """
 
     images: Tensor
@@ -71,7 +71,7 @@ class Scenes:
 
     @property
     def target_boxes(self) -> Tensor:
-        """Box of each scene's named object: int64 ``[N, 4]``, pixels."""
+        """Box of each scene's named object: [N, 4] int64, pixels."""
         return self.boxes[torch.arange(len(self)), self.target]
 
     def name(self, index: int, slot: int | None = None) -> str:
@@ -122,7 +122,7 @@ def held_out(count: int) -> Scenes:
 
 
 def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose boxes that keep ``GAP`` pixels apart: int64 ``[N, M, 4]``, and which slots got one: bool ``[N, M]``."""
+    """Choose boxes that keep ``GAP`` pixels apart: [N, M, 4] int64, and which slots got one: [N, M] bool."""
     count = len(wanted)
     rows = torch.arange(count)
     boxes = torch.zeros(count, MOST_OBJECTS, 4, dtype=torch.int64)

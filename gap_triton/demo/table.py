@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.arguments import CACHE
-from gap_triton.config import BEFORE_THE_DECODER, Stage
-from gap_triton.demo.architecture import VISUAL
-from gap_triton.demo.grounding import evaluate, prepare
-from gap_triton.demo.intervals import wilson_interval
-from gap_triton.demo.scenes import Scenes
+
+from .. import GapConfig
+from ..arguments import CACHE
+from ..config import BEFORE_THE_DECODER, Stage
+from .architecture import VISUAL
+from .grounding import evaluate, prepare
+from .intervals import wilson_interval
+from .scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
 UNPRUNED = GapConfig(keep=1.0, layer=0)

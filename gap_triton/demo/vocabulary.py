@@ -9,7 +9,7 @@ the thing: a question mark in its place would first have to fetch the noun, whic
 
 from __future__ import annotations
 
-from gap_triton.demo.scenes import COLOURS, GRID, SHAPES
+from .scenes import COLOURS, GRID, SHAPES
 
 PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
 LOCATIONS = 2 * GRID + 1  # one step is half a visual token

@@ -28,13 +28,13 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
     """Return how many of ``keep`` tokens are contextual: VisionZip's 10 of 64, 20 of 128, 30 of 192.
 
     Args:
-        keep: an int, or int64 of any shape.
+        keep: An int, or int64 of any shape.
 
     Returns:
         ``round(keep * 10 / 64)``, halves rounded up, at least 1 but never more than ``keep``.
 
     Raises:
-        ValueError: if ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
+        ValueError: If ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
     """
     if isinstance(keep, Tensor):
         ShapeChecker().check("keep", keep, " ".join(f"n{i}" for i in range(keep.dim())), (torch.int64,))
@@ -66,10 +66,10 @@ def contextual(
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.
         keys: [G, N, E], any of those dtypes.
-        kept: int64 [G, K], the dominant tokens, distinct; -1 = filler. To end with ``keep`` tokens, choose the best
+        kept: [G, K] int64, the dominant tokens, distinct; -1 = filler. To end with ``keep`` tokens, choose the best
             ``keep - contextual_count(keep)``.
-        count: contextual tokens, an int or int64 [G].
-        length: columns for them; default ``count``, or the largest, which takes one read from the device.
+        count: Contextual tokens, an int or [G] int64.
+        length: Columns for them; default ``count``, or the largest, which takes one read from the device.
 
     Returns:
         K + length tokens, computed in float32 (float64 for float64). Where fewer than ``count`` tokens are left, as many
@@ -78,7 +78,7 @@ def contextual(
         NaN or infinity in ``features`` spoils its channel in all contextual tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
+        ValueError: If an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
             for rows out of range or repeated, and for a ``length`` less than a row's contextual tokens.
     """
     check_merge(features, {"kept": kept}, keys=keys)
@@ -98,7 +98,7 @@ def contextual(
 
 
 def _every_nth(rest: Tensor, count: Tensor) -> Tensor:
-    """Return ``count``, int64 [] or [G], of the True entries of ``rest``, bool [G, N], at equal distances from the first."""
+    """Return ``count``, [] or [G] int64, of the True entries of ``rest``, [G, N] bool, at equal distances from the first."""
     number = rest.cumsum(1) - 1
     count = count.expand(rest.shape[0])[:, None]
     stride = (rest.sum(1, keepdim=True) // count.clamp(min=1)).clamp(min=1)
@@ -106,7 +106,7 @@ def _every_nth(rest: Tensor, count: Tensor) -> Tensor:
 
 
 def _mean_by_target(features: Tensor, keys: Tensor, targets: Tensor, others: Tensor) -> Tensor:
-    """Return the mean of the features of those ``others``, bool [G, N], whose keys are most like a target's: [G, M, C]."""
+    """Return the mean of the features of those ``others``, [G, N] bool, whose keys are most like a target's: [G, M, C]."""
     groups, num_rows, _ = features.shape
     length, dtype = targets.shape[1], accumulation_dtype(features)
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)

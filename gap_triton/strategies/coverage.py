@@ -45,32 +45,32 @@ def choose(
 
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
-      112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see :func:`gap_kernels.topk_per_region`.
+      112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
     - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
       (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
-      how many they share. Here ``keep`` is exact: the lattice is the beginning of :func:`spatial_order`, and the
+      how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
       best-scored fill the budget.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
     its row: score -inf, neighbours -1, order -1. Filler is not chosen while ``keep`` is at most the number of tokens.
 
     Args:
-        scores: float32 [G, N], one row per grid or per sample.
-        keep: how many to choose, 0..N: an int, or int64 [G].
+        scores: [G, N] float32, one row per grid or per sample.
+        keep: How many to choose, 0..N: an int, or [G] int64.
         coverage: ``"topk"``, ``"region"`` or ``"stride"``.
-        neighbours: for ``"region"``: int32 [G, N, R] or [1, N, R], see :func:`gap_kernels.grid_neighbours`. In the first
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
             form a token that is alone in its region and scored -inf or NaN counts as filler.
-        per_region: for ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
+        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
-        order: for ``"stride"``: int64 [G, N] or [1, N], ranks of :func:`spatial_order`. Where a row holds several grids,
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
             each may have its own; equal ranks go to the lower row.
-        length: columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
+        length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
-        int64 [G, length], ascending, filled with -1 on the left.
+        [G, length] int64, ascending, filled with -1 on the left.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated, is out of range, or is missing. The
+        ValueError: If an argument has another shape, dtype or device than stated, is out of range, or is missing. The
             values of a ``keep`` tensor are checked on the CPU only.
     """
     shapes = ShapeChecker()
@@ -149,7 +149,7 @@ def _by_region(
 
 
 def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
-    """Return how many of each region must be candidates so that ``keep`` tokens are; int64 [G], at least 1."""
+    """Return how many of each region must be candidates so that ``keep`` tokens are; [G] int64, at least 1."""
     row = torch.arange(neighbours.shape[1], device=neighbours.device)
     # A region is counted at its first token; filler has tokens before it by now.
     first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1)

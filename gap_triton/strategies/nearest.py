@@ -33,8 +33,8 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.
         keys: [G, N, E], any of those dtypes: keys of the scoring layer, all heads together.
-        scores: float32 [G, N]. NaN counts as -inf in the order. As weights, scores that aren't finite count as 0.
-        kept: int64 [G, K], the tokens that collect, distinct; -1 = filler. To end with ``keep`` tokens, choose
+        scores: [G, N] float32. NaN counts as -inf in the order. As weights, scores that aren't finite count as 0.
+        kept: [G, K] int64, the tokens that collect, distinct; -1 = filler. To end with ``keep`` tokens, choose
             ``keep - 1``.
 
     Returns:
@@ -44,7 +44,7 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+        ValueError: If an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
             or repeated.
     """
     check_merge(features, {"kept": kept}, keys=keys, scores=scores)
@@ -74,7 +74,7 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
 
 
 def _near(unit: Tensor, kept: Tensor) -> Tensor:
-    """Return which of N tokens each of ``kept``, int64 [G, K], collects, by their unit keys [G, N, E]: bool [G, K, N]."""
+    """Return which of N tokens each of ``kept``, [G, K] int64, collects, by their unit keys [G, N, E]: [G, K, N] bool."""
     num_rows = unit.shape[1]
     row = torch.arange(num_rows, device=kept.device)
     cosine = (gather_rows(unit, kept) @ unit.transpose(1, 2)).float()

@@ -231,7 +231,8 @@ class _Mark:
 class _Wrapped:
     """Runs an encoder of this owner through ``run``.
 
-    torch has no hooks on methods, and no other module gets the sizes of images. Several may be wrapped around each other; the last one is removed first.
+    torch has no hooks on methods, and no other module gets the sizes of images. Several may be wrapped around each other;
+    the last one is removed first.
     """
 
     def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):
