@@ -17,7 +17,7 @@ PYTHON = ((3, 10), (3, 13))
 
 
 def installed_version(package: str) -> str | None:
-    """Version of the package that is imported under this name, None = not installed.
+    """Return the version of the package that is imported under this name, None = not installed.
 
     Triton's builds for ROCm and XPU come in distributions of other names.
     """
@@ -53,7 +53,7 @@ def check_versions() -> None:
 
 
 def newer_than_tested(package: str) -> str:
-    """`` (package X is newer than Y, the newest tested)``, to be put behind a refusal; empty where it is not."""
+    """Return `` (package X is newer than Y, the newest tested)``, to be put behind a refusal; empty where it is not."""
     found, newest = version(package), NEWEST_TESTED[package]
     if Version(found).release[: len(Version(newest).release)] <= Version(newest).release:
         return ""

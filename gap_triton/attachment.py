@@ -59,11 +59,11 @@ class Attachment:
         return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
 
     def modules(self) -> list[PreTrainedModel]:
-        """The modules that carry hooks for a whole forward, outermost first."""
+        """Return the modules that carry hooks for a whole forward, outermost first."""
         return list(dict.fromkeys((*self.heads, self.owner, self.text)))
 
     def prunes(self, module: nn.Module) -> bool:
-        """Whether a forward of ``module`` prunes: not in training mode, nor under another implementation of attention."""
+        """Return whether a forward of ``module`` prunes: neither in training mode nor under another attention."""
         return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Attachment:
 
 
 def attachment_of(module: Any) -> Attachment | None:
-    """The attachment whose hooks ``module`` carries for a whole forward."""
+    """Return the attachment whose hooks ``module`` carries for a whole forward."""
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
 
 
@@ -103,6 +103,6 @@ def remember_selection(attachment: Attachment, selection: Selection) -> None:
 
 
 def recall_selection(attachment: Attachment) -> Selection | None:
-    """The last selection made under ``attachment`` in this thread."""
+    """Return the last selection made under ``attachment`` in this thread."""
     by_attachment = getattr(_selections, "by_attachment", None)
     return None if by_attachment is None else by_attachment.get(attachment)

@@ -39,7 +39,7 @@ _generation: ContextVar[Generation | None] = ContextVar("gap_triton_generation",
 
 @contextmanager
 def generation_of(model: nn.Module) -> Iterator[None]:
-    """A ``generate()`` of ``model``, which keeps its configuration and its hooks until it ends."""
+    """Keep configuration and hooks of a ``generate()`` of ``model`` until it ends."""
     attached = attachment_of(model)
     attachments = (
         [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
@@ -62,13 +62,13 @@ def generation_of(model: nn.Module) -> Iterator[None]:
 
 
 def is_assistant() -> bool:
-    """Whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
+    """Return whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
     generation = _generation.get()
     return generation is not None and generation.inside
 
 
 def current_config(attachment: Attachment, call: Call | None = None) -> GapConfig | None:
-    """The configuration of the call that runs in this thread; None if it prunes nothing.
+    """Return the configuration of the call that runs in this thread; None if it prunes nothing.
 
     Args:
         attachment: What is attached to the model that runs.

@@ -129,7 +129,7 @@ class Stage:
             )
 
     def count(self, visual_tokens: int) -> int:
-        """Number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
+        """Return the number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
 
         A share is read as the decimal that was written, so ``keep=0.7`` of 10 is 7 and not 8.
 
@@ -200,7 +200,7 @@ class GapConfig(Stage):
 
     @classmethod
     def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
-        """The configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
+        """Return the configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
 
         Example: ``GapConfig.preset("nuwa", budget=64, model=model)``.
         """
@@ -210,17 +210,17 @@ class GapConfig(Stage):
 
 
 def first_later(layer: int) -> int:
-    """Index of the first decoder layer that lacks what is dropped at ``layer``: later layers are those from it on."""
+    """Return the index of the first later layer, the first that lacks what is dropped at ``layer``."""
     return layer + 1
 
 
 def needs_text(stage: Stage) -> bool:
-    """Whether what ``stage`` keeps depends on the text of the prompt."""
+    """Return whether what ``stage`` keeps depends on the text of the prompt."""
     return stage.score in TEXT_SCORES
 
 
 def needs_grid(stage: Stage) -> bool:
-    """Whether ``stage`` needs the position of each visual token in its image."""
+    """Return whether ``stage`` needs the position of each visual token in its image."""
     spreads = stage.coverage != "topk" or stage.score == "spatial"
     if stage.layer != BEFORE_THE_DECODER:
         return spreads

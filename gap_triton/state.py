@@ -120,7 +120,7 @@ class Plan:
     padded: bool
 
     def to(self, device: torch.device) -> Plan:
-        """The plan with its tensors on ``device``."""
+        """Return the plan with its tensors on ``device``."""
         return replace(
             self,
             visual=self.visual.to(device),
@@ -243,7 +243,7 @@ class Prefill:
         return self.drops[self.done] if self.done < len(self.drops) else None
 
     def drop_before(self, index: int) -> Drop | None:
-        """The stage that drops right before decoder layer ``index``; None where none does."""
+        """Return the stage that drops right before decoder layer ``index``; None where none does."""
         drop = self.next_drop
         return drop if drop is not None and drop.first_later == index else None
 
@@ -302,7 +302,7 @@ class DecoderRun:
         return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The value of ``make()``, computed for the first later layer and shared by the others."""
+        """Return the value of ``make()``, computed for the first later layer and shared by the others."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]

@@ -44,12 +44,12 @@ PHASES = (
 
 
 def phase_at(step: int, steps: int) -> Phase:
-    """Phase of one step."""
+    """Return the phase of one step."""
     return [phase for phase in PHASES if step >= _first(phase, steps)][-1]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """AdamW's rate at one step: half a cosine down to nothing, with a warm-up for the tower and one for the decoder."""
+    """Return AdamW's rate at one step: half a cosine down to 0, with a warm-up for the tower and one for the decoder."""
     decoder = _first(PHASES[1], steps)
     warm = (step - decoder if step >= decoder else step) + 1
     return PEAK_RATE * min(warm / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -63,7 +63,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def answer_logits(architecture: Architecture, model: Any, packed: Packed, features: Tensor) -> Tensor:
-    """Logits at the supervised positions: [N, M * PREDICTED, vocabulary] float32."""
+    """Return the logits at the supervised positions: [N, M * PREDICTED, vocabulary] float32."""
     words = model.get_input_embeddings()(packed.input_ids)
     output = model(
         inputs_embeds=architecture.splice(words, features),
@@ -76,7 +76,7 @@ def answer_logits(architecture: Architecture, model: Any, packed: Packed, featur
 
 
 def teacher_forced_accuracy(logits: Tensor, scenes: Scenes) -> float:
-    """Share of the present objects whose most likely location tokens give an IoU of at least 0.5.
+    """Return the share of the present objects whose most likely location tokens give an IoU of at least 0.5.
 
     Training scenes never repeat, so before the step that learns from them they are as good as held-out ones.
     """

@@ -64,7 +64,7 @@ class Architecture(ABC):
         return f"{''.join(self.before[1:])}{self.image_token}{''.join(self.after)}"
 
     def prompt(self, question: str) -> str:
-        """The text for the processor: one question about one image."""
+        """Return the text for the processor: one question about one image."""
         return f"{self.image_text} {question}"
 
     def splice(self, words: Tensor, features: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Visual tokens as the decoder gets them: [N, VISUAL, C]."""
+        """Return the visual tokens as the decoder gets them: [N, VISUAL, C]."""
 
     @abstractmethod
     def position_ids(self, within: Tensor) -> Tensor:
-        """Position ids of the prefix and of the tokens behind it: [1, L] int64, or [3, 1, L].
+        """Return the position ids of the prefix and of the tokens behind it: [1, L] int64, or [3, 1, L].
 
         Args:
             within: How far each of the tokens behind the prefix is from the first of its own question, int64.
@@ -96,16 +96,16 @@ class Architecture(ABC):
 
     @abstractmethod
     def image_processor_file(self) -> dict[str, Any]:
-        """Content of ``preprocessor_config.json``."""
+        """Return the content of ``preprocessor_config.json``."""
 
     @abstractmethod
     def processor_file(self) -> dict[str, Any]:
-        """Content of ``processor_config.json``."""
+        """Return the content of ``processor_config.json``."""
 
     def config_file(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """``config.json`` as every supported transformers reads it, from what this one saves."""
+        """Return ``config.json`` as every supported transformers reads it, from what this one saves."""
         return saved
 
     def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` under the names that every supported transformers reads."""
+        """Return ``state`` under the names that every supported transformers reads."""
         return state

@@ -11,7 +11,7 @@ ARCHITECTURES: dict[str, Architecture] = {one.name: one for one in (LLAVA, QWEN2
 
 
 def find(name: str) -> Architecture:
-    """Architecture of that name."""
+    """Return the architecture of that name."""
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture is {name!r}; it must be one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]

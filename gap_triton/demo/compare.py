@@ -43,7 +43,7 @@ class Comparison:
     second_only: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as it stands in the results file."""
+        """Return the comparison as it stands in the results file."""
         return asdict(self)
 
 

@@ -22,7 +22,7 @@ IDS: tuple[Ids, ...] = ("kept", "compacted", "permuted")
 
 
 def coverage_cases(model: Any, budgets: Sequence[float | int]) -> list[Case]:
-    """Coverage x ids x budgets, at one decoder layer and after the vision encoder.
+    """Return the cases of coverage x ids x budgets, at one decoder layer and after the vision encoder.
 
     Args:
         model: An embedded model, under ``"gap_triton"``. After its vision encoder the score is ``"cls"``, or
@@ -39,12 +39,12 @@ def coverage_cases(model: Any, budgets: Sequence[float | int]) -> list[Case]:
 
 
 def coverage_of(row: Row) -> str:
-    """``"topk"``, ``"region"``, ``"stride"`` or ``"random"``."""
+    """Return ``"topk"``, ``"region"``, ``"stride"`` or ``"random"``."""
     return RANDOM if row.config["score"] == RANDOM else row.config["coverage"]
 
 
 def plain_of(row: Row, rows: Sequence[Row]) -> Row:
-    """The row of plain top-k with the model, place, budget and ids of ``row``; of no pruning, itself."""
+    """Return the row of plain top-k with the model, place, budget and ids of ``row``; of no pruning, itself."""
     if row.method == NO_PRUNING:
         return row
 
@@ -55,12 +55,12 @@ def plain_of(row: Row, rows: Sequence[Row]) -> Row:
 
 
 def place_of(row: Row, rows: Sequence[Row]) -> str:
-    """Where ``row`` prunes and what ranks there, such as ``"layer 1, by text"``, also for the random score."""
+    """Return where ``row`` prunes and what ranks there, such as ``"layer 1, by text"``, also for the random score."""
     return f"{place_name(row.config['layer'])}, by {plain_of(row, rows).config['score']}"
 
 
 def coverage_markdown(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
-    """The table of coverage x ids: one line for each place, budget and coverage."""
+    """Return the table of coverage x ids: one line for each place, budget and coverage."""
     gains = {(each.model, each.method, each.keep, each.against_ids): difference(each) for each in comparisons}
     parts = []
     for model in dict.fromkeys(row.model for row in rows):

@@ -32,7 +32,7 @@ Measured = list[tuple[list[Row], list[Tensor]]]  # by model
 def sweep_configs(
     layers: Sequence[int], scores: Sequence[str], budgets: Budgets, ids: Sequence[str]
 ) -> list[GapConfig]:
-    """One-stage configurations of every combination that there is.
+    """Return one-stage configurations of every combination that there is.
 
     After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
     only exist there are left out of decoder layers.
@@ -78,7 +78,7 @@ class Evaluation:
         self._writers: list[Callable[[Measured], None]] = []
 
     def add_methods(self, names: Sequence[str], budgets: Budgets) -> None:
-        """Presets at budgets, ids kept and compacted: ``methods.json``, ``methods.md``, ``methods.png``.
+        """Add presets at budgets, ids kept and compacted: ``methods.json``, ``methods.md``, ``methods.png``.
 
         Raises:
             ValueError: No preset takes any of the budgets.
@@ -109,7 +109,7 @@ class Evaluation:
         self._add([cases for cases, _ in found], write)
 
     def add_coverage(self, budgets: Budgets) -> None:
-        """Coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
+        """Add coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
 
         def write(measured: Measured) -> None:
             rows = [row for own, _ in measured for row in own]
@@ -127,7 +127,7 @@ class Evaluation:
         self._add([coverage_cases(model, budgets) for model, _ in self.models], write)
 
     def add_sweep(self, configs: Sequence[GapConfig]) -> None:
-        """Configurations of one stage: ``eval.json``, ``eval.md``.
+        """Add configurations of one stage: ``eval.json``, ``eval.md``.
 
         ``"cls"`` is ``"received"`` where the vision encoder has no CLS token, as for presets.
 

@@ -20,7 +20,7 @@ _ANSWER = re.compile(r"\s*".join([r"<loc(\d\d)>"] * 4))
 
 
 def location_ids(boxes: Tensor) -> Tensor:
-    """Token ids that write down boxes: float [..., 4] in 0..1 to [..., 4] int64."""
+    """Return the token ids that write down boxes: float [..., 4] in 0..1 to [..., 4] int64."""
     if boxes.shape[-1:] != (4,):
         raise ValueError(f"boxes has shape {list(boxes.shape)}; the last dimension must be 4")
     if boxes.numel() and not (boxes.min() >= 0 and boxes.max() <= 1):
@@ -43,7 +43,7 @@ def boxes_from_tokens(answers: Sequence[str]) -> Tensor:
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of matching boxes: two float [..., 4] to [...].
+    """Return the intersection over union of matching boxes: two float [..., 4] to [...].
 
     A box without area, or with a NaN in it, gives 0.
     """
@@ -55,7 +55,7 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def prompt(question: str, processor: Any) -> str:
-    """Prompt for one question about one image, as the embedded model that ``processor`` belongs to was trained on."""
+    """Return the prompt for one question about one image, as the model of ``processor`` was trained on."""
     known = {architecture.image_token: architecture for architecture in ARCHITECTURES.values()}
     if processor.image_token not in known:
         raise ValueError(
@@ -65,7 +65,7 @@ def prompt(question: str, processor: Any) -> str:
 
 
 def prepare(processor: Any, scenes: Scenes) -> Any:
-    """Model inputs for each scene's question: what the processor makes of images and prompts, padded to one length."""
+    """Return the model inputs for each scene's question: processed images and prompts, padded to one length."""
     indices = range(len(scenes))
     return processor(
         images=[scenes.image(i) for i in indices],

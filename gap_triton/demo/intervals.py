@@ -11,7 +11,7 @@ Z = 1.959964  # two-sided 95%
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
-    """Wilson score interval of a share (95% by default); ``trials`` >= 1."""
+    """Return the Wilson score interval of a share (95% by default); ``trials`` >= 1."""
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
             f"successes={successes}, trials={trials}: expected 0 <= successes <= trials, and trials >= 1"

@@ -77,7 +77,7 @@ class Llava(Architecture):
         }
 
     def processor_file(self) -> dict[str, Any]:
-        """One placeholder for each patch; CLS is counted and taken off again."""
+        """Return one placeholder for each patch; CLS is counted and taken off again."""
         return {
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE,

@@ -25,10 +25,10 @@ class ImageLayout(Protocol):
         """All tokens ahead of the question."""
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Patches of uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
+        """Return the patches of uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
 
     def image_grid(self, images: int) -> Tensor:
-        """Frames, rows and columns of patches of so many images: [N, 3]."""
+        """Return the frames, rows and columns of patches of so many images: [N, 3]."""
 
 
 class NativeProcessor:

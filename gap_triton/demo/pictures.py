@@ -44,7 +44,7 @@ class Example:
 
 
 def dim_dropped(image: Tensor, kept: Tensor) -> Tensor:
-    """The image [3, H, W] uint8 with the patches of dropped tokens dimmed; ``kept`` is [rows, columns] bool."""
+    """Return the image [3, H, W] uint8 with the patches of dropped tokens dimmed; ``kept`` is [rows, columns] bool."""
     rows, columns = kept.shape
     height, width = image.shape[1:]
     at_row = torch.arange(height) * rows // height
@@ -133,6 +133,6 @@ def save_bars(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def kept_grid(selection: Selection, sample: int, side: int, start: int = 0) -> Tensor:
-    """[side, side] bool: which of a sample's visual rows from ``start`` on survived."""
+    """Return [side, side] bool: which of a sample's visual rows from ``start`` on survived."""
     rows = selection.visual[sample].nonzero()[:, 0][start : start + side * side]
     return torch.isin(rows, selection.visual_index[sample]).reshape(side, side).cpu()

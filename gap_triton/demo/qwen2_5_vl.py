@@ -91,7 +91,7 @@ class Qwen25VL(Architecture):
         return pixels.reshape(-1, 3 * FRAMES * FINE * FINE)
 
     def image_grid(self, count: int) -> Tensor:
-        """Frames, rows and columns of patches of ``count`` images: [count, 3] int64."""
+        """Return the frames, rows and columns of patches of ``count`` images: [count, 3] int64."""
         return torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * count)
 
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Qwen25VL(Architecture):
         }
 
     def processor_file(self) -> dict[str, Any]:
-        """The class: it finds out the rest."""
+        """Return the class: it finds out the rest."""
         return {"processor_class": "Qwen2_5_VLProcessor"}
 
     def config_file(self, saved: dict[str, Any]) -> dict[str, Any]:

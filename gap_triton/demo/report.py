@@ -19,7 +19,7 @@ from .table import IOU_THRESHOLD, NO_PRUNING, Row
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table for the terminal, with a line before each new method and share."""
+    """Return the rows as a table for the terminal, with a line before each new method and share."""
     table = Table(
         title=title,
         title_justify="left",
@@ -55,7 +55,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 
 def can_draw(console: Console, *pictures: str) -> bool:
-    """Whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
+    """Return whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
     found = importlib.util.find_spec("matplotlib") is not None
     if not found:
         console.print(
@@ -79,7 +79,7 @@ def write_results(path: Path, samples: int, device: torch.device, **parts: Seque
 
 
 def markdown_of(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, one table for each model; with one id rule, one line for each method."""
+    """Return the rows as Markdown, one table for each model; with one id rule, one line for each method."""
     models = list(dict.fromkeys(row.model for row in rows))
     parts = []
     for model in models:
@@ -128,27 +128,27 @@ def _by_method(rows: Sequence[Row]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     rule = "|" + "---|" * len(header) + "\n"
     first, *others = (f"| {' | '.join(row)} |\n" for row in (header, *lines))
     return first + rule + "".join(others)
 
 
 def budget_name(keep: float | int) -> str:
-    """A share in percent, or a count of tokens."""
+    """Return a share in percent, or a count of tokens."""
     return f"{100 * keep:.3g}%" if isinstance(keep, float) else f"{keep} tokens"
 
 
 def accuracy(row: Row) -> str:
-    """Accuracy with its interval."""
+    """Return the accuracy with its interval."""
     return f"{row.accuracy:.3f} ({row.accuracy_low:.3f} to {row.accuracy_high:.3f})"
 
 
 def difference(comparison: Comparison) -> str:
-    """Difference of two accuracies with its interval."""
+    """Return the difference of two accuracies with its interval."""
     return f"{comparison.value:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
 
 
 def cost_cells(row: Row) -> tuple[str, str]:
-    """Prefill time and size of the cache."""
+    """Return the prefill time and size of the cache."""
     return f"{row.prefill_ratio:.2f}x", f"{row.kv_bytes / 1024:.0f} KiB"

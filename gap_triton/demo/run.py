@@ -46,7 +46,7 @@ def load_embedded_model(device: torch.device | None = None, name: str = LLAVA.na
 
 
 def demo_configs() -> list[GapConfig]:
-    """The rows of the demo's table below no pruning."""
+    """Return the rows of the demo's table below no pruning."""
     return [GapConfig(keep=keep, layer=LAYER, score=SCORE, ids=ids) for keep, ids in product(KEEPS, IDS)]
 
 
@@ -88,7 +88,7 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
 
 
 def examples(model: Any, processor: Any) -> list[Example]:
-    """The first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
+    """Return the first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
     from .pictures import Example, kept_grid
 
     scenes = held_out(SHOWN)

@@ -75,16 +75,16 @@ class Scenes:
         return self.boxes[torch.arange(len(self)), self.target]
 
     def name(self, index: int, slot: int | None = None) -> str:
-        """Colour and shape of one object, by default of the named one: ``"red triangle"``."""
+        """Return the colour and shape of one object, by default of the named one: ``"red triangle"``."""
         slot = int(self.target[index]) if slot is None else slot
         return f"{COLOURS[int(self.colours[index, slot])]} {SHAPES[int(self.shapes[index, slot])]}"
 
     def question(self, index: int, slot: int | None = None) -> str:
-        """Expression that names one object, by default the target: ``"where is the red triangle?"``."""
+        """Return the expression that names one object, by default the target: ``"where is the red triangle?"``."""
         return f"where is the {self.name(index, slot)}?"
 
     def image(self, index: int) -> Image.Image:
-        """One scene as an RGB image of the model's native size."""
+        """Return one scene as an RGB image of the model's native size."""
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy(), mode="RGB")
 
 

@@ -48,7 +48,7 @@ class Case:
 
     @classmethod
     def of(cls, config: GapConfig) -> Case:
-        """``config`` under the name that says where and by what it prunes.
+        """Return ``config`` under the name that says where and by what it prunes.
 
         Raises:
             ValueError: ``keep`` is ``"outliers"``, which is no budget.
@@ -94,7 +94,7 @@ class Row:
     kv_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as it stands in ``results.json``."""
+        """Return the row as it stands in ``results.json``."""
         return asdict(self)
 
 
@@ -109,12 +109,12 @@ class Cost:
 
 
 def place_name(layer: int) -> str:
-    """How tables call the place at which tokens are dropped."""
+    """Return how tables call the place at which tokens are dropped."""
     return "before the decoder" if layer == BEFORE_THE_DECODER else f"layer {layer}"
 
 
 def method_name(config: GapConfig) -> str:
-    """How tables call where and by what ``config`` prunes."""
+    """Return how tables call where and by what ``config`` prunes."""
     if config.keep == 1.0 and not config.then:
         return NO_PRUNING
     return "; ".join(map(_stage_name, config.stages))
@@ -178,7 +178,7 @@ def measure(
 
 @torch.no_grad()
 def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[GapConfig]) -> list[Cost]:
-    """Prefill time of each configuration relative to the first, and what its cache holds.
+    """Return the prefill time of each configuration relative to the first, and what its cache holds.
 
     Configurations take turns inside each round, so that a machine whose speed drifts slows all of them alike.
     """

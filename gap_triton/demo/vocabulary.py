@@ -28,7 +28,7 @@ _IDS = {token: index for index, token in enumerate(MORE_TOKENS)}
 
 
 def token_id(token: str) -> int:
-    """Id of one token of the vocabulary."""
+    """Return the id of one token of the vocabulary."""
     if token not in _IDS:
         raise ValueError(f"token is {token!r}; it must be one of {', '.join(MORE_TOKENS)}")
     return _IDS[token]

@@ -148,12 +148,12 @@ def pruning(model: nn.Module, config: GapConfig | None = None) -> Iterator[nn.Mo
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether ``model``, or a part of it, runs under ``"gap_triton"``."""
+    """Return whether ``model``, or a part of it, runs under ``"gap_triton"``."""
     return any(not attachment.closing for attachment in _attachments_in(model))
 
 
 def last_selection(model: nn.Module) -> Selection | None:
-    """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
+    """Return what the last pruned prefill of ``model`` in this thread kept; None if there was none."""
     attachment = _attachment_on(model)
     return None if attachment is None else recall_selection(attachment)
 

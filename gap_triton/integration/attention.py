@@ -54,7 +54,7 @@ def gap_attention_forward(
     gap_state: ForwardState | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense attention; in the scoring layer of a pruned prefill, query and key are left with ``gap_state``.
+    """Compute dense attention; in the scoring layer of a pruned prefill, query and key are left with ``gap_state``.
 
     Args:
         module: The attention layer that calls.
@@ -93,7 +93,7 @@ def gap_attention_forward(
 
 @cache
 def flash_attn_func() -> Any | None:
-    """``flash_attn.flash_attn_func``, or None where flash-attn is not installed."""
+    """Return ``flash_attn.flash_attn_func``, or None where flash-attn is not installed."""
     try:
         from flash_attn import flash_attn_func as function
     except ImportError:

@@ -120,14 +120,14 @@ class Parts(NamedTuple):
 
 
 def is_vision_language_model(model: PreTrainedModel) -> bool:
-    """Whether ``model`` generates text and reads images, by its config."""
+    """Return whether ``model`` generates text and reads images, by its config."""
     config = model.config
     sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
     return model.can_generate() and (sees or bool(visual_token_ids(config)))
 
 
 def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The decoder stack of a text model, None for any other model."""
+    """Return the decoder stack of a text model, None for any other model."""
     text = model.base_model
     layers = text._modules.get("layers")
     if not isinstance(text, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -136,8 +136,9 @@ def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers that ``model`` is, or that it is wrapped around: a PeftModel, what `torch.compile` returns,
-    DataParallel, any module that holds one.
+    """Return the model of transformers that ``model`` is, or wraps.
+
+    A wrapper may be a PeftModel, what `torch.compile` returns, DataParallel, or any module that holds one.
 
     Raises:
         ValueError: It holds none, or several.
@@ -361,7 +362,7 @@ def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
 
 
 def takes_kwargs(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` takes keyword arguments that it does not list."""
+    """Return whether the forward of ``module`` takes keyword arguments that it does not list."""
     return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
 
 

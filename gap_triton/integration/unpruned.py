@@ -93,5 +93,5 @@ def refuse_export() -> None:
 
 
 def is_prompt(inputs: torch.Tensor | None) -> bool:
-    """Whether ``inputs`` [B, Q, ...] are more than one token, so no step of decoding."""
+    """Return whether ``inputs`` [B, Q, ...] are more than one token, so no step of decoding."""
     return inputs is not None and inputs.shape[1] > 1

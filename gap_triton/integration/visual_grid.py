@@ -13,7 +13,7 @@ Grid = tuple[int, int]
 
 
 def named_grids(given: Any) -> Grid | list[Grid]:
-    """The grid of all images, or of one after the other, that ``given`` names.
+    """Return the grid of all images, or of one after the other, that ``given`` names.
 
     Args:
         given: ``[H, W]``, rows and columns of visual tokens, of every image (or frame of a video); or a list of those, one

@@ -19,7 +19,7 @@ def named_visual_tokens(
     cache: Any | None,
     drafts: int,
 ) -> torch.Tensor | None:
-    """The visual tokens that ``mask`` names, or None for a step of decoding.
+    """Return the visual tokens that ``mask`` names, or None for a step of decoding.
 
     `generate` hands the mask of the prompt to every step; a decode step holds no image and ignores it, and so does one that
     verifies drafts.

@@ -81,16 +81,16 @@ class KeptTokens:
         return any(stage.id_shift is not None for stage in self.stages)
 
     def at(self, layer: int) -> KeptRows | None:
-        """What decoder layer ``layer`` holds; None where it holds everything."""
+        """Return what decoder layer ``layer`` holds; None where it holds everything."""
         return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
 
     def dropped_at(self, layer: int) -> int:
-        """How many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
+        """Return how many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
         record = self.at(layer)
         return 0 if record is None else record.dropped
 
     def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
-        """The same with ``change`` made to every record."""
+        """Return the same with ``change`` made to every record."""
         return replace(self, stages=tuple(map(change, self.stages)))
 
 
@@ -101,7 +101,7 @@ def store(cache: Any | None, kept: KeptTokens) -> None:
 
 
 def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
-    """What the cache's later layers hold, None where nothing was dropped from it.
+    """Return what the cache's later layers hold, None where nothing was dropped from it.
 
     Raises:
         ValueError: The cache was pruned for another batch size, or by a forward that failed on the way.
@@ -134,7 +134,7 @@ def mark_finished(cache: Any | None) -> None:
 def length_in_step(
     cache: Any | None, kept: KeptTokens, cache_position: torch.Tensor | None
 ) -> int | torch.Tensor:
-    """`original_length` in a decode step: of a static cache an int64 tensor of no dimension, so that nothing is read."""
+    """Return `original_length` in a decode step; of a static cache as an int64 tensor of no dimension: nothing is read."""
     if cache is None:
         return 0
     if is_static(cache, kept.stages[0].first_later):
@@ -143,7 +143,7 @@ def length_in_step(
 
 
 def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None) -> int:
-    """Number of tokens that the cache stands for, dropped ones included.
+    """Return the number of tokens that the cache stands for, dropped ones included.
 
     Args:
         cache: The KV cache of the running forward.
@@ -181,7 +181,7 @@ def _dynamic_length(cache: Any, kept: KeptTokens) -> int:
 
 
 def is_static(cache: Any | None, layer: int) -> bool:
-    """Whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
+    """Return whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
     return (
         cache is not None
         and layer < len(cache.layers)
@@ -267,7 +267,7 @@ def extend(
     real: torch.Tensor | None,
     dense: bool,
 ) -> KeptRows:
-    """What the layers after a stage hold once they have taken the rows of a prompt that is pruned.
+    """Return what the layers after a stage hold once they have taken the rows of a prompt that is pruned.
 
     Args:
         before: What they held before; None where nothing had been dropped.

@@ -15,7 +15,7 @@ from ..state import DecoderRun, Deepstack
 
 
 def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``run``.
+    """Return the keyword arguments of the decoder without the features of later layers, which go to ``run``.
 
     Raises:
         ValueError: Features belong behind the last layer, after which nothing can be added.
@@ -50,7 +50,7 @@ def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], 
 
 
 def add_features(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
-    """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
+    """Return ``hidden_states`` [B, L, C], the output of ``layer``, plus the features of surviving visual rows there."""
     survivors = run.survivors
     if survivors is None or run.deepstack is None or layer not in run.deepstack.features:
         return hidden_states

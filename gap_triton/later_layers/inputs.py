@@ -82,7 +82,7 @@ def _renumber(
 
 
 def shift_ids(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Ids of tokens that follow renumbered ones.
+    """Return the ids of tokens that follow renumbered ones.
 
     Args:
         position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
@@ -95,7 +95,7 @@ def shift_ids(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> Any:
-    """A layer's argument ``name`` for the surviving rows; shared by the layers that get the same object."""
+    """Return a layer's argument ``name`` for the surviving rows; shared by the layers that get the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
     for known, shortened in survivors.arguments:
         if known is value:

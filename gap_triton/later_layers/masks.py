@@ -35,7 +35,7 @@ def mask_for_attention(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask for sdpa, marked if it is plain, so that nothing need be read from the device later.
+    """Return transformers' mask for sdpa, marked if it is plain, so that nothing need be read from the device later.
 
     Whatever else a model puts into its mask (image tokens that see each other, prefixes, packed sequences) is in the
     function that makes it.
@@ -61,17 +61,17 @@ _SLIDING = _parts_of(sliding_window_causal_mask_function(1))
 
 
 def is_plain(mask: torch.Tensor | None, length: int) -> bool:
-    """Whether a mask is known on the host to be only causal and padding, for ``length`` tokens."""
+    """Return whether a mask is known on the host to be only causal and padding, for ``length`` tokens."""
     return mask is None or getattr(mask, REACH, 0) >= length
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
-    """Bool, of the shape of ``mask``: which columns are seen, by a bool or by an additive mask."""
+    """Return which columns are seen, by a bool or by an additive mask: bool, of the shape of ``mask``."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> torch.Tensor:
-    """Original position of each key column of one later layer's attention.
+    """Return the original position of each key column of one later layer's attention.
 
     Args:
         kept: What the later layers hold, ``queries`` new rows included if ``kept.index`` covers them.
@@ -95,7 +95,7 @@ def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> t
 def take_from_mask(
     mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int | torch.Tensor
 ) -> torch.Tensor:
-    """The model's own mask with only the surviving rows and columns.
+    """Return the model's own mask with only the surviving rows and columns.
 
     Args:
         mask: [B or 1, 1, Q, K], bool (True = attend) or additive float.
@@ -129,7 +129,7 @@ def take_from_mask(
 
 
 def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
-    """[B, 1, L, N] bool causal mask between original positions.
+    """Return [B, 1, L, N] bool causal mask between original positions.
 
     Args:
         query_positions: [B or 1, L] int64, -1 = filler.
@@ -148,7 +148,7 @@ def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: in
 
 
 def with_reach_of(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``mask``, marked as plain if ``other`` is, from which it was made by taking rows and columns out or hiding padding."""
+    """Return ``mask``, marked as plain if ``other`` is, of which it is a part or a copy with more padding hidden."""
     return _with_reach(mask, getattr(other, REACH, None))
 
 

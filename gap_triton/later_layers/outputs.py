@@ -24,7 +24,7 @@ def refuse_router_logits(run: DecoderRun, kwargs: dict[str, Any]) -> None:
 
 
 def restore_rows(run: DecoderRun, prefill: Prefill, output: Any) -> Any:
-    """A decoder's output with all hidden states in the rows of its input.
+    """Return a decoder's output with all hidden states in the rows of its input.
 
     Args:
         run: The run of the decoder.

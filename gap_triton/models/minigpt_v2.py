@@ -50,13 +50,13 @@ class EvaPatches(Tower):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[I, 3, H, W] -> [I, N / 4, 4 F], row by row."""
+        """Map [I, 3, H, W] to [I, N / 4, 4 F], row by row."""
         patches = self.model(pixel_values).last_hidden_state[:, 1:]
         images, count, channels = patches.shape
         return patches.reshape(images, count // PATCHES_PER_TOKEN, PATCHES_PER_TOKEN * channels)
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        """[I, 3, 448, 448] -> (32, 8): the rows of the patches, and a quarter of their columns."""
+        """Map [I, 3, 448, 448] to (32, 8): the rows of the patches, and a quarter of their columns."""
         rows, columns = super().grid(pixel_values) or (0, 0)
         return None if columns % PATCHES_PER_TOKEN else (rows, columns // PATCHES_PER_TOKEN)
 
@@ -109,7 +109,7 @@ def load(
 
 
 def prompt_ids(tokenizer: Any, text: str, visual_tokens: int = VISUAL_TOKENS) -> torch.Tensor:
-    """Token ids of a prompt in which ``<ImageHere>`` stands for an image.
+    """Return the token ids of a prompt in which ``<ImageHere>`` stands for an image.
 
     The authors' evaluation asks ``<s>[INST] <Img><ImageHere></Img> [refer] give me the location of NAME [/INST]`` and gets
     boxes ``{<x0><y0><x1><y1>}`` in hundredths of the image. As there, the pieces of text between images are tokenized

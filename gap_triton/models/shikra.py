@@ -32,7 +32,7 @@ class ClipPatches(Tower):
         self.model, self.layer = model, layer
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[I, 3, H, W] -> [I, N, F], row by row."""
+        """Map [I, 3, H, W] to [I, N, F], row by row."""
         return self.model(pixel_values, output_hidden_states=True).hidden_states[self.layer][:, 1:]
 
 
@@ -89,7 +89,7 @@ def load(
 
 
 def prompt_ids(tokenizer: Any, text: str, visual_tokens: int = VISUAL_TOKENS) -> torch.Tensor:
-    """Token ids of a prompt in which ``<image>`` stands for an image.
+    """Return the token ids of a prompt in which ``<image>`` stands for an image.
 
     The authors' prompts follow the ``vicuna_v1.1`` template ("USER: ... ASSISTANT:" after the system prompt); boxes are
     written [x0,y0,x1,y1] with three decimals, relative to the image padded to a square.

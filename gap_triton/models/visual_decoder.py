@@ -22,7 +22,7 @@ class Tower(nn.Module):
     model: PreTrainedModel
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        """Rows and columns of visual tokens of each image of ``pixel_values`` [I, 3, H, W]; None where they make no grid."""
+        """Return rows and columns of visual tokens per image of ``pixel_values`` [I, 3, H, W]; None without a grid."""
         side = self.model.config.patch_size
         return pixel_values.shape[-2] // side, pixel_values.shape[-1] // side
 
@@ -42,7 +42,7 @@ class VisualDecoder(nn.Module):
         self.tower, self.projector, self.decoder = tower, projector, decoder
 
     def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
-        """What the decoder reads.
+        """Return what the decoder reads.
 
         Args:
             input_ids: [B, Q] int64, ``-1`` at each visual token.
@@ -80,7 +80,7 @@ class VisualDecoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """One forward of the decoder on the merged prompt; ``options`` are those of its expected forward."""
+        """Run one forward of the decoder on the merged prompt; ``options`` are those of its own forward."""
         return self.decoder(attention_mask=attention_mask, **self._inputs(input_ids, pixel_values), **options)
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class VisualDecoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """`generate` of the decoder on the merged prompt: new tokens only, as always from ``inputs_embeds``.
+        """Run `generate` of the decoder on the merged prompt: new tokens only, as always from ``inputs_embeds``.
 
         Args:
             input_ids: [B, Q] int64, ``-1`` at each visual token.

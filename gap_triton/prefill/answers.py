@@ -18,7 +18,7 @@ GENERATED = "gap_generated"  # how many tokens `generate` has generated, where i
 
 
 def call_of(kwargs: dict[str, Any]) -> Call:
-    """What the keyword arguments of a forward hold about its rows; takes out the one that is ours."""
+    """Return what the keyword arguments of a forward hold about its rows; takes out the one that is ours."""
     logits = kwargs.get("logits_to_keep", 0)
     generated = kwargs.pop(GENERATED, 0)
     if isinstance(logits, torch.Tensor):
@@ -37,7 +37,7 @@ def call_of(kwargs: dict[str, Any]) -> Call:
 
 
 def drafts_of(call: Call, visual: torch.Tensor) -> int:
-    """How many last rows of ``visual`` [B, Q] are drafts: none where the caller wants the logits of the image itself."""
+    """Return how many last rows of ``visual`` [B, Q] are drafts: none where the caller wants the logits of the image."""
     drafts = call.drafts
     if not drafts or drafts >= visual.shape[1] or bool(visual[:, -drafts:].any()):
         return 0
@@ -45,7 +45,7 @@ def drafts_of(call: Call, visual: torch.Tensor) -> int:
 
 
 def follows_prompt(call: Call, visual: torch.Tensor | None, inputs: torch.Tensor) -> bool:
-    """Whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
+    """Return whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
 
     One read where there are labels, or rows by a tensor; none in `generate`.
 
@@ -63,7 +63,7 @@ def follows_prompt(call: Call, visual: torch.Tensor | None, inputs: torch.Tensor
 
 
 def answer_rows(call: Call, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:
-    """[B, Q] bool, the rows of each sample's answer and whatever follows it; None where no argument names any.
+    """Return [B, Q] bool, the rows of each sample's answer and whatever follows it; None where no argument names any.
 
     Args:
         call: What the caller gave.

@@ -56,7 +56,7 @@ class StageRows:
     has_cos_sin: bool
 
     def to_prompt_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the prompt, [B, N], from ``rows`` [B, N] among these; -1 stays -1."""
+        """Return the rows of the prompt, [B, N], from ``rows`` [B, N] among these; -1 stays -1."""
         if self.index is None:
             return rows
         return torch.where(rows < 0, -1, self.index.gather(1, rows.clamp(min=0)))

@@ -15,7 +15,7 @@ from ..vision.layout import View, layout_of
 
 
 def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> GridPositions:
-    """Places of the prompt's visual rows.
+    """Return the places of the prompt's visual rows.
 
     Args:
         attachment: The attachment of the forward.
@@ -30,7 +30,7 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
 
 
 def place_views(views: Sequence[View], visual: torch.Tensor) -> GridPositions:
-    """Places of the rows of ``visual`` [B, Q] that stand in ``views``."""
+    """Return the places of the rows of ``visual`` [B, Q] that stand in ``views``."""
     region = torch.full(visual.shape, -1, device=visual.device)
     cell = torch.zeros_like(region)
     order = torch.full_like(region, LAST)

@@ -12,7 +12,7 @@ from ..strategies.rows import positions_first
 
 
 def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection | None) -> tuple[Drop, ...]:
-    """What each stage of a prefill drops; empty where no stage drops anything.
+    """Return what each stage of a prefill drops; empty where no stage drops anything.
 
     Args:
         prompt: The prompt.
@@ -40,7 +40,7 @@ def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection |
 
 
 def plan_of(prompt: Prompt, drop: Drop, index: torch.Tensor | None) -> Plan:
-    """What ``drop`` drops from the rows that it finds.
+    """Return what ``drop`` drops from the rows that it finds.
 
     Args:
         prompt: The prompt.

@@ -23,7 +23,7 @@ class KeptIds:
         """Raise ValueError where the rule is not defined for the decoder ``text``."""
 
     def order(self, index: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
-        """The rows ``index`` [B, L] in the order in which the later layers hold them.
+        """Return the rows ``index`` [B, L] in the order in which the later layers hold them.
 
         Args:
             index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
@@ -39,7 +39,7 @@ class KeptIds:
         prompt: Prompt,
         earlier_shift: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Other ids than the survivors' own, and by how much ids of later tokens must be lowered; None where there are none.
+        """Return new ids of the survivors, and by how much those of later tokens are lowered; None where they keep theirs.
 
         Args:
             position_ids: [B, Q] or [A, B, Q], the ids without pruning.
@@ -74,7 +74,7 @@ class CompactedIds(KeptIds):
         prompt: Prompt,
         earlier_shift: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids without gaps; an answer is numbered as tokens of later steps are."""
+        """Return ids without gaps; an answer is numbered as tokens of later steps are."""
         query_rows = prompt.query_rows.to(index.device)
         ids, shift = compact(position_ids, index, query_rows, earlier_shift)
         if prompt.query_rows is not prompt.real:
@@ -90,7 +90,7 @@ class PermutedIds(CompactedIds):
     name: Ids = "permuted"
 
     def order(self, index: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
-        """The visual rows best first, in the places that they hold among the others."""
+        """Put the visual rows best first, in the places that they hold among the others."""
         return score_order(index, plan.visual, plan.visual_index, scores)
 
 

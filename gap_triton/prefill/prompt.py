@@ -16,7 +16,7 @@ from ..strategies.rows import positions_first
 def find_visual_tokens(
     owner: PreTrainedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """[B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
+    """Return [B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
 
     With ``inputs_embeds`` alone a row counts as visual if it equals the embedding of a placeholder token, which is
     how transformers finds the rows to fill.
@@ -34,7 +34,7 @@ def find_visual_tokens(
 
 
 def placeholders_in(owner: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """[B, Q] bool, the rows of ``input_ids`` [B, Q] int64 that are placeholders of visual tokens."""
+    """Return [B, Q] bool, the rows of ``input_ids`` [B, Q] int64 that are placeholders of visual tokens."""
     visual = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in visual_token_ids(owner.config):
         visual |= input_ids == token
@@ -44,7 +44,7 @@ def placeholders_in(owner: PreTrainedModel, input_ids: torch.Tensor) -> torch.Te
 def real_positions(
     mask: Any, past: int | torch.Tensor, queries: int, batch: int, first_type: str
 ) -> torch.Tensor | None:
-    """Which tokens are real and which padding, read from whatever mask the model was given.
+    """Return which tokens are real and which padding, read from whatever mask the model was given.
 
     Args:
         mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
@@ -86,7 +86,7 @@ def real_positions(
 def position_ids_of(
     given: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
 ) -> torch.Tensor:
-    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it gets several per token.
+    """Return the position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] on several axes.
 
     Args:
         given: The decoder's argument: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
@@ -101,7 +101,7 @@ def position_ids_of(
 
 
 def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
-    """Whether a mask lets some row see a later one, as masks for images (Gemma 3) and prefixes (PaliGemma) do. One read.
+    """Return whether a mask lets some row see a later one, as for images (Gemma 3) and prefixes (PaliGemma). One read.
 
     Args:
         mask: [B or 1, 1, Q, K], bool or additive; or a dict of those. Anything else does not look ahead.

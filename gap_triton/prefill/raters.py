@@ -12,7 +12,7 @@ from ..strategies.rows import positions_first
 
 
 def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:
-    """[B, Q] bool, the rows of text after the image that are relevant to it (SparseVLM, arXiv 2410.04417, section 3.2).
+    """Return [B, Q] bool, the text rows after the image that are relevant to it (SparseVLM, arXiv 2410.04417, section 3.2).
 
     Args:
         prompt: The prompt.

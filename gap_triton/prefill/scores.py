@@ -46,7 +46,7 @@ class Attention:
 
 
 def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
-    """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes, with their ``rotary``."""
+    """Return query, key and mask of the layer that scores for ``stage``, for the rows of ``plan`` and their ``rotary``."""
     scoring = prefill.scoring
     if scoring is None:
         raise RuntimeError(
@@ -81,7 +81,7 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
 def scores_without_attention(
     run: DecoderRun, prefill: Prefill, drop: Drop, plan: Plan, prompt_rows: torch.Tensor
 ) -> torch.Tensor:
-    """[B, V] float32, the score of each visual token that ``plan`` names: by an even spread over the image, or at random.
+    """Return [B, V] float32, the score of each visual token of ``plan``: by an even spread over the image, or at random.
 
     Args:
         run: The run of the decoder.
@@ -97,7 +97,7 @@ def scores_without_attention(
 
 
 def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch.Tensor:
-    """[B, V] float32, the score of each visual token that ``plan`` names.
+    """Return [B, V] float32, the score of each visual token that ``plan`` names.
 
     Args:
         stage: What ranks.
@@ -126,7 +126,7 @@ def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch
 def importance_by_mask(
     attention: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
 ) -> torch.Tensor:
-    """`gap_kernels.visual_importance` of rows that attend by ``mask``, in bounded memory.
+    """Return `gap_kernels.visual_importance` of rows that attend by ``mask``, in bounded memory.
 
     Args:
         attention: Query, key and scale.

@@ -40,7 +40,7 @@ def unrotated(
 
 
 def rotation_of(attention: Any) -> Any | None:
-    """The function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
+    """Return the function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
     functions = vars(inspect.getmodule(type(attention)))
     return next((functions[name] for name in ROTATIONS if name in functions), None)
 

@@ -49,7 +49,7 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
 
 
 def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
-    """The configuration of a published method.
+    """Return the configuration of a published method.
 
     Args:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and

@@ -10,7 +10,7 @@ PUBLISHED_LAYERS = 32
 
 
 def check_layers(layers: object, stages: int) -> int:
-    """``layers``, the number of layers of a decoder that has room for ``stages`` stages.
+    """Return ``layers``, the number of layers of a decoder that has room for ``stages`` stages.
 
     Raises:
         ValueError: It has none, or that is no number of layers.
@@ -25,7 +25,7 @@ def check_layers(layers: object, stages: int) -> int:
 
 
 def pruning_layers(first_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """`GapConfig.layer` of each stage.
+    """Return `GapConfig.layer` of each stage.
 
     Args:
         first_layers: By stage, the first layer (of 32) with fewer tokens, ascending.

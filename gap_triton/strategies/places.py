@@ -30,12 +30,12 @@ class GridPositions:
     regions: int
 
     def rank_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """`order` of ``rows`` [B, V] int64; filler comes last."""
+        """Return `order` of ``rows`` [B, V] int64; filler comes last."""
         order = self.order.to(rows.device).gather(1, rows.clamp(min=0))
         return torch.where(rows < 0, LAST, order)
 
     def neighbours_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which of ``rows`` [B, V] int64 share the region of each of them, by number: [B, V, 3] int32, -1 = none."""
+        """Return which of ``rows`` [B, V] int64 share the region of each of them, by number: [B, V, 3] int32, -1 = none."""
         batch, count = rows.shape
         region, cell = (x.to(rows.device).gather(1, rows.clamp(min=0)) for x in (self.region, self.cell))
         in_grid = (rows >= 0) & (region >= 0)
@@ -59,7 +59,7 @@ class GridPositions:
         coverage: Coverage,
         length: int,
     ) -> torch.Tensor:
-        """[B, V] float32: 1 at the candidates that ``coverage`` chooses, else 0.
+        """Return [B, V] float32: 1 at the candidates that ``coverage`` chooses, else 0.
 
         Args:
             scores: [B, V] float32.

@@ -37,7 +37,7 @@ class Budget:
 
 
 def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, counts: Sequence[int]) -> Budget:
-    """What ``stage`` keeps of samples with ``counts`` visual tokens, of which those in ``views`` have ``scores``."""
+    """Return what ``stage`` keeps of samples with ``counts`` visual tokens, of which those in ``views`` have ``scores``."""
     placed = [0] * len(counts)
     for view in views:
         placed[view.sample] += len(view.rows)
@@ -63,7 +63,7 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
 
 
 def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
-    """[B, Q] bool, those of ``unplaced`` [B, Q] bool, the tokens in no view, that ``budget`` keeps: evenly spread ones."""
+    """Return [B, Q] bool, which of ``unplaced`` [B, Q] bool, the tokens in no view, ``budget`` keeps: evenly spread ones."""
     if budget.newlines == budget.unplaced:
         return unplaced.clone()
     stays = torch.zeros(len(budget.unplaced), max(budget.unplaced), dtype=torch.bool)

@@ -21,7 +21,7 @@ TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
 def needs_of(config: GapConfig) -> Needs:
-    """What must be recorded of the vision encoder for ``config``; empty where that is nothing."""
+    """Return what must be recorded of the vision encoder for ``config``; empty where that is nothing."""
     stage: Stage = config.stages[0]
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()

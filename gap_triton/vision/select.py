@@ -67,7 +67,7 @@ class Grids:
     score: torch.Tensor
 
     def samples_on(self, device: torch.device) -> torch.Tensor:
-        """[G, 1] int64 on ``device``, `sample`."""
+        """Return [G, 1] int64 on ``device``, `sample`."""
         return torch.tensor(self.sample, device=device)[:, None]
 
 

@@ -61,7 +61,7 @@ class Tower:
     window: int | None
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
-        """Rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
+        """Return the rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
 
         Args:
             rows: [P, ...], the patches of all images in the tower's order.
@@ -93,7 +93,7 @@ class Tower:
         )
 
     def is_current(self) -> bool:
-        """Whether the model still holds this tower, and none of what was found of it has been replaced."""
+        """Return whether the model still holds this tower, and none of what was found of it has been replaced."""
         try:
             found = find_tower(self.owner)
         except ValueError:
@@ -120,7 +120,7 @@ class Tower:
 
 
 def find_tower(owner: PreTrainedModel) -> Tower:
-    """The vision tower below ``owner``, the module that receives ``input_ids``.
+    """Return the vision tower below ``owner``, the module that receives ``input_ids``.
 
     Raises:
         ValueError: There is none that can be recorded; the message has the reason, and what can be done instead.
@@ -151,7 +151,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
 
 
 def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
-    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
+    """Return the number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
 
     The number is None where samples with fewer images than others are filled up.
     """
@@ -162,7 +162,7 @@ def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None
 
 
 def patch_size_of(config: Any) -> tuple[int, int] | None:
-    """Height and width in pixels of a patch of a vision tower with this config, None where it has none."""
+    """Return the height and width in pixels of a patch of a vision tower with this config, None where it has none."""
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int):
         return patch, patch
@@ -172,7 +172,7 @@ def patch_size_of(config: Any) -> tuple[int, int] | None:
 
 
 def pooling_of(owner: PreTrainedModel) -> int:
-    """Side of the square of patches that become one visual token, by the config; 1 where it has none.
+    """Return the side of the square of patches that become one visual token, by the config; 1 where it has none.
 
     Other steps of a model, such as strided convolutions, show in a number of tokens that differs from this one's.
     """
@@ -191,7 +191,7 @@ def pooling_of(owner: PreTrainedModel) -> int:
 
 
 def resamples(owner: PreTrainedModel) -> bool:
-    """Whether ``owner`` makes visual tokens by attention over all patches, as Aria does: these have no position."""
+    """Return whether ``owner`` makes visual tokens by attention over all patches, as Aria does: these have no position."""
     return any(
         calls_interface(module) or isinstance(module, nn.MultiheadAttention)
         for child in owner.children()
@@ -201,7 +201,7 @@ def resamples(owner: PreTrainedModel) -> bool:
 
 
 def packs(owner: PreTrainedModel) -> bool:
-    """Whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
+    """Return whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
     pack = getattr(owner, "pack_image_features", None)
     return pack is not None and "image_features" in inspect.signature(pack).parameters
 

@@ -70,7 +70,7 @@ class TowerRecorder:
             self._token = None
 
     def output(self) -> TowerOutput:
-        """What was recorded.
+        """Return what was recorded.
 
         Raises:
             ValueError: The tower did not run in this forward, or what was encoded before it lacks something.
@@ -87,7 +87,7 @@ class TowerRecorder:
 
 
 def encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Encoded]:
-    """By modality, what was recorded of the encoders that ran before a forward with these keyword arguments."""
+    """Return what was recorded, by modality, of the encoders that ran before a forward with these keyword arguments."""
     outputs = kwargs.get(ENCODER_OUTPUTS) or {}
     encoders = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
     return {modality: encoded for modality, encoded in encoders.items() if encoded is not None}

@@ -75,7 +75,7 @@ class TowerOutput:
 
     @staticmethod
     def concatenate(outputs: Iterable[TowerOutput]) -> TowerOutput:
-        """The rows of several runs, one after the other; all must hold the same fields."""
+        """Return the rows of several runs, one after the other; all must hold the same fields."""
         outputs = list(outputs)
         if len(outputs) == 1:
             return outputs[0]
@@ -168,7 +168,7 @@ class Recording:
         self._parts["features"].append(features.detach().flatten(0, -2))
 
     def output(self, arguments: dict[str, Any], tokens: int | None) -> TowerOutput:
-        """What was recorded, one row per feature.
+        """Return what was recorded, one row per feature.
 
         Args:
             arguments: Those of the encoder, by name.
