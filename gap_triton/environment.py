@@ -22,8 +22,8 @@ class Environment(TypedDict):
 
 def installed_versions() -> dict[str, str | None]:
     """Return the version of each package that matters here, and of Python."""
-    found = {package: installed_version(package.replace("-", "_")) for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    versions = {package: installed_version(package.replace("-", "_")) for package in PACKAGES}
+    return {"python": platform.python_version(), **versions}
 
 
 def device_name(device: torch.device | str) -> str:

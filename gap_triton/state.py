@@ -301,7 +301,7 @@ class DecoderRun:
         """The rows that are left by now; None where nothing has been dropped in this run."""
         return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def compute_once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the value of ``make()``, computed for the first later layer and shared by the others."""
         if key not in self.memo:
             self.memo[key] = make()

@@ -61,7 +61,7 @@ def compare(rows: Sequence[Row], ious: Sequence[Tensor], baseline: Callable[[Row
     right = {
         (row.method, row.keep, row.ids): iou >= IOU_THRESHOLD for row, iou in zip(rows, ious, strict=True)
     }
-    found = []
+    comparisons = []
     for row in rows:
         if row.ids != "kept":
             continue
@@ -70,7 +70,7 @@ def compare(rows: Sequence[Row], ious: Sequence[Tensor], baseline: Callable[[Row
             if other is None or (method, ids) == (row.method, row.ids):
                 continue
             difference = paired_difference(right[row.method, row.keep, row.ids], other)
-            found.append(
+            comparisons.append(
                 Comparison(row.model, row.keep, row.method, row.ids, method, ids, **asdict(difference))
             )
-    return found
+    return comparisons

@@ -32,8 +32,10 @@ def coverage_cases(model: Any, budgets: Sequence[float | int]) -> list[Case]:
     in_vision: Score = "received" if score_without_cls(model) else "cls"
     cases = []
     for layer, score in ((LAYER, SCORE), (BEFORE_THE_DECODER, in_vision)):
-        place = GapConfig(layer=layer, score=score)
-        ways = [replace(place, coverage=coverage) for coverage in COVERAGES] + [replace(place, score=RANDOM)]
+        config = GapConfig(layer=layer, score=score)
+        ways = [replace(config, coverage=coverage) for coverage in COVERAGES] + [
+            replace(config, score=RANDOM)
+        ]
         cases += [Case.of(replace(way, keep=keep, ids=ids)) for keep, way, ids in product(budgets, ways, IDS)]
     return cases
 
@@ -64,15 +66,15 @@ def coverage_markdown(rows: Sequence[Row], comparisons: Sequence[Comparison]) ->
     gains = {(each.model, each.method, each.keep, each.against_ids): difference(each) for each in comparisons}
     parts = []
     for model in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == model and row.method != NO_PRUNING]
-        by = {(row.method, row.keep, row.ids): row for row in own}
+        pruned = [row for row in rows if row.model == model and row.method != NO_PRUNING]
+        by = {(row.method, row.keep, row.ids): row for row in pruned}
         lines = []
-        for row in own:
+        for row in pruned:
             if row.ids != IDS[0]:
                 continue
             lines.append(
                 (
-                    place_of(row, own),
+                    place_of(row, pruned),
                     budget_name(row.keep),
                     coverage_of(row),
                     *(accuracy(by[row.method, row.keep, ids]) for ids in IDS),

@@ -41,11 +41,11 @@ def sweep_configs(
         ValueError: A value is not one of `GapConfig`, or a score is used at none of the layers.
     """
     configs: list[GapConfig] = []
-    used = set()
+    covered = set()
     for layer, score, keep, rule in product(layers, scores, budgets, ids):
         if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
             continue
-        used.add(score)
+        covered.add(score)
         ranked_by: Any = score
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
@@ -53,7 +53,7 @@ def sweep_configs(
         if config not in configs:
             configs.append(config)
     for score in scores:
-        if score not in used:
+        if score not in covered:
             raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")
     return configs
 
@@ -83,17 +83,17 @@ class Evaluation:
         Raises:
             ValueError: No preset takes any of the budgets.
         """
-        found = [method_cases(model, names, budgets) for model, _ in self.models]
-        refused = [each for _, refusals in found for each in refusals]
-        for cases, refusals in found:
+        plans = [method_cases(model, names, budgets) for model, _ in self.models]
+        refused = [each for _, refusals in plans for each in refusals]
+        for cases, refusals in plans:
             if not cases:
                 raise ValueError(f"nothing to measure: {refusals[0].reason}")
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
-            comparisons = [each for own in measured for each in compare(*own, lambda row: PLAIN)]
-            for own, _ in measured:
-                self.console.print(methods_table(own, comparisons, self._title(own[0].model)))
+            rows = [row for pair, _ in measured for row in pair]
+            comparisons = [each for pair in measured for each in compare(*pair, lambda row: PLAIN)]
+            for pair, _ in measured:
+                self.console.print(methods_table(pair, comparisons, self._title(pair[0].model)))
             for refusal in refused:
                 self.console.print(f"no row: {refusal.model}, {refusal.method}: {refusal.reason}")
             self._write("methods.json", rows=rows, comparisons=comparisons, refused=refused)
@@ -106,15 +106,15 @@ class Evaluation:
                 )
                 self._wrote("methods.png")
 
-        self._add([cases for cases, _ in found], write)
+        self._add([cases for cases, _ in plans], write)
 
     def add_coverage(self, budgets: Budgets) -> None:
         """Add coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
+            rows = [row for pair, _ in measured for row in pair]
             comparisons = [
-                each for own in measured for each in compare(*own, lambda row: plain_of(row, rows).method)
+                each for pair in measured for each in compare(*pair, lambda row: plain_of(row, rows).method)
             ]
             self._write("coverage.json", rows=rows, comparisons=comparisons)
             self._write_text("coverage.md", coverage_markdown(rows, comparisons))
@@ -136,17 +136,19 @@ class Evaluation:
         """
         cases = []
         for model, _ in self.models:
-            own = list(configs)
+            model_configs = list(configs)
             if score_without_cls(model):
-                own = [replace(each, score="received") if each.score == "cls" else each for each in own]
-            for config in own:
+                model_configs = [
+                    replace(each, score="received") if each.score == "cls" else each for each in model_configs
+                ]
+            for config in model_configs:
                 gap_triton.configure(model, config)
-            cases.append([Case.of(config) for config in dict.fromkeys(own)])
+            cases.append([Case.of(config) for config in dict.fromkeys(model_configs)])
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
-            for own, _ in measured:
-                self.console.print(table_of(own, self._title(own[0].model)))
+            rows = [row for pair, _ in measured for row in pair]
+            for pair, _ in measured:
+                self.console.print(table_of(pair, self._title(pair[0].model)))
             self._write("eval.json", rows=rows)
             self._write_text("eval.md", markdown_of(rows))
 
@@ -160,7 +162,9 @@ class Evaluation:
             write([next(measured) for _ in self.models])
 
     def _add(self, cases: Sequence[Sequence[Case]], write: Callable[[Measured], None]) -> None:
-        self._jobs += [Job(*model, own) for model, own in zip(self.models, cases, strict=True)]
+        self._jobs += [
+            Job(*model, model_cases) for model, model_cases in zip(self.models, cases, strict=True)
+        ]
         self._writers.append(write)
 
     def _title(self, subject: str) -> str:

@@ -75,8 +75,8 @@ def paired_difference(first: Tensor, second: Tensor, z: float = Z) -> Difference
     scale = math.sqrt(hits * (count - hits) * other_hits * (count - other_hits))
     phi = product / scale if scale else 0.0
 
-    def joined(own: float, others: float) -> float:
-        return math.sqrt(max(own * own - 2 * phi * own * others + others * others, 0.0))
+    def joined(distance: float, other: float) -> float:
+        return math.sqrt(max(distance * distance - 2 * phi * distance * other + other * other, 0.0))
 
     value = share - other
     return Difference(

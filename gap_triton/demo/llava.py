@@ -91,7 +91,8 @@ class Llava(Architecture):
 
         Transformers 5 dropped one level of their names and still reads the old ones, version 4 knows no others.
         """
-        old, new = "model.vision_tower.vision_model.", "model.vision_tower."
+        long, short = "model.vision_tower.vision_model.", "model.vision_tower."
         return {
-            name if name.startswith(old) else name.replace(new, old): weight for name, weight in state.items()
+            name if name.startswith(long) else name.replace(short, long): weight
+            for name, weight in state.items()
         }

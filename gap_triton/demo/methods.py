@@ -79,8 +79,8 @@ def methods_markdown(
     """Return the tables of methods: one line for each pair of kept and compacted ids, and what beats plain top-k."""
     parts = []
     for model in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == model]
-        parts.append(_pairs(model, own, comparisons))
+        model_rows = [row for row in rows if row.model == model]
+        parts.append(_pairs(model, model_rows, comparisons))
         against = [each for each in comparisons if each.model == model and each.against_ids == "kept"]
         if against:
             parts.append(_against_plain(against))

@@ -81,9 +81,9 @@ def save_overlay(examples: Sequence[Example], title: str, path: Path) -> None:
     figure, grid = plt.subplots(1, len(examples), figsize=(2.6 * len(examples), 3.4), squeeze=False)
     for axes, example in zip(grid[0], examples, strict=True):
         draw_example(axes, example)
-    drawn = [label for label in LABELS if any(label in example.boxes for example in examples)]
+    labels = [label for label in LABELS if any(label in example.boxes for example in examples)]
     handles = [
-        Patch(fill=False, edgecolor=COLOURS[label], linewidth=2, label=LABELS[label]) for label in drawn
+        Patch(fill=False, edgecolor=COLOURS[label], linewidth=2, label=LABELS[label]) for label in labels
     ]
     if any("truth" in example.boxes for example in examples):
         # White on paper would be invisible.

@@ -56,14 +56,14 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 def can_draw(console: Console, *pictures: str) -> bool:
     """Return whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if not has_matplotlib:
         console.print(
             f"left out {' and '.join(pictures)}: matplotlib is not installed: pip install matplotlib",
             highlight=False,
             soft_wrap=True,
         )
-    return found
+    return has_matplotlib
 
 
 def write_results(path: Path, samples: int, device: torch.device, **parts: Sequence[Any]) -> None:
@@ -83,9 +83,9 @@ def markdown_of(rows: Sequence[Row]) -> str:
     models = list(dict.fromkeys(row.model for row in rows))
     parts = []
     for model in models:
-        own = [row for row in rows if row.model == model]
-        one_rule = len({row.ids for row in own if row.method != NO_PRUNING}) == 1
-        table = _by_method(own) if one_rule else _by_row(own)
+        model_rows = [row for row in rows if row.model == model]
+        one_rule = len({row.ids for row in model_rows if row.method != NO_PRUNING}) == 1
+        table = _by_method(model_rows) if one_rule else _by_row(model_rows)
         parts.append(f"**{model}**\n\n{table}" if len(models) > 1 else table)
     return "\n".join(parts)
 
@@ -117,9 +117,9 @@ def _by_method(rows: Sequence[Row]) -> str:
     unpruned = next(row for row in rows if row.method == NO_PRUNING)
     lines = []
     for method in dict.fromkeys(row.method for row in rows if row.method != NO_PRUNING):
-        own = [by[method, keep] for keep in keeps]
-        costs = zip(*map(cost_cells, own), strict=True)
-        lines.append((method, *map(accuracy, own), *map(" / ".join, costs)))
+        method_rows = [by[method, keep] for keep in keeps]
+        costs = zip(*map(cost_cells, method_rows), strict=True)
+        lines.append((method, *map(accuracy, method_rows), *map(" / ".join, costs)))
     ids = next(row.ids for row in rows if row.method != NO_PRUNING)
     header = ("method", *(f"accuracy at {budget_name(keep)}" for keep in keeps), "prefill time", "KV cache")
     return f"Ids {ids}; no pruning: accuracy {accuracy(unpruned)}, {cost_cells(unpruned)[1]}.\n\n" + markdown(

@@ -70,7 +70,7 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
     )
 
     write_results(output / "results.json", samples, device, rows=rows)
-    written = ["results.json"]
+    files = ["results.json"]
     if can_draw(console, "overlay.png", "accuracy.png"):
         from .pictures import save_bars, save_overlay
 
@@ -81,8 +81,8 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
         )
         title = f"Accuracy on {samples} held-out scenes, pruned after decoder layer {LAYER}"
         save_bars(rows, title, output / "accuracy.png")
-        written += ["overlay.png", "accuracy.png"]
-    for name in written:
+        files += ["overlay.png", "accuracy.png"]
+    for name in files:
         console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
     return rows
 

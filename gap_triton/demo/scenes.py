@@ -104,8 +104,8 @@ def draw(count: int, seed: int, *, fewest: int = 2, most: int = MOST_OBJECTS) ->
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.rand(count, len(COLOURS) * len(SHAPES), generator=generator).argsort(1)[:, :MOST_OBJECTS]
     colours, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
-    wanted = torch.randint(fewest, most + 1, (count,), generator=generator)
-    boxes, present = _place(wanted, generator)
+    counts = torch.randint(fewest, most + 1, (count,), generator=generator)
+    boxes, present = _place_boxes(counts, generator)
     images, owners = _paint(boxes, present, colours, shapes, generator)
     # Absent slots get no weight, so the target is uniform over the objects that are really there.
     target = torch.multinomial(present.float(), 1, generator=generator)[:, 0]
@@ -121,9 +121,9 @@ def held_out(count: int) -> Scenes:
     return Scenes(*(torch.cat([getattr(chunk, field) for chunk in chunks])[:count] for field in fields))
 
 
-def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _place_boxes(counts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose boxes that keep ``GAP`` pixels apart: [N, M, 4] int64, and which slots got one: [N, M] bool."""
-    count = len(wanted)
+    count = len(counts)
     rows = torch.arange(count)
     boxes = torch.zeros(count, MOST_OBJECTS, 4, dtype=torch.int64)
     present = torch.zeros(count, MOST_OBJECTS, dtype=torch.bool)
@@ -137,7 +137,7 @@ def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         apart_above = boxes[:, None, :slot, 2:] + GAP <= low[:, :, None]
         free = ((apart_below | apart_above).any(-1) | ~present[:, None, :slot]).all(-1)
         first = free.int().argmax(1)
-        present[:, slot] = free.any(1) & (slot < wanted)
+        present[:, slot] = free.any(1) & (slot < counts)
         box = torch.cat([low[rows, first], high[rows, first]], 1)
         boxes[:, slot] = box * present[:, slot, None]
     return boxes, present

@@ -187,19 +187,22 @@ def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[G
     times: list[list[float]] = [[] for _ in configs]
     caches: list[tuple[int, int, float]] = []
     for round_number in range(PREFILL_ROUNDS + 1):
-        for own, config in zip(times, configs, strict=True):
+        for config_times, config in zip(times, configs, strict=True):
             gap_triton.configure(model, config)
             cache = DynamicCache(config=model.config.get_text_config())
             call = partial(model, **inputs, **{CACHE: cache}, logits_to_keep=1)
             seconds = _timed(call, model.device)
             if round_number:
-                own.append(seconds)
+                config_times.append(seconds)
                 continue
             # The first round warms up.
             size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
             visual = [layer.keys.shape[-2] - text for layer in cache.layers]
             caches.append((size // len(scenes), visual[-1], statistics.fmean(visual)))
-    ratios = [statistics.median(a / b for a, b in zip(own, times[0], strict=True)) for own in times]
+    ratios = [
+        statistics.median(a / b for a, b in zip(config_times, times[0], strict=True))
+        for config_times in times
+    ]
     return [Cost(ratio, *cache) for ratio, cache in zip(ratios, caches, strict=True)]
 
 

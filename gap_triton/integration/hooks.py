@@ -133,14 +133,14 @@ def _refuse_lost_arguments(
     labels = call.labels
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = [each for each in given if isinstance(each, torch.Tensor)]
-    lost = {
+    arguments = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
         "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
         "use_cache=False": call.generated > 0,
         "logits_to_keep": call.drafts > call.generated or call.logit_rows is not None,
     }
-    names = [name for name, given in lost.items() if given]
+    names = [name for name, given in arguments.items() if given]
     if names and attachment.prunes(model):
         raise RuntimeError(
             f"{type(model).__name__} does not hand further keyword arguments on to {type(attachment.owner).__name__}, which "

@@ -143,21 +143,21 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: It holds none, or several.
     """
-    found, inside = [], [model] if isinstance(model, nn.Module) else []
+    models, inside = [], [model] if isinstance(model, nn.Module) else []
     while inside:
         module = inside.pop(0)
         if isinstance(module, PreTrainedModel):
-            found.append(module)
+            models.append(module)
         else:
             inside += [child for child in module.children() if child not in inside]
-    if len(found) != 1:
+    if len(models) != 1:
         several = (
-            f", and it holds several: {', '.join(type(each).__name__ for each in found)}" if found else ""
+            f", and it holds several: {', '.join(type(each).__name__ for each in models)}" if models else ""
         )
         raise ValueError(
             f"model={type(model).__name__}: expected a transformers PreTrainedModel, or a wrapper around one{several}"
         )
-    return found[0]
+    return models[0]
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -189,8 +189,8 @@ def check_heads(model: PreTrainedModel, parts: Parts) -> None:
 
 
 def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
-    instead = _decoder_hint(model, parts) + _unpruned_hint("eager" if PLAIN in reason else "sdpa")
-    return ValueError(f"gap_triton can't prune {_description(model)}: {reason}. {instead}")
+    hint = _decoder_hint(model, parts) + _unpruned_hint("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {_description(model)}: {reason}. {hint}")
 
 
 def _description(model: PreTrainedModel) -> str:
@@ -207,7 +207,7 @@ def _decoder_hint(model: PreTrainedModel, parts: Parts | None) -> str:
         return ""
     if _why_not(parts.text, Parts(parts.text, parts.text)):
         return ""
-    around = [
+    owners_of_text = [
         name
         for name, module in model.named_modules()
         if name
@@ -216,8 +216,8 @@ def _decoder_hint(model: PreTrainedModel, parts: Parts | None) -> str:
         and any(child is parts.text for child in module.modules())
     ]
     return (
-        f"Its decoder can be pruned by itself: gap_triton.attach(model.{around[0]}, config), and hand visual_mask, a [B, Q] "
-        "bool tensor that is True at visual tokens, to its forward or generate. "
+        f"Its decoder can be pruned by itself: gap_triton.attach(model.{owners_of_text[0]}, config), and hand visual_mask, "
+        "a [B, Q] bool tensor that is True at visual tokens, to its forward or generate. "
     )
 
 
@@ -343,7 +343,7 @@ def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
         return ()  # no source: the attention function itself refuses what it is given
-    found: list[tuple[str, str | None]] = []
+    keywords: list[tuple[str, str | None]] = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.keyword) or node.arg not in MORE_THAN_DENSE:
             continue
@@ -357,8 +357,8 @@ def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
             and value.value.id == "self"
         ):
             attribute = value.attr
-        found.append((node.arg, attribute))
-    return tuple(found)
+        keywords.append((node.arg, attribute))
+    return tuple(keywords)
 
 
 def takes_kwargs(module: nn.Module) -> bool:

@@ -116,9 +116,9 @@ def _method_then(change: Change) -> Change:
 
 def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
     def select(record: KeptRows) -> KeptRows:
-        chosen = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
-        shift = None if record.id_shift is None else record.id_shift[..., chosen]
-        return replace(record, index=record.index[chosen], id_shift=shift)
+        indices = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
+        shift = None if record.id_shift is None else record.id_shift[..., indices]
+        return replace(record, index=record.index[indices], id_shift=shift)
 
     return kept.map(select)
 

@@ -163,17 +163,17 @@ def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: 
 
 
 def _dynamic_length(cache: Any, kept: KeptTokens) -> int:
-    held = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
-    lengths = [length + stage.dropped for length, stage in zip(held, kept.stages, strict=True)]
+    columns = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
+    lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.layers[0].get_seq_length()))
-    too_short = any(length < stage.index.shape[1] for length, stage in zip(held, kept.stages, strict=True))
+    too_short = any(length < stage.index.shape[1] for length, stage in zip(columns, kept.stages, strict=True))
     if too_short or len(set(lengths)) > 1:
-        found = ", ".join(
-            f"layer {stage.first_later} {length}" for length, stage in zip(held, kept.stages, strict=True)
+        by_layer = ", ".join(
+            f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
         )
         raise ValueError(
-            f"{CACHE} was changed behind its own methods after it was pruned: {found} tokens are held, which with "
+            f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
             f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
             "which knows what was dropped, or start a new cache"
         )

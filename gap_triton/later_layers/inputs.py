@@ -40,7 +40,7 @@ def shorten(
     window = sliding_window(run.attachment.text.config, index)
     mask = kwargs.get("attention_mask")
     # Layers of one window and one stage share one mask of the model.
-    kwargs["attention_mask"] = run.once(
+    kwargs["attention_mask"] = run.compute_once(
         ("mask", kept.layer, window),
         lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
     )
@@ -64,7 +64,7 @@ def _new_ids(run: DecoderRun, kept: KeptRows) -> torch.Tensor | None:
     unpruned, shift = run.position_ids, kept.id_shift
     if unpruned is None or shift is None:
         return None
-    return run.once(("ids", kept.layer), lambda: shift_ids(unpruned, shift))
+    return run.compute_once(("ids", kept.layer), lambda: shift_ids(unpruned, shift))
 
 
 def _renumber(
@@ -76,7 +76,7 @@ def _renumber(
     model_ids = kwargs.get("position_ids")
     kwargs["position_ids"] = axes if model_ids is not None and model_ids.dim() == 3 else flat
     if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
-        kwargs["position_embeddings"] = run.once(
+        kwargs["position_embeddings"] = run.compute_once(
             ("rotary", kept.layer), lambda: run.attachment.text.rotary_emb(hidden_states, axes)
         )
 

@@ -164,18 +164,18 @@ def _sort(state: State, layers: int, source: str) -> tuple[State, State, State]:
 @torch.no_grad()
 def _merge(decoder: LlamaForCausalLM, lora: State, alpha: float, source: str) -> None:
     """Add ``alpha / r`` B A to each weight, in float32."""
-    for key, down in lora.items():  # A: [r, in]
+    for key, lora_a in lora.items():  # A: [r, in]
         name, _, side = key.removesuffix(".weight").rpartition(".")
         if side != "lora_A":
             continue
-        up = lora[f"{name}.lora_B.weight"]  # [out, r]
+        lora_b = lora[f"{name}.lora_B.weight"]  # [out, r]
         weight = decoder.get_parameter(f"{name}.weight")
-        if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
+        if (lora_b.shape[0], lora_a.shape[1]) != weight.shape or lora_b.shape[1] != lora_a.shape[0]:
             raise ValueError(
-                f"{source} does not fit: {name} is {list(weight.shape)}, its LoRA matrices B {list(up.shape)} and A "
-                f"{list(down.shape)}"
+                f"{source} does not fit: {name} is {list(weight.shape)}, its LoRA matrices B {list(lora_b.shape)} and A "
+                f"{list(lora_a.shape)}"
             )
-        weight.copy_(weight.float() + alpha / down.shape[0] * (up.float() @ down.float()))
+        weight.copy_(weight.float() + alpha / lora_a.shape[0] * (lora_b.float() @ lora_a.float()))
 
 
 def _tower_state(state: State, config: Blip2VisionConfig) -> State:

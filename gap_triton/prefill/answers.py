@@ -119,12 +119,12 @@ def refuse_lost_labels(call: Call, prompt: Prompt, keep: tuple[int, ...]) -> Non
     if labels is None:
         return
     drops = [kept < count for kept, count in zip(keep, prompt.visual_counts, strict=True)]
-    lost = prompt.visual & torch.tensor(drops, device=prompt.visual.device)[:, None]
+    has_no_logits = prompt.visual & torch.tensor(drops, device=prompt.visual.device)[:, None]
     if prompt.before_answer is not None:
-        lost = lost & ~prompt.before_answer
-    lost = (lost | ~prompt.real)[:, :-1] & (labels[:, 1:] != call.ignored_label)
-    if bool(lost.any()):
-        sample, row = lost.nonzero()[0].tolist()
+        has_no_logits = has_no_logits & ~prompt.before_answer
+    has_no_logits = (has_no_logits | ~prompt.real)[:, :-1] & (labels[:, 1:] != call.ignored_label)
+    if bool(has_no_logits.any()):
+        sample, row = has_no_logits.nonzero()[0].tolist()
         raise ValueError(
             f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a visual token that may "
             f"be dropped, and then has no logits: set it to {call.ignored_label}, as all labels of padding, visual tokens "

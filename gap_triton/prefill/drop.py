@@ -197,10 +197,10 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
     else:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
     if drop.grid_positions is not None and stage.coverage != "topk":
-        chosen = drop.grid_positions.mask_of_chosen(
+        selected = drop.grid_positions.mask_of_chosen(
             scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep)
         )
-        return _prune_chosen(drop, rows, scores, chosen > 0)
+        return _prune_chosen(drop, rows, scores, selected > 0)
     if plan.stays is not None:
         return _prune_chosen(drop, rows, scores, _best(scores, plan, max(drop.keep)))
     return _prune_by_score(drop, rows, scores, plan.keep)
@@ -226,18 +226,18 @@ def _prune_by_score(drop: Drop, rows: StageRows, scores: torch.Tensor, keep: tor
     return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length)
 
 
-def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, chosen: torch.Tensor) -> PrunedTokens:
+def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: torch.Tensor) -> PrunedTokens:
     """Keep what is ``chosen``, [B, V] bool, and what stays in any case; report ``scores`` [B, V]."""
     plan, keep = rows.plan, rows.plan.keep
     if plan.stays is not None:
-        chosen = chosen | plan.stays
-        keep = chosen.sum(dim=1)
-    return _prune_by_score(drop, rows, chosen.float(), keep)._replace(scores=scores)
+        selected = selected | plan.stays
+        keep = selected.sum(dim=1)
+    return _prune_by_score(drop, rows, selected.float(), keep)._replace(scores=scores)
 
 
 def _best(scores: torch.Tensor, plan: Plan, most: int) -> torch.Tensor:
     """[B, V] bool, the ``plan.keep`` best of each sample, by the operator's own rule."""
     scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
     index = topk_indices(scores, plan.keep, length=most)
-    chosen = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-    return chosen.scatter(1, torch.where(index < 0, scores.shape[1], index), True)[:, :-1]
+    selected = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    return selected.scatter(1, torch.where(index < 0, scores.shape[1], index), True)[:, :-1]

@@ -75,12 +75,12 @@ def real_positions(
     allowed = allowed[..., : total - first]
     # A padded row is seen by no other row, and sees at most itself, where a mask must leave it something. An earlier column
     # that no row looks at is padding, or out of reach for good.
-    own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    is_real = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
     if queries > 1:
-        seen = allowed.sum(dim=1)[:, past - first :] - own.long()  # by other rows
-        own = (seen > 0) | (own & (allowed.sum(dim=2) > 1))
+        views_by_others = allowed.sum(dim=1)[:, past - first :] - is_real.long()  # by other rows
+        is_real = (views_by_others > 0) | (is_real & (allowed.sum(dim=2) > 1))
     earlier = allowed[..., : past - first].any(dim=1)
-    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
+    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, is_real], dim=1).expand(batch, -1)
 
 
 def position_ids_of(

@@ -92,8 +92,8 @@ def scores_without_attention(
     """
     if drop.stage.score == "spatial" and drop.grid_positions is not None:
         return -drop.grid_positions.rank_of(prompt_rows).float()
-    drawn = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
-    return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
+    random_scores = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
+    return random_scores.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
 
 
 def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch.Tensor:

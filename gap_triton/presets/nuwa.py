@@ -54,10 +54,10 @@ def configure(budget: float | int = 64, layers: int = 32, score: Score = "cls") 
 def _shares(budget: float) -> tuple[float, float]:
     """Shares after each stage, interpolated between the published ones, and outside of them by the same lines."""
     points = sorted(SHARES)
-    below = max((point for point in points[:-1] if point <= budget), default=points[0])
-    above = points[points.index(below) + 1]
-    part = (budget - below) / (above - below)
-    (low, low_ratio), (high, high_ratio) = SHARES[below], SHARES[above]
+    lower = max((point for point in points[:-1] if point <= budget), default=points[0])
+    upper = points[points.index(lower) + 1]
+    part = (budget - lower) / (upper - lower)
+    (low, low_ratio), (high, high_ratio) = SHARES[lower], SHARES[upper]
     first = min(low + part * (high - low), 1.0)
     ratio = min(max(low_ratio + part * (high_ratio - low_ratio), 0.0), 1.0)
     return rounded(first), rounded(first * ratio)

@@ -45,8 +45,8 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
 def _interpolated(budget: float) -> tuple[float, ...]:
     """Shares left after each stage, between no tokens, the published lists, and all tokens."""
     known = {0: (0, 0, 0), **dict(sorted(PUBLISHED.items())), TOKENS: (TOKENS,) * 3}
-    below = max(point for point in known if point < budget)
-    above = min(point for point in known if point >= budget)
-    part = (budget - below) / (above - below)
-    counts = [low + part * (high - low) for low, high in zip(known[below], known[above], strict=True)]
+    lower = max(point for point in known if point < budget)
+    upper = min(point for point in known if point >= budget)
+    part = (budget - lower) / (upper - lower)
+    counts = [low + part * (high - low) for low, high in zip(known[lower], known[upper], strict=True)]
     return tuple(rounded(count / TOKENS) for count in counts)

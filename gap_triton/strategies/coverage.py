@@ -140,11 +140,11 @@ def _by_region(
         neighbours = torch.where(filler[..., None], others, neighbours)
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
-    needed = _needed_per_region(neighbours, keep)
+    per_region_counts = _needed_per_region(neighbours, keep)
     index = topk_indices(scores, keep, length=length)
-    for value in set(needed.tolist()):
+    for value in set(per_region_counts.tolist()):
         candidates = topk_per_region(scores, neighbours, value, keep, length=length)
-        index = torch.where((needed == value)[:, None], candidates, index)
+        index = torch.where((per_region_counts == value)[:, None], candidates, index)
     return index
 
 
@@ -159,8 +159,8 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
 
 def _by_stride(scores: Tensor, order: Tensor, keep: int | Tensor, length: int) -> Tensor:
     lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    places = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=places)
+    lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
     others = ~members(uniform, scores.shape[1])
-    best = best_of(scores, others, keep - lattice, length - places)
+    best = best_of(scores, others, keep - lattice, length - lattice_length)
     return torch.cat([uniform, best], dim=1).sort(dim=1).values

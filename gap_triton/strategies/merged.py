@@ -22,12 +22,12 @@ class Merged(NamedTuple):
     features: Tensor
 
 
-def assemble(kept: Tensor, own: Tensor, added: Tensor, features: Tensor) -> Merged:
+def assemble(kept: Tensor, kept_features: Tensor, added: Tensor, features: Tensor) -> Merged:
     """Bring tokens that were kept and tokens that were added into one ascending order.
 
     Args:
         kept: [G, K] int64, -1 = filler.
-        own: [G, K, C], their features.
+        kept_features: [G, K, C], their features.
         added: [G, M] int64, other rows, -1 = filler.
         features: [G, M, C], theirs.
 
@@ -35,7 +35,7 @@ def assemble(kept: Tensor, own: Tensor, added: Tensor, features: Tensor) -> Merg
         K + M tokens.
     """
     index, source = torch.cat([kept, added], dim=1).sort(dim=1)
-    both = torch.cat([own, features], dim=1)
+    both = torch.cat([kept_features, features], dim=1)
     return Merged(index, both.gather(1, source[..., None].expand_as(both)))
 
 

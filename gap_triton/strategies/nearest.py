@@ -51,13 +51,14 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     num_rows = features.shape[1]
     dtype = accumulation_dtype(features)
     values = features.to(dtype)
-    own = gather_rows(features, kept)
+    kept_features = gather_rows(features, kept)
     weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
 
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
     blocks = row_blocks(kept.shape[1], features.shape[0] * num_rows)
     parts = [
-        own[:, block].to(dtype) + torch.where(_near(unit, kept[:, block]), weights[:, None], 0) @ values
+        kept_features[:, block].to(dtype)
+        + torch.where(_near(unit, kept[:, block]), weights[:, None], 0) @ values
         for block in blocks
     ]
     collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -67,7 +68,7 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     unchanged = (dropped.sum(1) <= 1)[:, None, None]
     return assemble(
         kept,
-        torch.where(unchanged, own, collected.to(features.dtype)),
+        torch.where(unchanged, kept_features, collected.to(features.dtype)),
         added,
         torch.where(unchanged, gather_rows(features, added), summed.to(features.dtype)),
     )

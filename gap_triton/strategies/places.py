@@ -78,5 +78,5 @@ class GridPositions:
             order=self.rank_of(rows) if coverage == "stride" else None,
             length=length,
         )
-        chosen = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
-        return chosen.scatter(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]
+        mask = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
+        return mask.scatter(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]

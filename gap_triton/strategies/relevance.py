@@ -82,5 +82,5 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     # of zeros and adds the same to each.
     relevance = functools.reduce(Tensor.add_, map(shares, row_blocks(patches.shape[1], text_mask.numel())))
     mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
-    chosen = text_mask & (relevance >= mean[:, None])
-    return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)
+    is_rater = text_mask & (relevance >= mean[:, None])
+    return torch.where(is_rater.any(1, keepdim=True), is_rater, text_mask)

@@ -18,8 +18,8 @@ def members(index: Tensor, num_rows: int) -> Tensor:
         [G, N] bool.
     """
     # One more column takes the filler.
-    found = torch.zeros(index.shape[0], num_rows + 1, dtype=torch.bool, device=index.device)
-    return found.scatter(1, index.where(index >= 0, num_rows), True)[:, :num_rows]
+    is_member = torch.zeros(index.shape[0], num_rows + 1, dtype=torch.bool, device=index.device)
+    return is_member.scatter(1, index.where(index >= 0, num_rows), True)[:, :num_rows]
 
 
 def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -31,19 +31,19 @@ def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     return torch.where(real, rows, 0)
 
 
-def best_of(scores: Tensor, among: Tensor, k: int | Tensor, length: int) -> Tensor:
+def best_of(scores: Tensor, candidates: Tensor, k: int | Tensor, length: int) -> Tensor:
     """Select the best-scored of some rows.
 
     Args:
         scores: [G, N] float32.
-        among: [G, N] bool, the rows to choose from; at least ``k`` of them.
+        candidates: [G, N] bool, the rows to choose from; at least ``k`` of them.
         k: Int, or [G] int64.
         length: Columns of the result.
 
     Returns:
         [G, length] int64, ascending, -1 on the left; ties go to the lower row, and NaN counts as -inf.
     """
-    return topk_indices(last_where(~among, scores), k, length=length)
+    return topk_indices(last_where(~candidates, scores), k, length=length)
 
 
 def last_where(mask: Tensor, scores: Tensor) -> Tensor:

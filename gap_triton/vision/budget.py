@@ -38,10 +38,10 @@ class Budget:
 
 def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, counts: Sequence[int]) -> Budget:
     """Return what ``stage`` keeps of samples with ``counts`` visual tokens, of which those in ``views`` have ``scores``."""
-    placed = [0] * len(counts)
+    in_views = [0] * len(counts)
     for view in views:
-        placed[view.sample] += len(view.rows)
-    unplaced = tuple(count - inside for count, inside in zip(counts, placed, strict=True))
+        in_views[view.sample] += len(view.rows)
+    unplaced = tuple(count - inside for count, inside in zip(counts, in_views, strict=True))
     if stage.keep == "outliers":
         more = int(stage.merge in ADDS_ONE)
         # One read for all.
@@ -51,11 +51,11 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
     totals = list(map(stage.count, counts))
     newlines = tuple(
         min(count, max(total // NEWLINES_OF, total - inside))
-        for count, total, inside in zip(unplaced, totals, placed, strict=True)
+        for count, total, inside in zip(unplaced, totals, in_views, strict=True)
     )
     shares, before = [], [0] * len(counts)
     for view in views:
-        size, start = placed[view.sample], before[view.sample]
+        size, start = in_views[view.sample], before[view.sample]
         end = before[view.sample] = start + len(view.rows)
         total = totals[view.sample] - newlines[view.sample]
         shares.append(total * end // size - total * start // size)
@@ -73,5 +73,5 @@ def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
     rows = positions_first(unplaced, stays.shape[1])
     # One more row at the end takes the filler.
     length = unplaced.shape[1]
-    chosen = unplaced.new_zeros(unplaced.shape[0], length + 1)
-    return chosen.scatter(1, torch.where(rows < 0, length, rows), stays.to(rows.device))[:, :-1]
+    row_stays = unplaced.new_zeros(unplaced.shape[0], length + 1)
+    return row_stays.scatter(1, torch.where(rows < 0, length, rows), stays.to(rows.device))[:, :-1]

@@ -105,18 +105,23 @@ def layout_of(
     copies = _copies(kwargs, arguments, samples)
     pictures = _pictures(owner, arguments, samples[::copies])
     kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
-    found = _assign_rows(pictures, samples, kinds, copies)
+    grid_views = _assign_rows(pictures, samples, kinds, copies)
 
     unplaced = visual.clone()
-    if not found:
+    if not grid_views:
         return Layout((), unplaced)
     # One copy to the device for all of them.
-    sizes = [len(view.rows) for view in found]
-    samples_of = torch.repeat_interleave(torch.tensor([view.sample for view in found]), torch.tensor(sizes))
-    rows, features = torch.cat([view.rows for view in found]), torch.cat([view.features for view in found])
+    sizes = [len(view.rows) for view in grid_views]
+    samples_of = torch.repeat_interleave(
+        torch.tensor([view.sample for view in grid_views]), torch.tensor(sizes)
+    )
+    rows, features = (
+        torch.cat([view.rows for view in grid_views]),
+        torch.cat([view.features for view in grid_views]),
+    )
     samples_of, rows, features = torch.stack([samples_of, rows, features]).to(visual.device)
     unplaced[samples_of, rows] = False
-    pieces = zip(found, rows.split(sizes), features.split(sizes), strict=True)
+    pieces = zip(grid_views, rows.split(sizes), features.split(sizes), strict=True)
     views = (replace(view, rows=rows, features=features) for view, rows, features in pieces)
     return Layout(tuple(views), unplaced)
 
@@ -126,7 +131,7 @@ def _assign_rows(
     pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
 ) -> list[View]:
     """Give the pictures, in order, the rows of the samples, in order; each ``copies`` samples share theirs."""
-    found: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
+    pieces: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
     for kind, queue in pictures.items():
         cursor = 0
         for first in range(0, len(samples), copies):
@@ -141,7 +146,7 @@ def _assign_rows(
                             f"prompt, or {ALTERNATIVE}"
                         )
                     piece = rows[start : start + queue[number].tokens]
-                    found.append((sample, int(piece[0]), queue[number], piece))
+                    pieces.append((sample, int(piece[0]), queue[number], piece))
                     start, number = start + len(piece), number + 1
             cursor = number
         if cursor < len(queue):
@@ -149,21 +154,21 @@ def _assign_rows(
                 f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of "
                 f"the prompt only, or {ALTERNATIVE}"
             )
-    found.sort(key=lambda piece: piece[:2])
+    pieces.sort(key=lambda piece: piece[:2])
     return [
         View(sample, image, rows[grid.index], grid.size, grid.features)
-        for image, (sample, _, picture, rows) in enumerate(found)
+        for image, (sample, _, picture, rows) in enumerate(pieces)
         for grid in picture.grids
     ]
 
 
 def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
     """How many samples in a row are the same one: ``generate()`` repeats prompts, but not the images that go with them."""
-    encoded, named = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
+    encoded, visual_grid = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
     if encoded:
         recorded = sum(each.tokens for each in encoded.values())
-    elif isinstance(named, list):
-        recorded = sum(height * width for height, width in named)
+    elif isinstance(visual_grid, list):
+        recorded = sum(height * width for height, width in visual_grid)
     else:
         return 1
     visual = sum(map(len, samples))
@@ -225,22 +230,26 @@ def _pictures(
 ) -> dict[str, list[_Picture]]:
     """All images and videos of a prompt, in the order of their features."""
     pictures = _by_the_model(owner, arguments)
-    named = arguments.get(VISUAL_GRID)
+    visual_grid = arguments.get(VISUAL_GRID)
     if pictures is not None:
-        if named is not None:
+        if visual_grid is not None:
             raise ValueError(
-                f"visual_grid={named!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
+                f"visual_grid={visual_grid!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
             )
         return pictures
-    if named is None:
-        named = _by_patches(owner, arguments, _runs(samples))
+    if visual_grid is None:
+        visual_grid = _by_patches(owner, arguments, _runs(samples))
     visual, shape = sum(map(len, samples)), image_shape(arguments)
-    grids = named if isinstance(named, list) else [named] * -(-visual // (named[0] * named[1]))
+    grids = (
+        visual_grid
+        if isinstance(visual_grid, list)
+        else [visual_grid] * -(-visual // (visual_grid[0] * visual_grid[1]))
+    )
     images = None if shape is None else shape[0]
     if images is not None and len(grids) != images:
         raise ValueError(
-            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {images}: "
-            "expected the rows and columns of visual tokens of each of them"
+            f"visual_grid={visual_grid!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold "
+            f"{images}: expected the rows and columns of visual tokens of each of them"
         )
     return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
 
@@ -281,11 +290,11 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
     which does not suffice alone: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
     """
     name = type(owner).__name__
-    instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"
+    alternative = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"
     size = None if resamples(owner) else _patches_of(owner, arguments)
     if size is None:
         raise ValueError(
-            f"nothing tells how many rows and columns the visual tokens of {name} make: {instead}"
+            f"nothing tells how many rows and columns the visual tokens of {name} make: {alternative}"
         )
     pool, shape = pooling_of(owner), image_shape(arguments)
     grid = (size[0] // pool, size[1] // pool)
@@ -296,7 +305,7 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
         each = "an image" if images is None else f"each of {images} images"
         raise ValueError(
             f"{name} has {visual} visual tokens, and {each} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
-            f"by its config, so how many rows and columns they make is not known: {instead}"
+            f"by its config, so how many rows and columns they make is not known: {alternative}"
         )
     return grid
 
@@ -331,18 +340,18 @@ def _has_learned(tower: nn.Module, cells: int) -> bool:
 
 def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
     """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
-    found: dict[str, list[_Picture]] = {}
+    pictures: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
-        found[kind] = []
+        pictures[kind] = []
         for frames, height, width in sizes:
             size = (height // merge, width // merge)
             cells = torch.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
             views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
-            found[kind].append(_Picture(frames * len(cells), views))
+            pictures[kind].append(_Picture(frames * len(cells), views))
             feature += frames * len(cells)
-    return found
+    return pictures
 
 
 def _merge_size(owner: PreTrainedModel) -> int:
@@ -401,8 +410,8 @@ def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> 
         for size in sizes
     ]
     if (images := arguments.get("batch_num_images")) is not None:
-        alone = [count == 1 for count in images for _ in range(count)]
-        tiles = [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
+        is_single = [count == 1 for count in images for _ in range(count)]
+        tiles = [count if single else 1 for count, single in zip(tiles, is_single, strict=True)]
     return tiles
 
 

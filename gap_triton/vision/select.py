@@ -160,11 +160,11 @@ def _embeds_of(stage: Stage, kwargs: Kwargs) -> torch.Tensor:
 def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOutput) -> None:
     """Raise ValueError if the images that were encoded are not those of the prompt."""
     if tower.tokens and not packs(owner):
-        placed = sum(len(view.rows) for view in layout.views)
-        if placed % tower.tokens:  # a multiple where generate() has repeated the prompt
+        in_views = sum(len(view.rows) for view in layout.views)
+        if in_views % tower.tokens:  # a multiple where generate() has repeated the prompt
             raise ValueError(
-                f"the prompt has {placed} visual tokens, and the vision encoder made {tower.tokens}: pass the images of the "
-                "prompt only, and a visual_mask that names all of their tokens"
+                f"the prompt has {in_views} visual tokens, and the vision encoder made {tower.tokens}: pass the images "
+                "of the prompt only, and a visual_mask that names all of their tokens"
             )
 
 
@@ -190,9 +190,9 @@ def _scores(
     """Score of each view's tokens, [N] float32."""
     device = prompt.visual.device
     if stage.score == "random":
-        drawn = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
+        random_scores = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
         number = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
-        return [drawn[number[view.sample, view.rows]] for view in views]
+        return [random_scores[number[view.sample, view.rows]] for view in views]
     if stage.score == "spatial":
         return [-spatial_order(view.grid).to(device).float() for view in views]
     if stage.score == "text_similarity":

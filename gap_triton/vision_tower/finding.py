@@ -95,13 +95,13 @@ class Tower:
     def is_current(self) -> bool:
         """Return whether the model still holds this tower, and none of what was found of it has been replaced."""
         try:
-            found = find_tower(self.owner)
+            current = find_tower(self.owner)
         except ValueError:
             return False
         same = all(
-            getattr(found, name) is getattr(self, name) for name in ("module", "attention", "projector")
+            getattr(current, name) is getattr(self, name) for name in ("module", "attention", "projector")
         )
-        return same and found.layers == self.layers
+        return same and current.layers == self.layers
 
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
@@ -237,7 +237,7 @@ def _why_not(owner: PreTrainedModel) -> str | None:
 
 def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
     text = text_model_of(owner)
-    found = []
+    encoders = []
     for name, child in owner.named_children():
         if (
             not isinstance(child, PreTrainedModel)
@@ -247,8 +247,8 @@ def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.Module
             continue
         stacks = [m for m in child.modules() if isinstance(m, nn.ModuleList) and _is_encoder(m)]
         if stacks:
-            found.append((child, max(stacks, key=len)))
-    return found
+            encoders.append((child, max(stacks, key=len)))
+    return encoders
 
 
 def _is_encoder(layers: nn.ModuleList) -> bool:
@@ -266,11 +266,11 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None:
         return max((index for index in full if index < layers), default=layers)
-    chosen = getattr(owner.config, "vision_feature_layer", None)
-    if chosen is None:
+    feature_layer = getattr(owner.config, "vision_feature_layer", None)
+    if feature_layer is None:
         return layers - 1
     # State 0 enters the first layer, and state i + 1 is what layer i puts out.
-    states = [chosen] if isinstance(chosen, int) else list(chosen)
+    states = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 

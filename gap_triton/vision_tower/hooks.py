@@ -159,10 +159,10 @@ def _encode(
 ) -> Any:
     """``encoder(*args, **kwargs)``, recorded for the forward that it is in, or for the one to come."""
     recorder = _recorder_of(tower)
-    needed = frozenset(needs()) | (frozenset() if recorder is None else recorder.needs)
-    if not needed or current_recording.get() is not None:
+    all_needs = frozenset(needs()) | (frozenset() if recorder is None else recorder.needs)
+    if not all_needs or current_recording.get() is not None:
         return encoder(*args, **kwargs)
-    recording = Recording(tower, needed)
+    recording = Recording(tower, all_needs)
     token = current_recording.set(recording)
     try:
         output = encoder(*args, **kwargs)
@@ -172,7 +172,7 @@ def _encode(
     _refuse_other_features(tower.owner, bound)
     tokens = _count(output)
     recorded = recording.output(bound, None if packs(tower.owner) else tokens)
-    encoded = Encoded(_without_pixels(bound), needed, tokens, recorded)
+    encoded = Encoded(_without_pixels(bound), all_needs, tokens, recorded)
     if recorder is not None:
         recorder.encoded[modality] = encoded
     if isinstance(output, ModelOutput):
