@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import nn
 
 STATE_KEY = "gap_state"  # the state of one forward, which travels through the model
-CALL_KEY = "gap_call"  # arguments that the module with the language head hands on
+HEAD_KEY = "gap_head"  # arguments that the module with the language head hands on
 VISUAL_MASK = "visual_mask"  # the caller names the visual tokens, in forward() and generate()
 VISUAL_GRID = "visual_grid"  # and their rows and columns
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from .attachment import Attachment, attach_lock, attachment_of
 from .config import GapConfig
-from .state import Call
+from .state import HeadArguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,12 @@ def is_assistant() -> bool:
     return generation is not None and generation.inside
 
 
-def current_config(attachment: Attachment, call: Call | None = None) -> GapConfig | None:
+def current_config(attachment: Attachment, head: HeadArguments | None = None) -> GapConfig | None:
     """Return the configuration of the call that runs in this thread; None if it prunes nothing.
 
     Args:
         attachment: What is attached to the model that runs.
-        call: What its head handed on in this forward, None if it is not known.
+        head: What its head handed on in this forward, None if it is not known.
     """
     generation = _generation.get()
     if generation is not None:
@@ -82,4 +82,4 @@ def current_config(attachment: Attachment, call: Call | None = None) -> GapConfi
             return None  # attached since: what was encoded before was not recorded
     if attachment.closing:
         return None
-    return attachment.config if call is None or call.config is None else call.config
+    return attachment.config if head is None or head.config is None else head.config

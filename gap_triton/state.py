@@ -133,7 +133,7 @@ class Plan:
 
 
 @dataclass
-class Call:
+class HeadArguments:
     """Arguments of a forward that the module with the language head keeps to itself.
 
     Attributes:
@@ -332,7 +332,7 @@ class ForwardState:
     Attributes:
         config: The configuration, read once at the start of the call.
         attachment: The attachment that the forward runs under.
-        call: Arguments of the module with the language head.
+        head: Arguments of the module with the language head.
         owner: What the module that receives ``input_ids`` was given.
         enabled: False in training mode, or when the model was switched to another implementation.
         reached_decoder: The decoder has seen this state.
@@ -343,7 +343,7 @@ class ForwardState:
 
     config: GapConfig
     attachment: Attachment
-    call: Call
+    head: HeadArguments
     owner: OwnerArguments
     enabled: bool = True
     reached_decoder: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config, is_assistant
 from ..config import BEFORE_THE_DECODER, needs_grid
@@ -35,7 +35,7 @@ from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_features, take_out
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
+from ..prefill.answers import answer_rows, head_arguments_of, drafts_of, follows_prompt, refuse_lost_labels
 from ..prefill.drop import drop_tokens
 from ..prefill.grid_positions import grid_positions_of
 from ..prefill.plan import decide
@@ -48,7 +48,7 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import Call, DecoderRun, Drop, ForwardState, OwnerArguments, Prefill, Prompt, Rows
+from ..state import HeadArguments, DecoderRun, Drop, ForwardState, OwnerArguments, Prefill, Prompt, Rows
 from ..vision.needs import start_recorder
 from ..vision.select import select_before_decoder
 from .supported_models import check_layers, find_parts
@@ -95,12 +95,12 @@ def before_head(
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
     args, kwargs = by_name(model, args, dict(kwargs))
-    call = _call_of(kwargs, attachment)
+    head = _head_arguments_of(kwargs, attachment)
     if not takes_kwargs:
-        _refuse_lost_arguments(model, args, kwargs, call, attachment)
+        _refuse_lost_arguments(model, args, kwargs, head, attachment)
         return args, kwargs
-    call.config = attachment.config
-    kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
+    head.config = attachment.config
+    kwargs[HEAD_KEY] = head  # of this call alone: it was packed for it
     return args, kwargs
 
 
@@ -117,28 +117,28 @@ def after_head(
 
     Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
     """
-    call: Call | None = None if output is None else kwargs.get(CALL_KEY)
-    if call is None:
+    head: HeadArguments | None = None if output is None else kwargs.get(HEAD_KEY)
+    if head is None:
         return
-    if not call.reached_owner:
-        _refuse_lost_arguments(model, args, kwargs, call, attachment)
+    if not head.reached_owner:
+        _refuse_lost_arguments(model, args, kwargs, head, attachment)
     elif not torch.compiler.is_compiling():
         handles[0].remove()
 
 
 def _refuse_lost_arguments(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, head: HeadArguments, attachment: Attachment
 ) -> None:
     """Raise RuntimeError if ``model``, which hands nothing on, got arguments that its owner needs to prune."""
-    labels = call.labels
+    labels = head.labels
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = [each for each in given if isinstance(each, torch.Tensor)]
     arguments = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
         "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
-        "use_cache=False": call.generated > 0,
-        "logits_to_keep": call.drafts > call.generated or call.logit_rows is not None,
+        "use_cache=False": head.generated > 0,
+        "logits_to_keep": head.drafts > head.generated or head.logit_rows is not None,
     }
     names = [name for name, given in arguments.items() if given]
     if names and attachment.prunes(model):
@@ -149,14 +149,14 @@ def _refuse_lost_arguments(
         )
 
 
-def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
+def _head_arguments_of(kwargs: Kwargs, attachment: Attachment) -> HeadArguments:
     if kwargs.get("output_attentions") and attachment.text.config._attn_implementation == NAME:
         raise ValueError(
             "output_attentions=True: attention weights are not computed under "
             f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
             "for the weights of every layer, load the model with attn_implementation='eager'"
         )
-    return call_of(kwargs)
+    return head_arguments_of(kwargs)
 
 
 def before_owner(
@@ -171,9 +171,9 @@ def before_owner(
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
-    call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
-    call.reached_owner = True
-    state = ForwardState(attachment.config, attachment, call, OwnerArguments())
+    head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
+    head.reached_owner = True
+    state = ForwardState(attachment.config, attachment, head, OwnerArguments())
     state.enabled = attachment.prunes(owner) and not (
         attachment.closing and current_config(attachment) is None
     )
@@ -183,7 +183,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     else:
         visual = None
         if visual_mask is not None:
-            visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts)
+            visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache_of(kwargs), head.drafts)
         elif attachment.owner is not attachment.text:
             visual = find_visual_tokens(owner, input_ids, embeds)
         else:
@@ -192,7 +192,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought)
         if visual is not None:
             refuse_export()
-            config = current_config(attachment, call)
+            config = current_config(attachment, head)
             state.enabled = config is not None
             state.config = config or state.config
     if state.enabled and state.owner.visual is not None:
@@ -317,10 +317,10 @@ def _begin_prompt(
     past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
     visual = state.owner.visual
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
-    verifies = past > 0 and follows_prompt(state.call, visual, inputs)
+    verifies = past > 0 and follows_prompt(state.head, visual, inputs)
     has_image = False
     if visual is not None and not verifies:
-        prompt, drafts = _read(state.call, run.rows, visual)
+        prompt, drafts = _read(state.head, run.rows, visual)
         has_image = any(prompt.visual_counts)
         if has_image:
             kwargs = _plan(state, run, prompt, drafts, past, kwargs)
@@ -375,10 +375,10 @@ def _new(rows: Rows) -> torch.Tensor | None:
     return None if rows.real is None else rows.real[:, -rows.queries :]
 
 
-def _read(call: Call, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
+def _read(head: HeadArguments, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
     """The prompt among ``rows``, whose visual tokens are ``visual`` [B, Q] bool, and how many last rows are drafts."""
-    drafts = drafts_of(call, visual)
-    return read_prompt(visual, _new(rows), answer_rows(call, drafts, visual)), drafts
+    drafts = drafts_of(head, visual)
+    return read_prompt(visual, _new(rows), answer_rows(head, drafts, visual)), drafts
 
 
 def _plan(
@@ -393,7 +393,7 @@ def _plan(
     if not drops:
         return kwargs
     check_layers(state.config, len(run.attachment.text.layers))
-    refuse_lost_labels(state.call, prompt, drops[-1].keep)
+    refuse_lost_labels(state.head, prompt, drops[-1].keep)
     ids = position_ids_of(kwargs.get("position_ids"), past, run.rows.queries, prompt.visual.device)
     drops = _with_what_ranks(state, prompt, drops, kwargs)
     run.prefill = Prefill(prompt, drops, drafts, past, ids)
