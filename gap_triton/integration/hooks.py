@@ -35,7 +35,7 @@ from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_features, take_out
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..prefill.answers import answer_rows, head_arguments_of, drafts_of, follows_prompt, refuse_lost_labels
+from ..prefill.answers import answer_rows, drafts_of, follows_prompt, head_arguments_of, refuse_lost_labels
 from ..prefill.drop import drop_tokens
 from ..prefill.grid_positions import grid_positions_of
 from ..prefill.plan import decide
@@ -48,7 +48,7 @@ from ..prefill.prompt import (
     real_positions,
 )
 from ..prefill.raters import find_raters
-from ..state import HeadArguments, DecoderRun, Drop, ForwardState, OwnerArguments, Prefill, Prompt, Rows
+from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill, Prompt, Rows
 from ..vision.needs import start_recorder
 from ..vision.select import select_before_decoder
 from .supported_models import check_layers, find_parts
