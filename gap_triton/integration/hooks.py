@@ -8,7 +8,6 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,46 +15,31 @@ from transformers import PreTrainedModel
 
 from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
 from ..attachment import Attachment, attach_lock, remember_selection
-from ..calls import current_config, is_assistant
-from ..config import BEFORE_THE_DECODER, needs_grid
-from ..introspect import NAME, layer_type, text_model_of
+from ..calls import current_config
+from ..introspect import NAME, text_model_of
 from ..kv_cache.kept_tokens import (
     KeptRows,
-    KeptTokens,
     kept_tokens_of,
-    length_in_step,
     mark_finished,
-    mark_unfinished,
-    original_length,
-    refuse_continuation,
     refuse_pruned_cache,
     store,
 )
 from ..kv_cache.static_cache import fit
-from ..later_layers.deepstack import add_features, take_out
+from ..later_layers.deepstack import add_features
 from ..later_layers.inputs import shorten
-from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..prefill.answers import answer_rows, drafts_of, follows_prompt, head_arguments_of, refuse_lost_labels
+from ..later_layers.outputs import restore_rows
+from ..prefill.answers import head_arguments_of
 from ..prefill.drop import drop_tokens
-from ..prefill.grid_positions import grid_positions_of
-from ..prefill.plan import decide
-from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import (
     find_visual_tokens,
-    looks_ahead,
-    position_ids_of,
-    read_prompt,
-    real_positions,
 )
-from ..prefill.raters import find_raters
-from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill, Prompt, Rows
+from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
-from ..vision.select import select_before_decoder
-from .supported_models import check_layers, find_parts
+from .decoder_run import begin_to_fill, run_of_prompt, run_of_step
+from .supported_models import find_parts
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
-    warn_no_placeholder,
     warn_no_visual_mask,
     warn_not_pruned,
     warn_owner_skipped,
@@ -276,151 +260,20 @@ def before_text(
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     kept = kept_tokens_of(cache_of(kwargs), inputs.shape[0])
     if inputs.shape[1] > 1:
-        kwargs = _begin_prompt(state, text, inputs, kept, kwargs)
+        run, kwargs = run_of_prompt(state, text, inputs, kept, kwargs)
     elif kept is not None:
-        kwargs = _begin_step(state, text, inputs, kept, kwargs)
+        run = run_of_step(state, text, inputs, kept, kwargs)
     else:
         fit(cache_of(kwargs), {})
         return None
+    if run is None:
+        fit(cache_of(kwargs), {})
+    else:
+        _follow_layers(attachment, text)
+        begin_to_fill(run, cache_of(kwargs))
+        state.run = run
     state.owner.kwargs = {}
     return args, kwargs
-
-
-def _rows_of(
-    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
-) -> Rows:
-    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
-    # Padding is read from the caller's mask: by now some models have made another one from it.
-    mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
-    has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
-    return Rows(batch, queries, past, real, has_4d_mask)
-
-
-def _begin_step(
-    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens, kwargs: Kwargs
-) -> Kwargs:
-    """A step of decoding, of one row, on a cache that lacks tokens."""
-    past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
-    _count_without_pruning(run, kept, kwargs, inputs.device)
-    _follow_layers(state.attachment, text)
-    kept.complete = True
-    state.run = run
-    return kwargs
-
-
-def _begin_prompt(
-    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens | None, kwargs: Kwargs
-) -> Kwargs:
-    """Several rows: a prompt, a further turn, or drafts. Decides what every stage drops; returns the decoder's arguments."""
-    past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
-    visual = state.owner.visual
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
-    verifies = past > 0 and follows_prompt(state.head, visual, inputs)
-    has_image = False
-    if visual is not None and not verifies:
-        prompt, drafts = _read(state.head, run.rows, visual)
-        has_image = any(prompt.visual_counts)
-        if has_image:
-            kwargs = _plan(state, run, prompt, drafts, past, kwargs)
-        elif state.owner.by_embedding:
-            warn_no_placeholder(state.attachment.owner)
-    if kept is not None:
-        _count_without_pruning(run, kept, kwargs, inputs.device)
-    if run.prefill is not None:
-        ID_RULES[state.config.ids].refuse(text)
-        refuse_router_logits(run, kwargs)
-        kwargs = take_out(run, kwargs)
-    cache = cache_of(kwargs)
-    if run.prefill is None and kept is None:
-        fit(cache, {})
-        return kwargs
-    _follow_layers(state.attachment, text)
-    if kept is not None:
-        if not verifies:
-            _refuse_another_turn(run, kept, has_image, kwargs)
-        kept.complete = True
-    if cache is not None:
-        run.cache = cache
-        mark_unfinished(cache)
-    state.run = run
-    return kwargs
-
-
-def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:
-    """Keep the ids without pruning in ``run``, where its rows follow renumbered ones."""
-    if kept.renumbered:
-        rows = run.rows
-        run.position_ids = position_ids_of(kwargs.get("position_ids"), rows.past, rows.queries, device)
-
-
-def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, has_image: bool, kwargs: Kwargs) -> None:
-    """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
-    if is_assistant():
-        # An assistant's prompt was complete. If all its drafts were wrong they are cropped, and it goes on with several
-        # tokens: its own last one and what the other model wrote.
-        kept.complete = True
-    rows = run.rows
-    refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, has_image)
-    if not rows.has_4d_mask and looks_ahead(kwargs.get("attention_mask"), _new(rows)):
-        raise ValueError(
-            "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
-            "turn: start a new cache with the whole conversation"
-        )
-
-
-def _new(rows: Rows) -> torch.Tensor | None:
-    """[B, Q] bool, False where one of the rows is padding; None = no padding."""
-    return None if rows.real is None else rows.real[:, -rows.queries :]
-
-
-def _read(head: HeadArguments, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
-    """The prompt among ``rows``, whose visual tokens are ``visual`` [B, Q] bool, and how many last rows are drafts."""
-    drafts = drafts_of(head, visual)
-    return read_prompt(visual, _new(rows), answer_rows(head, drafts, visual)), drafts
-
-
-def _plan(
-    state: ForwardState, run: DecoderRun, prompt: Prompt, drafts: int, past: int, kwargs: Kwargs
-) -> Kwargs:
-    """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
-    stages = state.config.stages
-    selection = None
-    if stages[0].layer == BEFORE_THE_DECODER:
-        selection, kwargs = select_before_decoder(state, prompt, stages[0], kwargs)
-    drops = decide(prompt, stages, selection)
-    if not drops:
-        return kwargs
-    check_layers(state.config, len(run.attachment.text.layers))
-    refuse_lost_labels(state.head, prompt, drops[-1].keep)
-    ids = position_ids_of(kwargs.get("position_ids"), past, run.rows.queries, prompt.visual.device)
-    drops = _with_what_ranks(state, prompt, drops, kwargs)
-    run.prefill = Prefill(prompt, drops, drafts, past, ids)
-    return kwargs
-
-
-def _with_what_ranks(
-    state: ForwardState, prompt: Prompt, drops: tuple[Drop, ...], kwargs: Kwargs
-) -> tuple[Drop, ...]:
-    """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
-    in_decoder = [drop.stage for drop in drops if drop.selection is None]
-    text_rows = {"text": prompt.text_after}
-    if any(stage.score == "raters" for stage in in_decoder):
-        text_rows["raters"] = find_raters(prompt, kwargs)
-    positions = None
-    if any(map(needs_grid, in_decoder)):
-        positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)
-    return tuple(
-        drop
-        if drop.selection is not None
-        else replace(
-            drop,
-            text_rows=text_rows.get(drop.stage.score),
-            grid_positions=positions if needs_grid(drop.stage) else None,
-        )
-        for drop in drops
-    )
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -430,8 +283,8 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     if run is None:
         return None
     kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
-    step = None if run.prefill is None else run.prefill.drop_before(index)
-    if kept is None and step is None:
+    drop = None if run.prefill is None else run.prefill.drop_before(index)
+    if kept is None and drop is None:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -441,18 +294,18 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
     hidden_states = add_features(run, hidden_states, index - 1)
-    if run.prefill is not None and step is not None:
-        hidden_states, kept = _drop(run, run.prefill, step, hidden_states, kwargs)
+    if run.prefill is not None and drop is not None:
+        hidden_states, kept = _drop(run, run.prefill, drop, hidden_states, kwargs)
     if kept is not None:
         shorten(run, kept, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
 
 
 def _drop(
-    run: DecoderRun, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
+    run: DecoderRun, prefill: Prefill, drop: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
 ) -> tuple[torch.Tensor, KeptRows]:
     """Drop, and record it in run and cache; returns the hidden states and what the layers from here on hold."""
-    dropped = drop_tokens(run, prefill, step, hidden_states, kwargs)
+    dropped = drop_tokens(run, prefill, drop, hidden_states, kwargs)
     run.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
     store(cache, dropped.kept)
