@@ -53,7 +53,7 @@ def check_versions() -> None:
 
 
 def newer_than_tested(package: str) -> str:
-    """Return `` (package X is newer than Y, the newest tested)``, to be put behind a refusal; empty where it is not."""
+    """Return `` (package X is newer than Y, the newest tested)``, to be put after a refusal; empty where it is not."""
     installed, newest = version(package), NEWEST_TESTED[package]
     if Version(installed).release[: len(Version(newest).release)] <= Version(newest).release:
         return ""

@@ -43,14 +43,14 @@ class Stage:
     """One place at which visual tokens are dropped.
 
     Attributes:
-        keep: A float in (0, 1] is the share of each sample's unpruned visual tokens that survives, rounded up; an int
-            >= 1 is their number per sample (a sample with fewer keeps all of them). Exactly so many survive, and one more
-            only where a prompt ends in a visual token that was not chosen, whose logits are read. After the vision encoder
-            the images of a sample, tiles and frames included, share it by their size; where there are fewer than images,
-            some get none. The newline tokens of LLaVA-NeXT and its kin, which stand in no grid, count among the survivors:
-            where a score or a coverage needs positions in the image, all of them stay while they take at most half of the
-            number, else so many as make half of it, evenly spread. ``"outliers"`` keeps, there only, the newlines and the
-            tokens of each image whose score lies above the third quartile by more than 1.5 interquartile ranges
+        keep: A float in (0, 1] is the share of each sample's visual tokens that survives, rounded up. An int >= 1 is their
+            number per sample; a sample with fewer keeps all. One more survives only where a prompt ends in a visual token
+            that was not chosen, because its logits are read. After the vision encoder the images of a sample (tiles and
+            frames included) share the number by their size; where it is less than the number of images, some get none.
+            Newline tokens (LLaVA-NeXT and similar models) are in no grid and count among the survivors. Where a score or a
+            coverage needs positions in the image, all of them stay while they take at most half of the number; otherwise
+            as many as make half of it, evenly spread. ``"outliers"``, after the vision encoder only, keeps the newlines and
+            the tokens of each image whose score is above the third quartile by more than 1.5 interquartile ranges
             (PruMerge, arXiv 2403.15388, section 3.2).
         layer: 0-based decoder layer. Tokens are scored in this layer's attention and dropped before the next layer.
             ``-1`` is after the vision encoder: they are dropped before the first decoder layer.

@@ -22,7 +22,7 @@ from .vision_tower import TowerRecorder
 
 @dataclass(frozen=True)
 class Prompt:
-    """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer behind it.
+    """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer after it.
 
     Attributes:
         visual: [B, Q] bool, the visual tokens.
@@ -158,7 +158,7 @@ class HeadArguments:
 
 @dataclass
 class Deepstack:
-    """Features of the vision tower that a model adds to its visual rows behind the first decoder layers.
+    """Features of the vision tower that a model adds to its visual rows after the first decoder layers.
 
     Attributes:
         rows: [B, Q] bool, the visual rows.
@@ -256,7 +256,7 @@ class Rows:
         batch, queries: Number of samples and of rows of each, B and Q.
         past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
         real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
-            tensor, as wide as the mask and one column more, which stands for all positions behind it.
+            tensor, as wide as the mask and one column more, which stands for all positions after it.
         has_4d_mask: The caller gave a mask of four dimensions, which holds more than padding.
     """
 
@@ -281,7 +281,7 @@ class DecoderRun:
         cache: The KV cache, while it is half filled (`kept_tokens.mark_unfinished`).
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
             ones; None elsewhere.
-        deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
+        deepstack: What a model adds to visual rows after later layers; None = nothing.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
     """
 

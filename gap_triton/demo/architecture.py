@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from .scenes import GRID
 
 VISUAL = GRID * GRID  # visual tokens of one image
-CONTEXT = 512  # tokens, as the decoder's config and the tokenizer say
+CONTEXT = 512  # tokens, in the decoder's config and the tokenizer's
 
 # The decoder of every architecture: as wide, as deep.
 DECODER = {
@@ -30,7 +30,7 @@ class Architecture(ABC):
 
     Attributes:
         name: Its ``model_type`` in transformers.
-        folder: Where the trained model lies.
+        folder: The folder of the trained model.
         tokens: The vocabulary; a token's id is its place.
         image_token: Placeholder of a visual token.
         before: Tokens ahead of the visual tokens; the tokenizer puts the first one, ``<s>``, there.

@@ -61,7 +61,7 @@ def sweep_configs(
 class Evaluation:
     """What to measure of which models, collected first, so that one progress bar shows all of it.
 
-    Without matplotlib there are no pictures, which is said.
+    Without matplotlib there are no pictures, but a message.
 
     Args:
         console: Where to print.

@@ -51,7 +51,7 @@ class Llava(Architecture):
         return images.float() / 127.5 - 1
 
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Take what the tower's last layer says about the patches, without CLS, through the projector."""
+        """Take the output of the tower's last layer for the patches, without CLS, through the projector."""
         hidden = model.model.vision_tower(pixel_values).last_hidden_state
         return model.model.multi_modal_projector(hidden[:, 1:])
 
@@ -89,7 +89,7 @@ class Llava(Architecture):
     def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name the tower's weights as LLaVA checkpoints always have.
 
-        Transformers 5 dropped one level of their names and still reads the old ones, version 4 knows no others.
+        Transformers 5 dropped one level of their names and still reads the old ones; version 4 reads no others.
         """
         long, short = "model.vision_tower.vision_model.", "model.vision_tower."
         return {

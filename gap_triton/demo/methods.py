@@ -28,7 +28,7 @@ class Refusal:
     Attributes:
         model: The embedded model.
         method: Name of the preset.
-        keep: The budget that was asked for.
+        keep: The budget.
         reason: The sentence of the error.
     """
 

@@ -16,7 +16,7 @@ from .scenes import IMAGE_SIZE
 
 
 class ImageLayout(Protocol):
-    """How a model takes its images: what the processor asks of a `gap_triton.demo.architecture.Architecture`."""
+    """How a model takes its images: what the processor needs of an architecture."""
 
     image_token: str
 
@@ -93,7 +93,7 @@ class NativeProcessor:
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         inputs["pixel_values"] = self._architecture.pixel_values(pixels)
         inputs["image_grid_thw"] = self._architecture.image_grid(len(images))
-        # Version 4 of transformers finds the visual tokens itself, and refuses an argument that it does not know.
+        # Version 4 of transformers finds the visual tokens itself, and refuses the argument.
         if "mm_token_type_ids" in inspect.signature(Qwen2_5_VLModel.forward).parameters:
             placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder).long()

@@ -55,7 +55,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 
 def can_draw(console: Console, *pictures: str) -> bool:
-    """Return whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
+    """Return whether ``pictures`` can be drawn; where they can't, print that on ``console``, with what to install."""
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if not has_matplotlib:
         console.print(

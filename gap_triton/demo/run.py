@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .pictures import Example
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
-SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
+SCORE: Score = "text"  # in an early layer, all words of the question rank better than the last token alone
 KEEPS = (0.5, 0.25, 0.125)
 IDS: tuple[Ids, ...] = ("kept", "compacted", "permuted")
 SHOWN = 4  # scenes in the overlay: the first held-out ones, not chosen
@@ -53,7 +53,7 @@ def demo_configs() -> list[GapConfig]:
 def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
     """Run everything and write ``results.json``, ``overlay.png`` and ``accuracy.png`` into ``output``.
 
-    Without matplotlib there are no pictures, which is said.
+    Without matplotlib there are no pictures, but a message.
     """
     output.mkdir(parents=True, exist_ok=True)
     device = default_device()

@@ -38,7 +38,7 @@ class Case:
 
     Attributes:
         method: What the table calls it.
-        keep: The budget that was asked for; of several stages what the method calls its budget.
+        keep: The budget; of several stages what the method calls its budget.
         config: What is done.
     """
 
@@ -48,7 +48,7 @@ class Case:
 
     @classmethod
     def of(cls, config: GapConfig) -> Case:
-        """Return ``config`` under the name that says where and by what it prunes.
+        """Return ``config`` under a name made of its layer and its score.
 
         Raises:
             ValueError: ``keep`` is ``"outliers"``, which is no budget.
@@ -66,7 +66,7 @@ class Row:
         model: The embedded model, ``"llava"`` or ``"qwen2_5_vl"``.
         method: Score and place, such as ``"last_token, layer 1"``, or the name of a preset; ``"no pruning"`` for the first
             line.
-        keep: Share or number of visual tokens to keep, as asked for.
+        keep: The budget, a share or a number of visual tokens.
         ids: Position ids of the survivors.
         config: The whole configuration, field by field.
         tokens_kept: Visual tokens per image in the last decoder layer, of the sample with the most.

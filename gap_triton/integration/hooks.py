@@ -185,7 +185,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         if visual_grid is not None:
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
         start_recorder(state)
-    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
+    if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
         attachment.running.add(state)
         if attachment.closing:
             with attach_lock:  # a removal that began before this call was seen comes to its end first

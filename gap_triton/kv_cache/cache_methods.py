@@ -163,7 +163,7 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
 
 def _crop_record(record: KeptRows, remaining: int) -> KeptRows:
     """The record of the first ``remaining`` original positions."""
-    # A column that only some samples lose stays, and nobody may attend to it there.
+    # A column that only some samples lose stays, and no row may attend to it there.
     index = torch.where(record.index < remaining, record.index, -1)
     number = torch.arange(1, index.shape[1] + 1, device=index.device)
     columns = int(torch.where((index >= 0).any(dim=0), number, 0).amax())

@@ -23,7 +23,7 @@ class KeptRows:
     Attributes:
         layer: The pruning layer.
         index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
-            that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
+            that the later layers hold, ascending; -1 marks a column that no row may attend to (filler or padding).
         covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
             comes after is held one to one.
         dense: No -1 in ``index``; known on the host.
@@ -151,7 +151,7 @@ def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: 
         cache_position: [Q], original positions of the new rows, where this release of transformers passes them.
 
     Raises:
-        ValueError: Earlier and later layers disagree, because the cache was changed behind our back.
+        ValueError: Earlier and later layers disagree, because the cache was changed by other means than its methods.
     """
     if cache is None:
         return 0

@@ -1,4 +1,4 @@
-"""Visual features that a model adds behind its first decoder layers (Qwen3-VL and kin), for fewer rows.
+"""Visual features that a model adds after its first decoder layers (Qwen3-VL and similar), for fewer rows.
 
 The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. The
 features for later layers are taken out of the loop, and added to the survivors before the next layer runs.
@@ -18,7 +18,7 @@ def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of the decoder without the features of later layers, which go to ``run``.
 
     Raises:
-        ValueError: Features belong behind the last layer, after which nothing can be added.
+        ValueError: Features belong after the last layer, after which nothing can be added.
     """
     name, features, rows = _features_of(kwargs)
     if not features:
@@ -39,7 +39,7 @@ def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:
-    """Name of the argument, features by the layer behind which they are added, and the [B, Q] mask of their rows."""
+    """Name of the argument, features by the layer after which they are added, and the [B, Q] mask of their rows."""
     name = "deepstack_features"  # Granite 4 Vision: by the layer *before* which they are added, with a mask [B, Q, 1 or C]
     if kwargs.get(name):
         return name, {k - 1: v for k, v in kwargs[name].items()}, kwargs["vision_mask"][..., 0]

@@ -3,7 +3,7 @@
 Layout, read in the authors' code (github.com/Vision-CAIR/MiniGPT-4, ``minigpt4/models`` and ``runners``): the checkpoint's
 ``"model"`` holds what was trained, ``llama_proj.weight`` and ``.bias`` (5632 -> 4096) and LoRA matrices of every q_proj and
 v_proj below ``llama_model.base_model.model.model.layers``, and buffers. Llama-2 and EVA ViT-g are files of their own. The
-layer norm behind the tower, ``ln_vision``, is frozen there and read from nowhere, so it is the identity scale unless the
+layer norm after the tower, ``ln_vision``, is frozen there and read from nowhere, so it is the identity scale unless the
 checkpoint holds it. What could not be verified, because the released files were not at hand: the exact LoRA key
 (``lora_A.weight`` in peft 0.2, ``lora_A.default.weight`` later; both are read), and which blocks and heads
 ``eva_vit_g.pth`` has beyond the 39 blocks that are used (later blocks, ``norm``, ``fc_norm`` and ``head`` are passed over).

@@ -128,7 +128,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor], source: s
 
 
 def refuse_keys(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise ValueError if a checkpoint read from ``source`` lacks keys or has some that nobody takes."""
+    """Raise ValueError if a checkpoint read from ``source`` lacks keys or has some that are not used."""
     faults = [
         f"{len(keys)} {kind} keys ({_listed(sorted(keys))})"
         for kind, keys in (("missing", missing), ("unexpected", unexpected))

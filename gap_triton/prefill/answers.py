@@ -1,7 +1,7 @@
 """Which rows of a forward are answer, and no prompt: they stay, and rank nothing.
 
 What ranks the visual tokens is the prompt, because nothing else exists when `generate` prunes it. A forward may hold
-generated tokens behind it all the same: targets of a loss, drafts to be verified, or, without a KV cache, what has been
+generated tokens after it all the same: targets of a loss, drafts to be verified, or, without a KV cache, what has been
 written so far. Each of these becomes one mask here.
 """
 

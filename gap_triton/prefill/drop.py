@@ -139,7 +139,7 @@ def _stage_rows(
 
 def _record_of(run: DecoderRun, prefill: Prefill, drop: Drop, index: torch.Tensor) -> KeptRows:
     """What the layers after ``drop`` hold, with the rows ``index`` [B, L] of the prompt."""
-    # A last row that is padding stays for its logits, but nobody may attend to it.
+    # A last row that is padding stays for its logits, but no row may attend to it.
     real = prefill.prompt.real.to(index.device)
     is_token = (index >= 0) & real.gather(1, index.clamp(min=0))
     positions = torch.where(is_token, index + prefill.past, -1)

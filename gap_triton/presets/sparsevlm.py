@@ -19,7 +19,7 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
 
     Which rows those are, the raters, is found once from the embeddings, as in paper and code. The paper adapts the
     number of tokens to the rank of the attention; the released code has fixed lists, which this follows. It also
-    recycles a part of the dropped tokens as cluster means behind the others; these have no place in the image and are
+    recycles a part of the dropped tokens as cluster means after the others; these have no place in the image and are
     left out here. Its version 1.5 renumbers the survivors; here they keep their ids.
 
     Args:

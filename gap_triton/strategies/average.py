@@ -15,7 +15,7 @@ def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add the mean of all dropped tokens' features as one more token.
 
     It gets the row of the best-scored dropped token. The paper and the released code agree on the mean; the code puts it
-    behind the kept tokens, with the next position.
+    after the kept tokens, with the next position.
 
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.

@@ -18,7 +18,7 @@ class Merged(NamedTuple):
         features: [G, K, C]. A row's features are its own, bit for bit, unless something was merged into it. Filler is 0.
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     features: Tensor
 
 

@@ -1,7 +1,7 @@
-"""How the visual tokens that a sample keeps are shared by its images, and by the tokens that stand in none of their grids.
+"""How the visual tokens that a sample keeps are shared by its images, and by the tokens that are in none of their grids.
 
-The latter are newline tokens, which LLaVA-NeXT and its kin put behind each row of an image. They mark where a row ends and
-show nothing of the image, so what they take of a budget is bounded.
+The latter are newline tokens, which LLaVA-NeXT and similar models put after each row of an image. They mark where a row
+ends and show nothing of the image, so what they take of a budget is bounded.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def _merge_size(owner: PreTrainedModel) -> int:
 
 
 def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]:
-    """Overview, then tiles put together, cropped, and a newline behind each row: LLaVA-NeXT and its kin.
+    """Overview, then tiles joined and cropped, with a newline after each row: LLaVA-NeXT and similar.
 
     The model's own method packs the numbers of the feature rows in place of the features.
     """

@@ -68,6 +68,6 @@ def start_recorder(state: ForwardState) -> None:
 
 
 def _needs_from(tower: Tower, config: GapConfig) -> Needs:
-    """`needs_of`, without the features before the projector where there is none: then tokens merge behind it."""
+    """`needs_of`, without the input of the projector where there is none: then tokens merge as the decoder gets them."""
     needs = needs_of(config)
     return needs if tower.projector is not None else needs - {"features"}

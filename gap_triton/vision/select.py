@@ -43,7 +43,7 @@ from .layout import Layout, View, layout_of
 Kwargs = dict[str, Any]
 
 
-TOLERANCE = 1e-2  # relative; a model that does something behind its projector does more than that
+TOLERANCE = 1e-2  # relative; a model that changes the output of its projector changes it by more
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _projector_is_last(layout: Layout, tower: TowerOutput, embeds: torch.Tensor)
 
 
 def _rule_of(owner: PreTrainedModel, before_projector: bool) -> AggregationRule:
-    """Nüwa's constants for this kind of model: merged behind a projector, images cut into tiles, or one grid for each."""
+    """Nüwa's constants for this kind of model: merged after the projector, images cut into tiles, or one grid for each."""
     if not before_projector:
         return QWEN
     return LLAVA_NEXT if packs(owner) else LLAVA

@@ -201,7 +201,7 @@ def resamples(owner: PreTrainedModel) -> bool:
 
 
 def packs(owner: PreTrainedModel) -> bool:
-    """Return whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
+    """Return whether ``owner`` joins tiles and puts newlines after their rows, as LLaVA-NeXT does."""
     pack = getattr(owner, "pack_image_features", None)
     return pack is not None and "image_features" in inspect.signature(pack).parameters
 

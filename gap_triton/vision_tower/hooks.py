@@ -176,7 +176,7 @@ def _encode(
     if recorder is not None:
         recorder.encoded[modality] = encoded
     if isinstance(output, ModelOutput):
-        # Also beside a recorder: one that an exception has left behind is not that of the forward to come.
+        # Also where there is a recorder: after an exception it may not be that of the next forward.
         setattr(output, ENCODED_ATTRIBUTE, encoded)
     return output
 
@@ -211,7 +211,7 @@ def _count(output: Any) -> int:
     if isinstance(features, ModelOutput):
         return 0
     if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
-        features = features[0]  # transformers 4: with deepstack features behind
+        features = features[0]  # transformers 4: with deepstack features after them
     if isinstance(features, Tensor):
         features = [features]
     return sum(each.shape[:-1].numel() for each in features)
