@@ -1,4 +1,4 @@
-"""What pruning puts on a model, for as long as it is attached."""
+"""What pruning stores on a model while it is attached."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Attachment:
         config: The configuration that the next call reads.
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack.
-        layers: Its layers that carry the hooks; the model may have got others since.
+        layers: Its layers that carry the hooks; the model may have other layers by now.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
         records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
-        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
+        projector_is_last: The decoder gets the output of the tower's projector unchanged; None until a prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
-        running: The calls that are under way: forwards, and whole generations.
-        closing: Detached; the hooks stay until no call is under way any more, and do nothing in new ones.
+        running: The calls that are running: forwards, and whole generations.
+        closing: Detached; the hooks stay until no call is running, and do nothing in new ones.
     """
 
     config: GapConfig
@@ -67,12 +67,12 @@ class Attachment:
         return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
 
     def close(self) -> None:
-        """Take everything off; while a call is under way, when the last one ends."""
+        """Take everything off, at once or, if calls are running, when the last one ends."""
         self.closing = True
         self.close_if_idle()
 
     def close_if_idle(self) -> None:
-        """Take everything off a model that was detached, if no call is under way."""
+        """Take everything off a model that was detached, if no call is running."""
         with attach_lock:
             if not self.closing or self.running:
                 return

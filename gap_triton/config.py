@@ -88,9 +88,9 @@ class Stage:
             raise self._error(
                 "layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder"
             )
-        self._check_choice("score", get_args(Score))
-        self._check_choice("coverage", get_args(Coverage))
-        self._check_choice("merge", get_args(Merge))
+        self._check_option("score", get_args(Score))
+        self._check_option("coverage", get_args(Coverage))
+        self._check_option("merge", get_args(Merge))
         in_vision = self.layer == BEFORE_THE_DECODER
         allowed, location = (
             (VISION_SCORES, "after the vision encoder (layer=-1)")
@@ -112,7 +112,7 @@ class Stage:
     def _error(self, field: str, expected: str, context: str = "") -> ValueError:
         return ValueError(f"{type(self).__name__}.{field}={shown(getattr(self, field))}{context}: {expected}")
 
-    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+    def _check_option(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in allowed:
             raise self._error(field, f"expected one of {_joined(allowed)}")
@@ -174,7 +174,7 @@ class GapConfig(Stage):
         super().__post_init__()
         for field in ("ids", "seed"):
             object.__setattr__(self, field, plain(getattr(self, field)))
-        self._check_choice("ids", get_args(Ids))
+        self._check_option("ids", get_args(Ids))
         if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise self._error("seed", "expected an int in 0..2**63 - 1")
         object.__setattr__(self, "then", _as_tuple(self.then))

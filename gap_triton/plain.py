@@ -11,8 +11,10 @@ MAX_SHOWN = 300
 
 
 def plain(value: object) -> object:
-    """Return ``value`` as Python's own int, float, bool or str where it is one of numpy's, an array of no dimension, or of a
-    subclass; anything else as it is. A narrow float is read as the decimal that it prints."""
+    """Return a value of numpy, an array of no dimension, or a value of a subclass as Python's own int, float, bool or str.
+
+    Anything else is returned as it is. A narrow float is read as the decimal that it prints.
+    """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, (bool, np.bool_)):

@@ -16,7 +16,7 @@ from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
-from .strategies.places import GridPositions
+from .strategies.grid_positions import GridPositions
 from .vision_tower import TowerRecorder
 
 
@@ -79,7 +79,7 @@ class Drop:
         dense: Every row after it is a real token, in every sample.
         selection: What was chosen after the vision encoder; None where the stage is in the decoder.
         text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
-        grid_positions: Where visual rows stand in their images; None where the stage needs none, or is not in the decoder.
+        grid_positions: Positions of visual rows in their images; None where the stage needs none, or is not in the decoder.
     """
 
     stage: Stage

@@ -98,7 +98,7 @@ def examples(model: Any, processor: Any) -> list[Example]:
         gap_triton.configure(model, GapConfig(keep=SHOWN_KEEP, layer=LAYER, score=SCORE, ids=ids))
         boxes[ids] = answer_boxes(model, processor, scenes)
     selection = gap_triton.last_selection(model)
-    assert selection is not None
+    assert selection is not None  # a pruned prefill has just run
     return [
         Example(
             image=scenes.images[i],

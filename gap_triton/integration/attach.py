@@ -82,12 +82,12 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
 def detach(model: nn.Module) -> None:
     """Take off everything that `attach`, or loading by name, put on ``model``.
 
-    A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
-    name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. A cache
-    that was pruned before must not be used afterwards, and nothing is left that could refuse it.
+    A model that was attached explicitly gets back the attention implementation that it had. One that was loaded by name
+    keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. Don't use a
+    cache that was pruned before: nothing is left that could refuse it.
 
-    Calls that are under way in other threads, or around this one, run to their end as they began: then the hooks are taken
-    off when the last of them ends. Calls that begin meanwhile are dense.
+    Calls that are running, in other threads or around this one, end as they began; the hooks are taken off when the last of
+    them ends. Calls that begin in between are dense.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
@@ -226,7 +226,7 @@ def let_calls_keep_their_configuration() -> None:
 
 
 def refuse_continuous_batching() -> None:
-    """Let models that are attached refuse continuous batching, which would switch to another attention without a word."""
+    """Let models that are attached refuse continuous batching, which would switch to another attention without a warning."""
     name = "init_continuous_batching"  # every way into it goes through this one
     method = getattr(GenerationMixin, name, None)
     if method is None or hasattr(method, "_gap_follows"):
@@ -249,7 +249,7 @@ def refuse_continuous_batching() -> None:
 def let_generate_count_generated_tokens() -> None:
     """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
 
-    Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
+    Its forwards get the prompt and those tokens as one input, in which nothing else separates them.
     """
     update = GenerationMixin._update_model_kwargs_for_generation
     if hasattr(update, "_gap_follows"):
@@ -303,7 +303,7 @@ def _ensure_attached_by_name(model: PreTrainedModel, module: PreTrainedModel, te
 
 # --------------------------------------------------------------------------------------------- hooks
 def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
-    """The attachment of ``parts``, put on now, or anew where they were replaced; ``config`` None = what it was."""
+    """The attachment of ``parts``, made now if there is none, or if they were replaced; ``config`` None = as before."""
     earlier = _attachments_of(parts, model)
     attachment = next((each for each in earlier if _covers(each, parts)), None)
     replaced = [each for each in earlier if each is not attachment]
@@ -388,7 +388,7 @@ def _attachments_in(model: nn.Module) -> list[Attachment]:
 
 
 def _attachments_of(parts: Parts, model: nn.Module) -> list[Attachment]:
-    """What is attached to ``parts`` and around them, outermost first, also if that was before one of them was replaced."""
+    """The attachments of ``parts`` and of modules around them, outermost first, outdated ones included."""
     modules = [*(head for head, _ in _heads_of(parts.owner, model)), *parts]
     return list(dict.fromkeys(filter(None, map(attachment_of, modules))))
 
@@ -399,7 +399,7 @@ def _attachment_on(model: nn.Module) -> Attachment | None:
 
 
 def _covers(attachment: Attachment, parts: Parts) -> bool:
-    """Whether the hooks are where they belong; a decoder inside a whole that is attached is covered by it."""
+    """Whether the hooks are on these parts; those of a whole model cover the decoder inside it."""
     if attachment.text is not parts.text:
         return False
     inside = parts.owner is parts.text and text_model_of(attachment.owner) is parts.text

@@ -202,7 +202,7 @@ def _unpruned_hint(implementation: str = "sdpa") -> str:
 
 
 def _decoder_hint(model: PreTrainedModel, parts: Parts | None) -> str:
-    """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
+    """How to prune the decoder of ``model`` alone, where only the modules around it are not supported; else empty."""
     if parts is None or parts.owner is parts.text or _second_decoder(model, parts.owner):
         return ""
     if _why_not(parts.text, Parts(parts.text, parts.text)):
@@ -371,7 +371,7 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def _inner_module(module: nn.Module) -> nn.Module:
-    """``module``, or the one that it is wrapped around and hands everything on to, as `torch.compile` makes them."""
+    """``module``, or the module that it wraps and hands all arguments to, as what `torch.compile` returns."""
     while len(module._modules) == 1:
         parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
         if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):

@@ -50,7 +50,7 @@ class KeptRows:
 
 @dataclass
 class KeptTokens:
-    """What all layers hold of what was pruned. Lives on the KV cache object, so a generation carries it along.
+    """What all layers hold of what was pruned. Stored on the KV cache object, so it stays with its generation.
 
     Attributes:
         stages: One record for each pruning layer, first to last.
@@ -77,7 +77,7 @@ class KeptTokens:
 
     @property
     def renumbered(self) -> bool:
-        """Tokens to come have smaller ids in later layers."""
+        """Whether later tokens have smaller ids in later layers."""
         return any(stage.id_shift is not None for stage in self.stages)
 
     def at(self, layer: int) -> KeptRows | None:
@@ -209,7 +209,7 @@ def _refuse_unfinished_cache(cache: Any | None) -> None:
 
 
 def refuse_pruned_cache(cache: Any | None) -> None:
-    """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
+    """Raise ValueError if ``cache`` was pruned: called where the run would not know what it lacks."""
     _refuse_unfinished_cache(cache)
     if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
         raise ValueError(
@@ -267,7 +267,7 @@ def extend(
     real: torch.Tensor | None,
     dense: bool,
 ) -> KeptRows:
-    """Return what the layers after a stage hold once they have taken the rows of a prompt that is pruned.
+    """Return what the layers after a stage hold, after the rows of a pruned prompt.
 
     Args:
         before: What they held before; None where nothing had been dropped.

@@ -1,4 +1,4 @@
-"""Where visual rows stand in their images, for stages in the decoder that spread their choice over the image."""
+"""Positions of visual rows in their images, for stages in the decoder that spread their choice over the image."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from ..attachment import Attachment
 from ..state import Prompt
 from ..strategies import spatial_order
-from ..strategies.places import LAST, REGION, GridPositions
+from ..strategies.grid_positions import LAST, REGION, GridPositions
 from ..vision.layout import View, layout_of
 
 
 def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> GridPositions:
-    """Return the places of the prompt's visual rows.
+    """Return the positions of the prompt's visual rows in their images.
 
     Args:
         attachment: The attachment of the forward.
@@ -23,14 +23,14 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
         prompt: The prompt.
 
     Raises:
-        ValueError: Where they stand is not known.
+        ValueError: The positions are not known.
     """
     layout = layout_of(attachment.owner, kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts)
     return place_views(layout.views, prompt.visual)
 
 
 def place_views(views: Sequence[View], visual: torch.Tensor) -> GridPositions:
-    """Return the places of the rows of ``visual`` [B, Q] that stand in ``views``."""
+    """Return the positions of the rows of ``visual`` [B, Q] that are in ``views``."""
     region = torch.full(visual.shape, -1, device=visual.device)
     cell = torch.zeros_like(region)
     order = torch.full_like(region, LAST)

@@ -27,8 +27,8 @@ class Budget:
 
     Attributes:
         views: Of each view.
-        newlines: Of the tokens of each sample that stand in no view.
-        unplaced: How many tokens of each sample stand in no view.
+        newlines: Of the tokens of each sample that are in no view.
+        unplaced: How many tokens of each sample are in no view.
     """
 
     views: tuple[int, ...]

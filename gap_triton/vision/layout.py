@@ -51,11 +51,11 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the visual tokens of a prompt stand.
+    """The positions of a prompt's visual tokens in their images.
 
     Attributes:
         views: All grids, in order of appearance.
-        unplaced: [B, Q] bool, visual rows that stand in no grid, such as the newlines of LLaVA-NeXT.
+        unplaced: [B, Q] bool, visual rows that are in no grid, such as the newlines of LLaVA-NeXT.
     """
 
     views: tuple[View, ...]
@@ -130,7 +130,7 @@ def layout_of(
 def _assign_rows(
     pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
 ) -> list[View]:
-    """Give the pictures, in order, the rows of the samples, in order; each ``copies`` samples share theirs."""
+    """Assign the rows of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
     pieces: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
     for kind, queue in pictures.items():
         cursor = 0
@@ -163,7 +163,7 @@ def _assign_rows(
 
 
 def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
-    """How many samples in a row are the same one: ``generate()`` repeats prompts, but not the images that go with them."""
+    """How many copies of each sample follow each other: ``generate()`` repeats prompts, but not their images."""
     encoded, visual_grid = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
     if encoded:
         recorded = sum(each.tokens for each in encoded.values())
@@ -202,7 +202,7 @@ def _kinds(
     samples: list[Tensor],
     queries: int,
 ) -> list[dict[str, Tensor]]:
-    """The visual rows of each sample by what they show."""
+    """The visual rows of each sample, of images and of videos."""
     if len(pictures) == 1:
         ((only, _),) = pictures.items()
         return [{only: rows} for rows in samples]
@@ -332,14 +332,14 @@ def _patches_of(owner: PreTrainedModel, arguments: dict[str, Any]) -> tuple[int,
 
 
 def _has_learned(tower: nn.Module, cells: int) -> bool:
-    """Whether ``tower`` adds positions to ``cells`` patches, with a CLS token or without, and merges none by strides."""
+    """Whether ``tower`` adds positions to ``cells`` patches, a CLS token or none, and has one strided convolution."""
     shapes = [parameter.shape for name, parameter in tower.named_parameters() if "position" in name]
     strided = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
     return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
 def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
-    """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
+    """Pictures of given sizes (frames, rows and columns of patches); squares become a token, and each frame a grid."""
     pictures: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
@@ -371,7 +371,7 @@ def _merge_size(owner: PreTrainedModel) -> int:
 def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]:
     """Overview, then tiles joined and cropped, with a newline after each row: LLaVA-NeXT and similar.
 
-    The model's own method packs the numbers of the feature rows in place of the features.
+    The model's own method runs on the numbers of the feature rows instead of the features.
     """
     sizes = arguments.get("image_sizes")
     if sizes is None:

@@ -93,7 +93,7 @@ class Tower:
         )
 
     def is_current(self) -> bool:
-        """Return whether the model still holds this tower, and none of what was found of it has been replaced."""
+        """Return whether the model still holds this tower, and none of its parts has been replaced."""
         try:
             current = find_tower(self.owner)
         except ValueError:
