@@ -22,7 +22,7 @@ ENCODED_ATTRIBUTE = "_gap_encoded"
 
 # Weak: a forward that fails never stops its recorder, and then nothing else holds it.
 _current_recorder: ContextVar[weakref.ref[TowerRecorder] | None] = ContextVar(
-    "gap_triton_tower_watch", default=None
+    "gap_triton_tower_recorder", default=None
 )
 
 
