@@ -27,14 +27,14 @@ app.command()(bench)
 app.command()(info)
 
 
-def show_version(asked: bool) -> None:
+def show_version(show: bool) -> None:
     """Print the version and end, for ``--version``."""
-    if asked:
+    if show:
         try:
-            found = version("gap-triton")
+            number = version("gap-triton")
         except PackageNotFoundError:  # a checkout on the path
-            from gap_triton import __version__ as found
-        typer.echo(f"gap-triton {found}")
+            from gap_triton import __version__ as number
+        typer.echo(f"gap-triton {number}")
         raise typer.Exit
 
 

@@ -36,14 +36,14 @@ def launch(
     The kernel's parameters come in the order of the arguments here.
 
     Args:
-        kernel: a function under ``triton.jit``.
-        grid: one to three sizes.
-        tensors: pointers; the first isn't None.
-        strides: integers that Triton specialises on.
-        sizes: integers in the kernel's ``do_not_specialize``.
-        factors: floats.
-        constants: the kernel's ``tl.constexpr`` parameters by name, in their order.
-        **options: of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
+        kernel: A function under ``triton.jit``.
+        grid: One to three sizes.
+        tensors: Pointers; the first isn't None.
+        strides: Integers that Triton specialises on.
+        sizes: Integers in the kernel's ``do_not_specialize``.
+        factors: Floats.
+        constants: The kernel's ``tl.constexpr`` parameters by name, in their order.
+        **options: Of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
             registers of a thread, which only NVIDIA's compiler is told.
     """
     first = tensors[0]

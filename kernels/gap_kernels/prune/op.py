@@ -28,7 +28,7 @@ def surviving_rows_op(
     num_rows: int,
     length: int,
 ) -> Tensor:
-    """Return the last ``length`` surviving rows of each sample, int64 [B, length]; see ``reference.py``."""
+    """Return the last ``length`` surviving rows of each sample, [B, length] int64; see ``reference.py``."""
     if scores.is_cpu:
         _check_values(visual_index, counts, num_rows)
     # On the CPU the result is made wide enough for every row first, so that a lack of columns can be seen.
@@ -171,7 +171,7 @@ def check_rows(
     """Check the tensors whose rows are gathered and record their sizes in ``shapes``.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented.
+        ValueError: If one has another shape, dtype or device than documented.
     """
     shapes.check("hidden_states", hidden_states, "B Q C", FLOAT_DTYPES)
     if hidden_states.shape[1] == 0:
