@@ -85,15 +85,8 @@ def choose(
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
     if coverage == "region":
-        if neighbours is None:
-            raise ValueError(
-                "neighbours: coverage='region' needs the neighbours of each token, got None; "
-                "see gap_kernels.grid_neighbours"
-            )
         return _by_region(scores, neighbours, per_region, keep, length)
-    if order is None:
-        raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
-    return _by_stride(scores, order.expand_as(scores), keep, length)
+    return _by_stride(scores, order, keep, length)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
@@ -129,8 +122,13 @@ def _check_grids(
 
 
 def _by_region(
-    scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
+    scores: Tensor, neighbours: Tensor | None, per_region: int | None, keep: int | Tensor, length: int
 ) -> Tensor:
+    if neighbours is None:
+        raise ValueError(
+            "neighbours: coverage='region' needs the neighbours of each token, got None; "
+            "see gap_kernels.grid_neighbours"
+        )
     if neighbours.shape[0] == scores.shape[0]:  # one grid for all rows has no filler
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
         filler = (neighbours < 0).all(-1) & scores.isneginf()
@@ -157,7 +155,10 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     return ((keep + regions - 1) // regions).clamp(min=1)
 
 
-def _by_stride(scores: Tensor, order: Tensor, keep: int | Tensor, length: int) -> Tensor:
+def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:
+    if order is None:
+        raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
+    order = order.expand_as(scores)
     lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
     lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
     uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
