@@ -25,6 +25,7 @@ import triton
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.importance import kernel as importance
+from gap_kernels.launch import launch
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.received import kernel as received
@@ -32,6 +33,7 @@ from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -381,9 +383,9 @@ def compiled(target: str) -> list[Row]:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
         patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
-        for name, launch in cases():
-            if target in NVIDIA or launch.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
-                launch()
+        for name, launched_by in cases():
+            if target in NVIDIA or launched_by.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
+                launched_by()
             for kernel in launched:
                 first_case.setdefault(kernel, name)
             launched.clear()
@@ -467,6 +469,28 @@ def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
         assert shared_kib <= NVIDIA[target].shared_kib, row
         assert row.resident is not None
         assert row.resident >= wanted, row
+
+
+def test_a_kept_kernel_is_handed_what_the_compiler_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the convention of one version of Triton: the launcher calls its compiled kernels by position."""
+    handed: list[tuple[Any, ...]] = []
+
+    def load(self: CompiledKernel) -> None:
+        self._run = lambda *given: handed.append((self, *given))
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
+    monkeypatch.setattr(CompiledKernel, "launch_metadata", lambda self, grid, stream, *given: None)
+    monkeypatch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS["sm_90"]))
+    mass, rows, scores = empty(1, 32, 576), torch.arange(4)[None], empty(1, 576)
+    given = (mass, rows, scores), (), (640, 4, 576), ()
+    constants = {"KEY_HEADS": 32, "QUERY_HEADS": 32, "BLOCK": 128, "PER_HEAD": False}
+    for _ in range(2):
+        launch(importance.mean_kernel, (5, 1), *given, constants, num_warps=2)
+    by_the_jit, by_the_launcher = handed
+    assert by_the_jit[1:4] == (5, 1, 1)
+    assert any(value is mass for value in by_the_jit)
+    assert len(by_the_jit) == len(by_the_launcher)
+    assert all(left is right or left == right for left, right in zip(*handed, strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
