@@ -4,8 +4,8 @@ PyTorch takes memory from wherever the caller was told to: ``torch.compile(mode=
 memory pool of its graphs before it records it, and raises if anything but the function's outputs is alive there afterwards;
 ``torch.cuda.use_mem_pool`` does the same to any code; and memory that is allocated during a capture is the graph's. There is
 nothing to ask whether a pool is in use, but each is bound to a thread or a stream: a pool takes what its own thread
-allocates (``_cuda_beginAllocateCurrentThreadToPool``, torch 2.9 to 2.13), a capture what is allocated on its stream. So what is
-to be kept is made by a thread of its own, on a stream of its own.
+allocates (``_cuda_beginAllocateCurrentThreadToPool``, torch 2.9 to 2.13), a capture what is allocated on its stream. So what
+is to be kept is made by a thread of its own, on a stream of its own.
 
 Another thread may be capturing a graph in CUDA's global mode. For any thread in a stricter mode than "relaxed", allocating
 memory or waiting for a stream is then an error, which also ends that capture. The thread is in relaxed mode meanwhile: what

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Stream:
 class Cuda:
     """Stands for what PyTorch and CUDA know of each thread, and for the memory pool of cudagraph-trees."""
 
-    relaxed: dict[int, bool] = {}
+    relaxed: ClassVar[dict[int, bool]] = {}
     others_capture = False
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ DEFAULT = Stream(0, 0)
 
 class Driver:
     @staticmethod
-    def cuThreadExchangeStreamCaptureMode(mode: Any) -> int:  # noqa: N802, the driver's own name
+    def cuThreadExchangeStreamCaptureMode(mode: Any) -> int:
         Cuda.relaxed[threading.get_ident()] = mode._obj.value == 2
         return 0
 
@@ -106,9 +106,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     fake = Cuda()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.stream.capturing)
-    monkeypatch.setattr(
-        torch.cuda, "current_device", lambda: fake.devices.get(threading.get_ident(), 0)
-    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: fake.devices.get(threading.get_ident(), 0))
     monkeypatch.setattr(torch.cuda, "device", fake.device)
     monkeypatch.setattr(torch.cuda, "stream", fake.on)
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)

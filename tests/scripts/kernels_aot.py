@@ -384,7 +384,9 @@ def compiled(target: str) -> list[Row]:
         patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
         patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
         for name, launched_by in cases():
-            if target in NVIDIA or launched_by.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
+            if (
+                target in NVIDIA or launched_by.func is not one_launch.prune_tokens
+            ):  # which is for NVIDIA alone
                 launched_by()
             for kernel in launched:
                 first_case.setdefault(kernel, name)
