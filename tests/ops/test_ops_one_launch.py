@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from gap_kernels.prune import one_launch
+
+from bench import shapes
 
 H200 = SimpleNamespace(multi_processor_count=132, major=9)
 CUDA = torch.device("cuda", 0)
@@ -75,22 +79,43 @@ def test_without_a_gpu_it_is_as_asked(ticket: bool, launched: list[dict[str, Any
     assert launched[0]["launch_cooperative_grid"] != ticket
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "one"),
-    [
-        ("LLaVA-1.5", (1, 32, 32, 640, 1, 576), True),
-        ("Qwen2.5-VL, last row", (1, 28, 4, 4160, 1, 4096), True),
-        ("LLaVA-NeXT", (1, 32, 32, 2944, 1, 2880), False),
-        ("LLaVA-1.5, batch 8", (8, 32, 32, 640, 1, 576), False),
-    ],
-)
-def test_one_launch_for_small_prompts(
-    name: str, sizes: tuple[int, ...], one: bool, launched: list[dict[str, Any]]
-) -> None:
-    batch, heads, key_heads, tokens, rows, visual = sizes
-    work = one_launch.plan(
-        batch, heads, key_heads, 128, tokens, tokens, rows, visual, visual // 4 + 64, 4096, 128, 1,
-        torch.bfloat16, False,
+def named(name: str, batch: int, rows: int = 1) -> one_launch.Plan:
+    """Divide the work of a prompt that has a name."""
+    shape = shapes.find(name)
+    return one_launch.plan(
+        batch, shape.query_heads, shape.key_heads, shape.head_dim, shape.tokens, shape.tokens, rows, shape.visual,
+        shape.length, shape.channels, shape.head_dim, shape.axes, torch.bfloat16, False,
     )  # fmt: skip
-    assert one_launch.is_likely_faster(work.programs, CUDA) == one
-    assert one_launch.is_likely_faster(work.programs, torch.device("cpu"))
+
+
+CASES = {
+    "LLaVA-1.5, last row": ("llava-1.5", 1, 1),
+    "LLaVA-NeXT, last row": ("llava-next", 1, 1),
+    "Qwen2.5-VL 4k, last row": ("qwen2.5-vl-4k", 1, 1),
+    "Qwen2.5-VL 4k, 64 text rows": ("qwen2.5-vl-4k", 1, 64),
+    "LLaVA-1.5, batch 8, last row": ("llava-1.5", 8, 1),
+}
+
+
+def test_large_grids_are_left_to_several_launches(launched: list[dict[str, Any]]) -> None:
+    several = {
+        name for name, case in CASES.items() if not one_launch.is_likely_faster(named(*case).programs, CUDA)
+    }
+    assert several == {"LLaVA-NeXT, last row", "LLaVA-1.5, batch 8, last row"}
+    for case in CASES.values():  # there is no time to be saved without a GPU
+        assert one_launch.is_likely_faster(named(*case).programs, torch.device("cpu"))
+
+
+def test_the_table_of_the_critical_path_is_of_today(launched: list[dict[str, Any]]) -> None:
+    """As far as sizes decide it; what the binaries do is compiled by `make kernel-table` alone."""
+    path = Path(__file__).resolve().parents[2] / "docs" / "results" / "critical-path.json"
+    rows = {
+        row["case"]: row
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if row["way"] == "one launch"
+    }
+    assert rows.keys() == CASES.keys()
+    for name, case in CASES.items():
+        work = named(*case)
+        assert rows[name]["programs"] == [work.programs], "run `make kernel-table`"
+        assert rows[name]["chosen"] == one_launch.is_likely_faster(work.programs, CUDA)

@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from gap_kernels import launch as launching
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.importance import kernel as importance
-from gap_kernels.launch import launch
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.received import kernel as received
@@ -368,29 +368,42 @@ class OfflineDriver:
         return self.target
 
 
-@functools.cache
-def compiled(target: str) -> list[Row]:
-    """Compile every kernel for a target, each once."""
-    launched: list[Any] = []
-    first_case: dict[Any, str] = {}
+class Launch(NamedTuple):
+    """A launch that only compiled: ``values`` are the kernel's arguments by name."""
+
+    kernel: JITFunction
+    compiled: Any
+    grid: tuple[int, ...]
+    values: dict[str, Any]
+
+
+def launched_by(launchers: Iterable[partial[object]], target: str) -> list[Launch]:
+    """Run launchers as on a GPU of that kind, and return what they launch."""
+    launched: list[Launch] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert all(size > 0 for size in grid)
-        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launched.append(Launch(self, run(self, *args, grid=grid, warmup=True, **kwargs), grid, values))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
         patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
-        for name, launched_by in cases():
-            if (
-                target in NVIDIA or launched_by.func is not one_launch.prune_tokens
-            ):  # which is for NVIDIA alone
-                launched_by()
-            for kernel in launched:
-                first_case.setdefault(kernel, name)
-            launched.clear()
+        for launcher in launchers:
+            launcher()
+    return launched
+
+
+@functools.cache
+def compiled(target: str) -> list[Row]:
+    """Compile every kernel for a target, each once."""
+    first_case: dict[Any, str] = {}
+    for name, launcher in cases():
+        if target in NVIDIA or launcher.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
+            for launch in launched_by([launcher], target):
+                first_case.setdefault(launch.compiled, name)
     return [measured(kernel, name, target) for kernel, name in first_case.items()]
 
 
@@ -487,7 +500,7 @@ def test_a_kept_kernel_is_handed_what_the_compiler_hands_over(monkeypatch: pytes
     given = (mass, rows, scores), (), (640, 4, 576), ()
     constants = {"KEY_HEADS": 32, "QUERY_HEADS": 32, "BLOCK": 128, "PER_HEAD": False}
     for _ in range(2):
-        launch(importance.mean_kernel, (5, 1), *given, constants, num_warps=2)
+        launching.launch(importance.mean_kernel, (5, 1), *given, constants, num_warps=2)
     by_the_jit, by_the_launcher = handed
     assert by_the_jit[1:4] == (5, 1, 1)
     assert any(value is mass for value in by_the_jit)
