@@ -347,18 +347,20 @@ def prune_tokens(
     scale: float | None,
     length: int,
     *,
+    work: Plan | None = None,
     ticket: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel; arguments and result as in ``reference.py``, for any dtype but float64.
 
-    Without ``ticket`` the launch is cooperative if the grid fits the whole of the device; for whoever knows that all of it
-    is theirs, and wants to measure.
+    ``work`` is what ``plan_of`` returns for these arguments, if that is known already. Without ``ticket`` the launch is
+    cooperative if the grid fits the whole of the device; for whoever knows that all of it is theirs, and wants to measure.
     """
     batch, query_heads, num_query, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
     num_rows, num_visual = 1 if rows is None else rows.shape[1], visual_index.shape[1]
     device = query.device
-    work = plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    if work is None:
+        work = plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
     ticket = ticket or (device.type == "cuda" and work.programs > programs_at_once(device))
     query, key = with_whole_rows(query), with_whole_rows(key)
     inputs = with_whole_rows(hidden_states), with_whole_rows(cos), with_whole_rows(sin)

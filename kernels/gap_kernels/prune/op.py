@@ -7,7 +7,7 @@ wanted.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..importance.op import visual_importance_op
 from ..library import fake, gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, describe
 from . import reference
+
+if TYPE_CHECKING:
+    from .one_launch import Plan
 
 
 @operator("surviving_rows")
@@ -125,7 +128,8 @@ def prune_tokens_op(
         query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows, attention_mask, lse, scale,
         length,
     )  # fmt: skip
-    if not _is_one_launch(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length):
+    work = _plan_of_one_launch(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    if work is None:
         return prune_in_several_launches(*given)
     from . import one_launch
 
@@ -134,7 +138,7 @@ def prune_tokens_op(
         _check_values(visual_index, counts, num_query)
         if rows is not None:
             check_range("rows", rows, -1, num_query - 1)
-    result = one_launch.prune_tokens(*given)
+    result = one_launch.prune_tokens(*given, work=work)
     if query.is_cpu:
         mask = _mask_of_rows(attention_mask, key, num_query)
         every = reference.surviving_rows(result[5], visual_index, keep, counts, mask, num_query, num_query)
@@ -142,7 +146,7 @@ def prune_tokens_op(
     return result
 
 
-def _is_one_launch(
+def _plan_of_one_launch(
     query: Tensor,
     key: Tensor,
     hidden_states: Tensor,
@@ -152,16 +156,16 @@ def _is_one_launch(
     rows: Tensor | None,
     lse: Tensor | None,
     length: int,
-) -> bool:
-    """Return whether one launch can do it, and is no worse a choice than several, which give the same."""
+) -> Plan | None:
+    """Return how one launch does it; None if it can't, or if several are a better choice, which give the same."""
     if query.dtype == torch.float64 or not use_triton(query):
-        return False
+        return None
     from . import one_launch
 
     if not one_launch.applies(query, length):
-        return False
+        return None
     work = one_launch.plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
-    return one_launch.is_likely_faster(work.programs, query.device)
+    return work if one_launch.is_likely_faster(work.programs, query.device) else None
 
 
 def prune_in_several_launches(
