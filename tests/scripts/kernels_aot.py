@@ -473,7 +473,7 @@ def test_budgets(target: str) -> None:
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
-    """Or a cooperative launch of as many as ``fits_at_once`` allows would be refused."""
+    """Or a cooperative launch of as many as ``programs_at_once`` says would be refused."""
     rows = [row for row in compiled(target) if row.kernel == "prune_kernel"]
     assert rows
     for row in rows:
