@@ -111,11 +111,23 @@ def test_a_wait_is_over_one_trip_after_what_it_waits_for() -> None:
     assert count(in_a_loop, times=4, **waits).now == 6
 
 
-def test_places_name_the_function_and_the_line_of_the_kernel() -> None:
-    body = """.loc 2 63 29 // tile.py:63:29 @[ kernel.py:155:55 @[ one_launch.py:157:72 ] ]
+OF_TRITON_3_7 = ".loc 2 63 29 // tile.py:63:29 @[ kernel.py:155:55 @[ one_launch.py:157:72 ] ]"
+OF_TRITON_3_9 = """.loc 1 157 72 // one_launch.py:157:72
+    .loc 3 155 55, function_name $L__info_string0, inlined_at 1 157 72 // kernel.py:155:55
+    .loc 2 63 29, function_name $L__info_string0, inlined_at 3 155 55 // tile.py:63:29"""
+
+
+@pytest.mark.parametrize("location", [OF_TRITON_3_7, OF_TRITON_3_9])
+def test_places_name_the_function_and_the_line_of_the_kernel(location: str) -> None:
+    body = (
+        location
+        + """
         add.s32 %r1, %r2, %r3;
+        .file 1 "/a/one_launch.py"
         .file 2 "/a/tile.py"
+        .file 3 "/a/kernel.py"
     """
+    )
     (instruction,) = read(".visible .entry kernel(\n)\n{\n" + body + "\n}\n").instructions
     assert instruction.place == ("/a/tile.py", 63, "one_launch.py", 157, 3)
     assert instruction.written == ("%r1",)

@@ -17,11 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 REGISTER = re.compile(r"%[a-z]+\d+")
-LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?//\s*(.*)")
+LOCATION = re.compile(r"\.loc\s+(\d+ \d+ \d+)(?:,.*inlined_at (\d+ \d+ \d+))?\s*(?://\s*(.*))?")
 FRAME = re.compile(r"([\w.]+):(\d+):\d+")
+"""Of a comment: triton 3.7 names every call there, 3.9 only the innermost place, and before it where that is called from."""
 FILE = re.compile(r'\.file\s+(\d+)\s+"(.*?)"')
 LABEL = re.compile(r"(\$\w+):")
 TARGET = re.compile(r"\$\w+")
@@ -60,20 +62,46 @@ class Program:
     instructions: list[Instruction]
     labels: dict[str, int]
 
+    def target(self, instruction: Instruction) -> int | None:
+        """Return where a branch leads."""
+        found = TARGET.search(instruction.operands) if instruction.name.startswith("bra") else None
+        return self.labels.get(found[0]) if found else None
+
     def loops(self) -> list[tuple[int, int]]:
-        """First and last instruction of each loop: a branch back, and where it leads, unless that is the end."""
+        """First and last instruction of each loop: a branch back, and where it leads, if that leads to the branch again."""
+        following = self._following()
         found: dict[int, int] = {}
         for instruction in self.instructions:
-            target = TARGET.search(instruction.operands) if instruction.name.startswith("bra") else None
-            first = self.labels.get(target[0], len(self.instructions)) if target else len(self.instructions)
-            if first <= instruction.index and not self._ends(first):
+            first = self.target(instruction)
+            if (
+                first is not None
+                and first <= instruction.index
+                and instruction.index in _reached(first, following)
+            ):
                 found[first] = instruction.index
         return sorted(found.items())
 
-    def _ends(self, first: int) -> bool:
-        """Return whether the kernel ends before the next branch."""
-        names = (instruction.name for instruction in self.instructions[first:])
-        return next((name for name in names if name.startswith(("bra", "ret"))), "ret").startswith("ret")
+    def _following(self) -> list[list[int]]:
+        """Return for each instruction which may come next."""
+        following = []
+        for instruction in self.instructions:
+            target = self.target(instruction)
+            always = instruction.name.startswith("ret") or (target is not None and not instruction.read)
+            follows = (
+                [] if always or instruction.index + 1 == len(self.instructions) else [instruction.index + 1]
+            )
+            following.append(follows if target is None else [*follows, target])
+        return following
+
+
+def _reached(first: int, following: list[list[int]]) -> set[int]:
+    """Return the instructions that a way from one of them leads to, itself among them."""
+    reached, ahead = {first}, [first]
+    while ahead:
+        fresh = set(following[ahead.pop()]) - reached
+        reached |= fresh
+        ahead.extend(fresh)
+    return reached
 
 
 def read(text: str) -> Program:
@@ -82,14 +110,20 @@ def read(text: str) -> Program:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     place = Place("", 0, "", 0)
+    callers: dict[
+        str, tuple[tuple[str, int], ...]
+    ] = {}  # by place, the places that it is called from, itself first
     body = text[text.index(".entry") :]
     for line in body[body.index("{") :].splitlines():
         location = LOCATION.search(line)
         if location:
-            frames = FRAME.findall(location[3])
-            if frames and int(location[2]):
-                path = files.get(int(location[1]), frames[0][0])
-                place = Place(path, int(location[2]), frames[-1][0], int(frames[-1][1]), len(frames))
+            number, at, _ = map(int, location[1].split())
+            path = files.get(number, "")
+            frames = tuple((name, int(called)) for name, called in FRAME.findall(location[3] or "")[1:])
+            callers[location[1]] = ((Path(path).name, at), *(callers.get(location[2], ()) or frames))
+            if at:
+                *_, outermost = callers[location[1]]
+                place = Place(path, at, *outermost, len(callers[location[1]]))
             continue
         statement = line.split("//")[0].strip()
         label = LABEL.match(statement)
