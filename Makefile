@@ -25,7 +25,7 @@ help:
 	@echo "make compat  kernel tests on an older and the newest torch and Triton, core tests on three versions of transformers"
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
-	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
+	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
@@ -63,6 +63,7 @@ endurance: $(VENV)/.installed-test
 
 kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/scripts/kernels_aot.py
+	PYTHONPATH=tests:. $(BIN)/python -m scripts.critical_path
 	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:

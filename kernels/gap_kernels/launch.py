@@ -66,7 +66,7 @@ def launch(
         _classes(strides, 1 << 31),
         None if max(sizes, default=0) < 1 << 31 else tuple([size >> 31 for size in sizes]),
         *constants.values(),
-        *options.values(),
+        *options.items(),
     )
     compiled = _compiled.get(key)
     if compiled is None:
@@ -85,7 +85,8 @@ def _classes(values: Sequence[int], limit: int) -> tuple[int, ...] | None:
     merged = reduce(or_, values, 0)
     if not merged & 15 and 0 <= merged < limit:
         return None
-    return tuple([2 * (value >= limit) + (3 if value == 1 else value & 15 == 0) for value in values])
+    # 0 to 3 by alignment and width, and 4 for what becomes a constant of the kernel.
+    return tuple([4 if value == 1 else 2 * (value >= limit) + (value & 15 == 0) for value in values])
 
 
 # Triton's functions of these names also take compile-time constants, and need several microseconds a call for it.
