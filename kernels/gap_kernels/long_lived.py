@@ -32,8 +32,8 @@ def make_to_keep(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
     """Return what ``make`` creates on a CUDA device, once it is complete for whatever stream uses it.
 
     Args:
-        device: with its index.
-        make: runs in another thread, with ``device`` and a stream of it as the current ones. It must allocate what it
+        device: With its index.
+        make: Runs in another thread, with ``device`` and a stream of it as the current ones. It must allocate what it
             returns, and wait for no other stream.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
