@@ -34,9 +34,7 @@ class Measured:
 def of_row(row: Row) -> Measured:
     """What a row of the benchmarks says."""
     where = f"{row.shape}-b{row.batch}"
-    return Measured(
-        row.operator, where, row.mode, row.implementation, row.median_us, row.launches, row.ratio
-    )
+    return Measured(row.operator, where, row.mode, row.implementation, row.median_us, row.launches, row.ratio)
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ GOALS = (
         "torch.topk + sort",
     ),
     # The rest is 5% for noise.
-    Goal(
-        "prune_tokens is as fast as by one launch", "prune_tokens", "graph", "share", 1.05, "one launch"
-    ),
+    Goal("prune_tokens is as fast as by one launch", "prune_tokens", "graph", "share", 1.05, "one launch"),
     Goal(
         "prune_tokens is as fast as by several launches",
         "prune_tokens",

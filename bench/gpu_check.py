@@ -64,7 +64,7 @@ def attempt(step: Step, task: Task, left_s: float, journal: Journal) -> Outcome:
     """Run one step; what it says goes into the journal at once."""
     reason = step.why_not(task)
     limit_s = min(step.limit_s, left_s - RESERVE_S)
-    if not reason and limit_s < LEAST_S:
+    if not reason and limit_s < min(step.limit_s, LEAST_S):
         reason = "no time is left: raise --budget, or name it with --only"
     if reason:
         return Outcome(step.name, SKIPPED, reason)
@@ -156,9 +156,7 @@ def main(
     part: Annotated[
         int | None, typer.Option(help="1 or 2: one of two halves, of nine minutes on a GPU each.")
     ] = None,
-    only: Annotated[
-        str | None, typer.Option(help=f"STEP,STEP: these only, of {', '.join(NAMES)}.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(help=f"STEP,STEP: these only, of {', '.join(NAMES)}.")] = None,
     budget: Annotated[
         float | None,
         typer.Option(

@@ -42,9 +42,7 @@ def _spread(sizes: dict[str, Any]) -> float:
 
 
 def _llama(sizes: dict[str, Any]) -> transformers.PreTrainedModel:
-    config = transformers.LlamaConfig(
-        max_position_embeddings=8192, initializer_range=_spread(sizes), **sizes
-    )
+    config = transformers.LlamaConfig(max_position_embeddings=8192, initializer_range=_spread(sizes), **sizes)
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 
 

@@ -57,9 +57,7 @@ class Oracle:
         return self.head(self._run(self.late, hidden, position_ids, caches[1]))
 
     def _run(self, part: nn.Module, hidden: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        result = part(
-            inputs_embeds=hidden, position_ids=position_ids, use_cache=True, **{self.cache: cache}
-        )
+        result = part(inputs_embeds=hidden, position_ids=position_ids, use_cache=True, **{self.cache: cache})
         return result.last_hidden_state
 
 

@@ -232,9 +232,7 @@ def sanitizer(tool: str, part: int, limit_s: float) -> Step:
     def why_not(task: Task) -> str:
         if not task.on_gpu:
             return f"compute-sanitizer needs a CUDA GPU, this is {task.device}"
-        return (
-            "" if shutil.which("compute-sanitizer") is not None else "compute-sanitizer is not on the PATH"
-        )
+        return "" if shutil.which("compute-sanitizer") is not None else "compute-sanitizer is not on the PATH"
 
     return Step(
         tool,

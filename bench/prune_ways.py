@@ -65,8 +65,6 @@ def in_several_launches(x: Inputs, rows: Tensor | None = None) -> Result:
     library = getattr(torch.ops, NAMESPACE)
     with gap_kernels.backend("triton"):
         scores = library.visual_importance(x.query, x.key, x.visual_index, rows, None, None, None).float()
-        index = library.surviving_rows(
-            scores, x.visual_index, x.keep, None, None, x.query.shape[2], x.length
-        )
+        index = library.surviving_rows(scores, x.visual_index, x.keep, None, None, x.query.shape[2], x.length)
         gathered = library.gather_rows(x.hidden_states, x.cos, x.sin, x.position_ids, index)
     return *gathered, index, scores

@@ -23,9 +23,7 @@ def measured_in(outcome: Outcome) -> list[Measured]:
         elif "timing" in found:
             timing = found["timing"]
             where = f"{timing['model']}, {timing['visual']} tokens, keep {timing['keep']}"
-            times.append(
-                Measured(timing["what"], where, timing["mode"], timing["way"], timing["median_us"])
-            )
+            times.append(Measured(timing["what"], where, timing["mode"], timing["way"], timing["median_us"]))
     return times
 
 

@@ -54,9 +54,7 @@ class Whole:
 
     def decode(self, token: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [1, 1, N] behind a token."""
-        result = self.model(
-            input_ids=token, position_ids=position_ids, use_cache=True, **{self.cache: cache}
-        )
+        result = self.model(input_ids=token, position_ids=position_ids, use_cache=True, **{self.cache: cache})
         return result.logits
 
 
@@ -66,7 +64,11 @@ def run_models(settings: Settings) -> Iterator[Found]:
     wrong: list[str] = []
     for kind in DECODERS if cuda.is_cuda(settings.device) else TINY_DECODERS:
         model = build(kind, settings.device, settings.dtype)
-        yield {"model": kind.name, "sizes": kind.sizes, "parameters": sum(p.numel() for p in model.parameters())}
+        yield {
+            "model": kind.name,
+            "sizes": kind.sizes,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
         for visual in settings.visual_tokens:
             for keep in KEEPS:
                 yield from _run(kind, model, visual, keep, settings, wrong)
@@ -130,9 +132,7 @@ def _run(
         "pruned": _steps(pruned.decode, prompt, masked),
         "oracle": _steps(oracle.decode, prompt, ways["oracle"]),
     }
-    times = timing.in_turn(
-        {way: [step] for way, step in steps.items()}, settings.device, DECODE_S * factor
-    )
+    times = timing.in_turn({way: [step] for way, step in steps.items()}, settings.device, DECODE_S * factor)
     yield from _timings("decode, per token", where, times)
     for way, prefill in ways.items():
         yield {**where, "way": way, **_memory(prefill, settings.device)}

@@ -47,7 +47,9 @@ def run_compiled_models(settings: Settings) -> Iterator[Found]:
     for way, (whole, extra) in ways.items():
         try:
             yield {**where, "way": way, **_generate(whole, prompt, extra, settings)}
-        except Exception as error:  # documented to work, so the step fails; the others still have something to say
+        except (
+            Exception
+        ) as error:  # documented to work, so the step fails; the others still have something to say
             wrong.append(f"{way}, generate() compiled: {first_line(error)}")
     for way, (whole, extra) in ways.items():
         yield {**where, "way": way, "what": "prefill", "mode": "compiled", **_compiled_prefill(

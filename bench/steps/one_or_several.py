@@ -61,15 +61,15 @@ def compare(settings: Settings) -> Iterator[Found]:
             ("prune_tokens", operators.prune_tokens, lambda x: None),
             ("prune_tokens, text rows", operators.prune_tokens_text, lambda x: x.text_rows),
         ):
-            work = floor.prune_work(case, settings.dtype, rows=1 if rows(sets[0]) is None else case.shape.text)
+            work = floor.prune_work(
+                case, settings.dtype, rows=1 if rows(sets[0]) is None else case.shape.text
+            )
             ways = ways_of(call, rows, on_gpu)
             expected = ways["reference"](sets[0])
-            for way in ways.values():
-                agree.same_pruning(sets[0], expected, way(sets[0]), torch.float32)
+            for run in ways.values():
+                agree.same_pruning(sets[0], expected, run(sets[0]), torch.float32)
             functions = {way: [functools.partial(run, x) for x in sets] for way, run in ways.items()}
-            times = timing.in_turn(
-                functions, settings.device, settings.budget_s * len(ways), graphs=on_gpu
-            )
+            times = timing.in_turn(functions, settings.device, settings.budget_s * len(ways), graphs=on_gpu)
             for way, values in times.items():
                 launches = timing.launches(functions[way][0], settings.device) if on_gpu else None
                 found: Found = {"row": asdict(row(name, case, settings, way, values, launches, work, rates))}

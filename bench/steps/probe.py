@@ -22,6 +22,10 @@ from bench.shapes import make_inputs
 from bench.steps.settings import Settings
 from gap_triton.environment import installed_versions
 
+PROPERTIES = (
+    *("name", "major", "minor", "multi_processor_count", "max_threads_per_multi_processor"),
+    *("regs_per_multiprocessor", "shared_memory_per_multiprocessor", "L2_cache_size", "total_memory"),
+)
 TOOLS = ("gcc", "compute-sanitizer", "ncu", "nvidia-smi")
 
 
@@ -48,7 +52,9 @@ def probe(settings: Settings) -> Iterator[Found]:
         paths[name] = path_of(functools.partial(call, x), settings.device)
         yield {"operator": name, "path": paths[name]}
     yield {"operators": len(paths), "on_kernels": sum(bool(path["kernels"]) for path in paths.values())}
-    elsewhere = [name for name, path in paths.items() if cuda.is_cuda(settings.device) and not path["kernels"]]
+    elsewhere = [
+        name for name, path in paths.items() if cuda.is_cuda(settings.device) and not path["kernels"]
+    ]
     if elsewhere:
         raise StepFailed(f"no kernel of this package was seen on the GPU: {'; '.join(elsewhere)}")
 
@@ -56,14 +62,8 @@ def probe(settings: Settings) -> Iterator[Found]:
 def gpu(device: torch.device) -> Found:
     """What says how much runs on a GPU at once."""
     properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "capability": [properties.major, properties.minor],
-        "multiprocessors": properties.multi_processor_count,
-        "registers_per_multiprocessor": properties.regs_per_multiprocessor,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
-    }
+    # Not every version of torch knows them all.
+    return {name: getattr(properties, name, None) for name in PROPERTIES}
 
 
 def path_of(call: timing.Function, device: torch.device) -> Found:

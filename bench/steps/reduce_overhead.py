@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import gap_kernels
 import torch
@@ -33,7 +34,7 @@ def run_compiled(settings: Settings) -> Iterator[Found]:
         return tuple(tensor * 1 for tensor in pruned)
 
     # Without a GPU the mode has no graphs to make, and compiling for the CPU would only take time.
-    options = {"mode": "reduce-overhead"} if on_gpu else {"backend": "aot_eager"}
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": "aot_eager"}
     counters.clear()
     fast = torch.compile(call, fullgraph=True, **options)
     for number in range(CALLS):

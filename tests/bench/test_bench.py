@@ -21,8 +21,8 @@ from torch.autograd import DeviceType
 
 from bench import agree, cuda, exact, floor, goals, harness, operators, outside, record, rivals
 from bench import table as tables
-from bench.shapes import TINY_DECODER, TINY_TOWER, Case, find, make_inputs
 from bench.machine import machine
+from bench.shapes import TINY_DECODER, TINY_TOWER, Case, find, make_inputs
 from bench.timing import device_events, eager, in_turn, plan, quantiles, rotation
 
 CPU = torch.device("cpu")
@@ -306,7 +306,9 @@ def test_goals_are_judged_by_the_rows_of_the_kernels() -> None:
         make_row(operator="attention, importance", implementation="triton without", median_us=20.0),
         make_row(shape="llava-next", launches=3.0, ratio=3.0),
     ]
-    verdicts = {(verdict.goal, verdict.where): verdict for verdict in goals.judge(list(map(goals.of_row, rows)))}
+    verdicts = {
+        (verdict.goal, verdict.where): verdict for verdict in goals.judge(list(map(goals.of_row, rows)))
+    }
     here = "llava-1.5-b1"
     assert verdicts["prune_tokens is one launch", here].status == "met"
     assert verdicts["prune_tokens is one launch", "llava-next-b1"].factor == 3.0
@@ -324,7 +326,9 @@ def test_a_pruned_model_is_judged_by_the_oracle() -> None:
     def measured(way: str, us: float) -> goals.Measured:
         return goals.Measured("prefill", "llama-7b", "eager", way, us)
 
-    verdicts = goals.judge([measured("unpruned", 300.0), measured("pruned", 126.0), measured("oracle", 100.0)])
+    verdicts = goals.judge(
+        [measured("unpruned", 300.0), measured("pruned", 126.0), measured("oracle", 100.0)]
+    )
     (verdict,) = [verdict for verdict in verdicts if verdict.status != "not measured"]
     assert (verdict.status, verdict.value) == ("missed", 1.26)
     assert verdict.factor == pytest.approx(1.2)

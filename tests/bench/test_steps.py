@@ -144,9 +144,7 @@ def test_a_pruned_model_is_held_against_the_oracle(kind, monkeypatch: pytest.Mon
     }
 
     # Survivors that are numbered anew give other logits, which the check must see.
-    monkeypatch.setattr(
-        gap_triton, "GapConfig", functools.partial(gap_triton.GapConfig, ids="compacted")
-    )
+    monkeypatch.setattr(gap_triton, "GapConfig", functools.partial(gap_triton.GapConfig, ids="compacted"))
     with pytest.raises(StepFailed, match=rf"{kind.name}, 40 visual tokens, keep 0\.5: logits differ by"):
         list(run_models(settings))
 
