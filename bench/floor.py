@@ -67,7 +67,7 @@ def importance_work(case: Case, dtype: torch.dtype, rows: int, lse: bool = False
 
 
 def prune_work(case: Case, dtype: torch.dtype, rows: int = 1) -> Work:
-    """Importance of the last rows, and surviving rows of hidden states, cos, sin and ids, read and written; index written."""
+    """Importance of the last rows; surviving rows of hidden states, cos, sin and ids, read and written; index written."""
     shape, batch = case.shape, case.batch
     scoring = importance_work(case, dtype, rows)
     row = (shape.channels + 2 * shape.head_dim) * dtype.itemsize + shape.axes * ID_BYTES

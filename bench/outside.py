@@ -48,7 +48,7 @@ class Ended:
 def run(
     command: Sequence[str], limit_s: float, heard: Callable[[str], None] | None = None, **environment: str
 ) -> Ended:
-    """Run a program in the checkout's root, and end its process group: what it has started is gone when this returns.
+    """Run a program in the checkout's root, and end its process group, so that what it has started ends with it.
 
     Args:
         command: The program and its arguments.
