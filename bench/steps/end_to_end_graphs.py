@@ -74,15 +74,16 @@ def _generate(whole: Whole, prompt: Prompt, extra: dict[str, Any], settings: Set
     config._compile_all_devices = True  # generate() compiles on accelerators only, unless told so
     length = prompt.embeds.shape[1] + settings.answer
 
+    # One cache for all: graphs hold on to where its buffers are.
+    cache = (
+        gap_triton.static_cache(whole.model, length)
+        if extra
+        else transformers.StaticCache(config=whole.model.config, max_cache_len=length)
+    )
+
     def generate(tokens: int, compiled: bool) -> torch.Tensor:
-        options: dict[str, Any] = {}
-        if compiled:
-            options["compile_config"] = config
-            options[whole.cache] = (
-                gap_triton.static_cache(whole.model, length)
-                if extra
-                else transformers.StaticCache(config=whole.model.config, max_cache_len=length)
-            )
+        cache.reset()
+        options = {"compile_config": config, whole.cache: cache} if compiled else {}
         sequences: torch.Tensor = whole.model.generate(
             inputs_embeds=prompt.embeds,
             attention_mask=torch.ones_like(prompt.visual_mask, dtype=torch.int64),
