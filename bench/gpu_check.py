@@ -121,11 +121,14 @@ def chosen_steps(only: str | None, part: int | None) -> list[Step]:
 
 
 def print_tables(outcomes: Sequence[Outcome], title: str, on_gpu: bool) -> None:
-    """The steps, then every goal."""
+    """The steps, then whole models, then every goal."""
     console = Console(width=160)
     console.print(report.steps_table(outcomes, title))
     if not on_gpu:
         console.print("No GPU: times are those of a CPU, on tiny shapes. They show that the script runs.")
+    models = report.models_table(outcomes, on_gpu)
+    if models.rows:
+        console.print(models)
     console.print(report.goals_table(report.verdicts(outcomes, on_gpu)))
 
 
@@ -134,7 +137,9 @@ def print_files(paths: Sequence[Path]) -> int:
     runs, outcomes = outcome.read(paths)
     kinds = sorted({(run["commit"], run["device"]) for run in runs})
     title = "; ".join(f"{device}, commit {commit}" for commit, device in kinds)
-    print_tables(outcomes, title, on_gpu=all(device.startswith("cuda") for _, device in kinds))
+    print_tables(
+        outcomes, title, on_gpu=bool(kinds) and all(device.startswith("cuda") for _, device in kinds)
+    )
     return int(any(result.status == FAILED for result in outcomes))
 
 
@@ -195,7 +200,6 @@ def main(
         os.environ[commit.COMMIT] = commit_hash
     start = time.monotonic()
     now = datetime.now(timezone.utc)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what runs is ended
     found = device or find_device()
     path = output or ROOT / "bench" / "results" / f"gpu-check-{found}-{now:%Y%m%d-%H%M%S}.jsonl"
     journal = Journal(path)
@@ -232,4 +236,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what runs is ended
     app()

@@ -61,6 +61,25 @@ def goals_table(judged: Sequence[tuple[str, Verdict]]) -> Table:
     return table
 
 
+def models_table(outcomes: Iterable[Outcome], on_gpu: bool) -> Table:
+    """One line per model, prompt, share kept and what was timed."""
+    title = "Whole models with random weights" + (
+        "" if on_gpu else ", tiny ones, on a CPU: not a GPU's times"
+    )
+    ways = ("unpruned", "pruned", "oracle")
+    table = Table("model", "tokens", "keep", "what", *(f"{way}, ms" for way in ways), "speed-up", title=title)
+    lines: dict[tuple[str, ...], dict[str, float]] = {}
+    for outcome in outcomes:
+        for timing in (found["timing"] for found in outcome.found if "timing" in found):
+            key = tuple(str(timing[name]) for name in ("model", "visual", "keep", "what"))
+            lines.setdefault(key, {})[timing["way"]] = timing["median_us"] / 1e3
+    for key, times in lines.items():
+        shown = [f"{times[way]:.3g}" if way in times else "-" for way in ways]
+        whole = {"unpruned", "pruned"} <= times.keys()
+        table.add_row(*key, *shown, f"{times['unpruned'] / times['pruned']:.2f}" if whole else "-")
+    return table
+
+
 def steps_table(outcomes: Sequence[Outcome], title: str) -> Table:
     """One line per step."""
     table = Table("step", "status", "s", "found", title=title)

@@ -72,6 +72,7 @@ def run_models(settings: Settings) -> Iterator[Found]:
         for visual in settings.visual_tokens:
             for keep in KEEPS:
                 yield from _run(kind, model, visual, keep, settings, wrong)
+                gc.collect()  # caches of gigabytes, before the next
         del model
         gc.collect()
         cuda.release(settings.device)

@@ -312,7 +312,10 @@ def test_goals_are_judged_step_by_step_and_never_on_a_cpu() -> None:
     with console.capture() as capture:
         console.print(report.goals_table(judged))
         console.print(report.steps_table(outcomes, "title"))
+        console.print(report.models_table(outcomes, on_gpu=False))
     assert "llama-7b, 576 tokens, keep 0.5" in capture.get()
+    assert "on a CPU: not a GPU's times" in capture.get()
+    assert not report.models_table(outcomes[:1], on_gpu=True).rows
 
 
 # ----------------------------------------------------------------------------------------- programs of others
