@@ -25,7 +25,7 @@ from bench.programs import Step, Task
 
 STEPS = (
     # What could go wrong at the first contact comes first, and what is most worth knowing.
-    programs.own("probe", part=1, limit_s=90),
+    programs.own("probe", part=1, limit_s=120),
     programs.own("select", part=1, limit_s=60),
     programs.own("tickets", part=1, limit_s=90, interpreted=True),
     programs.own("cooperative", part=1, limit_s=60, interpreted=True),
@@ -75,7 +75,10 @@ def attempt(step: Step, task: Task, left_s: float, journal: Journal) -> Outcome:
         if entry is not None and "found" in entry:
             journal.write(step=step.name, found=entry["found"])
 
-    ended = outside.run(step.command(task, limit_s), limit_s, heard, **step.environment(task))
+    # Tiny shapes gain nothing by a second thread, and lose much where others use the processors, too.
+    threads = {} if task.on_gpu else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {**threads, **step.environment(task)}
+    ended = outside.run(step.command(task, limit_s), limit_s, heard, **environment)
     result = step.judge(ended, task)
     if not any(programs.said(line) for line in ended.output.splitlines()):
         for found in result.found:  # the step had no way to say it itself

@@ -94,7 +94,7 @@ class Step:
 
 # ---------------------------------------------------------------------------------------------------- own steps
 def own(name: str, part: int, limit_s: float, interpreted: bool = False) -> Step:
-    """A step of `bench.steps`; ``interpreted`` = on a CPU it runs its kernels in Triton's interpreter."""
+    """A step of `bench.steps`; ``interpreted`` = kernels by name, which a CPU runs in Triton's interpreter."""
 
     def command(task: Task, limit_s: float) -> list[str]:
         given = [sys.executable, "-m", "bench.steps", name, "--device", task.device, "--limit", f"{limit_s}"]
@@ -103,7 +103,12 @@ def own(name: str, part: int, limit_s: float, interpreted: bool = False) -> Step
     def environment(task: Task) -> dict[str, str]:
         return {"TRITON_INTERPRET": "1" if interpreted and not task.on_gpu else "0"}
 
-    return Step(name, part, limit_s, command, lambda ended, task: judge_own(name, ended), environment)
+    def why_not(task: Task) -> str:
+        return "Triton is not installed" if interpreted and importlib.util.find_spec("triton") is None else ""
+
+    return Step(
+        name, part, limit_s, command, lambda ended, task: judge_own(name, ended), environment, why_not
+    )
 
 
 def said(line: str) -> Found | None:

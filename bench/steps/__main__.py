@@ -29,9 +29,11 @@ def say(**entry: object) -> None:
     print(MARK + json.dumps(entry), flush=True)
 
 
-def attempt(step: Step, settings: Settings) -> None:
-    """Run a step; whatever it raises is how it ends."""
+def attempt(name: str, settings: Settings) -> None:
+    """Run a step; whatever it raises, even as it is imported, is how it ends."""
     try:
+        module, _, function = STEPS[name].partition(":")
+        step: Step = getattr(importlib.import_module(f"bench.steps.{module}"), function)
         for found in step(settings):
             say(found=found)
     except NotAvailable as error:
@@ -57,8 +59,7 @@ def main() -> None:
     settings = settings_for(given.device)
     if given.relaunches is not None:
         settings = replace(settings, relaunches=given.relaunches)
-    module, _, function = STEPS[given.name].partition(":")
-    attempt(getattr(importlib.import_module(f"bench.steps.{module}"), function), settings)
+    attempt(given.name, settings)
 
 
 if __name__ == "__main__":

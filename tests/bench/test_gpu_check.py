@@ -216,6 +216,13 @@ def test_without_a_gpu_what_needs_one_is_skipped_with_a_reason(task: Task) -> No
     assert by_name["relaunch"].command(replace(task, relaunches=7), 30)[-2:] == ["--relaunches", "7"]
 
 
+def test_without_triton_its_kernels_are_skipped(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    reasons = {found.name: found.why_not(task) for found in gpu_check.STEPS}
+    assert reasons["tickets"] == "Triton is not installed"
+    assert reasons["float64"] == ""
+
+
 # --------------------------------------------------------------------------------------------- the command line
 def run(*arguments: str, **environment: str):
     return CliRunner().invoke(gpu_check.app, list(arguments), env=environment)
