@@ -14,7 +14,9 @@ COMMIT = "BENCH_COMMIT"
 
 def commit() -> str:
     """The commit of this checkout, by git or else by the variable; ``"unknown"`` if neither says."""
-    found = output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    found = ""
+    if (ROOT / ".git").exists():  # or git would answer for a repository around this folder
+        found = output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return found or os.environ.get(COMMIT) or "unknown"
 
 

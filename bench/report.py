@@ -75,7 +75,7 @@ def models_table(outcomes: Iterable[Outcome], on_gpu: bool) -> Table:
             lines.setdefault(key, {})[timing["way"]] = timing["median_us"] / 1e3
     for key, times in lines.items():
         shown = [f"{times[way]:.3g}" if way in times else "-" for way in ways]
-        whole = {"unpruned", "pruned"} <= times.keys()
+        whole = on_gpu and {"unpruned", "pruned"} <= times.keys()
         table.add_row(*key, *shown, f"{times['unpruned'] / times['pruned']:.2f}" if whole else "-")
     return table
 

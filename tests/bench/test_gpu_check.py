@@ -264,13 +264,16 @@ def test_wrong_options_are_named() -> None:
         assert expected in " ".join(result.output.replace("│", " ").split())
 
 
-def test_the_commit_is_an_argument_where_git_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_an_argument_where_git_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(commit.COMMIT, raising=False)
-    monkeypatch.setattr(commit, "output_of", lambda *command: "")
+    monkeypatch.setattr(commit, "ROOT", tmp_path)
+    monkeypatch.setattr(commit, "output_of", lambda *command: "fromgit")
     assert commit.commit() == "unknown"
     monkeypatch.setenv(commit.COMMIT, "abc123")
     assert commit.commit() == "abc123"
-    monkeypatch.setattr(commit, "output_of", lambda *command: "fromgit")
+    (tmp_path / ".git").mkdir()
     assert commit.commit() == "fromgit"
 
 
