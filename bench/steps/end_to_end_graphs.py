@@ -29,7 +29,7 @@ LAYERS = 8
 REPEATS = 5
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as in generate(): what compiles the graphs may not take tensors of inference mode
 def run_compiled_models(settings: Settings) -> Iterator[Found]:
     """Decode by a compiled ``generate()``, then compiled prefills, then CUDA graphs of prefills, which may fail."""
     on_gpu = cuda.is_cuda(settings.device)

@@ -19,7 +19,7 @@ CALLS = 6
 """The first runs as it is, the second is recorded, the others are replays; inputs change on the way."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_compiled(settings: Settings) -> Iterator[Found]:
     """Call it on changing inputs, among other work whose memory the graphs reuse."""
     on_gpu = cuda.is_cuda(settings.device)

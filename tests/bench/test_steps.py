@@ -20,9 +20,9 @@ import gap_triton
 from bench import cuda, exact, floor, operators, outside
 from bench.models import LLAMA, TINY_DECODERS, build, make_prompt, sharing_weights
 from bench.oracle import Oracle, relative_error
-from bench.outcome import NotAvailable, StepFailed
+from bench.outcome import Found, NotAvailable, StepFailed
 from bench.shapes import TINY_DECODER, TINY_TOWER, Case, Inputs, make_inputs
-from bench.steps import STEPS, end_to_end, one_or_several, waiting
+from bench.steps import STEPS, end_to_end, end_to_end_graphs, one_or_several, reduce_overhead, waiting
 from bench.steps.end_to_end import run_models
 from bench.steps.float64 import compare_with_float64
 from bench.steps.graphs import replay_graphs
@@ -180,6 +180,41 @@ def test_the_ways_of_a_gpu_run_on_stand_ins(monkeypatch: pytest.MonkeyPatch) -> 
     found = list(run_models(settings))
     assert {each["peak_bytes"] for each in found if "peak_bytes" in each} == {2**20}
     assert {each["host_waits"] for each in found if "host_waits" in each} == {0}
+
+
+def test_compiled_steps_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiling: `make gpu-check ARGS="--device cpu"` does that."""
+    options: list[dict[str, object]] = []
+
+    def compiled(function, **given):
+        options.append(given)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    *calls, last = reduce_overhead.run_compiled(tiny(CPU))
+    assert [found["wrong"] for found in calls] == [0] * reduce_overhead.CALLS
+    assert last == {"cudagraph_skips": 0}
+    assert options == [{"fullgraph": True, "backend": "aot_eager"}]
+    monkeypatch.setattr(exact, "differing", lambda left, right: torch.tensor(3))
+    with pytest.raises(StepFailed, match="call 0: 3 elements differ from the eager call"):
+        list(reduce_overhead.run_compiled(tiny(CPU)))
+
+    def generate(whole, prompt, extra, settings):
+        if extra:
+            raise ValueError("no such graph")
+        return {"compiled_us": 1.0}
+
+    monkeypatch.setattr(end_to_end_graphs, "_generate", generate)
+    found: list[Found] = []
+    with pytest.raises(StepFailed, match=r"^pruned, generate\(\) compiled: ValueError: no such graph$"):
+        found.extend(end_to_end_graphs.run_compiled_models(tiny(CPU)))
+    assert [(each["way"], each.get("mode"), "does_not_work" in each) for each in found] == [
+        ("unpruned", None, False),
+        ("unpruned", "compiled", False),
+        ("pruned", "compiled", False),
+        ("unpruned", "CUDA graph", True),
+        ("pruned", "CUDA graph", True),
+    ]
 
 
 def pruned_by(rows: torch.Tensor | None, x: Inputs) -> operators.Result:
