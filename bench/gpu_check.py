@@ -19,34 +19,38 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench import ROOT, commit, outcome, outside, programs, record, report
+from bench import ROOT, commit, outcome, outside, record, report
+from bench.benchmark_step import benchmarks
+from bench.gpu_tests import GPU_TESTS, KERNEL_TESTS, tests
 from bench.outcome import FAILED, SKIPPED, Journal, Outcome
-from bench.programs import Step, Task
+from bench.own_steps import own, said
+from bench.sanitizer import sanitizer, small_calls
+from bench.step import Step, Task
 
 STEPS = (
     # What could go wrong at the first contact comes first, and what is most worth knowing.
-    programs.own("probe", part=1, limit_s=120),
-    programs.own("select", part=1, limit_s=60),
-    programs.own("tickets", part=1, limit_s=90, interpreted=True),
-    programs.own("cooperative", part=1, limit_s=60, interpreted=True),
-    programs.own("hand-over", part=1, limit_s=60),
-    programs.own("crowded", part=1, limit_s=60, interpreted=True),
-    programs.own("one-or-several", part=1, limit_s=120, interpreted=True),
-    programs.own("reduce-overhead", part=1, limit_s=90),
-    programs.own("end-to-end", part=1, limit_s=180),
-    programs.own("end-to-end-graphs", part=1, limit_s=120),
-    programs.own("float64", part=1, limit_s=180),
-    programs.own("relaunch", part=2, limit_s=60),
-    programs.own("streams", part=2, limit_s=60),
-    programs.own("graphs", part=2, limit_s=90),
-    programs.own("host", part=2, limit_s=45),
-    programs.small_calls(part=2, limit_s=90),
-    programs.sanitizer("memcheck", part=2, limit_s=60),
-    programs.sanitizer("racecheck", part=2, limit_s=60),
-    programs.sanitizer("synccheck", part=2, limit_s=60),
-    programs.tests("kernel-tests", 2, 150, programs.KERNEL_TESTS),
-    programs.tests("gpu-tests", 2, 90, programs.GPU_TESTS),
-    programs.benchmarks(part=2, limit_s=180),
+    own("probe", part=1, limit_s=120),
+    own("select", part=1, limit_s=60),
+    own("tickets", part=1, limit_s=90, interpreted=True),
+    own("cooperative", part=1, limit_s=60, interpreted=True),
+    own("hand-over", part=1, limit_s=60),
+    own("crowded", part=1, limit_s=60, interpreted=True),
+    own("one-or-several", part=1, limit_s=120, interpreted=True),
+    own("reduce-overhead", part=1, limit_s=90),
+    own("end-to-end", part=1, limit_s=180),
+    own("end-to-end-graphs", part=1, limit_s=120),
+    own("float64", part=1, limit_s=180),
+    own("relaunch", part=2, limit_s=60),
+    own("streams", part=2, limit_s=60),
+    own("graphs", part=2, limit_s=90),
+    own("host", part=2, limit_s=45),
+    small_calls(part=2, limit_s=90),
+    sanitizer("memcheck", part=2, limit_s=60),
+    sanitizer("racecheck", part=2, limit_s=60),
+    sanitizer("synccheck", part=2, limit_s=60),
+    tests("kernel-tests", 2, 150, KERNEL_TESTS),
+    tests("gpu-tests", 2, 90, GPU_TESTS),
+    benchmarks(part=2, limit_s=180),
 )
 NAMES = tuple(step.name for step in STEPS)
 PARTS = (1, 2)
@@ -71,7 +75,7 @@ def attempt(step: Step, task: Task, left_s: float, journal: Journal) -> Outcome:
     start = time.monotonic()
 
     def heard(line: str) -> None:
-        entry = programs.said(line)
+        entry = said(line)
         if entry is not None and "found" in entry:
             journal.write(step=step.name, found=entry["found"])
 
@@ -80,7 +84,7 @@ def attempt(step: Step, task: Task, left_s: float, journal: Journal) -> Outcome:
     environment = {**threads, **step.environment(task)}
     ended = outside.run(step.command(task, limit_s), limit_s, heard, **environment)
     result = step.judge(ended, task)
-    if not any(programs.said(line) for line in ended.output.splitlines()):
+    if not any(said(line) for line in ended.output.splitlines()):
         for found in result.found:  # the step had no way to say it itself
             journal.write(step=step.name, found=found)
     result.seconds = time.monotonic() - start

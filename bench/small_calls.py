@@ -10,7 +10,7 @@ import sys
 import torch
 
 from bench.operators import DECODER_CALLS, TOWER_CALLS
-from bench.programs import FINAL_LINE
+from bench.sanitizer import FINAL_LINE
 from bench.shapes import TINY_DECODER, TINY_TOWER, Case, Shape, make_inputs
 
 SMALL_DECODER = Shape("small", 300, 20, 4, 2, 64, 200)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from bench.outcome import FAILED, PASSED, SKIPPED, Found, NotAvailable, StepFailed
-from bench.programs import MARK
+from bench.own_steps import MARK
 from bench.steps import STEPS
 from bench.steps.settings import Settings, settings_for
 from bench.words import first_line

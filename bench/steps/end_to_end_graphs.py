@@ -49,7 +49,7 @@ def run_compiled_models(settings: Settings) -> Iterator[Found]:
             yield {**where, "way": way, **_generate(whole, prompt, extra, settings)}
         except (
             Exception
-        ) as error:  # documented to work, so the step fails; the others still have something to say
+        ) as error:  # this is documented to work; what comes after has something to say all the same
             wrong.append(f"{way}, generate() compiled: {first_line(error)}")
     for way, (whole, extra) in ways.items():
         yield {**where, "way": way, "what": "prefill", "mode": "compiled", **_compiled_prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,10 +16,23 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import ROOT, commit, goals, gpu_check, outside, programs, record, report
+from bench import (
+    ROOT,
+    benchmark_step,
+    commit,
+    goals,
+    gpu_check,
+    gpu_tests,
+    outside,
+    own_steps,
+    record,
+    report,
+    sanitizer,
+)
 from bench.outcome import Found, Journal, Outcome, read
 from bench.outside import Ended
-from bench.programs import MARK, Step, Task
+from bench.own_steps import MARK
+from bench.step import Step, Task
 from bench.steps import STEPS
 
 GRANDCHILD = """
@@ -59,7 +73,7 @@ def step(name: str, code: str, limit_s: float = 20.0) -> Step:
         1,
         limit_s,
         lambda task, limit_s: program(code),
-        lambda ended, task: programs.judge_own(name, ended),
+        lambda ended, task: own_steps.judge_own(name, ended),
     )
 
 
@@ -217,7 +231,7 @@ def test_without_a_gpu_what_needs_one_is_skipped_with_a_reason(task: Task) -> No
 
 
 def test_without_triton_its_kernels_are_skipped(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reasons = {found.name: found.why_not(task) for found in gpu_check.STEPS}
     assert reasons["tickets"] == "Triton is not installed"
     assert reasons["float64"] == ""
@@ -344,12 +358,12 @@ def test_elsewhere(): pass
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting several takes longer than these tests."""
-    monkeypatch.setattr(programs, "side_by_side", list)
+    monkeypatch.setattr(gpu_tests, "side_by_side", list)
 
 
 def run_tests(task: Task, *arguments: str) -> Outcome:
     """A step of tests, on what stands for a GPU."""
-    tests = programs.tests("tests", 1, 60, ("--noconftest", *arguments))
+    tests = gpu_tests.tests("tests", 1, 60, ("--noconftest", *arguments))
     return tests.judge(outside.run(tests.command(task, 60), 60), task)
 
 
@@ -371,8 +385,8 @@ def test_tests_that_break_or_find_nothing_have_not_passed(tmp_path: Path, task: 
     outcome = run_tests(task, str(tmp_path / "nowhere.py"))
     assert outcome.status == "failed"
     assert "nowhere" in outcome.message
-    assert programs.judge_tests("tests", Ended(0, "", 9), task.junit, []).message == "nothing ran"
-    assert programs.judge_tests("tests", Ended(None, "", 9), task.junit, []).message == "ran past 9 s: "
+    assert gpu_tests.judge_tests("tests", Ended(0, "", 9), task.junit, []).message == "nothing ran"
+    assert gpu_tests.judge_tests("tests", Ended(None, "", 9), task.junit, []).message == "ran past 9 s: "
 
 
 @pytest.mark.parametrize(
@@ -389,25 +403,25 @@ def test_tests_that_break_or_find_nothing_have_not_passed(tmp_path: Path, task: 
     ],
 )
 def test_sanitizer(tool: str, output: str, status: str, message: str) -> None:
-    called = f"prune_tokens, tiny, torch.float32\n{programs.FINAL_LINE}\n"
-    outcome = programs.judge_sanitizer(tool, Ended(0, called + output, 60))
+    called = f"prune_tokens, tiny, torch.float32\n{sanitizer.FINAL_LINE}\n"
+    outcome = sanitizer.judge_sanitizer(tool, Ended(0, called + output, 60))
     assert (outcome.status, outcome.message) == (status, message)
     if status == "passed":
         assert outcome.found == [{"problems": 0, "calls": 1}]
-        outcome = programs.judge_sanitizer(tool, Ended(0, output, 60))
+        outcome = sanitizer.judge_sanitizer(tool, Ended(0, output, 60))
         assert "not every operator was called" in outcome.message
-        outcome = programs.judge_sanitizer(tool, Ended(None, output, 60))
+        outcome = sanitizer.judge_sanitizer(tool, Ended(None, output, 60))
         assert outcome.message == "ran past 60 s, after 0 calls"
 
 
 def test_without_a_sanitizer_nothing_passes(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    memcheck = programs.sanitizer("memcheck", 2, 60)
+    memcheck = sanitizer.sanitizer("memcheck", 2, 60)
     assert memcheck.why_not(replace(task, device="cuda")) == "compute-sanitizer is not on the PATH"
 
 
 def test_benchmarks_that_are_cut_short_leave_their_rows(task: Task) -> None:
-    benchmarks = programs.benchmarks(2, 60)
+    benchmarks = benchmark_step.benchmarks(2, 60)
     assert benchmarks.judge(Ended(0, "", 60), task).message == "nothing was timed"
     machine = record.Machine(*("-" for _ in fields(record.Machine)))
     for found in rows(1.0):
