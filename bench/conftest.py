@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import record, shapes, table
+from bench import machine, record, shapes, table
 from bench.harness import Bench
 from gap_triton.environment import default_device, device_name
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our table says the same per call, with floors and rivals
     device = device_of(config)
     config.stash[BENCH] = Bench(
-        device, config.getoption("budget"), config.getoption("csv"), record.machine(device)
+        device, config.getoption("budget"), config.getoption("csv"), machine.machine(device)
     )
 
 

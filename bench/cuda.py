@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from bench.outcome import NotAvailable
 
-class NeedsCuda(Exception):
+
+class NeedsCuda(NotAvailable):
     """Raised by what has no counterpart on a CPU."""
 
 
@@ -30,14 +32,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Hand unused memory back, so that another process finds it."""
+    """Hand unused memory back."""
     if is_cuda(device):
         torch.cuda.empty_cache()
 
 
+def stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of its own; on a CPU there is none."""
+    return torch.cuda.Stream(device) if is_cuda(device) else None
+
+
 def new_stream(device: torch.device) -> AbstractContextManager[object]:
     """A context whose work goes to a stream of its own; on a CPU, nothing."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if is_cuda(device) else nullcontext()
+    return on_stream(stream(device))
+
+
+def on_stream(chosen: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """A context whose work goes to a stream; None: to that which is current."""
+    return nullcontext() if chosen is None else torch.cuda.stream(chosen)
 
 
 def memory_bytes(device: torch.device) -> int:

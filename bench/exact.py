@@ -23,11 +23,16 @@ def differing(left: Result, right: Result) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def check(call: Call, x: Inputs) -> float:
-    """Compare one call on its default path with the reference in float64.
+def check(call: Call, x: Inputs, operator: Call | None = None) -> float:
+    """Compare one call with the reference in float64.
 
     Scores, log-sum-exp and importance are computed in float32 whatever the dtype of the model, and held to that; rows
     and indices must be exactly those that follow from the scores.
+
+    Args:
+        call: What is checked, on its default path.
+        x: Its inputs.
+        operator: The operator that the call is a way to run; None = the call itself.
 
     Returns:
         The largest error of a floating point result, relative to the result's mean size.
@@ -37,7 +42,7 @@ def check(call: Call, x: Inputs) -> float:
     """
     result = call(x)
     with gap_kernels.backend("reference"):
-        exact = call(x.double())
+        exact = (operator or call)(x.double())
         if len(result) >= 5:  # a pruned prompt, and its scores unless they were given
             scores, wanted = (result[5], exact[5]) if len(result) == 6 else (x.scores, x.scores)
             agree.close(wanted, scores, torch.float32)

@@ -66,10 +66,10 @@ def importance_work(case: Case, dtype: torch.dtype, rows: int, lse: bool = False
     return Work(batch * moved, batch * 2 * shape.query_heads * rows * keys * shape.head_dim)
 
 
-def prune_work(case: Case, dtype: torch.dtype) -> Work:
-    """Importance of the last row, and surviving rows of hidden states, cos, sin and ids, read and written; index written."""
+def prune_work(case: Case, dtype: torch.dtype, rows: int = 1) -> Work:
+    """Importance of the last rows; surviving rows of hidden states, cos, sin and ids, read and written; index written."""
     shape, batch = case.shape, case.batch
-    scoring = importance_work(case, dtype, rows=1)
+    scoring = importance_work(case, dtype, rows)
     row = (shape.channels + 2 * shape.head_dim) * dtype.itemsize + shape.axes * ID_BYTES
     return Work(scoring.bytes + batch * shape.length * (2 * row + ID_BYTES), scoring.flops)
 

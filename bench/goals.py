@@ -1,4 +1,4 @@
-"""What the kernels should reach on a GPU, judged from measured rows. A goal that is missed is reported, never asserted."""
+"""What should be reached on a GPU, judged from what was measured. A goal that is missed is reported, never asserted."""
 
 from __future__ import annotations
 
@@ -9,24 +9,55 @@ from bench.record import Row
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A time, and what else was seen of what took it.
+
+    Attributes:
+        subject: What was done, such as ``"prune_tokens"`` or ``"prefill"``.
+        where: On what, such as ``"llava-1.5-b1"``.
+        mode: ``"eager"`` or ``"graph"``.
+        way: Who did it: ``"triton"``, ``"pruned"``, or a rival.
+        median_us: Microseconds.
+        launches: On the device; None where nobody counted.
+        ratio: Of the time to its floor; None where there is none.
+    """
+
+    subject: str
+    where: str
+    mode: str
+    way: str
+    median_us: float
+    launches: float | None = None
+    ratio: float | None = None
+
+
+def of_row(row: Row) -> Measured:
+    """What a row of the benchmarks says."""
+    where = f"{row.shape}-b{row.batch}"
+    return Measured(row.operator, where, row.mode, row.implementation, row.median_us, row.launches, row.ratio)
+
+
+@dataclass(frozen=True)
 class Goal:
-    """A bound on one number of a row, or on its time beside a rival's.
+    """A bound on one number, or on a time beside a rival's.
 
     Attributes:
         text: What is asked, in words.
-        operator: Whose rows it is asked of.
-        mode: Of these rows.
+        subject: Of what it is asked.
+        mode: In which mode.
         number: ``"launches"``, ``"ratio"`` to the floor, ``"speed-up"`` over ``rival``, or ``"share"`` of its time.
         bound: At most this; for a speed-up, at least.
-        rival: Implementation that a speed-up or a share refers to.
+        rival: Way that a speed-up or a share refers to.
+        way: Way that is judged.
     """
 
     text: str
-    operator: str
+    subject: str
     mode: str
     number: str
     bound: float
     rival: str = ""
+    way: str = "triton"
 
 
 GOALS = (
@@ -60,7 +91,38 @@ GOALS = (
         3,
         "torch.topk + sort",
     ),
+    # The rest is 5% for noise.
+    Goal("prune_tokens is as fast as by one launch", "prune_tokens", "graph", "share", 1.05, "one launch"),
+    Goal(
+        "prune_tokens is as fast as by several launches",
+        "prune_tokens",
+        "graph",
+        "share",
+        1.05,
+        "several launches",
+    ),
+    Goal(
+        "a pruned prefill takes at most 5% longer than the oracle's",
+        "prefill",
+        "eager",
+        "share",
+        1.05,
+        "oracle",
+        "pruned",
+    ),
+    Goal(
+        "a pruned decode step takes at most 5% longer than the oracle's",
+        "decode, per token",
+        "eager",
+        "share",
+        1.05,
+        "oracle",
+        "pruned",
+    ),
 )
+
+
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -69,7 +131,7 @@ class Verdict:
 
     Attributes:
         goal: Its text.
-        where: Shape and batch; empty if nothing was measured.
+        where: On what; empty if nothing was measured.
         status: ``"met"``, ``"missed"`` or ``"not measured"``.
         value: The number that was measured.
         bound: The number that was asked.
@@ -84,32 +146,32 @@ class Verdict:
     factor: float | None
 
 
-def judge(rows: Sequence[Row]) -> list[Verdict]:
-    """Hold the rows of the Triton kernels against every goal, at every shape that was measured."""
+def judge(measured: Sequence[Measured]) -> list[Verdict]:
+    """Hold what was measured against every goal, wherever it was measured."""
     verdicts = []
     for goal in GOALS:
         found = [
             verdict
-            for row in rows
-            if (row.operator, row.mode, row.implementation) == (goal.operator, goal.mode, "triton")
-            if (verdict := _judge(goal, row, rows)) is not None
+            for ours in measured
+            if (ours.subject, ours.mode, ours.way) == (goal.subject, goal.mode, goal.way)
+            if (verdict := _judge(goal, ours, measured)) is not None
         ]
-        verdicts += found or [Verdict(goal.text, "", "not measured", None, goal.bound, None)]
+        verdicts += found or [Verdict(goal.text, "", NOT_MEASURED, None, goal.bound, None)]
     return verdicts
 
 
-def _judge(goal: Goal, row: Row, rows: Sequence[Row]) -> Verdict | None:
-    """The verdict on one row; None if its rival or its number wasn't measured."""
-    rival = next((r for r in rows if r.group == row.group and r.implementation == goal.rival), None)
+def _judge(goal: Goal, ours: Measured, measured: Sequence[Measured]) -> Verdict | None:
+    """The verdict on one time; None if its rival or its number wasn't measured."""
+    here = (ours.subject, ours.where, ours.mode)
+    rival = next((r for r in measured if (r.subject, r.where, r.mode, r.way) == (*here, goal.rival)), None)
     if goal.number in ("speed-up", "share"):
         if rival is None:
             return None
-        share = row.median_us / rival.median_us
+        share = ours.median_us / rival.median_us
         value: float | None = share if goal.number == "share" else 1 / share
     else:
-        value = row.launches if goal.number == "launches" else row.ratio
+        value = ours.launches if goal.number == "launches" else ours.ratio
     if value is None:
         return None
     factor = goal.bound / value if goal.number == "speed-up" else value / goal.bound
-    where = f"{row.shape}-b{row.batch}"
-    return Verdict(goal.text, where, "met" if factor <= 1 else "missed", value, goal.bound, factor)
+    return Verdict(goal.text, ours.where, "met" if factor <= 1 else "missed", value, goal.bound, factor)

@@ -39,6 +39,8 @@ class Contender:
         backend: Path of the operators inside ``call``.
         compile: Whether to run it under ``torch.compile``.
         matrix: Whether it builds the S x S matrix, in the dtype of the model.
+        rounds: Whether it rounds its result, as far as the dtype of the model would.
+        max_head_dim: Wider heads are skipped, as it computes wrong results for them.
         max_tokens: Longer prompts are skipped, because ``why_shorter``.
         why_shorter: The reason.
     """
@@ -48,6 +50,8 @@ class Contender:
     backend: str = "auto"
     compile: bool = False
     matrix: bool = False
+    rounds: bool = False
+    max_head_dim: int | None = None
     max_tokens: int | None = None
     why_shorter: str = ""
 
@@ -132,6 +136,8 @@ class Bench:
             return "kernels need a CUDA GPU and Triton"
         if contender.max_tokens is not None and case.shape.tokens > contender.max_tokens:
             return contender.why_shorter
+        if contender.max_head_dim is not None and case.shape.head_dim > contender.max_head_dim:
+            return f"it reads the first {contender.max_head_dim} columns of a head only"
         matrices = MATRICES * case.shape.matrix_bytes(case.batch, self.dtype)
         if contender.matrix and matrices > cuda.memory_bytes(self.device):
             return "the S x S matrix does not fit in memory"
@@ -151,7 +157,8 @@ class Bench:
             result = call(sets[0])
             with backend("reference"):
                 expected = subject.call(sets[0])
-            subject.agree(sets[0], expected, result, self.dtype if contender.matrix else torch.float32)
+            rounded = contender.matrix or contender.rounds
+            subject.agree(sets[0], expected, result, self.dtype if rounded else torch.float32)
             del expected, result
             functions = [functools.partial(call, x) for x in sets]
             launches = timing.launches(functions[0], self.device) if cuda.is_cuda(self.device) else None

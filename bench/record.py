@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import csv
-import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-import gap_triton
 from bench import ROOT
-from gap_triton.environment import device_name, installed_versions
 
 CSV = ROOT / "bench" / "results" / "microbenchmarks.csv"
 
@@ -76,41 +68,6 @@ class Row:
 
 
 COLUMNS = [field.name for kind in (Machine, Row) for field in fields(kind)]
-
-
-def machine(device: torch.device) -> Machine:
-    """What is known about this machine and checkout."""
-    versions = installed_versions()
-    return Machine(
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=_output("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
-        device=device_name(device),
-        driver=_driver() if device.type == "cuda" else "-",
-        cpu=_cpu(),
-        torch=str(torch.__version__),
-        triton=versions["triton"] or "-",
-        gap_triton=gap_triton.__version__,
-    )
-
-
-def _output(*command: str) -> str:
-    """What a command prints, or nothing if it isn't there or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def _driver() -> str:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return lines[0] if lines else "unknown"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def append(path: Path, where: Machine, row: Row) -> None:

@@ -135,6 +135,15 @@ def flash_attention() -> Call | None:
     return call
 
 
+def column_means() -> Call | None:
+    """The flash-colsum package where it is installed, else None. It adds by float atomics and returns float16."""
+    try:
+        from flash_colsum import flash_colsum
+    except ImportError:
+        return None
+    return lambda x: (flash_colsum(x.query.contiguous(), x.key.contiguous()).float(),)
+
+
 def plain_topk(x: Inputs) -> Result:
     """The definition of ``topk_indices``, without the operator around it, for ``torch.compile`` to see through."""
     return (select_reference(x.scores, x.keep, None, x.keep),)

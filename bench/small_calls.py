@@ -1,13 +1,16 @@
-"""Every operator once, on small shapes, for compute-sanitizer to watch: ``python -m bench.small_calls``.
+"""Every operator once, on small shapes, for compute-sanitizer to watch: ``python -m bench.small_calls DEVICE``.
 
-Prints ``DONE`` as its last line, so that a run which stopped on the way can't pass for a clean one.
+Prints a final line, so that a run which stopped on the way can't pass for a clean one.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from bench.operators import DECODER_CALLS, TOWER_CALLS
+from bench.sanitizer import FINAL_LINE
 from bench.shapes import TINY_DECODER, TINY_TOWER, Case, Shape, make_inputs
 
 SMALL_DECODER = Shape("small", 300, 20, 4, 2, 64, 200)
@@ -15,13 +18,11 @@ SMALL_DECODER = Shape("small", 300, 20, 4, 2, 64, 200)
 
 SMALL_TOWER = Shape("small-tower", 150, 0, 2, 2, 72, 0)
 
-DONE = "every operator was called"
-
 
 def main() -> None:
     """Call them all, in both dtypes, and wait for each."""
     # Without gap_triton, as importing transformers takes long under a sanitizer.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(sys.argv[1])
     for dtype in (torch.bfloat16, torch.float32):
         for shapes, calls in (
             ((TINY_DECODER, SMALL_DECODER), DECODER_CALLS),
@@ -34,7 +35,7 @@ def main() -> None:
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     print(f"{name}, {shape.name}, {dtype}", flush=True)
-    print(DONE, flush=True)
+    print(FINAL_LINE, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ CONTENDERS = [
     *ours(operators.attention_received),
     compiled(rivals.plain_received, max_tokens=COMPILED_TOKENS),
     Contender("eager mean", rivals.eager_received, matrix=True),
+    Contender("flash-colsum", rivals.column_means(), rounds=True, max_head_dim=64),
 ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -39,10 +40,9 @@ class Quantiles:
 
 
 def quantiles(times: Iterable[float]) -> Quantiles:
-    """Quantiles of per-call times, by linear interpolation."""
-    values = torch.tensor(list(times), dtype=torch.float64)
-    p20, median, p80 = torch.quantile(values, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Quantiles(median, p20, p80)
+    """Quantiles of per-call times, at least two of them, by linear interpolation."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return Quantiles(median=tenths[4], p20=tenths[1], p80=tenths[7])
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,60 @@ def rotation(functions: Sequence[Function], burst: int, device: torch.device) ->
     return run
 
 
+@dataclass(frozen=True)
+class Round:
+    """What is measured again and again: ``measure`` returns microseconds per call, of ``calls`` calls."""
+
+    measure: Callable[[], float]
+    calls: int
+
+
+def in_turn(
+    ways: Mapping[str, Sequence[Function]],
+    device: torch.device,
+    budget_s: float = BUDGET_S,
+    graphs: bool = False,
+) -> dict[str, list[float]]:
+    """Time several ways, a round of each after one of every other, so that a clock which changes changes it for all.
+
+    Args:
+        ways: Functions by name; the calls of a way go through its functions, round and round.
+        device: Where.
+        budget_s: Seconds for all of them together, more or less.
+        graphs: Whether to replay CUDA graphs, rather than to call the functions.
+
+    Returns:
+        Time per call of each round, by name.
+    """
+    make = _graph_round if graphs else _eager_round
+    rounds = {name: make(functions, device) for name, functions in ways.items()}
+    seconds = sum(each.measure() * each.calls for each in rounds.values()) * 1e-6
+    number = min(max(int(budget_s / seconds), MIN_ROUNDS), MAX_ROUNDS)
+    times: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(number):
+        for name, each in rounds.items():
+            times[name].append(each.measure())
+    return times
+
+
 def eager(functions: Sequence[Function], device: torch.device, budget_s: float = BUDGET_S) -> list[float]:
     """Time per call of each round: host, launches, device and a share of one synchronisation."""
-    chosen = plan(functions, device, budget_s)
-    run = rotation(functions, chosen.burst, device)
-    return [timed(run, device) * 1e6 / chosen.burst for _ in range(chosen.rounds)]
+    return in_turn({"": functions}, device, budget_s)[""]
 
 
 def graph(functions: Sequence[Function], device: torch.device, budget_s: float = BUDGET_S) -> list[float]:
-    """Time per call of each replay of a graph that holds the functions one after another, round and round.
+    """Time per call of each replay of a graph that holds the functions one after another, round and round."""
+    return in_turn({"": functions}, device, budget_s, graphs=True)[""]
 
-    Between two events on the device, so the host's part and the launch of the graph itself are left out.
-    """
+
+def _eager_round(functions: Sequence[Function], device: torch.device) -> Round:
+    burst = plan(functions, device, 0.0).burst
+    run = rotation(functions, burst, device)
+    return Round(lambda: timed(run, device) * 1e6 / burst, burst)
+
+
+def _graph_round(functions: Sequence[Function], device: torch.device) -> Round:
+    """Between two events on the device, so the host's part and the launch of the graph itself are left out."""
     cuda.require_cuda(device, "a CUDA graph")
     for function in functions:
         function()
@@ -107,16 +149,16 @@ def graph(functions: Sequence[Function], device: torch.device, budget_s: float =
             function()
 
     captured = cuda.capture(all_calls, device)
-    seconds = min(timed(captured.replay, device) for _ in range(3))
-    times = []
-    for _ in range(min(max(int(budget_s / seconds), MIN_ROUNDS), MAX_ROUNDS)):
+
+    def measure() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         captured.replay()
         end.record()
         cuda.synchronize(device)
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return times
+        return begin.elapsed_time(end) * 1e3 / len(calls)
+
+    return Round(measure, len(calls))
 
 
 def host(
@@ -148,6 +190,11 @@ def launches(function: Function, device: torch.device) -> float | None:
 
     A whole number unless calls differ, or the profiler lost an event. None if it saw nothing: then it doesn't work here.
     """
+    return len(launched(function, device)) / LAUNCH_CALLS or None
+
+
+def launched(function: Function, device: torch.device) -> list[str]:
+    """Names of what the device runs for ``LAUNCH_CALLS`` calls: kernels, copies and fills, as the profiler saw them."""
     cuda.require_cuda(device, "counting launches")
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     function()
@@ -157,10 +204,10 @@ def launches(function: Function, device: torch.device) -> float | None:
             for _ in range(LAUNCH_CALLS):
                 function()
             cuda.synchronize(device)
-    return device_events(profile.events()) / LAUNCH_CALLS or None
+    return device_events(profile.events())
 
 
-def device_events(events: Iterable[Any]) -> int:
-    """How many of a profile's events ran on the device; ranges that only annotate it aren't counted."""
+def device_events(events: Iterable[Any]) -> list[str]:
+    """Names of those of a profile's events that ran on the device; ranges that only annotate it aren't among them."""
     on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-    return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
+    return [event.name for event in on_device if not getattr(event, "is_user_annotation", False)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 import sys
 import time
@@ -19,25 +18,12 @@ import torch
 from rich.console import Console
 from support import fake_cuda
 from torch.autograd import DeviceType
-from typer.testing import CliRunner
 
-from bench import (
-    agree,
-    cuda,
-    exact,
-    floor,
-    goals,
-    gpu_check,
-    harness,
-    operators,
-    outside,
-    record,
-    rivals,
-    steps,
-)
+from bench import agree, cuda, exact, floor, goals, harness, operators, outside, record, rivals
 from bench import table as tables
+from bench.machine import machine
 from bench.shapes import TINY_DECODER, TINY_TOWER, Case, find, make_inputs
-from bench.timing import device_events, eager, plan, quantiles, rotation
+from bench.timing import device_events, eager, in_turn, plan, quantiles, rotation
 
 CPU = torch.device("cpu")
 TINY = Case(TINY_DECODER, 2)
@@ -58,7 +44,7 @@ class Timer:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> harness.Bench:
-    made = harness.Bench(CPU, 0.001, tmp_path / "rows.csv", record.machine(CPU))
+    made = harness.Bench(CPU, 0.001, tmp_path / "rows.csv", machine(CPU))
     made.rates = RATES
     return made
 
@@ -70,12 +56,12 @@ def prune_subject() -> harness.Subject:
 def test_every_benchmark_runs_and_lands_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     command = [sys.executable, "-m", "pytest", "-q", "bench", "-k", "not compiled", "--csv", str(path)]
-    code, output = outside.run(
+    ended = outside.run(
         [*command, "--shapes", "tiny,tiny-tower", "--budget", "0.002", "--device", "cpu"], 200
     )
-    assert code == 0, output
-    assert "No GPU: times of the PyTorch reference on a CPU" in output
-    assert "triton not timed: kernels need a CUDA GPU and Triton (" in output
+    assert ended.status == 0, ended.output
+    assert "No GPU: times of the PyTorch reference on a CPU" in ended.output
+    assert "triton not timed: kernels need a CUDA GPU and Triton (" in ended.output
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == record.COLUMNS
@@ -229,7 +215,22 @@ def test_eager_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(functions, CPU, 0.001).burst == 20
     sleeps = [functools.partial(time.sleep, 400e-6)]
     assert 1 < plan(sleeps, CPU, 0.001).burst <= 5
-    assert 400 < min(eager(sleeps, CPU, 0.001)) < 790  # two calls take 800 us and more
+    assert 400 < min(eager(sleeps, CPU, 0.05)) < 790  # two calls take 800 us and more
+
+
+def test_ways_take_turns() -> None:
+    calls: list[str] = []
+
+    def way(name: str):
+        def run() -> None:
+            calls.append(name)
+            time.sleep(1e-4)
+
+        return run
+
+    times = in_turn({"a": [way("a")], "b": [way("b")]}, CPU, 0.004)
+    assert len(times["a"]) == len(times["b"]) >= 5
+    assert "".join(calls).endswith("ab" * len(times["a"]))
 
 
 def test_quantiles() -> None:
@@ -241,7 +242,7 @@ def test_launches_are_what_ran_on_the_device() -> None:
     kernel = SimpleNamespace(device_type=DeviceType.CUDA, name="kernel")
     marked = SimpleNamespace(device_type=DeviceType.CUDA, name="range", is_user_annotation=True)
     host = SimpleNamespace(device_type=DeviceType.CPU, name="aten::add")
-    assert device_events([host, kernel, marked, kernel]) == 2
+    assert device_events([host, kernel, marked, kernel]) == ["kernel", "kernel"]
 
 
 def test_reasons_to_skip(bench: harness.Bench) -> None:
@@ -251,6 +252,9 @@ def test_reasons_to_skip(bench: harness.Bench) -> None:
     )
     assert bench.why_not(TINY, harness.Contender("m", rivals.fastv_prune, matrix=True)) == ""
     assert bench.why_not(TINY, harness.Contender("f", None)) == "not installed"
+    narrow = harness.Contender("c", rivals.eager_received, max_head_dim=64)
+    assert bench.why_not(wide, narrow) == "it reads the first 64 columns of a head only"
+    assert bench.why_not(TINY, narrow) == ""
     assert "unrolled" in bench.why_not(wide, harness.compiled(rivals.plain_attention, max_tokens=4096))
     with pytest.raises(pytest.skip.Exception, match="not installed"):
         bench.measure(Timer(), prune_subject(), TINY, harness.Contender("f", None))
@@ -261,7 +265,7 @@ def test_files_of_other_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("date,time\n")
     with pytest.raises(ValueError, match="expected the columns date, commit, device"):
-        record.append(path, record.machine(CPU), make_row())
+        record.append(path, machine(CPU), make_row())
 
 
 def make_row(**fields: object) -> record.Row:
@@ -288,7 +292,7 @@ def test_rows_survive_the_file_and_stay_apart_from_earlier_ones(tmp_path: Path) 
     path = tmp_path / "folder" / "rows.csv"
     rows = [make_row(), make_row(launches=None, mode="eager")]
     for row in rows:
-        record.append(path, record.machine(CPU), row)
+        record.append(path, machine(CPU), row)
     assert record.read(path) == rows
     assert path.read_text().count("date,") == 1
 
@@ -302,7 +306,9 @@ def test_goals_are_judged_by_the_rows_of_the_kernels() -> None:
         make_row(operator="attention, importance", implementation="triton without", median_us=20.0),
         make_row(shape="llava-next", launches=3.0, ratio=3.0),
     ]
-    verdicts = {(verdict.goal, verdict.where): verdict for verdict in goals.judge(rows)}
+    verdicts = {
+        (verdict.goal, verdict.where): verdict for verdict in goals.judge(list(map(goals.of_row, rows)))
+    }
     here = "llava-1.5-b1"
     assert verdicts["prune_tokens is one launch", here].status == "met"
     assert verdicts["prune_tokens is one launch", "llava-next-b1"].factor == 3.0
@@ -312,7 +318,20 @@ def test_goals_are_judged_by_the_rows_of_the_kernels() -> None:
     assert (fastv.status, fastv.factor) == ("missed", 1.5)
     assert verdicts["importance adds at most 10% to attention", here].status == "met"
     assert verdicts["prune_tokens is 5 times as fast as PyTorch, eager", ""].status == "not measured"
-    assert all(v.status == "not measured" for v in goals.judge([make_row(implementation="reference")]))
+    reference = goals.of_row(make_row(implementation="reference"))
+    assert all(verdict.status == "not measured" for verdict in goals.judge([reference]))
+
+
+def test_a_pruned_model_is_judged_by_the_oracle() -> None:
+    def measured(way: str, us: float) -> goals.Measured:
+        return goals.Measured("prefill", "llama-7b", "eager", way, us)
+
+    verdicts = goals.judge(
+        [measured("unpruned", 300.0), measured("pruned", 126.0), measured("oracle", 100.0)]
+    )
+    (verdict,) = [verdict for verdict in verdicts if verdict.status != "not measured"]
+    assert (verdict.status, verdict.value) == ("missed", 1.26)
+    assert verdict.factor == pytest.approx(1.2)
 
 
 def test_the_table_compares_within_a_group() -> None:
@@ -340,224 +359,8 @@ def test_graphs_in_the_harness(bench: harness.Bench, monkeypatch: pytest.MonkeyP
     assert bench.number_of_sets(Case(find("qwen2.5-vl-video"), 8), floor.Work(bytes=2**30, flops=0)) == 1
 
 
-def test_graph_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = steps.tiny(CPU)
-    with pytest.raises(cuda.NeedsCuda, match="a CUDA graph needs CUDA, this is cpu"):
-        steps.replay_graphs(settings)
-    fake_cuda.install(monkeypatch)
-    assert len(steps.replay_graphs(settings)["operators"]) == len(operators.DECODER_CALLS) + len(
-        operators.TOWER_CALLS
-    )
-
-    monkeypatch.setattr(fake_cuda.FakeGraph, "replay", lambda graph: None)
-    with pytest.raises(steps.StepFailed, match="prune_tokens: a replay differs from the eager call"):
-        steps.replay_graphs(settings)
-
-
-def test_steps_find_what_changes_from_launch_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = steps.tiny(CPU)
-    launches = iter(range(10**9))
-    right = operators.prune_tokens
-
-    def drifting(x):
-        *rest, scores = right(x)
-        return *rest, scores * (1 + 1e-6 * (next(launches) == 20))
-
-    monkeypatch.setattr(operators, "prune_tokens", drifting)
-    with pytest.raises(steps.StepFailed, match=r"\d+ elements differ from the first launch"):
-        steps.relaunch(settings)
-    launches = iter([20] * 4 + [0] * 10**4)
-    monkeypatch.setitem(operators.DECODER_CALLS, "prune_tokens", drifting)
-    with pytest.raises(steps.StepFailed, match=r"results differ from one stream's: prune_tokens$"):
-        steps.run_on_streams(settings)
-
-
-@pytest.mark.parametrize("name", [*operators.DECODER_CALLS, *operators.TOWER_CALLS])
-def test_every_result_is_held_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, shape = (
-        (operators.DECODER_CALLS, TINY_DECODER)
-        if name in operators.DECODER_CALLS
-        else (operators.TOWER_CALLS, TINY_TOWER)
-    )
-    right = calls[name]
-    x = make_inputs(Case(shape, 2), torch.bfloat16, CPU)
-    assert exact.check(right, x) < 0.05
-    for part in range(len(right(x))):
-
-        def wrong(x, part=part):
-            result = [tensor.clone() for tensor in right(x)]
-            if x.query.dtype != torch.float64:
-                result[part][-1, 0] += 1
-            return tuple(result)
-
-        with pytest.raises(AssertionError):
-            exact.check(wrong, x)
-    monkeypatch.setitem(calls, name, wrong)
-    with pytest.raises(steps.StepFailed, match=f"{name}, .*: AssertionError"):
-        steps.compare_with_float64(steps.tiny(CPU))
-
-
 def test_differing_counts_bits() -> None:
     left = (torch.tensor([0.0, 1.0, float("nan")]), torch.tensor([1, 2]))
     right = (torch.tensor([-0.0, 1.0, float("nan")]), torch.tensor([1, 3]))
     assert int(exact.differing(left, left)) == 0
     assert int(exact.differing(left, right)) == 2
-
-
-TESTS = """
-import pytest
-
-def test_right(): pass
-
-def test_wrong(): assert 1 == 2, "one is not two"
-
-@pytest.mark.skip(reason="not here")
-def test_elsewhere(): pass
-"""
-
-
-def test_gpu_check_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "test_made.py").write_text(TESTS)
-    planned = gpu_check.all_steps(
-        steps.tiny(CPU),
-        tmp_path / "rows.csv",
-        lambda: 200.0,
-        kernel_tests=("--noconftest", str(tmp_path / "test_made.py")),
-        gpu_tests=("--noconftest", str(tmp_path / "test_made.py"), "-k", "right"),
-        benchmark_arguments=("-k", "topk and not compiled", "--shapes", "tiny", "--budget", "0.001"),
-    )
-    path = tmp_path / "out" / "report.json"
-    outcomes = gpu_check.check(planned, CPU, path)
-    report = json.loads(path.read_text())
-    status = {step["name"]: step["status"] for step in report["steps"]}
-    assert status == {
-        "machine": "passed",
-        "float64": "passed",
-        "kernel-tests": "failed",
-        "gpu-tests": "passed",
-        "relaunch": "passed",
-        "streams": "passed",
-        "graphs": "skipped",
-        "host": "passed",
-        "benchmarks": "passed",
-        "memcheck": "skipped",
-        "racecheck": "skipped",
-    }
-    assert report["complete"]
-    assert report["failed"] == ["kernel-tests"]
-    assert report["commit"]
-    assert report["torch"] == torch.__version__
-    found = {step["name"]: step["found"] for step in report["steps"]}
-    assert [found["kernel-tests"][kind] for kind in ("passed", "failed", "skipped")] == [1, 1, 1]
-    (failing,) = found["kernel-tests"]["failing"]
-    assert failing["name"].endswith("::test_wrong")
-    assert "one is not two" in failing["message"]
-    assert found["relaunch"]["launches"] == 25
-    assert found["float64"]["path"].startswith("reference")
-    assert len(found["host"]["host_us"]) == len(operators.DECODER_CALLS) + len(operators.TOWER_CALLS)
-    assert {row["implementation"] for row in found["benchmarks"]["rows"]} == {
-        "reference",
-        "torch.topk + sort",
-    }
-    assert {goal["status"] for goal in found["benchmarks"]["goals"]} == {"not measured"}
-    assert "[11/11] racecheck ..." in capsys.readouterr().out
-    assert len(gpu_check.tables(outcomes, "title")) == 2
-
-
-def test_gpu_check_goes_on_after_a_failure_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(settings: steps.Settings) -> steps.Found:
-        raise RuntimeError("a launch failed")
-
-    monkeypatch.setattr(steps, "measure_machine", broken)
-    options = ["--device", "cpu", "--relaunches", "20", "--only", "machine", "--only", "relaunch"]
-    run = functools.partial(
-        CliRunner().invoke, gpu_check.app, env={"GPU_CHECK_OUTPUT": str(tmp_path / "r.json")}
-    )
-    result = run(options)
-    assert result.exit_code == 1
-    assert "RuntimeError: a launch failed" in result.output
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [step["status"] for step in report["steps"]] == ["failed", "passed"]
-    assert run([*options[:4], "--only", "relaunch", "--only", "gpu-tests"]).exit_code == 0
-    assert run([*options[:4], "--only", "memcheck", "--budget", "1"]).exit_code == 0
-    (step,) = json.loads((tmp_path / "r.json").read_text())["steps"]
-    assert (step["status"], step["message"]) == ("skipped", "no time is left; raise --budget")
-    result = run(["--only", "graph"])
-    assert result.exit_code == 2
-    assert "expected one of machine, float64" in " ".join(result.output.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("tool", "prints", "problem"),
-    [
-        ("memcheck", "ERROR SUMMARY: 0 errors", None),
-        ("memcheck", "ERROR SUMMARY: 3 errors", "memcheck reports 3 problems"),
-        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
-        ("racecheck", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "reports 2 problems"),
-        ("racecheck", "ERROR SUMMARY: 0 errors", "printed no summary"),
-    ],
-)
-def test_sanitizer(tool: str, prints: str, problem: str | None, tmp_path: Path, monkeypatch) -> None:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(
-        f'#!/bin/sh\necho "prune_tokens, tiny, torch.float32"\necho "{outside.DONE}"\necho "{prints}"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    if problem is None:
-        assert outside.sanitize(tool, 20) == {"exit": 0, "problems": 0, "calls": 1}
-        program.write_text(f'#!/bin/sh\necho "{prints}"\n')
-        with pytest.raises(steps.StepFailed, match="not every operator was called"):
-            outside.sanitize(tool, 20)
-        program.write_text("#!/bin/sh\necho Device not supported\n")
-        with pytest.raises(outside.NotAvailable):
-            outside.sanitize(tool, 20)
-        program.write_text("#!/bin/sh\nexec sleep 20\n")
-        with pytest.raises(steps.StepFailed, match="ran past 1 s"):
-            outside.sanitize(tool, 1)
-    else:
-        with pytest.raises(steps.StepFailed, match=problem):
-            outside.sanitize(tool, 20)
-
-
-def test_without_a_sanitizer_nothing_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(outside.NotAvailable, match="compute-sanitizer is not on the PATH"):
-        outside.sanitize("memcheck", 1)
-
-
-def test_pytest_that_breaks_or_runs_nothing_has_not_passed(tmp_path: Path) -> None:
-    made = tmp_path / "test_made.py"
-    made.write_text("import pytest\n\n@pytest.mark.skip\ndef test(): pass\n")
-    with pytest.raises(steps.StepFailed, match="nothing ran"):
-        outside.run_tests(("--noconftest", str(made)), 60)
-    with pytest.raises(steps.StepFailed, match="nowhere"):
-        outside.run_tests(("--noconftest", str(tmp_path / "nowhere.py")), 60)
-
-
-INTERPRETED = """
-import gap_kernels, torch
-from gap_kernels.backends import triton_is_interpreted
-from dataclasses import replace
-from bench import small_calls, steps
-assert triton_is_interpreted()
-settings = replace(steps.tiny(torch.device("cpu")), relaunches=4, threads=1, repeats=1)
-with gap_kernels.backend("triton"):
-    found = steps.compare_with_float64(settings)
-    assert found["path"] == "triton", found
-    steps.relaunch(settings)
-    steps.run_on_streams(settings)
-print("the kernels ran")
-"""
-
-
-def test_steps_on_the_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and numpy.__version__ >= "2.4":
-        pytest.skip("the interpreter of Triton before 3.7 can't loop to a scalar with numpy 2.4 or later")
-    code, output = outside.run([sys.executable, "-c", INTERPRETED], 200, TRITON_INTERPRET="1")
-    assert code == 0, output
-    assert "the kernels ran" in output
