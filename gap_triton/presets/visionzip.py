@@ -11,10 +11,11 @@ def configure(budget: float | int = 64, score: Score = "cls") -> GapConfig:
 
     The released code also keeps the CLS token itself; it has no place in the image, and is left out here. It puts
     contextual tokens after the dominant ones and numbers all of them from 0; here every one keeps the place and the
-    id of the token that the others were merged into.
+    id of the token that the others were merged into. It compares tokens by keys that are averaged over the heads; here by
+    whole keys.
 
     Args:
         budget: Share or count of tokens kept, contextual ones included (published: 64, 128, 192 of 576).
-        score: ``"received"`` for a vision encoder without CLS token, as the released code does on SigLIP and Qwen.
+        score: ``"received"`` for a vision encoder without CLS token.
     """
     return GapConfig(keep=check_budget(budget), layer=-1, score=score, merge="contextual")
