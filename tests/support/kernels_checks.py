@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gap_kernels import blocks, tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
@@ -656,3 +657,43 @@ def test_aggregate_with_nan_across_tiles(dtype: torch.dtype, generator: torch.Ge
     torch.testing.assert_close(
         collected, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype], equal_nan=True
     )
+
+
+def test_aggregate_in_blocks_of_anchors(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a few anchors at a time, as where all of them would take too much memory."""
+    features = torch.randn(2, 70, 24, generator=generator).to(DEVICE)
+    anchors = torch.stack([torch.randperm(70, generator=generator)[:37] for _ in range(2)]).to(DEVICE)
+    anchors[0, 5] = -1
+    pillars = anchors % 3 == 0
+    given = (features, features, anchors, 10, 4.0, pillars, 0.5)
+    whole = aggregate.spatial_aggregate(*given)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2 * 80 * 18)
+    launched = launches(monkeypatch)
+    assert torch.equal(aggregate.spatial_aggregate(*given), whole)
+    assert [name for name, _ in launched] == ["spatial_weights_kernel", "spatial_aggregate_kernel"] * 3
+
+
+def test_each_cosine_is_computed_once(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many channels are collected by it, and so tiles of them."""
+    similarity = torch.randn(1, 64, 16, generator=generator).to(DEVICE)
+    anchors = torch.arange(20, device=DEVICE)[None]
+    launched = launches(monkeypatch)
+    for channels in (16, 512):
+        features = torch.randn(1, 64, channels, generator=generator).to(DEVICE)
+        aggregate.spatial_aggregate(features, similarity, anchors, 8, 4.0, None, 1.0)
+    grids = [grid for name, grid in launched if name == "spatial_weights_kernel"]
+    chosen = tiles.spatial_weights(torch.float32)
+    assert grids == [(-(-20 // chosen.rows) * (64 // chosen.columns),)] * 2
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Return what will hold the name and grid of every launch of aggregation."""
+    launched: list[tuple[str, tuple[int, ...]]] = []
+    launch = aggregate.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
+        launched.append((kernel.__name__, grid))
+        launch(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(aggregate, "launch", noted)
+    return launched
