@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test fuzz lint bench gpu-check compat endurance kernel-table clean
+.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -20,11 +20,12 @@ help:
 	@echo "make fuzz   100,000 random calls, right and wrong, of all operators and strategies (about 10 minutes)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  microbenchmarks against PyTorch, sdpa and FastV's way; rows in bench/results/ (ARGS=... for pytest)"
+	@echo "make instructions  what the hooks add to a prefill and a decode step, in instructions counted by valgrind (6 minutes)"
 	@echo "make gpu-check  everything that needs a GPU, within 450 s (--budget): results, races, graphs, times (ARGS=--help)"
 	@echo "make compat  kernel tests on an older and the newest torch and Triton, core tests on three versions of transformers"
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
-	@echo "make kernel-table  what the kernels need on five GPUs, in docs/kernels.md; needs none (about 5 minutes)"
+	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
@@ -44,6 +45,9 @@ lint: $(VENV)/.installed-dev
 bench:
 	$(call where_the_gpu_is,-m pytest -q bench $(ARGS),bench)
 
+instructions: $(VENV)/.installed-test
+	$(BIN)/python -m bench.instructions $(ARGS)
+
 gpu-check:
 	$(call where_the_gpu_is,-m bench.gpu_check $(ARGS),test)
 
@@ -59,6 +63,7 @@ endurance: $(VENV)/.installed-test
 
 kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/scripts/kernels_aot.py
+	PYTHONPATH=tests:. $(BIN)/python -m scripts.critical_path
 	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:

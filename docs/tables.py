@@ -27,11 +27,18 @@ def with_tables(text: str, folder: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         results = json.loads((ROOT / match["file"]).read_text(encoding="utf-8"))
-        made, source = kernel_table(results) if "triton" in results else demo_table(results)
+        made, source = table_of(results)
         link = (ROOT / match["file"]).relative_to(folder).as_posix()
         return f"{match[1]}{made}\n*{source}; [{Path(match['file']).name}]({link}).*\n{match[3]}"
 
     return PLACE.sub(table, text)
+
+
+def table_of(results: dict[str, Any]) -> tuple[str, str]:
+    """Return the table of a results file, and where its contents come from."""
+    if "copy_tb_per_s" in results:
+        return path_table(results)
+    return kernel_table(results) if "triton" in results else demo_table(results)
 
 
 def demo_table(results: dict[str, Any]) -> tuple[str, str]:
@@ -70,6 +77,23 @@ def kernel_table(results: dict[str, Any]) -> tuple[str, str]:
         ),
     ]
     return "\n".join(lines) + "\n", f"registers / KiB of shared memory; triton {results['triton']}"
+
+
+def path_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return what is in series when tokens are pruned, and where it comes from."""
+    lines = [
+        "| prompt | way | launches | programs | waves | trips in series | wide accesses, MiB | floor, MiB | floor, us |",
+        "|" + "---|" * 9,
+    ]
+    for row in results["rows"]:
+        way = f"**{row['way']}**" if row["chosen"] else row["way"]
+        programs = " + ".join(f"{number:,}" for number in row["programs"])
+        waves = " + ".join(f"{number:g}" for number in row["waves"])
+        lines.append(
+            f"| {row['case']} | {way} | {row['launches']} | {programs} | {waves} | {row['trips']} "
+            f"| {row['wide_mib']:g} | {row['floor_mib']:g} | {row['floor_us']:g} |"
+        )
+    return "\n".join(lines) + "\n", f"counted, not timed; sm_90; triton {results['triton']}"
 
 
 if __name__ == "__main__":

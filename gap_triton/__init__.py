@@ -15,7 +15,7 @@ from .integration.attach import (  # noqa: E402
     follow_attention_name,
     last_selection,
     let_calls_keep_their_configuration,
-    let_generate_count_what_it_feeds_again,
+    let_generate_count_generated_tokens,
     let_generate_take_visual_mask,
     pruning,
     refuse_continuous_batching,
@@ -31,7 +31,7 @@ follow_cache_methods()
 let_generate_take_visual_mask()
 let_calls_keep_their_configuration()
 refuse_continuous_batching()
-let_generate_count_what_it_feeds_again()
+let_generate_count_generated_tokens()
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Refuses unsupported versions at import, in a sentence that says what is needed."""
+"""The versions that are supported; others are refused at import, with what is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PYTHON = ((3, 10), (3, 13))
 
 
 def installed_version(package: str) -> str | None:
-    """Version of the package that is imported under this name, None = not installed.
+    """Return the version of the package that is imported under this name, None = not installed.
 
     Triton's builds for ROCm and XPU come in distributions of other names.
     """
@@ -38,23 +38,23 @@ def check_versions() -> None:
             f"found {sys.version_info[0]}.{sys.version_info[1]}"
         )
     for package, minimum in MINIMUM.items():
-        found = installed_version(package)
-        if found is None:
+        installed = installed_version(package)
+        if installed is None:
             if package in OPTIONAL:
                 continue
             raise ImportError(
                 f"gap-triton needs {package} >= {minimum}, and it is not installed: pip install '{package}>={minimum}'"
             )
         # Pre-releases and local builds of the minimum ("2.9.0a0", "2.13.0+cpu") count as that release.
-        if Version(Version(found).base_version) < Version(minimum):
+        if Version(Version(installed).base_version) < Version(minimum):
             raise ImportError(
-                f"gap-triton needs {package} >= {minimum}, found {found}: pip install -U '{package}>={minimum}'"
+                f"gap-triton needs {package} >= {minimum}, found {installed}: pip install -U '{package}>={minimum}'"
             )
 
 
 def newer_than_tested(package: str) -> str:
-    """`` (package X is newer than Y, the newest tested)``, to be put behind a refusal; empty where it is not."""
-    found, newest = version(package), NEWEST_TESTED[package]
-    if Version(found).release[: len(Version(newest).release)] <= Version(newest).release:
+    """Return `` (package X is newer than Y, the newest tested)``, to be put after a refusal; empty where it is not."""
+    installed, newest = version(package), NEWEST_TESTED[package]
+    if Version(installed).release[: len(Version(newest).release)] <= Version(newest).release:
         return ""
-    return f" ({package} {found} is newer than {newest}, the newest tested)"
+    return f" ({package} {installed} is newer than {newest}, the newest tested)"

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import nn
 
 STATE_KEY = "gap_state"  # the state of one forward, which travels through the model
-CALL_KEY = "gap_call"  # what the module with the language head tells it
+HEAD_KEY = "gap_head"  # arguments that the module with the language head hands on
 VISUAL_MASK = "visual_mask"  # the caller names the visual tokens, in forward() and generate()
 VISUAL_GRID = "visual_grid"  # and their rows and columns
 
@@ -24,7 +24,7 @@ ALL_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any | None:
-    """The KV cache of a call with these keyword arguments, None where it has none.
+    """Return the KV cache of a call with these keyword arguments, None where it has none.
 
     Where a call has it under two names the newer one counts, as in transformers.
     """
@@ -37,7 +37,7 @@ def cache_of(kwargs: dict[str, Any]) -> Any | None:
 def by_name(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call of ``module`` with all but its first positional argument given by name, as hooks look for them there."""
+    """Return a call of ``module`` with all but its first positional argument given by name, as hooks look for them there."""
     if len(args) < 2:
         return args, kwargs
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)

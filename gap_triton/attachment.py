@@ -1,4 +1,4 @@
-"""What pruning puts on a model, for as long as it is attached."""
+"""What pruning stores on a model while it is attached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
 
-changing = threading.RLock()  # held while hooks are put on a model or taken off
+attach_lock = threading.RLock()  # held while hooks are put on a model or taken off
 
 
 @dataclass(eq=False)
@@ -28,16 +28,16 @@ class Attachment:
         config: The configuration that the next call reads.
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack.
-        layers: Its layers that carry the hooks; the model may have got others since.
+        layers: Its layers that carry the hooks; the model may have other layers by now.
         heads: The modules with a language head around ``owner``, as far as they are known.
-        tower: The vision encoder, once a configuration has asked it for something.
-        notes_sizes: The encoders note the sizes of their images, once a configuration has asked where tokens stand.
-        projector_is_last: The decoder gets what the tower's projector puts out; None while no prompt has shown it.
+        tower: The vision encoder, once a configuration needs something of it.
+        records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
+        projector_is_last: The decoder gets the output of the tower's projector unchanged; None until a prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
-        running: The calls that are under way: forwards, and whole generations.
-        closing: Detached; the hooks stay until no call is under way any more, and do nothing in new ones.
+        running: The calls that are running: forwards, and whole generations.
+        closing: Detached; the hooks stay until no call is running, and do nothing in new ones.
     """
 
     config: GapConfig
@@ -46,7 +46,7 @@ class Attachment:
     layers: tuple[nn.Module, ...] = ()
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
-    notes_sizes: bool = False
+    records_sizes: bool = False
     projector_is_last: bool | None = None
     handles: list[Any] = field(default_factory=list)
     layer_handles: list[Any] = field(default_factory=list)
@@ -59,21 +59,21 @@ class Attachment:
         return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
 
     def modules(self) -> list[PreTrainedModel]:
-        """The modules that carry hooks for a whole forward, outermost first."""
+        """Return the modules that carry hooks for a whole forward, outermost first."""
         return list(dict.fromkeys((*self.heads, self.owner, self.text)))
 
     def prunes(self, module: nn.Module) -> bool:
-        """Whether a forward of ``module`` prunes: not in training mode, nor under another implementation of attention."""
+        """Return whether a forward of ``module`` prunes: neither in training mode nor under another attention."""
         return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
 
     def close(self) -> None:
-        """Take everything off; while a call is under way, when the last one ends."""
+        """Take everything off, at once or, if calls are running, when the last one ends."""
         self.closing = True
         self.close_if_idle()
 
     def close_if_idle(self) -> None:
-        """Take everything off a model that was detached, if no call is under way."""
-        with changing:
+        """Take everything off a model that was detached, if no call is running."""
+        with attach_lock:
             if not self.closing or self.running:
                 return
             for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):
@@ -88,7 +88,7 @@ class Attachment:
 
 
 def attachment_of(module: Any) -> Attachment | None:
-    """The attachment whose hooks ``module`` carries for a whole forward."""
+    """Return the attachment whose hooks ``module`` carries for a whole forward."""
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
 
 
@@ -103,6 +103,6 @@ def remember_selection(attachment: Attachment, selection: Selection) -> None:
 
 
 def recall_selection(attachment: Attachment) -> Selection | None:
-    """The last selection made under ``attachment`` in this thread."""
+    """Return the last selection made under ``attachment`` in this thread."""
     by_attachment = getattr(_selections, "by_attachment", None)
     return None if by_attachment is None else by_attachment.get(attachment)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attachment import Attachment, attachment_of, changing
+from .attachment import Attachment, attach_lock, attachment_of
 from .config import GapConfig
-from .state import Call
+from .state import HeadArguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,52 +34,52 @@ class Generation:
     inside: bool
 
 
-_generation_now: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
+_generation: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
 
 
 @contextmanager
 def generation_of(model: nn.Module) -> Iterator[None]:
-    """A ``generate()`` of ``model``, which keeps its configuration and its hooks until it ends."""
+    """Keep configuration and hooks of a ``generate()`` of ``model`` until it ends."""
     attached = attachment_of(model)
     attachments = (
         [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
     )
     configs = {each: None if each.closing else each.config for each in attachments}
-    generation = Generation(model, configs, inside=_generation_now.get() is not None)
-    token = _generation_now.set(generation)
+    generation = Generation(model, configs, inside=_generation.get() is not None)
+    token = _generation.set(generation)
     for attachment in attachments:
         attachment.running.add(generation)
         if attachment.closing:
-            with changing:  # a removal that began before this call was seen comes to its end first
+            with attach_lock:  # a removal that began before this call was seen comes to its end first
                 configs[attachment] = configs[attachment] if attachment.handles else None
     try:
         yield
     finally:
-        _generation_now.reset(token)
+        _generation.reset(token)
         for attachment in configs:
             attachment.running.discard(generation)
             attachment.close_if_idle()
 
 
-def drafts_now() -> bool:
-    """Whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
-    generation = _generation_now.get()
+def is_assistant() -> bool:
+    """Return whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
+    generation = _generation.get()
     return generation is not None and generation.inside
 
 
-def config_now(attachment: Attachment, call: Call | None = None) -> GapConfig | None:
-    """The configuration of the call that runs in this thread; None if it prunes nothing.
+def current_config(attachment: Attachment, head: HeadArguments | None = None) -> GapConfig | None:
+    """Return the configuration of the call that runs in this thread; None if it prunes nothing.
 
     Args:
         attachment: What is attached to the model that runs.
-        call: What its head told of this forward, None if it is not known.
+        head: What its head handed on in this forward, None if it is not known.
     """
-    generation = _generation_now.get()
+    generation = _generation.get()
     if generation is not None:
         if attachment in generation.configs:
             return generation.configs[attachment]
         if any(module is attachment.owner for module in generation.model.modules()):
-            return None  # attached since: what was encoded before was not watched
+            return None  # attached since: what was encoded before was not recorded
     if attachment.closing:
         return None
-    return attachment.config if call is None or call.config is None else call.config
+    return attachment.config if head is None or head.config is None else head.config

@@ -32,9 +32,9 @@ BEFORE_THE_DECODER = -1
 # What can rank a token depends on where it is ranked.
 DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
-# What a decoder layer's query and key are asked for; the other scores need no attention.
+# Scores from a decoder layer's query and key; the others need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
-# What looks at the text of the prompt; the other scores are the same whatever text follows the image.
+# Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
 TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
 
 
@@ -43,14 +43,14 @@ class Stage:
     """One place at which visual tokens are dropped.
 
     Attributes:
-        keep: A float in (0, 1] is the share of each sample's unpruned visual tokens that survives, rounded up; an int
-            >= 1 is their number per sample (a sample with fewer keeps all of them). Exactly so many survive, and one more
-            only where a prompt ends in a visual token that was not chosen, whose logits are read. After the vision encoder
-            the images of a sample, tiles and frames included, share it by their size; where there are fewer than images,
-            some get none. The newline tokens of LLaVA-NeXT and its kin, which stand in no grid, count among the survivors:
-            where a score or a coverage asks where tokens stand, all of them stay as long as they take at most half of the
-            number, else so many as make half of it, evenly spread. ``"outliers"`` keeps, there only, the newlines and the
-            tokens of each image whose score lies above the third quartile by more than 1.5 interquartile ranges
+        keep: A float in (0, 1] is the share of each sample's visual tokens that survives, rounded up. An int >= 1 is their
+            number per sample; a sample with fewer keeps all. One more survives only where a prompt ends in a visual token
+            that was not chosen, because its logits are read. After the vision encoder the images of a sample (tiles and
+            frames included) share the number by their size; where it is less than the number of images, some get none.
+            Newline tokens (LLaVA-NeXT and similar models) are in no grid and count among the survivors. Where a score or a
+            coverage needs positions in the image, all of them stay while they take at most half of the number; otherwise
+            as many as make half of it, evenly spread. ``"outliers"``, after the vision encoder only, keeps the newlines and
+            the tokens of each image whose score is above the third quartile by more than 1.5 interquartile ranges
             (PruMerge, arXiv 2403.15388, section 3.2).
         layer: 0-based decoder layer. Tokens are scored in this layer's attention and dropped before the next layer.
             ``-1`` is after the vision encoder: they are dropped before the first decoder layer.
@@ -88,18 +88,18 @@ class Stage:
             raise self._error(
                 "layer", "expected a decoder layer, an int >= 0, or -1 for after the vision encoder"
             )
-        self._check_choice("score", get_args(Score))
-        self._check_choice("coverage", get_args(Coverage))
-        self._check_choice("merge", get_args(Merge))
+        self._check_option("score", get_args(Score))
+        self._check_option("coverage", get_args(Coverage))
+        self._check_option("merge", get_args(Merge))
         in_vision = self.layer == BEFORE_THE_DECODER
-        allowed, place = (
+        allowed, location = (
             (VISION_SCORES, "after the vision encoder (layer=-1)")
             if in_vision
             else (DECODER_SCORES, "in a decoder layer")
         )
         if self.score not in allowed:
             raise self._error(
-                "score", f"{place} it is one of {_listed(allowed)}", f" with layer={shown(self.layer)}"
+                "score", f"{location} it is one of {_joined(allowed)}", f" with layer={shown(self.layer)}"
             )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
@@ -112,10 +112,10 @@ class Stage:
     def _error(self, field: str, expected: str, context: str = "") -> ValueError:
         return ValueError(f"{type(self).__name__}.{field}={shown(getattr(self, field))}{context}: {expected}")
 
-    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+    def _check_option(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in allowed:
-            raise self._error(field, f"expected one of {_listed(allowed)}")
+            raise self._error(field, f"expected one of {_joined(allowed)}")
 
     def _check_keep(self) -> None:
         if is_int(self.keep):
@@ -129,7 +129,7 @@ class Stage:
             )
 
     def count(self, visual_tokens: int) -> int:
-        """Number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
+        """Return the number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
 
         A share is read as the decimal that was written, so ``keep=0.7`` of 10 is 7 and not 8.
 
@@ -174,10 +174,10 @@ class GapConfig(Stage):
         super().__post_init__()
         for field in ("ids", "seed"):
             object.__setattr__(self, field, plain(getattr(self, field)))
-        self._check_choice("ids", get_args(Ids))
+        self._check_option("ids", get_args(Ids))
         if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise self._error("seed", "expected an int in 0..2**63 - 1")
-        object.__setattr__(self, "then", _listed_once(self.then))
+        object.__setattr__(self, "then", _as_tuple(self.then))
         if not isinstance(self.then, tuple) or not all(type(stage) is Stage for stage in self.then):
             raise self._error("then", "expected a tuple of gap_triton.Stage")
         if self.then and self.ids == "permuted":
@@ -190,8 +190,8 @@ class GapConfig(Stage):
                     "then", f"layers must increase, and {shown(after.layer)} follows {shown(before.layer)}"
                 )
             if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
-                found = f"keep={shown(after.keep)} follows {shown(before.keep)}"
-                raise self._error("then", f"a stage can't keep more than the one before, and {found}")
+                fault = f"keep={shown(after.keep)} follows {shown(before.keep)}"
+                raise self._error("then", f"a stage can't keep more than the one before, and {fault}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -200,7 +200,7 @@ class GapConfig(Stage):
 
     @classmethod
     def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
-        """The configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
+        """Return the configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
 
         Example: ``GapConfig.preset("nuwa", budget=64, model=model)``.
         """
@@ -210,17 +210,17 @@ class GapConfig(Stage):
 
 
 def first_later(layer: int) -> int:
-    """Index of the first decoder layer that lacks what is dropped at ``layer``: later layers are those from it on."""
+    """Return the index of the first later layer, the first that lacks what is dropped at ``layer``."""
     return layer + 1
 
 
-def asks_for_text(stage: Stage) -> bool:
-    """Whether what ``stage`` keeps depends on the text of the prompt."""
+def needs_text(stage: Stage) -> bool:
+    """Return whether what ``stage`` keeps depends on the text of the prompt."""
     return stage.score in TEXT_SCORES
 
 
-def asks_for_places(stage: Stage) -> bool:
-    """Whether ``stage`` must know where in its image each visual token stands."""
+def needs_grid(stage: Stage) -> bool:
+    """Return whether ``stage`` needs the position of each visual token in its image."""
     spreads = stage.coverage != "topk" or stage.score == "spatial"
     if stage.layer != BEFORE_THE_DECODER:
         return spreads
@@ -229,7 +229,7 @@ def asks_for_places(stage: Stage) -> bool:
     )
 
 
-def _listed_once(values: object) -> object:
+def _as_tuple(values: object) -> object:
     """What can be gone through as a tuple, for it may be a generator, which can't be gone through twice."""
     try:
         return tuple(iter(values))  # type: ignore[call-overload]
@@ -237,5 +237,5 @@ def _listed_once(values: object) -> object:
         return values
 
 
-def _listed(values: tuple[str, ...]) -> str:
+def _joined(values: tuple[str, ...]) -> str:
     return ", ".join(map(repr, values))

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import torch
 
-from gap_triton._requirements import installed_version
+from ._requirements import installed_version
 
 PACKAGES = ("gap-triton", "torch", "triton", "transformers", "flash-attn")
 
@@ -21,13 +21,13 @@ class Environment(TypedDict):
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Version of each package that matters here, and of Python."""
-    found = {package: installed_version(package.replace("-", "_")) for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    """Return the version of each package that matters here, and of Python."""
+    versions = {package: installed_version(package.replace("-", "_")) for package in PACKAGES}
+    return {"python": platform.python_version(), **versions}
 
 
 def device_name(device: torch.device | str) -> str:
-    """A name that a reader of a result file can place, such as ``"NVIDIA H200"`` or ``"CPU, 2 threads, x86_64"``."""
+    """Return a name that a reader of a result file can place, such as ``"NVIDIA H200"`` or ``"CPU, 2 threads, x86_64"``."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -35,12 +35,12 @@ def device_name(device: torch.device | str) -> str:
 
 
 def default_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
+    """Return the first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def environment() -> Environment:
-    """Versions, devices and back ends of this machine."""
+    """Return the versions, devices and back ends of this machine."""
     cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     versions = installed_versions()
     flash = versions["flash-attn"] is not None

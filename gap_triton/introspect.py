@@ -1,4 +1,4 @@
-"""What a model is, by its config and its code, and the names that the parts of a pruned one know each other by."""
+"""What a model is, by its config and its code; and names that several parts of this package share."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 NAME = "gap_triton"  # of the attention implementation
-WATCHED = "_gap_watched"  # marks the attention of a vision tower's scoring layer
+SCORES = "_gap_scores"  # marks the attention of a vision tower's scoring layer
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def visual_token_ids(config: Any) -> list[int]:
-    """Ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
+    """Return the ids of the placeholder tokens that stand for visual features in ``config``'s vocabulary."""
     ids = {getattr(config, name, None) for name in TOKEN_ID_FIELDS}
     return sorted(i for i in ids if isinstance(i, int))
 
 
 def text_model_of(module: nn.Module) -> PreTrainedModel | None:
-    """The decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
+    """Return the decoder stack below ``module``, None where ``module`` is not the core of a VLM."""
     if not isinstance(module, PreTrainedModel):
         return None
     # Some owners hold the decoder with its language-model head around it, some as their plain "model".
@@ -37,12 +37,12 @@ def text_model_of(module: nn.Module) -> PreTrainedModel | None:
 
 
 def calls_interface(module: nn.Module) -> bool:
-    """Whether ``module`` is an attention module that calls transformers' attention interface."""
+    """Return whether ``module`` is an attention module that calls transformers' attention interface."""
     return INTERFACE in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def layer_type(config: Any, index: int) -> str:
-    """Attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another model's own."""
+    """Return the attention type of decoder layer ``index``: ``"full_attention"``, ``"sliding_attention"`` or another."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return layer_types[index]
@@ -53,5 +53,5 @@ def layer_type(config: Any, index: int) -> str:
 
 
 def sliding_window(config: Any, index: int) -> int | None:
-    """Sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
+    """Return the sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
     return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None

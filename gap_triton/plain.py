@@ -7,12 +7,14 @@ from typing import TypeGuard
 
 import numpy as np
 
-SHOWN = 300
+MAX_SHOWN = 300
 
 
 def plain(value: object) -> object:
-    """``value`` as Python's own int, float, bool or str where it is one of numpy's, an array of no dimension, or of a
-    subclass; anything else as it is. A narrow float is read as the decimal that it prints."""
+    """Return a value of numpy, an array of no dimension, or a value of a subclass as Python's own int, float, bool or str.
+
+    Anything else is returned as it is. A narrow float is read as the decimal that it prints.
+    """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, (bool, np.bool_)):
@@ -25,14 +27,14 @@ def plain(value: object) -> object:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether ``value``, a `plain` one, is an int; True and False are none."""
+    """Return whether ``value``, a `plain` one, is an int; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shown(value: object) -> str:
-    """``repr(value)``, cut where it is long; for what can't be printed, such as an int of 5000 digits, its type."""
+    """Return ``repr(value)``, cut where it is long; for what can't be printed, such as an int of 5000 digits, its type."""
     try:
         text = repr(value)
     except Exception:  # what a foreign `__repr__` raises says nothing about the argument
         return f"<{type(value).__name__}>"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

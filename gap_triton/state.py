@@ -16,18 +16,18 @@ from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
 from .selection import Selection
-from .strategies.places import Places
-from .vision_tower import TowerWatch
+from .strategies.grid_positions import GridPositions
+from .vision_tower import TowerRecorder
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer behind it.
+    """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer after it.
 
     Attributes:
         visual: [B, Q] bool, the visual tokens.
         real: [B, Q] bool, False at padding.
-        asking: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
+        query_rows: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
         before_answer: [B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays;
             None where no sample has one.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
@@ -41,7 +41,7 @@ class Prompt:
 
     visual: torch.Tensor
     real: torch.Tensor
-    asking: torch.Tensor
+    query_rows: torch.Tensor
     before_answer: torch.Tensor | None
     visual_index: torch.Tensor
     text_after: torch.Tensor
@@ -53,7 +53,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class VisionSelection:
     """What was chosen after the vision encoder, before the decoder runs.
 
     Attributes:
@@ -74,16 +74,22 @@ class Drop:
     Attributes:
         stage: Where and how.
         keep: How many visual tokens survive, by sample.
-        before: How many visual rows there are at most before it, by sample.
+        visual_counts: How many visual rows it finds at most, by sample.
         length: L, the number of rows after it.
         dense: Every row after it is a real token, in every sample.
+        selection: What was chosen after the vision encoder; None where the stage is in the decoder.
+        text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
+        grid_positions: Positions of visual rows in their images; None where the stage needs none, or is not in the decoder.
     """
 
     stage: Stage
     keep: tuple[int, ...]
-    before: tuple[int, ...]
+    visual_counts: tuple[int, ...]
     length: int
     dense: bool
+    selection: VisionSelection | None = None
+    text_rows: torch.Tensor | None = None
+    grid_positions: GridPositions | None = None
 
     @property
     def first_later(self) -> int:
@@ -114,7 +120,7 @@ class Plan:
     padded: bool
 
     def to(self, device: torch.device) -> Plan:
-        """The plan with its tensors on ``device``."""
+        """Return the plan with its tensors on ``device``."""
         return replace(
             self,
             visual=self.visual.to(device),
@@ -127,32 +133,32 @@ class Plan:
 
 
 @dataclass
-class Call:
+class HeadArguments:
     """Arguments of a forward that the module with the language head keeps to itself.
 
     Attributes:
         drafts: Number of last rows that are no prompt: guesses to be verified (``logits_to_keep`` less one), or what
             `generate` without a KV cache has written.
-        written: What `generate` without a KV cache has written, of those.
-        rows_asked: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
+        generated: What `generate` without a KV cache has written, of those.
+        logit_rows: ``logits_to_keep`` where it is a tensor: rows [N] or [B, N], or a mask [Q] or [B, Q].
         labels: [B, Q] int64 targets of the loss.
         ignored_label: The label that is no target.
-        config: The configuration when the forward began; None where no head told.
-        arrived: They have been handed on to the module that receives ``input_ids``.
+        config: The configuration when the forward began; None without a head.
+        reached_owner: The module that receives ``input_ids`` has got them.
     """
 
     drafts: int = 0
-    written: int = 0
-    rows_asked: torch.Tensor | None = None
+    generated: int = 0
+    logit_rows: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     ignored_label: int = -100
     config: GapConfig | None = None
-    arrived: bool = False
+    reached_owner: bool = False
 
 
 @dataclass
 class Deepstack:
-    """Features of the vision tower that a model adds to its visual rows behind the first decoder layers.
+    """Features of the vision tower that a model adds to its visual rows after the first decoder layers.
 
     Attributes:
         rows: [B, Q] bool, the visual rows.
@@ -187,17 +193,17 @@ class Survivors:
     """The rows that one stage leaves.
 
     Attributes:
-        rows: [B, L] int64, rows of the prompt, ascending, -1 = filler.
-        order: [B, L] int64, the source row of each of the later layers' hidden states: ``rows``, but for
+        index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+        order: [B, L] int64, the source row of each of the later layers' hidden states: ``index``, but for
             ``ids="permuted"``.
         new_ids: [B, L] (or [A, B, L]) int64, their renumbered ids, None for ``ids="kept"``.
-        taken: Arguments of later layers, each with what is left of it for these rows.
+        arguments: Arguments of later layers, each with what is left of it for these rows.
     """
 
-    rows: torch.Tensor
+    index: torch.Tensor
     order: torch.Tensor
     new_ids: torch.Tensor | None
-    taken: list[tuple[Any, Any]] = field(default_factory=list)
+    arguments: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -210,11 +216,8 @@ class Prefill:
         drafts: Number of last rows, of all samples, that are drafts.
         past: Number of original positions in the cache before it.
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
-        chosen: What was chosen after the vision encoder; None where the first stage is in the decoder.
-        raters: [B, Q] bool, the text rows that rate visual tokens; None where no stage asks.
-        places: Where visual rows stand in their images; None where no stage in the decoder asks.
-        scoring: Left by the attention of the scoring layer, until the stage has scored.
-        left: The survivors of each stage so far.
+        scoring: What the attention of the scoring layer recorded, until the stage has scored.
+        survivors: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
     """
@@ -224,23 +227,102 @@ class Prefill:
     drafts: int
     past: int
     position_ids: torch.Tensor
-    chosen: Chosen | None = None
-    raters: torch.Tensor | None = None
-    places: Places | None = None
     scoring: Scoring | None = None
-    left: list[Survivors] = field(default_factory=list)
+    survivors: list[Survivors] = field(default_factory=list)
     embeds: torch.Tensor | None = None
     selection: Selection | None = None
 
     @property
     def done(self) -> int:
-        """How many stages have been."""
-        return len(self.left)
+        """How many stages have dropped."""
+        return len(self.survivors)
 
     @property
     def next_drop(self) -> Drop | None:
         """The stage that comes next."""
         return self.drops[self.done] if self.done < len(self.drops) else None
+
+    def drop_before(self, index: int) -> Drop | None:
+        """Return the stage that drops right before decoder layer ``index``; None where none does."""
+        drop = self.next_drop
+        return drop if drop is not None and drop.first_later == index else None
+
+
+@dataclass(eq=False)
+class Rows:
+    """The rows that a forward adds, as the decoder gets them.
+
+    Attributes:
+        batch, queries: Number of samples and of rows of each, B and Q.
+        past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
+        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
+            tensor, as wide as the mask and one column more, which stands for all positions after it.
+        has_4d_mask: The caller gave a mask of four dimensions, which holds more than padding.
+    """
+
+    batch: int
+    queries: int
+    past: int | torch.Tensor
+    real: torch.Tensor | None
+    has_4d_mask: bool
+
+
+@dataclass(eq=False)
+class DecoderRun:
+    """One run of the decoder in which tokens are dropped, or were before it.
+
+    Attributes:
+        config: The configuration of the call.
+        attachment: The attachment that it runs under.
+        rows: The rows that it adds.
+        kept_before: What all layers held before it; None where nothing had been dropped.
+        kept: What they hold now.
+        prefill: The prompt that it prunes; None where it drops nothing.
+        cache: The KV cache, while it is half filled (`kept_tokens.mark_unfinished`).
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
+            ones; None elsewhere.
+        deepstack: What a model adds to visual rows after later layers; None = nothing.
+        memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
+    """
+
+    config: GapConfig
+    attachment: Attachment
+    rows: Rows
+    kept_before: KeptTokens | None
+    kept: KeptTokens | None
+    prefill: Prefill | None = None
+    cache: Any = None
+    position_ids: torch.Tensor | None = None
+    deepstack: Deepstack | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def survivors(self) -> Survivors | None:
+        """The rows that are left by now; None where nothing has been dropped in this run."""
+        return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
+
+    def compute_once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the value of ``make()``, computed for the first later layer and shared by the others."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+@dataclass(eq=False)
+class OwnerArguments:
+    """What the module that receives ``input_ids`` was given.
+
+    Attributes:
+        visual: [B, Q] bool, the visual tokens; None where there is no prompt.
+        attention_mask: The mask as the caller gave it, before the model makes its own of it.
+        by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, by the embedding of a placeholder.
+        kwargs: Its keyword arguments, from which the sizes of images are read; empty once the prompt is planned.
+    """
+
+    visual: torch.Tensor | None = None
+    attention_mask: Any = None
+    by_embedding: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -250,67 +332,26 @@ class ForwardState:
     Attributes:
         config: The configuration, read once at the start of the call.
         attachment: The attachment that the forward runs under.
-        visual: [B, Q] bool visual tokens of the prompt, None where there is no prompt.
+        head: Arguments of the module with the language head.
+        owner: What the module that receives ``input_ids`` was given.
         enabled: False in training mode, or when the model was switched to another implementation.
-        entered: The decoder has seen this state.
-        by_itself: The decoder was called past the module that receives ``input_ids``, and told by ``visual_mask``.
-        watch: What looks on while the vision encoder runs; None where nothing is asked of it.
-        owner_kwargs: Keyword arguments of the owner, which say where images begin; kept until the prompt is planned.
-        sought: Visual tokens were looked for in ``inputs_embeds`` alone, where they show if they are placeholders yet.
-        sees_image: The rows of this forward hold visual tokens.
-        prefill: The prompt that this forward prunes; None where it drops nothing.
-        kept: What all layers hold after this forward; None while nothing has been dropped.
-        before: The same before this forward.
-        call: What the caller asked of the model around the decoder.
-        cache: The KV cache, while it is half filled (`kept.begin`).
-        past: Number of original positions in the cache before this forward. A tensor in a decode step on a static cache.
-        batch, queries: Number of samples and rows of this forward, B and Q.
-        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
-            tensor, as wide as the mask and one column more, which stands for all positions behind it.
-        given_mask: The mask as the caller gave it, before the model makes its own of it.
-        ready_made: The caller gave a mask of four dimensions, which says more than padding.
-        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
-            ones; None elsewhere.
-        deepstack: What a model adds to visual rows behind layers that come after the pruning layer; None = nothing.
-        memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
+        reached_decoder: The decoder has seen this state.
+        without_owner: The decoder was called without the module that receives ``input_ids``, with ``visual_mask``.
+        recorder: What records the vision encoder; None where nothing of it is needed.
+        run: The run of the decoder; None until it begins, and where nothing is or was dropped.
     """
 
     config: GapConfig
     attachment: Attachment
-    visual: torch.Tensor | None
+    head: HeadArguments
+    owner: OwnerArguments
     enabled: bool = True
-    entered: bool = False
-    by_itself: bool = False
-    watch: TowerWatch | None = None
-    owner_kwargs: dict[str, Any] = field(default_factory=dict)
-    sought: bool = False
-    sees_image: bool = False
-    prefill: Prefill | None = None
-    kept: KeptTokens | None = None
-    before: KeptTokens | None = None
-    call: Call = field(default_factory=Call)
-    cache: Any = None
-    past: int | torch.Tensor = 0
-    batch: int = 0
-    queries: int = 0
-    real: torch.Tensor | None = None
-    given_mask: Any = None
-    ready_made: bool = False
-    position_ids: torch.Tensor | None = None
-    deepstack: Deepstack | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
+    reached_decoder: bool = False
+    without_owner: bool = False
+    recorder: TowerRecorder | None = None
+    run: DecoderRun | None = None
 
-    @property
-    def drops(self) -> tuple[Drop, ...]:
-        """The stages of this forward, first to last; empty where it drops nothing."""
-        return () if self.prefill is None else self.prefill.drops
-
-    @property
-    def survivors(self) -> Survivors | None:
-        """The rows that are left by now; None where nothing has been dropped in this forward."""
-        return self.prefill.left[-1] if self.prefill is not None and self.prefill.left else None
-
-    def observe(
+    def record_attention(
         self,
         module: nn.Module,
         query: torch.Tensor,
@@ -318,15 +359,10 @@ class ForwardState:
         mask: torch.Tensor | None,
         scale: float | None,
     ) -> None:
-        """Take query, key and mask of the scoring layer; other layers and other forwards are let through."""
-        drop = None if self.prefill is None else self.prefill.next_drop
-        if self.prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:
+        """Record query, key and mask of the scoring layer; do nothing in other layers and other forwards."""
+        prefill = None if self.run is None else self.run.prefill
+        drop = None if prefill is None else prefill.next_drop
+        if prefill is None or drop is None or drop.stage.score not in ATTENTION_SCORES:
             return
         if getattr(module, "layer_idx", None) == drop.stage.layer:
-            self.prefill.scoring = Scoring(module, query, key, mask, scale)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The value of ``make()``, computed for the first later layer and shared by the others."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+            prefill.scoring = Scoring(module, query, key, mask, scale)

@@ -1,4 +1,4 @@
-"""The command line: ``gap-triton demo | run | eval | info``, a file for each command."""
+"""The command line: ``gap-triton demo | run | eval | bench | info``, a file for each command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
@@ -22,17 +23,18 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(info)
 
 
-def show_version(asked: bool) -> None:
+def show_version(show: bool) -> None:
     """Print the version and end, for ``--version``."""
-    if asked:
+    if show:
         try:
-            found = version("gap-triton")
+            number = version("gap-triton")
         except PackageNotFoundError:  # a checkout on the path
-            from gap_triton import __version__ as found
-        typer.echo(f"gap-triton {found}")
+            from gap_triton import __version__ as number
+        typer.echo(f"gap-triton {number}")
         raise typer.Exit
 
 

@@ -87,16 +87,16 @@ def ask(
         console.print("nothing dropped", style="dim")
         return answer
     stages: list[gap_triton.Selection] = []
-    found: gap_triton.Selection | None = selection
-    while found is not None:
-        stages.insert(0, found)
-        found = found.before
-    places = [
+    stage: gap_triton.Selection | None = selection
+    while stage is not None:
+        stages.insert(0, stage)
+        stage = stage.before
+    locations = [
         "before the decoder" if stage.layer < 0 else f"after layer {stage.layer}" for stage in config.stages
     ]
     counts = [str(each.visual_index.shape[1]) for each in stages]
     counts[0] += f" of {int(selection.visual.sum())} visual tokens"
-    kept = ", ".join(f"{count} {place}" for count, place in zip(counts, places, strict=True))
+    kept = ", ".join(f"{count} {location}" for count, location in zip(counts, locations, strict=True))
     console.print(f"kept {kept}, ids {config.ids}", style="dim")
     if overlay is not None:
         save_kept_tokens(model, processor, inputs, selection, answer, overlay)
@@ -141,13 +141,13 @@ def with_images(processor: Any, prompt: str, images: int, image_text: str | None
         raise ValueError(
             f"{type(processor).__name__} of this model has no image token, so it can't take an image"
         )
-    found = prompt.count(token)
-    if found not in (0, images):
+    count = prompt.count(token)
+    if count not in (0, images):
         raise ValueError(
-            f"prompt has {token} {found} times, and {images} images are given: "
+            f"prompt has {token} {count} times, and {images} images are given: "
             "have one for each, or leave them out to have them put in front"
         )
-    if found:
+    if count:
         return prompt
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]

@@ -17,15 +17,15 @@ def info(
     """Show versions, devices and the back ends that apply."""
     from gap_triton.environment import environment
 
-    found = environment()
+    machine = environment()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(machine, indent=2))
         return
     table = Table(show_header=False, box=None)
-    for package, number in found["versions"].items():
+    for package, number in machine["versions"].items():
         table.add_row(package, number or "not installed")
-    for i, device in enumerate(found["devices"]):
+    for i, device in enumerate(machine["devices"]):
         table.add_row("devices" if i == 0 else "", device)
-    for use, backend in found["backends"].items():
+    for use, backend in machine["backends"].items():
         table.add_row(use, backend)
     console.print(table)

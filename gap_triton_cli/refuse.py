@@ -36,10 +36,10 @@ def name_of_missing(error: ImportError) -> str | None:
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     if name is None:
         # Transformers has a text for each library that it may need: "X requires the Torchvision library but it was not ..."
-        found = re.search(r"requires the (\S+) library", str(error))
-        if found is None:
+        match = re.search(r"requires the (\S+) library", str(error))
+        if match is None:
             return None
-        return PIP_NAMES.get(found[1], found[1].lower())
+        return PIP_NAMES.get(match[1], match[1].lower())
     top = name.split(".")[0]
     return PIP_NAMES.get(top, top)
 
@@ -49,7 +49,8 @@ def missing(command: str, error: ImportError) -> str:
     # What transformers can't import, it reports by the name that it was to import; the cause tells why.
     causes = [error, *causes_of(error)]
     name = next(
-        (found for each in causes if isinstance(each, ImportError) and (found := name_of_missing(each))), None
+        (package for each in causes if isinstance(each, ImportError) and (package := name_of_missing(each))),
+        None,
     )
     if name is None:
         because = f" ({first_sentence(causes[-1])})" if len(causes) > 1 else ""

@@ -62,8 +62,8 @@ def run(
     With a published method: gap-triton run ... --method nuwa --keep 64
     """
     budget = parse_keep(keep)
-    own = {"layer": layer, "score": score}
-    given = {name: value for name, value in own.items() if value is not None}
+    options = {"layer": layer, "score": score}
+    given = {name: value for name, value in options.items() if value is not None}
     if method is not None and given:
         raise typer.BadParameter(f"--{next(iter(given))} is part of a method: leave it out, or --method")
     if not prompt.strip():

@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 
 from gap_triton.demo.architecture import CONTEXT, Architecture
 from gap_triton.demo.vocabulary import BOS, EOS, LOCATION_TOKENS, PAD, UNKNOWN, token_id
-from training.packing import ANSWER
+
+from .packing import ANSWER
 
 
 def build_model(architecture: Architecture, seed: int = 0) -> Any:

@@ -19,9 +19,9 @@ def naming_loss(features: Tensor, embedding: Tensor, scenes: Scenes) -> tuple[Te
     """Compare the visual tokens that show an object with the embeddings of all colour words and all shape words.
 
     Args:
-        features: projected visual tokens ``[N, GRID * GRID, C]``.
-        embedding: the decoder's token embeddings ``[vocabulary, C]``.
-        scenes: the ``N`` scenes that the features come from.
+        features: Projected visual tokens [N, GRID * GRID, C].
+        embedding: The decoder's token embeddings [vocabulary, C].
+        scenes: The ``N`` scenes that the features come from.
 
     Returns:
         The cross-entropy of the right words, and the share of tokens whose two words are both right.

@@ -1,6 +1,6 @@
 """All the questions about one image in a single sequence, exactly as if each had been asked alone.
 
-The sequence is ``[prefix, Q1 A1, Q2 A2, ...]``; the visual tokens are in the prefix. Position ids restart behind it for
+The sequence is [prefix, Q1 A1, Q2 A2, ...]; the visual tokens are in the prefix. Position ids restart behind it for
 every question, and the attention mask lets a question see the prefix and itself only. The visual tokens, by far the
 longest part, are then computed once for all questions: several times the supervision for little more time.
 """
@@ -29,13 +29,13 @@ class Packed:
     """Model inputs for ``N`` scenes with all ``M`` questions each; ``L = prefix + M * BLOCK``.
 
     Attributes:
-        input_ids: int64 ``[N, L]``.
-        prefix: number of tokens ahead of the first question.
+        input_ids: [N, L] int64.
+        prefix: Number of tokens ahead of the first question.
         pixel_values: float32, -1..1, in the shape that the architecture's image processor gives them.
-        position_ids: int64 ``[1, L]``, or ``[3, 1, L]`` (time, height, width) with M-RoPE.
-        attention_mask: bool ``[1, 1, L, L]``, True where a row (dim 2) sees a column (dim 3).
-        predicting: int64 ``[M * PREDICTED]``, the positions whose logits are supervised.
-        labels: int64 ``[N, M * PREDICTED]``; ``IGNORED`` for the questions about absent objects.
+        position_ids: [1, L] int64, or [3, 1, L] (time, height, width) with M-RoPE.
+        attention_mask: [1, 1, L, L] bool, True where a row (dim 2) sees a column (dim 3).
+        predicting: [M * PREDICTED] int64, the positions whose logits are supervised.
+        labels: [N, M * PREDICTED] int64; ``IGNORED`` for the questions about absent objects.
     """
 
     input_ids: Tensor

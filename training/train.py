@@ -24,11 +24,12 @@ from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, find
 from gap_triton.demo.grounding import box_iou
 from gap_triton.demo.scenes import HELD_OUT_SEED, IMAGE_SIZE, MOST_OBJECTS, Scenes, draw
 from gap_triton.demo.vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
-from training import curve
-from training.build import build_model, save
-from training.naming import naming_loss
-from training.packing import ANSWER, PREDICTED, Packed, pack, with_wrong_answers
-from training.schedule import learning_rate, stage_at
+
+from . import curve
+from .build import build_model, save
+from .naming import naming_loss
+from .packing import ANSWER, PREDICTED, Packed, pack, with_wrong_answers
+from .schedule import learning_rate, phase_at
 
 SEEDS_PER_RUN = 1_000_000  # a run uses one scene seed per step; runs of different seeds share none
 LOG_EVERY = 25  # steps
@@ -46,7 +47,7 @@ def matmul_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute what sdpa computes, by two plain matrix products: ``[B, H, S, D]`` to ``[B, S, H, D]``.
+    """Compute what sdpa computes, by two plain matrix products: [B, H, S, D] to [B, S, H, D].
 
     At this size (185 tokens, 32 channels a head) the backward pass of torch's fused CPU attention in bfloat16 takes
     half of a whole training step; all of this takes less than half of that.
@@ -62,7 +63,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def answer_logits(architecture: Architecture, model: Any, packed: Packed, features: Tensor) -> Tensor:
-    """Logits at the supervised positions: float32 ``[N, M * PREDICTED, vocabulary]``."""
+    """Return the logits at the supervised positions: [N, M * PREDICTED, vocabulary] float32."""
     words = model.get_input_embeddings()(packed.input_ids)
     output = model(
         inputs_embeds=architecture.splice(words, features),
@@ -75,7 +76,7 @@ def answer_logits(architecture: Architecture, model: Any, packed: Packed, featur
 
 
 def teacher_forced_accuracy(logits: Tensor, scenes: Scenes) -> float:
-    """Share of the present objects whose most likely location tokens give an IoU of at least 0.5.
+    """Return the share of the present objects whose most likely location tokens give an IoU of at least 0.5.
 
     Training scenes never repeat, so before the step that learns from them they are as good as held-out ones.
     """
@@ -103,13 +104,13 @@ def train(
     equals an uninterrupted one bit for bit.
 
     Args:
-        output: folder for the checkpoint, the log ``training.jsonl`` and the model; created if missing.
-        architecture: what to train.
-        steps: length of the whole schedule.
-        batch: scenes per step.
-        seed: of the initial weights and of the scenes.
-        stop_at: end after this many steps of the schedule, with a checkpoint; by default all of them.
-        report: called after every step with the number of steps done and, now and then, a row of the log.
+        output: Folder for the checkpoint, the log ``training.jsonl`` and the model; created if missing.
+        architecture: What to train.
+        steps: Length of the whole schedule.
+        batch: Scenes per step.
+        seed: Of the initial weights and of the scenes.
+        stop_at: End after this many steps of the schedule, with a checkpoint; by default all of them.
+        report: Called after every step with the number of steps done and, now and then, a row of the log.
     """
     if not 1 <= steps <= SEEDS_PER_RUN:
         raise ValueError(f"steps is {steps}; it must be in 1..{SEEDS_PER_RUN}")
@@ -130,15 +131,15 @@ def train(
     start, earlier = _resume(output, settings, model, optimizer)
     began = time.perf_counter()
     for step in range(start, last):
-        stage = stage_at(step, steps)
-        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=stage.fewest, most=stage.most)
+        phase = phase_at(step, steps)
+        scenes = draw(batch, seed * SEEDS_PER_RUN + step, fewest=phase.fewest, most=phase.most)
         packed = pack(scenes, architecture)
         with torch.autocast("cpu", torch.bfloat16):
             features = architecture.visual_features(model, packed.pixel_values)
             names, accuracy = naming_loss(features, model.get_input_embeddings().weight, scenes)
-            if stage.answers:
+            if phase.answers:
                 logits = answer_logits(architecture, model, with_wrong_answers(packed, step), features)
-        if stage.answers:
+        if phase.answers:
             answers = F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten())
             loss = answers + NAMING_WEIGHT * names
             accuracy = teacher_forced_accuracy(logits, scenes)
@@ -157,7 +158,7 @@ def train(
         if step % LOG_EVERY == 0 or done == steps:
             row = {
                 "step": step,
-                "stage": stage.name,
+                "stage": phase.name,
                 "loss": round(answers.item(), 4),
                 "accuracy": round(accuracy, 4),
                 "seconds": round(seconds, 1),

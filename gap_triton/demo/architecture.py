@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoProcessor
 
-from gap_triton.demo.scenes import GRID
+from .scenes import GRID
 
 VISUAL = GRID * GRID  # visual tokens of one image
-CONTEXT = 512  # tokens, as the decoder's config and the tokenizer say
+CONTEXT = 512  # tokens, in the decoder's config and the tokenizer's
 
 # The decoder of every architecture: as wide, as deep.
 DECODER = {
@@ -29,12 +29,12 @@ class Architecture(ABC):
     """How to build and save one kind of model, how to put a question to it, and how to feed it while it is trained.
 
     Attributes:
-        name: its ``model_type`` in transformers.
-        folder: where the trained model lies.
-        tokens: the vocabulary; a token's id is its place.
-        image_token: placeholder of a visual token.
-        before: tokens ahead of the visual tokens; the tokenizer puts the first one, ``<s>``, there.
-        after: tokens between the visual tokens and the question.
+        name: Its ``model_type`` in transformers.
+        folder: The folder of the trained model.
+        tokens: The vocabulary; a token's id is its place.
+        image_token: Placeholder of a visual token.
+        before: Tokens ahead of the visual tokens; the tokenizer puts the first one, ``<s>``, there.
+        after: Tokens between the visual tokens and the question.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Architecture(ABC):
         return f"{''.join(self.before[1:])}{self.image_token}{''.join(self.after)}"
 
     def prompt(self, question: str) -> str:
-        """The text for the processor: one question about one image."""
+        """Return the text for the processor: one question about one image."""
         return f"{self.image_text} {question}"
 
     def splice(self, words: Tensor, features: Tensor) -> Tensor:
-        """Put visual tokens ``[N, VISUAL, C]`` where ``words``, embedded tokens ``[N, L, C]``, have placeholders."""
+        """Put visual tokens [N, VISUAL, C] where ``words``, embedded tokens [N, L, C], have placeholders."""
         start = len(self.before)
         words = words.clone()
         words[:, start : start + VISUAL] = features.to(words.dtype)
@@ -80,32 +80,32 @@ class Architecture(ABC):
 
     @abstractmethod
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Turn uint8 images ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]`` into what the image processor makes of them."""
+        """Turn uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE] into what the image processor makes of them."""
 
     @abstractmethod
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Visual tokens as the decoder gets them: ``[N, VISUAL, C]``."""
+        """Return the visual tokens as the decoder gets them: [N, VISUAL, C]."""
 
     @abstractmethod
     def position_ids(self, within: Tensor) -> Tensor:
-        """Position ids of the prefix and of the tokens behind it: int64 ``[1, L]``, or ``[3, 1, L]``.
+        """Return the position ids of the prefix and of the tokens behind it: [1, L] int64, or [3, 1, L].
 
         Args:
-            within: how far each of the tokens behind the prefix is from the first of its own question, int64.
+            within: How far each of the tokens behind the prefix is from the first of its own question, int64.
         """
 
     @abstractmethod
     def image_processor_file(self) -> dict[str, Any]:
-        """Content of ``preprocessor_config.json``."""
+        """Return the content of ``preprocessor_config.json``."""
 
     @abstractmethod
     def processor_file(self) -> dict[str, Any]:
-        """Content of ``processor_config.json``."""
+        """Return the content of ``processor_config.json``."""
 
     def config_file(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """``config.json`` as every supported transformers reads it, from what this one saves."""
+        """Return ``config.json`` as every supported transformers reads it, from what this one saves."""
         return saved
 
     def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` under the names that every supported transformers reads."""
+        """Return ``state`` under the names that every supported transformers reads."""
         return state

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from gap_triton.demo.architecture import Architecture
-from gap_triton.demo.llava import Llava
-from gap_triton.demo.qwen2_5_vl import Qwen25VL
+from .architecture import Architecture
+from .llava import Llava
+from .qwen2_5_vl import Qwen25VL
 
 LLAVA, QWEN2_5_VL = Llava(), Qwen25VL()
 ARCHITECTURES: dict[str, Architecture] = {one.name: one for one in (LLAVA, QWEN2_5_VL)}
 
 
 def find(name: str) -> Architecture:
-    """Architecture of that name."""
+    """Return the architecture of that name."""
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture is {name!r}; it must be one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]

@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gap_triton.demo.coverage import coverage_of, place_of
-from gap_triton.demo.pictures import COLOURS, DPI, LABELS
-from gap_triton.demo.report import budget_name
-from gap_triton.demo.table import NO_PRUNING, Row
+from .coverage import coverage_of, place_of
+from .pictures import COLOURS, DPI, LABELS
+from .report import budget_name
+from .table import NO_PRUNING, Row
 
 
 def save_methods(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -51,22 +51,22 @@ def save_coverage(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write accuracy as bars, coverage by ids; a panel for each model, place and budget."""
     pruned = [row for row in rows if row.method != NO_PRUNING]
     keeps = list(dict.fromkeys(row.keep for row in pruned))
-    places = list(dict.fromkeys((row.model, place_of(row, pruned)) for row in pruned))
+    locations = list(dict.fromkeys((row.model, place_of(row, pruned)) for row in pruned))
     coverages = list(dict.fromkeys(map(coverage_of, pruned)))
     figure, grid = plt.subplots(
-        len(places),
+        len(locations),
         len(keeps),
-        figsize=(1.2 + 3.0 * len(keeps), 1.0 + 1.9 * len(places)),
+        figsize=(1.2 + 3.0 * len(keeps), 1.0 + 1.9 * len(locations)),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     width = 0.26
-    for (model, place), line in zip(places, grid, strict=True):
+    for (model, location), line in zip(locations, grid, strict=True):
         for keep, axes in zip(keeps, line, strict=True):
             for row in pruned:
-                if (row.model, place_of(row, pruned), row.keep) != (model, place, keep):
+                if (row.model, place_of(row, pruned), row.keep) != (model, location, keep):
                     continue
                 offset = (list(LABELS).index(row.ids) - 1) * width
                 at = coverages.index(coverage_of(row)) + offset
@@ -85,7 +85,7 @@ def save_coverage(rows: Sequence[Row], title: str, path: Path) -> None:
             _draw_baseline(axes, next(row for row in rows if row.model == model), vertical=False)
             axes.set_xticks(range(len(coverages)), coverages)
             axes.set_ylim(0, 1.16)
-            axes.set_title(f"{model}, {place}, {budget_name(keep)}", fontsize=8)
+            axes.set_title(f"{model}, {location}, {budget_name(keep)}", fontsize=8)
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("accuracy at IoU 0.5", fontsize=8)
     _finish(figure, grid[0][0], title, path)
@@ -97,11 +97,13 @@ def _height(rows: Sequence[Row], model: str) -> float:
 
 def _best_first(rows: Sequence[Row], model: str) -> list[str]:
     """Methods of ``model`` by their mean accuracy with ids kept."""
-    found: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     for row in rows:
         if row.model == model and row.ids == "kept":
-            found.setdefault(row.method, []).append(row.accuracy)
-    return sorted(found, key=lambda method: sum(found[method]) / len(found[method]), reverse=True)
+            accuracies.setdefault(row.method, []).append(row.accuracy)
+    return sorted(
+        accuracies, key=lambda method: sum(accuracies[method]) / len(accuracies[method]), reverse=True
+    )
 
 
 def _draw_pairs(axes: Axes, rows: Sequence[Row], methods: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gap_triton.demo.intervals import paired_difference
-from gap_triton.demo.table import IOU_THRESHOLD, Row
+from .intervals import paired_difference
+from .table import IOU_THRESHOLD, Row
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Comparison:
     second_only: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as it stands in the results file."""
+        """Return the comparison as it stands in the results file."""
         return asdict(self)
 
 
@@ -61,7 +61,7 @@ def compare(rows: Sequence[Row], ious: Sequence[Tensor], baseline: Callable[[Row
     right = {
         (row.method, row.keep, row.ids): iou >= IOU_THRESHOLD for row, iou in zip(rows, ious, strict=True)
     }
-    found = []
+    comparisons = []
     for row in rows:
         if row.ids != "kept":
             continue
@@ -70,7 +70,7 @@ def compare(rows: Sequence[Row], ious: Sequence[Tensor], baseline: Callable[[Row
             if other is None or (method, ids) == (row.method, row.ids):
                 continue
             difference = paired_difference(right[row.method, row.keep, row.ids], other)
-            found.append(
+            comparisons.append(
                 Comparison(row.model, row.keep, row.method, row.ids, method, ids, **asdict(difference))
             )
-    return found
+    return comparisons

@@ -12,17 +12,18 @@ from rich.console import Console
 from torch import Tensor
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
-from gap_triton.demo.compare import compare
-from gap_triton.demo.coverage import coverage_cases, coverage_markdown, plain_of
-from gap_triton.demo.jobs import Job, run_jobs
-from gap_triton.demo.methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
-from gap_triton.demo.report import can_draw, markdown_of, table_of, write_results
-from gap_triton.demo.run import load_embedded_model
-from gap_triton.demo.scenes import held_out
-from gap_triton.demo.table import Case, Row
-from gap_triton.environment import default_device
+
+from .. import GapConfig
+from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
+from ..environment import default_device
+from .compare import compare
+from .coverage import coverage_cases, coverage_markdown, plain_of
+from .jobs import Job, run_jobs
+from .methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
+from .report import can_draw, markdown_of, table_of, write_results
+from .run import load_embedded_model
+from .scenes import held_out
+from .table import Case, Row
 
 Budgets = Sequence[float | int]
 Measured = list[tuple[list[Row], list[Tensor]]]  # by model
@@ -31,7 +32,7 @@ Measured = list[tuple[list[Row], list[Tensor]]]  # by model
 def sweep_configs(
     layers: Sequence[int], scores: Sequence[str], budgets: Budgets, ids: Sequence[str]
 ) -> list[GapConfig]:
-    """One-stage configurations of every combination that there is.
+    """Return one-stage configurations of every combination that there is.
 
     After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
     only exist there are left out of decoder layers.
@@ -40,11 +41,11 @@ def sweep_configs(
         ValueError: A value is not one of `GapConfig`, or a score is used at none of the layers.
     """
     configs: list[GapConfig] = []
-    used = set()
+    covered = set()
     for layer, score, keep, rule in product(layers, scores, budgets, ids):
         if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
             continue
-        used.add(score)
+        covered.add(score)
         ranked_by: Any = score
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
@@ -52,7 +53,7 @@ def sweep_configs(
         if config not in configs:
             configs.append(config)
     for score in scores:
-        if score not in used:
+        if score not in covered:
             raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")
     return configs
 
@@ -60,7 +61,7 @@ def sweep_configs(
 class Evaluation:
     """What to measure of which models, collected first, so that one progress bar shows all of it.
 
-    Without matplotlib there are no pictures, which is said.
+    Without matplotlib there are no pictures, but a message.
 
     Args:
         console: Where to print.
@@ -77,48 +78,48 @@ class Evaluation:
         self._writers: list[Callable[[Measured], None]] = []
 
     def add_methods(self, names: Sequence[str], budgets: Budgets) -> None:
-        """Presets at budgets, ids kept and compacted: ``methods.json``, ``methods.md``, ``methods.png``.
+        """Add presets at budgets, ids kept and compacted: ``methods.json``, ``methods.md``, ``methods.png``.
 
         Raises:
             ValueError: No preset takes any of the budgets.
         """
-        found = [method_cases(model, names, budgets) for model, _ in self.models]
-        refused = [each for _, refusals in found for each in refusals]
-        for cases, refusals in found:
+        plans = [method_cases(model, names, budgets) for model, _ in self.models]
+        refused = [each for _, refusals in plans for each in refusals]
+        for cases, refusals in plans:
             if not cases:
                 raise ValueError(f"nothing to measure: {refusals[0].reason}")
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
-            comparisons = [each for own in measured for each in compare(*own, lambda row: PLAIN)]
-            for own, _ in measured:
-                self.console.print(methods_table(own, comparisons, self._title(own[0].model)))
+            rows = [row for pair, _ in measured for row in pair]
+            comparisons = [each for pair in measured for each in compare(*pair, lambda row: PLAIN)]
+            for pair, _ in measured:
+                self.console.print(methods_table(pair, comparisons, self._title(pair[0].model)))
             for refusal in refused:
                 self.console.print(f"no row: {refusal.model}, {refusal.method}: {refusal.reason}")
             self._write("methods.json", rows=rows, comparisons=comparisons, refused=refused)
             self._write_text("methods.md", methods_markdown(rows, comparisons, refused))
             if can_draw(self.console, "methods.png"):
-                from gap_triton.demo.charts import save_methods
+                from .charts import save_methods
 
                 save_methods(
                     rows, self._title("Methods with ids compacted and kept"), self.output / "methods.png"
                 )
                 self._wrote("methods.png")
 
-        self._add([cases for cases, _ in found], write)
+        self._add([cases for cases, _ in plans], write)
 
     def add_coverage(self, budgets: Budgets) -> None:
-        """Coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
+        """Add coverage x ids x budgets at two places: ``coverage.json``, ``coverage.md``, ``coverage.png``."""
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
+            rows = [row for pair, _ in measured for row in pair]
             comparisons = [
-                each for own in measured for each in compare(*own, lambda row: plain_of(row, rows).method)
+                each for pair in measured for each in compare(*pair, lambda row: plain_of(row, rows).method)
             ]
             self._write("coverage.json", rows=rows, comparisons=comparisons)
             self._write_text("coverage.md", coverage_markdown(rows, comparisons))
             if can_draw(self.console, "coverage.png"):
-                from gap_triton.demo.charts import save_coverage
+                from .charts import save_coverage
 
                 save_coverage(rows, self._title("Coverage and position ids"), self.output / "coverage.png")
                 self._wrote("coverage.png")
@@ -126,7 +127,7 @@ class Evaluation:
         self._add([coverage_cases(model, budgets) for model, _ in self.models], write)
 
     def add_sweep(self, configs: Sequence[GapConfig]) -> None:
-        """Configurations of one stage: ``eval.json``, ``eval.md``.
+        """Add configurations of one stage: ``eval.json``, ``eval.md``.
 
         ``"cls"`` is ``"received"`` where the vision encoder has no CLS token, as for presets.
 
@@ -135,17 +136,19 @@ class Evaluation:
         """
         cases = []
         for model, _ in self.models:
-            own = list(configs)
+            model_configs = list(configs)
             if score_without_cls(model):
-                own = [replace(each, score="received") if each.score == "cls" else each for each in own]
-            for config in own:
+                model_configs = [
+                    replace(each, score="received") if each.score == "cls" else each for each in model_configs
+                ]
+            for config in model_configs:
                 gap_triton.configure(model, config)
-            cases.append([Case.of(config) for config in dict.fromkeys(own)])
+            cases.append([Case.of(config) for config in dict.fromkeys(model_configs)])
 
         def write(measured: Measured) -> None:
-            rows = [row for own, _ in measured for row in own]
-            for own, _ in measured:
-                self.console.print(table_of(own, self._title(own[0].model)))
+            rows = [row for pair, _ in measured for row in pair]
+            for pair, _ in measured:
+                self.console.print(table_of(pair, self._title(pair[0].model)))
             self._write("eval.json", rows=rows)
             self._write_text("eval.md", markdown_of(rows))
 
@@ -159,7 +162,9 @@ class Evaluation:
             write([next(measured) for _ in self.models])
 
     def _add(self, cases: Sequence[Sequence[Case]], write: Callable[[Measured], None]) -> None:
-        self._jobs += [Job(*model, own) for model, own in zip(self.models, cases, strict=True)]
+        self._jobs += [
+            Job(*model, model_cases) for model, model_cases in zip(self.models, cases, strict=True)
+        ]
         self._writers.append(write)
 
     def _title(self, subject: str) -> str:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gap_triton.demo.architectures import ARCHITECTURES
-from gap_triton.demo.scenes import IMAGE_SIZE, Scenes
-from gap_triton.demo.vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
+from .architectures import ARCHITECTURES
+from .scenes import IMAGE_SIZE, Scenes
+from .vocabulary import LOCATION_TOKENS, LOCATIONS, token_id
 
 _ANSWER = re.compile(r"\s*".join([r"<loc(\d\d)>"] * 4))
 
 
 def location_ids(boxes: Tensor) -> Tensor:
-    """Token ids that write down boxes: float ``[..., 4]`` in 0..1 to int64 ``[..., 4]``."""
+    """Return the token ids that write down boxes: float [..., 4] in 0..1 to [..., 4] int64."""
     if boxes.shape[-1:] != (4,):
         raise ValueError(f"boxes has shape {list(boxes.shape)}; the last dimension must be 4")
     if boxes.numel() and not (boxes.min() >= 0 and boxes.max() <= 1):
@@ -31,7 +31,7 @@ def location_ids(boxes: Tensor) -> Tensor:
 
 
 def boxes_from_tokens(answers: Sequence[str]) -> Tensor:
-    """Read boxes from decoded answers such as ``"<loc02> <loc05> <loc09> <loc12>"``: float32 ``[N, 4]``.
+    """Read boxes from decoded answers such as ``"<loc02> <loc05> <loc09> <loc12>"``: [N, 4] float32.
 
     The first four location tokens in a row count. An answer without them gives NaN, whose IoU with any box is 0.
     """
@@ -43,7 +43,7 @@ def boxes_from_tokens(answers: Sequence[str]) -> Tensor:
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of matching boxes: two float ``[..., 4]`` to ``[...]``.
+    """Return the intersection over union of matching boxes: two float [..., 4] to [...].
 
     A box without area, or with a NaN in it, gives 0.
     """
@@ -55,7 +55,7 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def prompt(question: str, processor: Any) -> str:
-    """Prompt for one question about one image, as the embedded model that ``processor`` belongs to was trained on."""
+    """Return the prompt for one question about one image, as the model of ``processor`` was trained on."""
     known = {architecture.image_token: architecture for architecture in ARCHITECTURES.values()}
     if processor.image_token not in known:
         raise ValueError(
@@ -65,7 +65,7 @@ def prompt(question: str, processor: Any) -> str:
 
 
 def prepare(processor: Any, scenes: Scenes) -> Any:
-    """Model inputs for each scene's question: what the processor makes of images and prompts, padded to one length."""
+    """Return the model inputs for each scene's question: processed images and prompts, padded to one length."""
     indices = range(len(scenes))
     return processor(
         images=[scenes.image(i) for i in indices],
@@ -77,7 +77,7 @@ def prepare(processor: Any, scenes: Scenes) -> Any:
 
 @torch.no_grad()
 def answer_boxes(model: Any, processor: Any, scenes: Scenes) -> Tensor:
-    """Ask each scene's question by greedy ``generate``: the answered boxes, float32 ``[N, 4]``, NaN = no box."""
+    """Ask each scene's question by greedy ``generate``: the answered boxes, [N, 4] float32, NaN = no box."""
     inputs = prepare(processor, scenes).to(model.device)
     generated = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return boxes_from_tokens(processor.batch_decode(generated, skip_special_tokens=True))
@@ -94,14 +94,14 @@ def evaluate(
     """Compare the answers to the scenes' questions with the true boxes.
 
     Args:
-        model: an embedded model, from ``AutoModelForImageTextToText.from_pretrained``, pruned or not.
-        processor: the processor of that model.
-        scenes: the scenes to ask about.
-        batch_size: scenes per call of ``generate``.
-        progress: called after every batch with the number of scenes in it.
+        model: An embedded model, from ``AutoModelForImageTextToText.from_pretrained``, pruned or not.
+        processor: The processor of that model.
+        scenes: The scenes to ask about.
+        batch_size: Scenes per call of ``generate``.
+        progress: Called after every batch with the number of scenes in it.
 
     Returns:
-        IoU of each answer with the true box, float32 ``[N]``; an answer that is no box counts as 0.
+        IoU of each answer with the true box, [N] float32; an answer that is no box counts as 0.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

@@ -11,7 +11,7 @@ Z = 1.959964  # two-sided 95%
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
-    """Wilson score interval of a share (95% by default); ``trials`` >= 1."""
+    """Return the Wilson score interval of a share (95% by default); ``trials`` >= 1."""
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
             f"successes={successes}, trials={trials}: expected 0 <= successes <= trials, and trials >= 1"
@@ -49,7 +49,7 @@ def paired_difference(first: Tensor, second: Tensor, z: float = Z) -> Difference
     Medicine 17, 1998, 2635-2650, method 10). Unlike a Wald interval it keeps a width where the ways never disagree.
 
     Args:
-        first: Whether each scene was answered right, bool [N].
+        first: Whether each scene was answered right, [N] bool.
         second: The same for the other way.
         z: Normal quantile of the interval, 95% by default.
 
@@ -75,8 +75,8 @@ def paired_difference(first: Tensor, second: Tensor, z: float = Z) -> Difference
     scale = math.sqrt(hits * (count - hits) * other_hits * (count - other_hits))
     phi = product / scale if scale else 0.0
 
-    def joined(own: float, others: float) -> float:
-        return math.sqrt(max(own * own - 2 * phi * own * others + others * others, 0.0))
+    def joined(distance: float, other: float) -> float:
+        return math.sqrt(max(distance * distance - 2 * phi * distance * other + other * other, 0.0))
 
     value = share - other
     return Difference(

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from gap_triton.demo.scenes import Scenes
-from gap_triton.demo.table import Case, Row, measure
+from .scenes import Scenes
+from .table import Case, Row, measure
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Job:
 def run_jobs(
     console: Console, scenes: Scenes, jobs: Sequence[Job]
 ) -> Iterator[tuple[list[Row], list[Tensor]]]:
-    """Rows and IoUs of each job, as `measure` gives them, as soon as it is done."""
+    """Return the rows and IoUs of each job, as `measure` gives them, as soon as it is done."""
     columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(scenes) * sum(len(job.cases) + 1 for job in jobs))

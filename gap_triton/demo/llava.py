@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from gap_triton.demo.architecture import DECODER, VISUAL, Architecture
-from gap_triton.demo.scenes import IMAGE_SIZE, PATCH
-from gap_triton.demo.vocabulary import BOS, IMAGE, TOKENS, token_id
+from .architecture import DECODER, VISUAL, Architecture
+from .scenes import IMAGE_SIZE, PATCH
+from .vocabulary import BOS, IMAGE, TOKENS, token_id
 
 
 class Llava(Architecture):
@@ -47,16 +47,16 @@ class Llava(Architecture):
         return LlavaForConditionalGeneration(config)
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Turn pixels into the model's -1..1 range, ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``."""
+        """Turn pixels into the model's -1..1 range, [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
         return images.float() / 127.5 - 1
 
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Take what the tower's last layer says about the patches, without CLS, through the projector."""
+        """Take the output of the tower's last layer for the patches, without CLS, through the projector."""
         hidden = model.model.vision_tower(pixel_values).last_hidden_state
         return model.model.multi_modal_projector(hidden[:, 1:])
 
     def position_ids(self, within: Tensor) -> Tensor:
-        """Count on from the image: int64 ``[1, L]``."""
+        """Count on from the image: [1, L] int64."""
         prefix = len(self.prefix)
         return torch.cat([torch.arange(prefix), prefix + within])[None]
 
@@ -77,7 +77,7 @@ class Llava(Architecture):
         }
 
     def processor_file(self) -> dict[str, Any]:
-        """One placeholder for each patch; CLS is counted and taken off again."""
+        """Return one placeholder for each patch; CLS is counted and taken off again."""
         return {
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE,
@@ -89,9 +89,10 @@ class Llava(Architecture):
     def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name the tower's weights as LLaVA checkpoints always have.
 
-        Transformers 5 dropped one level of their names and still reads the old ones, version 4 knows no others.
+        Transformers 5 dropped one level of their names and still reads the old ones; version 4 reads no others.
         """
-        old, new = "model.vision_tower.vision_model.", "model.vision_tower."
+        long, short = "model.vision_tower.vision_model.", "model.vision_tower."
         return {
-            name if name.startswith(old) else name.replace(new, old): weight for name, weight in state.items()
+            name if name.startswith(long) else name.replace(short, long): weight
+            for name, weight in state.items()
         }

@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import Ids
-from gap_triton.demo.compare import Comparison
-from gap_triton.demo.report import accuracy, budget_name, cost_cells, difference, markdown
-from gap_triton.demo.table import NO_PRUNING, Case, Row
+
+from .. import GapConfig
+from ..config import Ids
+from .compare import Comparison
+from .report import accuracy, budget_name, cost_cells, difference, markdown
+from .table import NO_PRUNING, Case, Row
 
 PLAIN = "cls"  # plain top-k: what the others are compared with
 IDS: tuple[Ids, ...] = ("kept", "compacted")
@@ -27,7 +28,7 @@ class Refusal:
     Attributes:
         model: The embedded model.
         method: Name of the preset.
-        keep: The budget that was asked for.
+        keep: The budget.
         reason: The sentence of the error.
     """
 
@@ -37,14 +38,14 @@ class Refusal:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The refusal as it stands in the results file."""
+        """Return the refusal as it stands in the results file."""
         return asdict(self)
 
 
 def method_cases(
     model: Any, names: Sequence[str], budgets: Sequence[float | int]
 ) -> tuple[list[Case], list[Refusal]]:
-    """What to measure of the presets ``names``.
+    """Return what to measure of the presets ``names``.
 
     Args:
         model: An embedded model, under ``"gap_triton"``.
@@ -68,18 +69,18 @@ def method_cases(
 
 
 def score_without_cls(model: Any) -> bool:
-    """Whether methods that rank by the CLS token need ``score="received"`` on ``model``."""
+    """Return whether methods that rank by the CLS token need ``score="received"`` on ``model``."""
     return GapConfig.preset(PLAIN, model=model).score == "received"
 
 
 def methods_markdown(
     rows: Sequence[Row], comparisons: Sequence[Comparison], refused: Sequence[Refusal]
 ) -> str:
-    """The tables of methods: one line for each pair of kept and compacted ids, and what beats plain top-k."""
+    """Return the tables of methods: one line for each pair of kept and compacted ids, and what beats plain top-k."""
     parts = []
     for model in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == model]
-        parts.append(_pairs(model, own, comparisons))
+        model_rows = [row for row in rows if row.model == model]
+        parts.append(_pairs(model, model_rows, comparisons))
         against = [each for each in comparisons if each.model == model and each.against_ids == "kept"]
         if against:
             parts.append(_against_plain(against))
@@ -95,7 +96,7 @@ def methods_markdown(
 
 
 def pair_cells(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """Method, budget, mean visual tokens, both accuracies, their difference, prefill time and cache, of one model."""
+    """Return method, budget, mean visual tokens, both accuracies, their difference, prefill time and cache, of one model."""
     by = {(row.method, row.keep, row.ids): row for row in rows}
     gains = {
         (each.method, each.keep): each
@@ -121,7 +122,7 @@ def pair_cells(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[t
 
 
 def methods_table(rows: Sequence[Row], comparisons: Sequence[Comparison], title: str) -> Table:
-    """`pair_cells` of one model for the terminal."""
+    """Return `pair_cells` of one model for the terminal."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("budget", "tokens", "kept", "compacted", "kept - compacted", "prefill"):
         table.add_column(name, justify="left" if name == "budget" else "right", no_wrap=True)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, Qwen2_5_VLModel
 
-from gap_triton.demo.scenes import IMAGE_SIZE
+from .scenes import IMAGE_SIZE
 
-if TYPE_CHECKING:
-    from gap_triton.demo.qwen2_5_vl import Qwen25VL
+
+class ImageLayout(Protocol):
+    """How a model takes its images: what the processor needs of an architecture."""
+
+    image_token: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """All tokens ahead of the question."""
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """Return the patches of uint8 images [N, 3, IMAGE_SIZE, IMAGE_SIZE]."""
+
+    def image_grid(self, images: int) -> Tensor:
+        """Return the frames, rows and columns of patches of so many images: [N, 3]."""
 
 
 class NativeProcessor:
@@ -24,11 +38,11 @@ class NativeProcessor:
     here does.
 
     Args:
-        tokenizer: what ``AutoTokenizer`` loads.
-        architecture: whose placeholder and pixel layout to use.
+        tokenizer: What ``AutoTokenizer`` loads.
+        architecture: Whose placeholder and pixel layout to use.
     """
 
-    def __init__(self, tokenizer: Any, architecture: Qwen25VL) -> None:
+    def __init__(self, tokenizer: Any, architecture: ImageLayout) -> None:
         self.tokenizer = tokenizer
         self.image_token = architecture.image_token
         self.batch_decode = tokenizer.batch_decode
@@ -46,16 +60,16 @@ class NativeProcessor:
 
         Args:
             images: RGB images of IMAGE_SIZE x IMAGE_SIZE pixels, one a prompt.
-            text: prompts with one image token each.
-            padding: whether to pad the prompts, on the left, to one length.
+            text: Prompts with one image token each.
+            padding: Whether to pad the prompts, on the left, to one length.
             return_tensors: ``"pt"``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[N, L]``, ``pixel_values`` ``[patches, values]`` and ``image_grid_thw``
-            ``[N, 3]``; with transformers 5 also ``mm_token_type_ids`` ``[N, L]``, 1 for a visual token.
+            ``input_ids`` and ``attention_mask`` [N, L], ``pixel_values`` [patches, values] and ``image_grid_thw``
+            [N, 3]; with transformers 5 also ``mm_token_type_ids`` [N, L], 1 for a visual token.
 
         Raises:
-            ValueError: an image has another size, or a prompt not one image token.
+            ValueError: An image has another size, or a prompt not one image token.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         text = [text] if isinstance(text, str) else list(text)
@@ -79,7 +93,7 @@ class NativeProcessor:
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         inputs["pixel_values"] = self._architecture.pixel_values(pixels)
         inputs["image_grid_thw"] = self._architecture.image_grid(len(images))
-        # Version 4 of transformers finds the visual tokens itself, and refuses an argument that it does not know.
+        # Version 4 of transformers finds the visual tokens itself, and refuses the argument.
         if "mm_token_type_ids" in inspect.signature(Qwen2_5_VLModel.forward).parameters:
             placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder).long()

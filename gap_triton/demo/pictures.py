@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from gap_triton import Selection
-from gap_triton.demo.table import Row
+from .. import Selection
+from .table import Row
 
 # Blue, orange and red of a palette that stays apart for colour-blind readers (Okabe and Ito).
 COLOURS = {"kept": "#0072B2", "compacted": "#E69F00", "permuted": "#D55E00"}
@@ -31,9 +31,9 @@ class Example:
     """One picture of the overlay.
 
     Attributes:
-        image: uint8 [3, H, W].
+        image: [3, H, W] uint8.
         title: The question.
-        kept: bool [G, G], the visual tokens that survived, by their place in the image.
+        kept: [G, G] bool, the visual tokens that survived, by their place in the image.
         boxes: Label -> box [4], x0 y0 x1 y1 as shares of the image; NaN = no box was answered.
     """
 
@@ -44,7 +44,7 @@ class Example:
 
 
 def dim_dropped(image: Tensor, kept: Tensor) -> Tensor:
-    """The image [3, H, W] uint8 with the patches of dropped tokens dimmed; ``kept`` is bool [rows, columns]."""
+    """Return the image [3, H, W] uint8 with the patches of dropped tokens dimmed; ``kept`` is [rows, columns] bool."""
     rows, columns = kept.shape
     height, width = image.shape[1:]
     at_row = torch.arange(height) * rows // height
@@ -81,9 +81,9 @@ def save_overlay(examples: Sequence[Example], title: str, path: Path) -> None:
     figure, grid = plt.subplots(1, len(examples), figsize=(2.6 * len(examples), 3.4), squeeze=False)
     for axes, example in zip(grid[0], examples, strict=True):
         draw_example(axes, example)
-    drawn = [label for label in LABELS if any(label in example.boxes for example in examples)]
+    labels = [label for label in LABELS if any(label in example.boxes for example in examples)]
     handles = [
-        Patch(fill=False, edgecolor=COLOURS[label], linewidth=2, label=LABELS[label]) for label in drawn
+        Patch(fill=False, edgecolor=COLOURS[label], linewidth=2, label=LABELS[label]) for label in labels
     ]
     if any("truth" in example.boxes for example in examples):
         # White on paper would be invisible.
@@ -133,6 +133,6 @@ def save_bars(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def kept_grid(selection: Selection, sample: int, side: int, start: int = 0) -> Tensor:
-    """bool [side, side]: which of a sample's visual rows from ``start`` on survived."""
+    """Return [side, side] bool: which of a sample's visual rows from ``start`` on survived."""
     rows = selection.visual[sample].nonzero()[:, 0][start : start + side * side]
     return torch.isin(rows, selection.visual_index[sample]).reshape(side, side).cpu()

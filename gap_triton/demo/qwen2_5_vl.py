@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from gap_triton.demo.architecture import DECODER, Architecture
-from gap_triton.demo.native import NativeProcessor
-from gap_triton.demo.scenes import GRID, IMAGE_SIZE, PATCH
-from gap_triton.demo.vocabulary import (
+from .architecture import DECODER, Architecture
+from .native import NativeProcessor
+from .scenes import GRID, IMAGE_SIZE, PATCH
+from .vocabulary import (
     BOS,
     IMAGE_PAD,
     MORE_TOKENS,
@@ -84,14 +84,14 @@ class Qwen25VL(Architecture):
         return Qwen2_5_VLForConditionalGeneration(config)
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Cut images into patches, those of one visual token in a row: ``[N * 4 * VISUAL, 3 * FRAMES * FINE * FINE]``."""
+        """Cut images into patches, those of one visual token in a row: [N * 4 * VISUAL, 3 * FRAMES * FINE * FINE]."""
         pixels = images.float() / 127.5 - 1
         pixels = pixels.reshape(-1, 3, GRID, MERGE, FINE, GRID, MERGE, FINE).permute(0, 2, 5, 3, 6, 1, 4, 7)
         pixels = pixels.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, FRAMES, -1, -1)
         return pixels.reshape(-1, 3 * FRAMES * FINE * FINE)
 
     def image_grid(self, count: int) -> Tensor:
-        """Frames, rows and columns of patches of ``count`` images: int64 ``[count, 3]``."""
+        """Return the frames, rows and columns of patches of ``count`` images: [count, 3] int64."""
         return torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * count)
 
     def visual_features(self, model: Any, pixel_values: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Qwen25VL(Architecture):
         return torch.stack(list(features if isinstance(features, tuple) else features.pooler_output))
 
     def position_ids(self, within: Tensor) -> Tensor:
-        """Number frames, rows and columns as ``get_rope_index`` does: int64 ``[3, 1, L]``."""
+        """Number frames, rows and columns as ``get_rope_index`` does: [3, 1, L] int64."""
         start = len(self.before)
         row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
         visual = start + torch.stack([torch.zeros_like(row), row, column]).flatten(1)
@@ -131,7 +131,7 @@ class Qwen25VL(Architecture):
         }
 
     def processor_file(self) -> dict[str, Any]:
-        """The class: it finds out the rest."""
+        """Return the class: it finds out the rest."""
         return {"processor_class": "Qwen2_5_VLProcessor"}
 
     def config_file(self, saved: dict[str, Any]) -> dict[str, Any]:

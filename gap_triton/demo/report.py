@@ -13,13 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gap_triton.demo.compare import Comparison
-from gap_triton.demo.table import IOU_THRESHOLD, NO_PRUNING, Row
-from gap_triton.environment import device_name, installed_versions
+from ..environment import device_name, installed_versions
+from .compare import Comparison
+from .table import IOU_THRESHOLD, NO_PRUNING, Row
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table for the terminal, with a line before each new method and share."""
+    """Return the rows as a table for the terminal, with a line before each new method and share."""
     table = Table(
         title=title,
         title_justify="left",
@@ -55,15 +55,15 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 
 def can_draw(console: Console, *pictures: str) -> bool:
-    """Whether ``pictures`` can be drawn; where they can't, ``console`` is told so and what to install."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
+    """Return whether ``pictures`` can be drawn; where they can't, print that on ``console``, with what to install."""
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if not has_matplotlib:
         console.print(
             f"left out {' and '.join(pictures)}: matplotlib is not installed: pip install matplotlib",
             highlight=False,
             soft_wrap=True,
         )
-    return found
+    return has_matplotlib
 
 
 def write_results(path: Path, samples: int, device: torch.device, **parts: Sequence[Any]) -> None:
@@ -79,13 +79,13 @@ def write_results(path: Path, samples: int, device: torch.device, **parts: Seque
 
 
 def markdown_of(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, one table for each model; with one id rule, one line for each method."""
+    """Return the rows as Markdown, one table for each model; with one id rule, one line for each method."""
     models = list(dict.fromkeys(row.model for row in rows))
     parts = []
     for model in models:
-        own = [row for row in rows if row.model == model]
-        one_rule = len({row.ids for row in own if row.method != NO_PRUNING}) == 1
-        table = _by_method(own) if one_rule else _by_row(own)
+        model_rows = [row for row in rows if row.model == model]
+        one_rule = len({row.ids for row in model_rows if row.method != NO_PRUNING}) == 1
+        table = _by_method(model_rows) if one_rule else _by_row(model_rows)
         parts.append(f"**{model}**\n\n{table}" if len(models) > 1 else table)
     return "\n".join(parts)
 
@@ -117,9 +117,9 @@ def _by_method(rows: Sequence[Row]) -> str:
     unpruned = next(row for row in rows if row.method == NO_PRUNING)
     lines = []
     for method in dict.fromkeys(row.method for row in rows if row.method != NO_PRUNING):
-        own = [by[method, keep] for keep in keeps]
-        costs = zip(*map(cost_cells, own), strict=True)
-        lines.append((method, *map(accuracy, own), *map(" / ".join, costs)))
+        method_rows = [by[method, keep] for keep in keeps]
+        costs = zip(*map(cost_cells, method_rows), strict=True)
+        lines.append((method, *map(accuracy, method_rows), *map(" / ".join, costs)))
     ids = next(row.ids for row in rows if row.method != NO_PRUNING)
     header = ("method", *(f"accuracy at {budget_name(keep)}" for keep in keeps), "prefill time", "KV cache")
     return f"Ids {ids}; no pruning: accuracy {accuracy(unpruned)}, {cost_cells(unpruned)[1]}.\n\n" + markdown(
@@ -128,27 +128,27 @@ def _by_method(rows: Sequence[Row]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     rule = "|" + "---|" * len(header) + "\n"
     first, *others = (f"| {' | '.join(row)} |\n" for row in (header, *lines))
     return first + rule + "".join(others)
 
 
 def budget_name(keep: float | int) -> str:
-    """A share in percent, or a count of tokens."""
+    """Return a share in percent, or a count of tokens."""
     return f"{100 * keep:.3g}%" if isinstance(keep, float) else f"{keep} tokens"
 
 
 def accuracy(row: Row) -> str:
-    """Accuracy with its interval."""
+    """Return the accuracy with its interval."""
     return f"{row.accuracy:.3f} ({row.accuracy_low:.3f} to {row.accuracy_high:.3f})"
 
 
 def difference(comparison: Comparison) -> str:
-    """Difference of two accuracies with its interval."""
+    """Return the difference of two accuracies with its interval."""
     return f"{comparison.value:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
 
 
 def cost_cells(row: Row) -> tuple[str, str]:
-    """Prefill time and size of the cache."""
+    """Return the prefill time and size of the cache."""
     return f"{row.prefill_ratio:.2f}x", f"{row.kv_bytes / 1024:.0f} KiB"

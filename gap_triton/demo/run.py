@@ -11,21 +11,22 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.config import Ids, Score
-from gap_triton.demo.architectures import LLAVA, find
-from gap_triton.demo.grounding import answer_boxes
-from gap_triton.demo.jobs import Job, run_jobs
-from gap_triton.demo.report import can_draw, table_of, write_results
-from gap_triton.demo.scenes import GRID, IMAGE_SIZE, held_out
-from gap_triton.demo.table import Case, Row
-from gap_triton.environment import default_device, device_name
+
+from .. import GapConfig
+from ..config import Ids, Score
+from ..environment import default_device, device_name
+from .architectures import LLAVA, find
+from .grounding import answer_boxes
+from .jobs import Job, run_jobs
+from .report import can_draw, table_of, write_results
+from .scenes import GRID, IMAGE_SIZE, held_out
+from .table import Case, Row
 
 if TYPE_CHECKING:
-    from gap_triton.demo.pictures import Example
+    from .pictures import Example
 
 LAYER = 1  # of 6: early, before the decoder has carried positions into other tokens
-SCORE: Score = "text"  # so early, the words that name the thing tell more than the last token alone
+SCORE: Score = "text"  # in an early layer, all words of the question rank better than the last token alone
 KEEPS = (0.5, 0.25, 0.125)
 IDS: tuple[Ids, ...] = ("kept", "compacted", "permuted")
 SHOWN = 4  # scenes in the overlay: the first held-out ones, not chosen
@@ -36,8 +37,8 @@ def load_embedded_model(device: torch.device | None = None, name: str = LLAVA.na
     """Load an embedded model under ``"gap_triton"``, and its processor, through the public API of transformers.
 
     Args:
-        device: where to put the model; None = the best there is.
-        name: its architecture, ``"llava"`` or ``"qwen2_5_vl"``.
+        device: Where to put the model; None = the best there is.
+        name: Its architecture, ``"llava"`` or ``"qwen2_5_vl"``.
     """
     architecture = find(name)
     model = AutoModelForImageTextToText.from_pretrained(architecture.folder, attn_implementation="gap_triton")
@@ -45,14 +46,14 @@ def load_embedded_model(device: torch.device | None = None, name: str = LLAVA.na
 
 
 def demo_configs() -> list[GapConfig]:
-    """The rows of the demo's table below no pruning."""
+    """Return the rows of the demo's table below no pruning."""
     return [GapConfig(keep=keep, layer=LAYER, score=SCORE, ids=ids) for keep, ids in product(KEEPS, IDS)]
 
 
 def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
     """Run everything and write ``results.json``, ``overlay.png`` and ``accuracy.png`` into ``output``.
 
-    Without matplotlib there are no pictures, which is said.
+    Without matplotlib there are no pictures, but a message.
     """
     output.mkdir(parents=True, exist_ok=True)
     device = default_device()
@@ -69,9 +70,9 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
     )
 
     write_results(output / "results.json", samples, device, rows=rows)
-    written = ["results.json"]
+    files = ["results.json"]
     if can_draw(console, "overlay.png", "accuracy.png"):
-        from gap_triton.demo.pictures import save_bars, save_overlay
+        from .pictures import save_bars, save_overlay
 
         save_overlay(
             examples(model, processor),
@@ -80,15 +81,15 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
         )
         title = f"Accuracy on {samples} held-out scenes, pruned after decoder layer {LAYER}"
         save_bars(rows, title, output / "accuracy.png")
-        written += ["overlay.png", "accuracy.png"]
-    for name in written:
+        files += ["overlay.png", "accuracy.png"]
+    for name in files:
         console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
     return rows
 
 
 def examples(model: Any, processor: Any) -> list[Example]:
-    """The first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
-    from gap_triton.demo.pictures import Example, kept_grid
+    """Return the first held-out scenes with what is kept of them, and the boxes answered with and without GAP."""
+    from .pictures import Example, kept_grid
 
     scenes = held_out(SHOWN)
     boxes = {"truth": scenes.target_boxes / IMAGE_SIZE}
@@ -97,7 +98,7 @@ def examples(model: Any, processor: Any) -> list[Example]:
         gap_triton.configure(model, GapConfig(keep=SHOWN_KEEP, layer=LAYER, score=SCORE, ids=ids))
         boxes[ids] = answer_boxes(model, processor, scenes)
     selection = gap_triton.last_selection(model)
-    assert selection is not None
+    assert selection is not None  # a pruned prefill has just run
     return [
         Example(
             image=scenes.images[i],

@@ -38,13 +38,13 @@ class Scenes:
     """A batch of ``N`` scenes, ``M = MOST_OBJECTS`` object slots each.
 
     Attributes:
-        images: uint8 ``[N, 3, IMAGE_SIZE, IMAGE_SIZE]``, RGB.
-        colours: int64 ``[N, M]``, index into ``COLOURS``.
-        shapes: int64 ``[N, M]``, index into ``SHAPES``. No (colour, shape) pair occurs twice in a scene.
-        boxes: int64 ``[N, M, 4]``, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
-        present: bool ``[N, M]``, whether the slot holds an object. Slot 0 always does.
-        target: int64 ``[N]``, the slot that the scene's expression names.
-        owners: int64 ``[N, GRID, GRID]``, the slot whose object covers the centre of each patch; ``M`` for none.
+        images: [N, 3, IMAGE_SIZE, IMAGE_SIZE] uint8, RGB.
+        colours: [N, M] int64, index into ``COLOURS``.
+        shapes: [N, M] int64, index into ``SHAPES``. No (colour, shape) pair occurs twice in a scene.
+        boxes: [N, M, 4] int64, pixels ``x0 y0 x1 y1``; the far edges are exclusive.
+        present: [N, M] bool, whether the slot holds an object. Slot 0 always does.
+        target: [N] int64, the slot that the scene's expression names.
+        owners: [N, GRID, GRID] int64, the slot whose object covers the centre of each patch; ``M`` for none.
     """
 
     images: Tensor
@@ -71,20 +71,20 @@ class Scenes:
 
     @property
     def target_boxes(self) -> Tensor:
-        """Box of each scene's named object: int64 ``[N, 4]``, pixels."""
+        """Box of each scene's named object: [N, 4] int64, pixels."""
         return self.boxes[torch.arange(len(self)), self.target]
 
     def name(self, index: int, slot: int | None = None) -> str:
-        """Colour and shape of one object, by default of the named one: ``"red triangle"``."""
+        """Return the colour and shape of one object, by default of the named one: ``"red triangle"``."""
         slot = int(self.target[index]) if slot is None else slot
         return f"{COLOURS[int(self.colours[index, slot])]} {SHAPES[int(self.shapes[index, slot])]}"
 
     def question(self, index: int, slot: int | None = None) -> str:
-        """Expression that names one object, by default the target: ``"where is the red triangle?"``."""
+        """Return the expression that names one object, by default the target: ``"where is the red triangle?"``."""
         return f"where is the {self.name(index, slot)}?"
 
     def image(self, index: int) -> Image.Image:
-        """One scene as an RGB image of the model's native size."""
+        """Return one scene as an RGB image of the model's native size."""
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy(), mode="RGB")
 
 
@@ -104,8 +104,8 @@ def draw(count: int, seed: int, *, fewest: int = 2, most: int = MOST_OBJECTS) ->
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.rand(count, len(COLOURS) * len(SHAPES), generator=generator).argsort(1)[:, :MOST_OBJECTS]
     colours, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
-    wanted = torch.randint(fewest, most + 1, (count,), generator=generator)
-    boxes, present = _place(wanted, generator)
+    counts = torch.randint(fewest, most + 1, (count,), generator=generator)
+    boxes, present = _place_boxes(counts, generator)
     images, owners = _paint(boxes, present, colours, shapes, generator)
     # Absent slots get no weight, so the target is uniform over the objects that are really there.
     target = torch.multinomial(present.float(), 1, generator=generator)[:, 0]
@@ -121,9 +121,9 @@ def held_out(count: int) -> Scenes:
     return Scenes(*(torch.cat([getattr(chunk, field) for chunk in chunks])[:count] for field in fields))
 
 
-def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose boxes that keep ``GAP`` pixels apart: int64 ``[N, M, 4]``, and which slots got one: bool ``[N, M]``."""
-    count = len(wanted)
+def _place_boxes(counts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose boxes that keep ``GAP`` pixels apart: [N, M, 4] int64, and which slots got one: [N, M] bool."""
+    count = len(counts)
     rows = torch.arange(count)
     boxes = torch.zeros(count, MOST_OBJECTS, 4, dtype=torch.int64)
     present = torch.zeros(count, MOST_OBJECTS, dtype=torch.bool)
@@ -137,7 +137,7 @@ def _place(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         apart_above = boxes[:, None, :slot, 2:] + GAP <= low[:, :, None]
         free = ((apart_below | apart_above).any(-1) | ~present[:, None, :slot]).all(-1)
         first = free.int().argmax(1)
-        present[:, slot] = free.any(1) & (slot < wanted)
+        present[:, slot] = free.any(1) & (slot < counts)
         box = torch.cat([low[rows, first], high[rows, first]], 1)
         boxes[:, slot] = box * present[:, slot, None]
     return boxes, present

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import gap_triton
-from gap_triton import GapConfig
-from gap_triton.arguments import CACHE
-from gap_triton.config import BEFORE_THE_DECODER, Stage
-from gap_triton.demo.architecture import VISUAL
-from gap_triton.demo.grounding import evaluate, prepare
-from gap_triton.demo.intervals import wilson_interval
-from gap_triton.demo.scenes import Scenes
+
+from .. import GapConfig
+from ..arguments import CACHE
+from ..config import BEFORE_THE_DECODER, Stage
+from .architecture import VISUAL
+from .grounding import evaluate, prepare
+from .intervals import wilson_interval
+from .scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
 UNPRUNED = GapConfig(keep=1.0, layer=0)
@@ -37,7 +38,7 @@ class Case:
 
     Attributes:
         method: What the table calls it.
-        keep: The budget that was asked for; of several stages what the method calls its budget.
+        keep: The budget; of several stages what the method calls its budget.
         config: What is done.
     """
 
@@ -47,8 +48,13 @@ class Case:
 
     @classmethod
     def of(cls, config: GapConfig) -> Case:
-        """``config`` under the name that says where and by what it prunes."""
-        assert not isinstance(config.keep, str), "how many tokens outliers are is no budget"
+        """Return ``config`` under a name made of its layer and its score.
+
+        Raises:
+            ValueError: ``keep`` is ``"outliers"``, which is no budget.
+        """
+        if isinstance(config.keep, str):
+            raise ValueError(f"keep={config.keep!r}: expected a budget, a share or a number of tokens")
         return cls(method_name(config), config.keep, config)
 
 
@@ -60,7 +66,7 @@ class Row:
         model: The embedded model, ``"llava"`` or ``"qwen2_5_vl"``.
         method: Score and place, such as ``"last_token, layer 1"``, or the name of a preset; ``"no pruning"`` for the first
             line.
-        keep: Share or number of visual tokens to keep, as asked for.
+        keep: The budget, a share or a number of visual tokens.
         ids: Position ids of the survivors.
         config: The whole configuration, field by field.
         tokens_kept: Visual tokens per image in the last decoder layer, of the sample with the most.
@@ -88,7 +94,7 @@ class Row:
     kv_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as it stands in ``results.json``."""
+        """Return the row as it stands in ``results.json``."""
         return asdict(self)
 
 
@@ -103,12 +109,12 @@ class Cost:
 
 
 def place_name(layer: int) -> str:
-    """How tables call the place at which tokens are dropped."""
+    """Return how tables call the place at which tokens are dropped."""
     return "before the decoder" if layer == BEFORE_THE_DECODER else f"layer {layer}"
 
 
 def method_name(config: GapConfig) -> str:
-    """How tables call where and by what ``config`` prunes."""
+    """Return how tables call where and by what ``config`` prunes."""
     if config.keep == 1.0 and not config.then:
         return NO_PRUNING
     return "; ".join(map(_stage_name, config.stages))
@@ -172,7 +178,7 @@ def measure(
 
 @torch.no_grad()
 def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[GapConfig]) -> list[Cost]:
-    """Prefill time of each configuration relative to the first, and what its cache holds.
+    """Return the prefill time of each configuration relative to the first, and what its cache holds.
 
     Configurations take turns inside each round, so that a machine whose speed drifts slows all of them alike.
     """
@@ -181,19 +187,22 @@ def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[G
     times: list[list[float]] = [[] for _ in configs]
     caches: list[tuple[int, int, float]] = []
     for round_number in range(PREFILL_ROUNDS + 1):
-        for own, config in zip(times, configs, strict=True):
+        for config_times, config in zip(times, configs, strict=True):
             gap_triton.configure(model, config)
             cache = DynamicCache(config=model.config.get_text_config())
             call = partial(model, **inputs, **{CACHE: cache}, logits_to_keep=1)
             seconds = _timed(call, model.device)
             if round_number:
-                own.append(seconds)
+                config_times.append(seconds)
                 continue
             # The first round warms up.
             size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
             visual = [layer.keys.shape[-2] - text for layer in cache.layers]
             caches.append((size // len(scenes), visual[-1], statistics.fmean(visual)))
-    ratios = [statistics.median(a / b for a, b in zip(own, times[0], strict=True)) for own in times]
+    ratios = [
+        statistics.median(a / b for a, b in zip(config_times, times[0], strict=True))
+        for config_times in times
+    ]
     return [Cost(ratio, *cache) for ratio, cache in zip(ratios, caches, strict=True)]
 
 

@@ -9,7 +9,7 @@ the thing: a question mark in its place would first have to fetch the noun, whic
 
 from __future__ import annotations
 
-from gap_triton.demo.scenes import COLOURS, GRID, SHAPES
+from .scenes import COLOURS, GRID, SHAPES
 
 PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
 LOCATIONS = 2 * GRID + 1  # one step is half a visual token
@@ -28,7 +28,7 @@ _IDS = {token: index for index, token in enumerate(MORE_TOKENS)}
 
 
 def token_id(token: str) -> int:
-    """Id of one token of the vocabulary."""
+    """Return the id of one token of the vocabulary."""
     if token not in _IDS:
         raise ValueError(f"token is {token!r}; it must be one of {', '.join(MORE_TOKENS)}")
     return _IDS[token]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..arguments import VISUAL_GRID, VISUAL_MASK
-from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attachment_of, changing, recall_selection
+from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
 from ..introspect import NAME, text_model_of
@@ -19,7 +19,7 @@ from ..prefill.answers import GENERATED
 from ..prefill.position_ids import ID_RULES
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
-from ..vision.watch import let_tower_tell
+from ..vision.needs import hook_tower
 from .hooks import (
     after_head,
     after_owner,
@@ -36,12 +36,12 @@ from .supported_models import (
     find_parts,
     is_vision_language_model,
     lone_decoder_of,
-    takes_more,
+    takes_kwargs,
     unwrap,
 )
-from .unpruned import say_what_a_head_gets
+from .unpruned import warn_of_zeros
 
-OURS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
+OWN_ARGUMENTS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
@@ -51,9 +51,9 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     model that is attached already this sets the configuration, and hooks those modules that were replaced since.
 
     Args:
-        model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`, which is told by
-            ``visual_mask`` ([B, Q] bool, an argument of its forward and of `generate`) which rows are visual tokens, and by
-            ``visual_grid`` ([H, W], or a list of one per image) how many rows and columns they make, where that is asked.
+        model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`. Of a
+            decoder alone, forward and `generate` take ``visual_mask`` ([B, Q] bool), which rows are visual tokens, and,
+            where the configuration needs it, ``visual_grid`` ([H, W], or a list of one per image), their rows and columns.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
@@ -63,10 +63,10 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
-    config = _checked(config if config is not None else GapConfig(), parts)
-    with changing:
+    config = _check_config(config if config is not None else GapConfig(), parts)
+    with attach_lock:
         new = not _attachments_of(parts, model)
-        attachment = _bring_up(model, parts, config)
+        attachment = _ensure_attached(model, parts, config)
         previous = parts.text.config._attn_implementation
         if previous == NAME:
             return
@@ -82,16 +82,16 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
 def detach(model: nn.Module) -> None:
     """Take off everything that `attach`, or loading by name, put on ``model``.
 
-    A model that was attached explicitly gets the attention implementation back that it had; one that was loaded by
-    name keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. A cache
-    that was pruned before can't go on afterwards, and nothing is left that could say so.
+    A model that was attached explicitly gets back the attention implementation that it had. One that was loaded by name
+    keeps the name, which then means plain dense attention. Does nothing to a model that is not attached. Don't use a
+    cache that was pruned before: nothing is left that could refuse it.
 
-    Calls that are under way in other threads, or around this one, run to their end as they began: then the hooks are taken
-    off when the last of them ends. Calls that begin meanwhile are dense.
+    Calls that are running, in other threads or around this one, end as they began; the hooks are taken off when the last of
+    them ends. Calls that begin in between are dense.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
-    with changing:
+    with attach_lock:
         for attachment in _attachments_in(model):
             attachment.close()
 
@@ -108,7 +108,7 @@ def configure(model: nn.Module, config: GapConfig) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
-    with changing:
+    with attach_lock:
         if parts.text.config._attn_implementation != NAME:
             raise ValueError(
                 f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
@@ -119,7 +119,7 @@ def configure(model: nn.Module, config: GapConfig) -> None:
                 f'{type(model).__name__} runs under "{NAME}", but nothing is attached to it: use '
                 "gap_triton.attach(model, config)"
             )
-        _bring_up(model, parts, _checked(config, parts))
+        _ensure_attached(model, parts, _check_config(config, parts))
 
 
 @contextmanager
@@ -148,12 +148,12 @@ def pruning(model: nn.Module, config: GapConfig | None = None) -> Iterator[nn.Mo
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether ``model``, or a part of it, runs under ``"gap_triton"``."""
+    """Return whether ``model``, or a part of it, runs under ``"gap_triton"``."""
     return any(not attachment.closing for attachment in _attachments_in(model))
 
 
 def last_selection(model: nn.Module) -> Selection | None:
-    """What the last pruned prefill of ``model`` in this thread kept; None if there was none."""
+    """Return what the last pruned prefill of ``model`` in this thread kept; None if there was none."""
     attachment = _attachment_on(model)
     return None if attachment is None else recall_selection(attachment)
 
@@ -179,7 +179,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
         before = [config._attn_implementation for config in configs]
         result = method(self, *args, **kwargs)
         try:
-            with changing:
+            with attach_lock:
                 _synchronize(self)
         except (ValueError, RuntimeError):
             for config, implementation in zip(configs, before, strict=True):
@@ -194,7 +194,7 @@ def _then_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
 def let_generate_take_visual_mask() -> None:
     """Let `generate` of a model that is attached, and of no other, pass ``visual_mask`` and ``visual_grid`` on to forward.
 
-    `generate` forwards keyword arguments that it does not know, but first refuses those that forward does not list.
+    `generate` forwards unknown keyword arguments, but first refuses those that forward does not list.
     """
     validate = GenerationMixin._validate_model_kwargs
     if hasattr(validate, "_gap_follows"):
@@ -203,7 +203,7 @@ def let_generate_take_visual_mask() -> None:
     @functools.wraps(validate)
     def wrapped(self: Any, model_kwargs: dict[str, Any]) -> None:
         if is_attached(self):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OURS}
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_ARGUMENTS}
         validate(self, model_kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ def let_generate_take_visual_mask() -> None:
 
 
 def let_calls_keep_their_configuration() -> None:
-    """Let every `generate` note the configuration that it starts with, see `gap_triton.calls`."""
+    """Let every `generate` keep the configuration that it starts with, see `gap_triton.calls`."""
     generate = GenerationMixin.generate
     if hasattr(generate, "_gap_follows"):
         return
@@ -226,7 +226,7 @@ def let_calls_keep_their_configuration() -> None:
 
 
 def refuse_continuous_batching() -> None:
-    """Let models that are attached refuse continuous batching, which would switch to another attention without a word."""
+    """Let models that are attached refuse continuous batching, which would switch to another attention without a warning."""
     name = "init_continuous_batching"  # every way into it goes through this one
     method = getattr(GenerationMixin, name, None)
     if method is None or hasattr(method, "_gap_follows"):
@@ -246,10 +246,10 @@ def refuse_continuous_batching() -> None:
     setattr(GenerationMixin, name, wrapped)
 
 
-def let_generate_count_what_it_feeds_again() -> None:
+def let_generate_count_generated_tokens() -> None:
     """Let `generate` of an attached model, where it runs without a KV cache, count the tokens that it has written.
 
-    Its forwards get the prompt and those tokens as one input, in which nothing else tells them apart.
+    Its forwards get the prompt and those tokens as one input, in which nothing else separates them.
     """
     update = GenerationMixin._update_model_kwargs_for_generation
     if hasattr(update, "_gap_follows"):
@@ -280,16 +280,16 @@ def _synchronize(model: PreTrainedModel) -> None:
     for module in model.modules():
         text = text_model_of(module)
         if text is not None and text.config._attn_implementation == NAME:
-            _bring_up_by_name(model, module, text)
-    # Of a decoder stack alone nobody knows yet whether it will be part of a vision-language model.
+            _ensure_attached_by_name(model, module, text)
+    # A decoder stack alone may become part of a vision-language model later.
     decoder = lone_decoder_of(model)
     if decoder is not None and decoder is not model and decoder.config._attn_implementation == NAME:
-        _bring_up_by_name(model, model, decoder)
+        _ensure_attached_by_name(model, model, decoder)
     if is_vision_language_model(model) and model.config.get_text_config()._attn_implementation == NAME:
-        find_parts(model)  # a model that can't be pruned says so now
+        find_parts(model)  # refuses a model that can't be pruned
 
 
-def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
+def _ensure_attached_by_name(model: PreTrainedModel, module: PreTrainedModel, text: PreTrainedModel) -> None:
     try:
         parts = find_parts(module)
     except ValueError:
@@ -297,31 +297,31 @@ def _bring_up_by_name(model: PreTrainedModel, module: PreTrainedModel, text: Pre
             return  # the decoder was attached alone, inside a model that can't be
         raise
     check_heads(model, parts)
-    attachment = _bring_up(model, parts, None)
+    attachment = _ensure_attached(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
 
 # --------------------------------------------------------------------------------------------- hooks
-def _bring_up(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
-    """The attachment of ``parts``, put on now, or anew where they were replaced; ``config`` None = what it was."""
+def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -> Attachment:
+    """The attachment of ``parts``, made now if there is none, or if they were replaced; ``config`` None = as before."""
     earlier = _attachments_of(parts, model)
     attachment = next((each for each in earlier if _covers(each, parts)), None)
-    stale = [each for each in earlier if each is not attachment]
-    if any(each.running for each in stale):
+    replaced = [each for each in earlier if each is not attachment]
+    if any(each.running for each in replaced):
         raise RuntimeError(
             f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
             "is still under way: attach again when it has ended"
         )
     config = config or next((each.config for each in earlier if not each.closing), GapConfig())
     restore = next((each.restore for each in earlier if each.restore is not None), None)
-    for each in stale:
+    for each in replaced:
         each.restore = None
         each.close()
     if attachment is None:
         attachment = _install(parts, config)
     else:
         attachment.closing = False
-        let_tower_tell(attachment, config)
+        hook_tower(attachment, config)
         attachment.config = config
         hook_layers(attachment)
     attachment.restore = restore
@@ -340,7 +340,7 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     for module in (owner, text):
         object.__setattr__(module, ATTACHMENT_ATTRIBUTE, attachment)
     try:
-        let_tower_tell(attachment, config)
+        hook_tower(attachment, config)
     except ValueError:
         attachment.close()
         raise
@@ -353,17 +353,17 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
         if any(head is known for known in attachment.heads):
             continue
         attachment.heads.append(head)
-        say_what_a_head_gets(head)
+        warn_of_zeros(head)
         object.__setattr__(head, ATTACHMENT_ATTRIBUTE, attachment)
         _register(
             attachment,
             "register_forward_pre_hook",
             head,
-            functools.partial(before_head, owner_name=name, takes_more=takes_more(head)),
+            functools.partial(before_head, owner_name=name, takes_kwargs=takes_kwargs(head)),
         )
-        looks: list[Any] = []
-        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=looks))
-        looks.append(attachment.handles[-1])
+        handles: list[Any] = []
+        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=handles))
+        handles.append(attachment.handles[-1])
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:
@@ -388,7 +388,7 @@ def _attachments_in(model: nn.Module) -> list[Attachment]:
 
 
 def _attachments_of(parts: Parts, model: nn.Module) -> list[Attachment]:
-    """What is attached to ``parts`` and around them, outermost first, also if that was before one of them was replaced."""
+    """The attachments of ``parts`` and of modules around them, outermost first, outdated ones included."""
     modules = [*(head for head, _ in _heads_of(parts.owner, model)), *parts]
     return list(dict.fromkeys(filter(None, map(attachment_of, modules))))
 
@@ -399,14 +399,14 @@ def _attachment_on(model: nn.Module) -> Attachment | None:
 
 
 def _covers(attachment: Attachment, parts: Parts) -> bool:
-    """Whether the hooks are where they belong; a decoder inside a whole that is attached is covered by it."""
+    """Whether the hooks are on these parts; those of a whole model cover the decoder inside it."""
     if attachment.text is not parts.text:
         return False
     inside = parts.owner is parts.text and text_model_of(attachment.owner) is parts.text
     return attachment.owner is parts.owner or inside
 
 
-def _checked(config: GapConfig, parts: Parts) -> GapConfig:
+def _check_config(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
     check_layers(config, len(parts.text.layers))

@@ -1,4 +1,4 @@
-"""The attention function behind ``attn_implementation="gap_triton"``: dense attention that lets pruning look on.
+"""The attention function behind ``attn_implementation="gap_triton"``: dense attention that records what pruning needs.
 
 An attention function runs inside the residual branch of its layer. It can *score* tokens but not *drop* them, so
 it hands query and key to the state of the running forward, and `gap_triton.integration.hooks` drops before the next layer.
@@ -6,6 +6,7 @@ it hands query and key to the state of the running forward, and `gap_triton.inte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,14 +17,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
-from ..introspect import NAME, WATCHED
+from ..introspect import NAME, SCORES
 from ..later_layers.masks import mask_for_attention
 from ..state import ForwardState
-from ..vision_tower.recording import recording_now
+from ..vision_tower.recording import current_recording
 
 logger = logging.get_logger(__name__)
 
-# What some models ask of their attention, by keyword, and neither the scores nor the back ends here know of.
+# What some models need of their attention, by keyword, which neither the scores nor the back ends here support.
 MORE_THAN_DENSE = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -53,7 +54,7 @@ def gap_attention_forward(
     gap_state: ForwardState | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense attention; in the scoring layer of a pruned prefill, query and key are left with ``gap_state``.
+    """Compute dense attention; in the scoring layer of a pruned prefill, query and key are left with ``gap_state``.
 
     Args:
         module: The attention layer that calls.
@@ -73,25 +74,26 @@ def gap_attention_forward(
                 f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
                 "load the model with attn_implementation='eager'"
             )
-    if getattr(module, WATCHED, False):
-        recording = recording_now.get()
+    if getattr(module, SCORES, False):
+        recording = current_recording.get()
         if recording is not None:
-            recording.attend(module, query, key, attention_mask, kwargs.get("scaling"))
+            recording.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif gap_state is not None:
-        gap_state.observe(module, query, key, attention_mask, kwargs.get("scaling"))
+        gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
             "Call gap_triton.attach(model, config) to prune."
         )
-    if _flash_applies(query, attention_mask, kwargs):
-        return _flash_attention(module, query, key, value, **kwargs), None
+    flash = flash_attn_func() if _flash_applies(query, attention_mask, kwargs) else None
+    if flash is not None:
+        return _flash_attention(flash, module, query, key, value, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 @cache
 def flash_attn_func() -> Any | None:
-    """``flash_attn.flash_attn_func``, or None where flash-attn is not installed."""
+    """Return ``flash_attn.flash_attn_func``, or None where flash-attn is not installed."""
     try:
         from flash_attn import flash_attn_func as function
     except ImportError:
@@ -114,6 +116,7 @@ def _flash_applies(query: torch.Tensor, attention_mask: torch.Tensor | None, kwa
 
 
 def _flash_attention(
+    flash: Callable[..., torch.Tensor],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -128,8 +131,6 @@ def _flash_attention(
     if causal and 1 < queries < key.shape[2]:
         # No mask and more keys than queries: the unused tail of a static cache at prefill, as in sdpa's own path.
         key, value = key[:, :, :queries], value[:, :, :queries]
-    flash = flash_attn_func()
-    assert flash is not None
     return flash(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""One forward of a pruned model, as the hooks see it.
+"""The hooks of one forward of a pruned model.
 
 A decoder's loop keeps hidden states, rotary embeddings, masks and ids in local variables that nothing outside can
 rebind, so *every* layer after the pruning layer has a pre-hook that hands it the shortened ones. Dropping happens in
@@ -13,49 +13,36 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import CALL_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
-from ..attachment import Attachment, changing, remember_selection
-from ..calls import config_now, drafts_now
-from ..config import BEFORE_THE_DECODER, asks_for_places
-from ..introspect import NAME, layer_type, text_model_of
+from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..attachment import Attachment, attach_lock, remember_selection
+from ..calls import current_config
+from ..introspect import NAME, text_model_of
 from ..kv_cache.kept_tokens import (
-    KeptTokens,
-    begin,
+    KeptRows,
     kept_tokens_of,
-    original_length,
-    refuse_continuation,
+    mark_finished,
     refuse_pruned_cache,
-    settle,
     store,
 )
 from ..kv_cache.static_cache import fit
-from ..later_layers.deepstack import add_behind, take_out
+from ..later_layers.deepstack import add_features
 from ..later_layers.inputs import shorten
-from ..later_layers.outputs import refuse_router_logits, restore_rows
-from ..prefill.answers import answer_rows, call_of, drafts_of, follows_prompt, refuse_lost_labels
-from ..prefill.drop import drop
-from ..prefill.grid_positions import places_of
-from ..prefill.plan import decide
-from ..prefill.position_ids import ID_RULES
+from ..later_layers.outputs import restore_rows
+from ..prefill.answers import head_arguments_of
+from ..prefill.drop import drop_tokens
 from ..prefill.prompt import (
     find_visual_tokens,
-    looks_ahead,
-    position_ids_of,
-    read_prompt,
-    real_positions,
 )
-from ..prefill.raters import find_raters
-from ..state import Call, Drop, ForwardState, Prefill
-from ..vision.select import choose_before_the_decoder
-from ..vision.watch import watch_tower
-from .supported_models import check_layers, find_parts
+from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
+from ..vision.needs import start_recorder
+from .decoder_run import begin_to_fill, run_of_prompt, run_of_step
+from .supported_models import find_parts
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
-    say_that_it_was_called_by_itself,
-    say_that_no_placeholder_was_found,
-    say_that_nothing_is_named,
-    say_that_nothing_is_pruned,
+    warn_no_visual_mask,
+    warn_not_pruned,
+    warn_owner_skipped,
 )
 from .visual_grid import named_grids
 from .visual_mask import named_visual_tokens
@@ -71,18 +58,18 @@ def before_head(
     *,
     attachment: Attachment,
     owner_name: str,
-    takes_more: bool,
+    takes_kwargs: bool,
 ) -> tuple[Args, Kwargs] | None:
-    """Pass on what the module with the language head would keep to itself.
+    """Pass on the arguments that the module with the language head would not hand on.
 
     Args:
         model: That module.
         args: Its positional arguments.
-        kwargs: Its keyword arguments; None where the hook was removed by one that ran right before it, of which torch
-            forgets at once that it takes them.
+        kwargs: Its keyword arguments; None where the hook before this one has just removed it: then torch calls it once more
+            without them.
         attachment: What is attached to the module that it holds.
         owner_name: The name under which it holds it.
-        takes_more: Its forward takes keyword arguments that it does not list.
+        takes_kwargs: Its forward takes keyword arguments that it does not list.
     """
     if kwargs is None:
         return None
@@ -92,12 +79,12 @@ def before_head(
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
     args, kwargs = by_name(model, args, dict(kwargs))
-    call = _call_of(kwargs, attachment)
-    if not takes_more:
-        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    head = _head_arguments_of(kwargs, attachment)
+    if not takes_kwargs:
+        _refuse_lost_arguments(model, args, kwargs, head, attachment)
         return args, kwargs
-    call.config = attachment.config
-    kwargs[CALL_KEY] = call  # of this call alone: it was packed for it
+    head.config = attachment.config
+    kwargs[HEAD_KEY] = head  # of this call alone: it was packed for it
     return args, kwargs
 
 
@@ -110,34 +97,34 @@ def after_head(
     attachment: Attachment,
     handles: list[Any],
 ) -> None:
-    """Say so if the module with the language head kept its keyword arguments to itself; once it has not, look no more.
+    """Refuse a head that did not hand its keyword arguments on; after one that did, take this hook off.
 
     Where the hook was removed right before it ran, the output comes in place of the keyword arguments.
     """
-    call: Call | None = None if output is None else kwargs.get(CALL_KEY)
-    if call is None:
+    head: HeadArguments | None = None if output is None else kwargs.get(HEAD_KEY)
+    if head is None:
         return
-    if not call.arrived:
-        _refuse_to_keep_quiet(model, args, kwargs, call, attachment)
+    if not head.reached_owner:
+        _refuse_lost_arguments(model, args, kwargs, head, attachment)
     elif not torch.compiler.is_compiling():
         handles[0].remove()
 
 
-def _refuse_to_keep_quiet(
-    model: PreTrainedModel, args: Args, kwargs: Kwargs, call: Call, attachment: Attachment
+def _refuse_lost_arguments(
+    model: PreTrainedModel, args: Args, kwargs: Kwargs, head: HeadArguments, attachment: Attachment
 ) -> None:
-    """Raise RuntimeError if ``model``, which tells its owner nothing, was told what the owner must know to prune."""
-    labels = call.labels
+    """Raise RuntimeError if ``model``, which hands nothing on, got arguments that its owner needs to prune."""
+    labels = head.labels
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = [each for each in given if isinstance(each, torch.Tensor)]
-    told = {
+    arguments = {
         VISUAL_MASK: kwargs.get(VISUAL_MASK) is not None,
         # Other labels than one per token belong to the whole input.
         "labels": isinstance(labels, torch.Tensor) and any(labels.shape == each.shape[:2] for each in inputs),
-        "use_cache=False": call.written > 0,
-        "logits_to_keep": call.drafts > call.written or call.rows_asked is not None,
+        "use_cache=False": head.generated > 0,
+        "logits_to_keep": head.drafts > head.generated or head.logit_rows is not None,
     }
-    names = [name for name, given in told.items() if given]
+    names = [name for name, given in arguments.items() if given]
     if names and attachment.prunes(model):
         raise RuntimeError(
             f"{type(model).__name__} does not hand further keyword arguments on to {type(attachment.owner).__name__}, which "
@@ -146,14 +133,14 @@ def _refuse_to_keep_quiet(
         )
 
 
-def _call_of(kwargs: Kwargs, attachment: Attachment) -> Call:
+def _head_arguments_of(kwargs: Kwargs, attachment: Attachment) -> HeadArguments:
     if kwargs.get("output_attentions") and attachment.text.config._attn_implementation == NAME:
         raise ValueError(
             "output_attentions=True: attention weights are not computed under "
             f'attn_implementation="{NAME}". gap_triton.last_selection(model).score holds what ranked the visual tokens; '
             "for the weights of every layer, load the model with attn_implementation='eager'"
         )
-    return call_of(kwargs)
+    return head_arguments_of(kwargs)
 
 
 def before_owner(
@@ -168,48 +155,48 @@ def before_owner(
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
-    call = kwargs.pop(CALL_KEY, None) or _call_of(kwargs, attachment)
-    call.arrived = True
-    state = ForwardState(config=attachment.config, attachment=attachment, visual=None, call=call)
-    state.enabled = attachment.prunes(owner) and not (attachment.closing and config_now(attachment) is None)
+    head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
+    head.reached_owner = True
+    state = ForwardState(attachment.config, attachment, head, OwnerArguments())
+    state.enabled = attachment.prunes(owner) and not (
+        attachment.closing and current_config(attachment) is None
+    )
     input_ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if not state.enabled:
-        say_that_nothing_is_pruned(owner, attachment, embeds if input_ids is None else input_ids)
+        warn_not_pruned(owner, attachment, embeds if input_ids is None else input_ids)
     else:
-        alone = attachment.owner is attachment.text
+        visual = None
         if visual_mask is not None:
-            state.visual = named_visual_tokens(
-                owner, visual_mask, input_ids, embeds, cache_of(kwargs), call.drafts
-            )
-        elif not alone:
-            state.visual = find_visual_tokens(owner, input_ids, embeds)
-            state.sought = input_ids is None
+            visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache_of(kwargs), head.drafts)
+        elif attachment.owner is not attachment.text:
+            visual = find_visual_tokens(owner, input_ids, embeds)
         else:
-            say_that_nothing_is_named(owner, embeds if input_ids is None else input_ids)
-        state.given_mask = kwargs.get("attention_mask")
-        if state.visual is not None:
+            warn_no_visual_mask(owner, embeds if input_ids is None else input_ids)
+        sought = visual_mask is None and input_ids is None
+        state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought)
+        if visual is not None:
             refuse_export()
-            config = config_now(attachment, call)
+            config = current_config(attachment, head)
             state.enabled = config is not None
             state.config = config or state.config
-    if state.enabled and state.visual is not None:
+    if state.enabled and state.owner.visual is not None:
         refuse_paged_cache(cache_of(kwargs))
-        state.owner_kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
+        state.owner.kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         if visual_grid is not None:
-            state.owner_kwargs[VISUAL_GRID] = named_grids(visual_grid)
-        watch_tower(state)
-    if not torch.compiler.is_compiling():  # nobody can detach in the middle of a compiled forward
+            state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
+        start_recorder(state)
+    if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
         attachment.running.add(state)
         if attachment.closing:
-            with changing:  # a removal that began before this call was seen comes to its end first
+            with attach_lock:  # a removal that began before this call was seen comes to its end first
                 state.enabled = state.enabled and bool(attachment.handles)
     kwargs[STATE_KEY] = state
     return args, kwargs
 
 
 def _end(state: ForwardState) -> None:
-    if state.watch is not None:
-        state.watch.stop()
+    if state.recorder is not None:
+        state.recorder.stop()
     if not torch.compiler.is_compiling():
         state.attachment.running.discard(state)
         if state.attachment.closing:
@@ -219,7 +206,7 @@ def _end(state: ForwardState) -> None:
 def hook_layers(attachment: Attachment) -> None:
     """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
     text = attachment.text
-    with changing:
+    with attach_lock:
         if attachment.layers == tuple(text.layers):
             return
         for handle in attachment.layer_handles:
@@ -240,17 +227,17 @@ def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
     hook_layers(attachment)
 
 
-def _begin_by_itself(
+def _begin_without_owner(
     text: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment
 ) -> tuple[Args, Kwargs]:
-    """The decoder was called past its owner; there a mask can name visual tokens too."""
+    """The decoder was called without its owner, with a mask that names the visual tokens."""
     args, kwargs = _begin(text, args, kwargs, attachment)
     state: ForwardState = kwargs[STATE_KEY]
-    state.by_itself = True
+    state.without_owner = True
     try:
         return before_text(text, args, kwargs, attachment=attachment) or (args, kwargs)
     except Exception:
-        _end(state)  # nobody else gets to see it
+        _end(state)  # no later hook sees it
         raise
 
 
@@ -261,119 +248,43 @@ def before_text(
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         if kwargs.get(VISUAL_MASK) is not None:
-            return _begin_by_itself(text, args, kwargs, attachment)
-        say_that_it_was_called_by_itself(text, args, kwargs, attachment)
+            return _begin_without_owner(text, args, kwargs, attachment)
+        warn_owner_skipped(text, args, kwargs, attachment)
     if state is None or not state.enabled:
         refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None
-    state.entered = True
+    state.reached_decoder = True
     args, kwargs = by_name(text, args, kwargs)
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    batch, queries = inputs.shape[:2]
-    # What the caller gave says what is padding. Some models have made a mask of their own from it by now.
-    cache, mask = cache_of(kwargs), state.given_mask
-    state.kept = state.before = kept_tokens_of(cache, batch)
-    state.batch, state.queries = batch, queries
-    if state.kept is None and queries <= 1:
-        fit(cache, {})
+    kept = kept_tokens_of(cache_of(kwargs), inputs.shape[0])
+    if inputs.shape[1] > 1:
+        run, kwargs = run_of_prompt(state, text, inputs, kept, kwargs)
+    elif kept is not None:
+        run = run_of_step(state, text, inputs, kept, kwargs)
+    else:
+        fit(cache_of(kwargs), {})
         return None
-    state.past = original_length(cache, state.kept, kwargs.get("cache_position"), queries)
-    state.ready_made = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    state.real = real_positions(mask, state.past, queries, batch, layer_type(text.config, 0))
-    verifies = bool(queries > 1 and state.past > 0 and follows_prompt(state, inputs.device))
-    if state.visual is not None and not verifies:
-        kwargs = _plan(state, state.visual, kwargs, len(text.layers))
-    state.owner_kwargs = {}
-    if state.kept is not None and state.kept.renumbered:
-        state.position_ids = position_ids_of(kwargs.get("position_ids"), state.past, queries, inputs.device)
-    if state.drops:
-        ID_RULES[state.config.ids].refuse(text)
-        refuse_router_logits(state, kwargs)
-        kwargs = take_out(state, kwargs)
-
-    if state.drops or state.kept is not None:
+    if run is None:
+        fit(cache_of(kwargs), {})
+    else:
         _follow_layers(attachment, text)
-    _begin_to_fill(state, kwargs, verifies)
+        begin_to_fill(run, cache_of(kwargs))
+        state.run = run
+    state.owner.kwargs = {}
     return args, kwargs
-
-
-def _begin_to_fill(state: ForwardState, kwargs: Kwargs, verifies: bool) -> None:
-    """Make the cache ready for the rows of this forward, or refuse them where it can't take them.
-
-    Args:
-        state: The running forward, with what it drops.
-        kwargs: Keyword arguments of the decoder.
-        verifies: The rows are drafts of assisted decoding, which follow the prompt.
-    """
-    cache = cache_of(kwargs)
-    if state.kept is None and not state.drops:
-        fit(cache, {})
-        return
-    if state.kept is not None and state.queries > 1 and not verifies:
-        _refuse_another_turn(state, state.kept, kwargs)
-    if state.kept is not None:
-        state.kept.settled = True
-    if cache is not None and (state.drops or state.queries > 1):
-        state.cache = cache
-        begin(cache)
-
-
-def _refuse_another_turn(state: ForwardState, kept: KeptTokens, kwargs: Kwargs) -> None:
-    """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
-    if drafts_now():
-        # An assistant's prompt was complete. Its drafts are cropped when all of them were wrong, and it goes on by
-        # several tokens: what it had and what the other model wrote.
-        kept.settled = True
-    refuse_continuation(kept, state.config if state.drops else None, state.queries, state.sees_image)
-    assert isinstance(state.past, int)
-    new = None if state.real is None else state.real[:, state.past :]
-    if not state.ready_made and looks_ahead(kwargs.get("attention_mask"), new):
-        raise ValueError(
-            "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
-            "turn: start a new cache with the whole conversation"
-        )
-
-
-def _plan(state: ForwardState, visual: torch.Tensor, kwargs: Kwargs, layers: int) -> Kwargs:
-    """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
-    assert isinstance(state.past, int)
-    new = None if state.real is None else state.real[:, state.past :]
-    drafts = drafts_of(state.call, visual)
-    prompt = read_prompt(visual, new, answer_rows(state.call, drafts, visual))
-    state.sees_image = any(prompt.visual_counts)
-    if not state.sees_image:
-        if state.sought:
-            say_that_no_placeholder_was_found(state)
-        return kwargs
-    stages = state.config.stages
-    chosen = None
-    if stages[0].layer == BEFORE_THE_DECODER:
-        chosen, kwargs = choose_before_the_decoder(state, prompt, stages[0], kwargs)
-    drops = decide(prompt, stages, chosen)
-    if not drops:
-        return kwargs
-    check_layers(state.config, layers)
-    refuse_lost_labels(state.call, prompt, drops[-1].keep)
-    ids = position_ids_of(kwargs.get("position_ids"), state.past, state.queries, prompt.visual.device)
-    state.prefill = prefill = Prefill(prompt, drops, drafts, state.past, ids, chosen)
-    if any(stage.score == "raters" for stage in stages):
-        prefill.raters = find_raters(prompt, kwargs)
-    if any(asks_for_places(stage) for stage in stages if stage.layer != BEFORE_THE_DECODER):
-        prefill.places = places_of(state, prompt)
-    return kwargs
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
     """Hand a later layer its shortened inputs; the first of them drops."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    if state is None or not state.enabled:
+    run = None if state is None else state.run
+    if run is None:
         return None
-    if state.kept is None and not state.drops:
-        return None
-    first = state.drops[0] if state.drops else state.kept.stages[0]  # type: ignore[union-attr]
-    if index < first.first_later:
+    kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
+    drop = None if run.prefill is None else run.prefill.drop_before(index)
+    if kept is None and drop is None:
         return None
     if len(args) > 1:
         raise RuntimeError(
@@ -382,26 +293,25 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         )
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
-    hidden_states = add_behind(state, hidden_states, index - 1)
-    prefill = state.prefill
-    upcoming = None if prefill is None else prefill.next_drop
-    if prefill is not None and upcoming is not None and index == upcoming.first_later:
-        hidden_states = _drop(state, prefill, upcoming, hidden_states, kwargs)
-    shorten(state, hidden_states, kwargs, index)
+    hidden_states = add_features(run, hidden_states, index - 1)
+    if run.prefill is not None and drop is not None:
+        hidden_states, kept = _drop(run, run.prefill, drop, hidden_states, kwargs)
+    if kept is not None:
+        shorten(run, kept, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
 
 
 def _drop(
-    state: ForwardState, prefill: Prefill, step: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
-) -> torch.Tensor:
-    """Drop, and let state and cache know of it."""
-    dropped = drop(state, prefill, step, hidden_states, kwargs)
-    state.kept, prefill.selection = dropped.kept, dropped.selection
+    run: DecoderRun, prefill: Prefill, drop: Drop, hidden_states: torch.Tensor, kwargs: Kwargs
+) -> tuple[torch.Tensor, KeptRows]:
+    """Drop, and record it in run and cache; returns the hidden states and what the layers from here on hold."""
+    dropped = drop_tokens(run, prefill, drop, hidden_states, kwargs)
+    run.kept, prefill.selection = dropped.kept, dropped.selection
     cache = cache_of(kwargs)
-    store(cache, state.kept)
-    if state.past == 0 and prefill.done == 1:
-        fit(cache, {each.first_later: state.queries - each.length for each in prefill.drops})
-    return dropped.hidden_states
+    store(cache, dropped.kept)
+    if prefill.past == 0 and prefill.done == 1:
+        fit(cache, {each.first_later: run.rows.queries - each.length for each in prefill.drops})
+    return dropped.hidden_states, dropped.rows
 
 
 def after_text(
@@ -414,12 +324,13 @@ def after_text(
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         return None
-    if state.by_itself:
+    if state.without_owner:
         _end(state)
-    if not state.enabled or output is None:
+    run = state.run
+    if run is None or output is None:
         return None
-    settle(state.cache)
-    prefill = state.prefill
+    mark_finished(run.cache)
+    prefill = run.prefill
     if prefill is None:
         return None
     if prefill.next_drop is not None:
@@ -428,22 +339,22 @@ def after_text(
             "model with attn_implementation='sdpa' to run it unpruned"
         )
     if prefill.selection is not None:
-        remember_selection(state.attachment, prefill.selection)
-    return restore_rows(state, prefill, output)
+        remember_selection(run.attachment, prefill.selection)
+    return restore_rows(run, prefill, output)
 
 
 def after_owner(
     owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
 ) -> None:
-    """Stop looking at the vision encoder; say so if the owner kept its keyword arguments to itself.
+    """Stop recording the vision encoder; refuse an owner that did not hand its keyword arguments on.
 
-    The decoder would have run unpruned without a word. After a forward that failed ``output`` is None.
+    Otherwise the decoder would have run unpruned without a warning. After a forward that failed ``output`` is None.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
         return
     _end(state)
-    if state.enabled and not state.entered and output is not None:
+    if state.enabled and not state.reached_decoder and output is not None:
         if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
             raise RuntimeError(
                 f"the decoder of {type(owner).__name__} was replaced after gap_triton was attached, so nothing was dropped: "

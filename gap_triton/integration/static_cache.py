@@ -10,7 +10,7 @@ from .supported_models import find_parts
 
 
 def static_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
-    """A static cache for ``model`` whose layers after the pruning layer are shorter by what the first prompt drops.
+    """Return a static cache for ``model`` whose layers after the pruning layer are shorter by what the first prompt drops.
 
     ``generate(cache_implementation="static")`` is as exact, but gives every layer a buffer of the full length.
     The later layers' buffers are made when the prompt has been pruned. After `reset()` they are made anew if the next

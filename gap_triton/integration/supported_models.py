@@ -1,13 +1,13 @@
 """Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve.
 
 There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
-later layers can be handed fewer tokens without noticing:
+later layers can run on fewer tokens unchanged:
 
 - a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
   unknown keyword arguments on, which is how the state of a forward gets to the layers;
 - in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
   or remembers them: full or sliding self-attention over the layer's own keys and values;
-- layers that are told about their tokens by arguments that `gap_triton.later_layers.inputs` knows how to shorten.
+- layers whose arguments `gap_triton.later_layers.inputs` can shorten.
 
 Whatever falls outside is refused, in a sentence that says why.
 """
@@ -60,7 +60,7 @@ UNSAFE_PARAMETERS = {
 READS_EVERY_ROW = ("ForRetrieval", "ForTokenClassification", "ForQuestionAnswering")
 SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# What a layer and its attention may be told; each is shortened, rebuilt, or does not depend on the tokens.
+# Arguments that a layer and its attention may take; each is shortened, rebuilt, or does not depend on the tokens.
 LAYER_PARAMETERS = frozenset(
     {
         "self",
@@ -78,7 +78,7 @@ LAYER_PARAMETERS = frozenset(
         *ALL_CACHE_NAMES,
     }
 )
-# What only a module that remembers tokens is told, and one that looks at others.
+# Arguments that only a module takes that remembers tokens, or that looks at others.
 REMEMBERS_TOKENS = frozenset({*ALL_CACHE_NAMES, "cache_params"})
 SEES_TOKENS = REMEMBERS_TOKENS | {"attention_mask", "position_embeddings"}
 DECODER_PARAMETERS = frozenset(
@@ -120,14 +120,14 @@ class Parts(NamedTuple):
 
 
 def is_vision_language_model(model: PreTrainedModel) -> bool:
-    """Whether ``model`` generates text and reads images, as far as its config tells."""
+    """Return whether ``model`` generates text and reads images, by its config."""
     config = model.config
     sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
     return model.can_generate() and (sees or bool(visual_token_ids(config)))
 
 
 def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The decoder stack of a text model, None for any other model."""
+    """Return the decoder stack of a text model, None for any other model."""
     text = model.base_model
     layers = text._modules.get("layers")
     if not isinstance(text, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -136,27 +136,28 @@ def lone_decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers that ``model`` is, or that it is wrapped around: a PeftModel, what `torch.compile` returns,
-    DataParallel, any module that holds one.
+    """Return the model of transformers that ``model`` is, or wraps.
+
+    A wrapper may be a PeftModel, what `torch.compile` returns, DataParallel, or any module that holds one.
 
     Raises:
         ValueError: It holds none, or several.
     """
-    found, inside = [], [model] if isinstance(model, nn.Module) else []
+    models, inside = [], [model] if isinstance(model, nn.Module) else []
     while inside:
         module = inside.pop(0)
         if isinstance(module, PreTrainedModel):
-            found.append(module)
+            models.append(module)
         else:
             inside += [child for child in module.children() if child not in inside]
-    if len(found) != 1:
+    if len(models) != 1:
         several = (
-            f", and it holds several: {', '.join(type(each).__name__ for each in found)}" if found else ""
+            f", and it holds several: {', '.join(type(each).__name__ for each in models)}" if models else ""
         )
         raise ValueError(
             f"model={type(model).__name__}: expected a transformers PreTrainedModel, or a wrapper around one{several}"
         )
-    return found[0]
+    return models[0]
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -174,8 +175,8 @@ def find_parts(model: nn.Module) -> Parts:
         raise _refusal(model, parts, reason)
     if parts is None:
         raise ValueError(
-            f"gap_triton found no vision-language decoder in {_described(model)}: expected a module with a decoder stack in "
-            f".{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_instead()}"
+            f"gap_triton found no vision-language decoder in {_description(model)}: expected a module with a decoder stack "
+            f"in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_hint()}"
         )
     return parts
 
@@ -188,25 +189,25 @@ def check_heads(model: PreTrainedModel, parts: Parts) -> None:
 
 
 def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
-    instead = _alone_instead(model, parts) + _unpruned_instead("eager" if PLAIN in reason else "sdpa")
-    return ValueError(f"gap_triton can't prune {_described(model)}: {reason}. {instead}")
+    hint = _decoder_hint(model, parts) + _unpruned_hint("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {_description(model)}: {reason}. {hint}")
 
 
-def _described(model: PreTrainedModel) -> str:
+def _description(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
 
 
-def _unpruned_instead(implementation: str = "sdpa") -> str:
+def _unpruned_hint(implementation: str = "sdpa") -> str:
     return f"Load it with attn_implementation={implementation!r} to run it unpruned{newer_than_tested('transformers')}."
 
 
-def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
-    """How to prune the decoder of ``model`` alone, where only what is around it stands in the way; else empty."""
+def _decoder_hint(model: PreTrainedModel, parts: Parts | None) -> str:
+    """How to prune the decoder of ``model`` alone, where only the modules around it are not supported; else empty."""
     if parts is None or parts.owner is parts.text or _second_decoder(model, parts.owner):
         return ""
     if _why_not(parts.text, Parts(parts.text, parts.text)):
         return ""
-    around = [
+    owners_of_text = [
         name
         for name, module in model.named_modules()
         if name
@@ -215,8 +216,8 @@ def _alone_instead(model: PreTrainedModel, parts: Parts | None) -> str:
         and any(child is parts.text for child in module.modules())
     ]
     return (
-        f"Its decoder can be pruned by itself: gap_triton.attach(model.{around[0]}, config), and hand visual_mask, a [B, Q] "
-        "bool tensor that is True at visual tokens, to its forward or generate. "
+        f"Its decoder can be pruned by itself: gap_triton.attach(model.{owners_of_text[0]}, config), and hand visual_mask, "
+        "a [B, Q] bool tensor that is True at visual tokens, to its forward or generate. "
     )
 
 
@@ -238,7 +239,7 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
         or _unsafe_config(text)
         or _unsafe_signatures(owner, text)
         or _unsafe_layers(text)
-        or _nameless(owner, text)
+        or _no_token_id(owner, text)
     )
 
 
@@ -278,14 +279,14 @@ def _unsafe_config(text: PreTrainedModel) -> str | None:
 
 def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     for module in (owner, text, text.layers[0]):
-        if not takes_more(module):
+        if not takes_kwargs(module):
             return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
     return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
         text, DECODER_PARAMETERS
     )
 
 
-def _nameless(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+def _no_token_id(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     if owner is text or visual_token_ids(owner.config):
         return None
     return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
@@ -303,16 +304,16 @@ def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
-    for index, layer in enumerate(map(_unwrapped, text.layers)):
+    for index, layer in enumerate(map(_inner_module, text.layers)):
         inside = [m for m in layer.modules() if m is not layer]
-        own = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
-        if len(own) != 1:
-            names = ", ".join(type(m).__name__ for m in own) or "none"
+        attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
+        if len(attentions) != 1:
+            names = ", ".join(type(m).__name__ for m in attentions) or "none"
             return (
                 f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
                 f"found {names}"
             )
-        attention = own[0]
+        attention = attentions[0]
         others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
         if others:
             return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
@@ -326,10 +327,10 @@ def _unsafe_layers(text: PreTrainedModel) -> str | None:
 
 
 def _more_than_dense(attention: nn.Module) -> str | None:
-    """What ``attention`` asks of the attention function besides dense attention, as its code and its attributes tell."""
-    for keyword, given in _keywords_given(inspect.unwrap(type(attention).forward)):
+    """What ``attention`` needs besides dense attention, read from its code and its attributes."""
+    for keyword, attribute in _keywords_given(inspect.unwrap(type(attention).forward)):
         # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
-        if isinstance(given, str) and getattr(attention, given, None) is None:
+        if isinstance(attribute, str) and getattr(attention, attribute, None) is None:
             continue
         return f"{type(attention).__name__} needs {MORE_THAN_DENSE[keyword]} ({keyword!r}), and attention is {PLAIN}"
     return None
@@ -342,35 +343,35 @@ def _keywords_given(function: Any) -> tuple[tuple[str, str | None], ...]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
         return ()  # no source: the attention function itself refuses what it is given
-    found: list[tuple[str, str | None]] = []
+    keywords: list[tuple[str, str | None]] = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.keyword) or node.arg not in MORE_THAN_DENSE:
             continue
         value = node.value
         if isinstance(value, ast.Constant) and value.value is None:
             continue
-        own = None
+        attribute = None
         if (
             isinstance(value, ast.Attribute)
             and isinstance(value.value, ast.Name)
             and value.value.id == "self"
         ):
-            own = value.attr
-        found.append((node.arg, own))
-    return tuple(found)
+            attribute = value.attr
+        keywords.append((node.arg, attribute))
+    return tuple(keywords)
 
 
-def takes_more(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` takes keyword arguments that it does not list."""
+def takes_kwargs(module: nn.Module) -> bool:
+    """Return whether the forward of ``module`` takes keyword arguments that it does not list."""
     return any(p.kind == p.VAR_KEYWORD for p in _parameters(module).values())
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(inspect.unwrap(type(_unwrapped(module)).forward)).parameters)
+    return dict(inspect.signature(inspect.unwrap(type(_inner_module(module)).forward)).parameters)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """``module``, or the one that it is wrapped around and hands everything on to, as `torch.compile` makes them."""
+def _inner_module(module: nn.Module) -> nn.Module:
+    """``module``, or the module that it wraps and hands all arguments to, as what `torch.compile` returns."""
     while len(module._modules) == 1:
         parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
         if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):

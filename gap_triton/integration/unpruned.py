@@ -1,4 +1,4 @@
-"""Runs that could prune and don't, or whose caller may not see what was dropped: each is said once, or refused."""
+"""Warnings, once each, about runs that could prune and don't; and refusals of runs that would hide what was dropped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from transformers.utils import logging
 from ..arguments import by_name
 from ..attachment import Attachment
 from ..introspect import NAME
-from ..state import ForwardState
 
 logger = logging.get_logger(__name__)
 
 HOW_TO_NAME = "a [B, Q] bool tensor that is True at visual tokens"
 
 
-def say_that_nothing_is_pruned(
-    owner: PreTrainedModel, attachment: Attachment, inputs: torch.Tensor | None
-) -> None:
+def warn_not_pruned(owner: PreTrainedModel, attachment: Attachment, inputs: torch.Tensor | None) -> None:
     """Warn of training mode, and of another implementation of attention that was set past transformers' methods."""
     if owner.training or attachment.text.training:
         logger.warning_once(
@@ -35,7 +32,7 @@ def say_that_nothing_is_pruned(
         )
 
 
-def say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | None) -> None:
+def warn_no_visual_mask(decoder: PreTrainedModel, inputs: torch.Tensor | None) -> None:
     """Warn of a prompt that a decoder alone was given without ``visual_mask``."""
     if is_prompt(inputs):
         logger.warning_once(
@@ -44,16 +41,16 @@ def say_that_nothing_is_named(decoder: PreTrainedModel, inputs: torch.Tensor | N
         )
 
 
-def say_that_no_placeholder_was_found(state: ForwardState) -> None:
+def warn_no_placeholder(owner: PreTrainedModel) -> None:
     """Warn of ``inputs_embeds`` in which no row is a placeholder; the prompt has been read, so this is known."""
     logger.warning_once(
-        f"{type(state.attachment.owner).__name__} got inputs_embeds without input_ids, and no row of them is the embedding "
+        f"{type(owner).__name__} got inputs_embeds without input_ids, and no row of them is the embedding "
         "of an image placeholder, so gap_triton prunes nothing in them. If image features are merged into them already, "
         f"pass visual_mask, {HOW_TO_NAME}, to this module's forward() or to generate() to prune."
     )
 
 
-def say_that_it_was_called_by_itself(
+def warn_owner_skipped(
     text: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], attachment: Attachment
 ) -> None:
     """Warn of a prompt that a decoder was given past the module that sees where its visual tokens are."""
@@ -68,7 +65,7 @@ def say_that_it_was_called_by_itself(
         )
 
 
-def say_what_a_head_gets(head: PreTrainedModel) -> None:
+def warn_of_zeros(head: PreTrainedModel) -> None:
     """Warn of a head that may read other rows than the last, as one that generates or classifies the whole does not."""
     if not head.can_generate() and not type(head).__name__.endswith("ForSequenceClassification"):
         logger.warning_once(
@@ -96,5 +93,5 @@ def refuse_export() -> None:
 
 
 def is_prompt(inputs: torch.Tensor | None) -> bool:
-    """Whether ``inputs`` [B, Q, ...] are more than one token, so no step of decoding."""
+    """Return whether ``inputs`` [B, Q, ...] are more than one token, so no step of decoding."""
     return inputs is not None and inputs.shape[1] > 1

@@ -1,4 +1,4 @@
-"""``visual_grid``: the caller says how many rows and columns the visual tokens of an image make, where nothing else does."""
+"""``visual_grid``: the caller gives the rows and columns of an image's visual tokens, where nothing else does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Grid = tuple[int, int]
 
 
 def named_grids(given: Any) -> Grid | list[Grid]:
-    """The grid of all images, or of one after the other, that ``given`` names.
+    """Return the grid of all images, or of one after the other, that ``given`` names.
 
     Args:
         given: ``[H, W]``, rows and columns of visual tokens, of every image (or frame of a video); or a list of those, one

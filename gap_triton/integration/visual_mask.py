@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..introspect import visual_token_ids
-from ..prefill.prompt import find_visual_tokens
+from ..prefill.prompt import placeholders_in
 
 
 def named_visual_tokens(
@@ -19,7 +19,7 @@ def named_visual_tokens(
     cache: Any | None,
     drafts: int,
 ) -> torch.Tensor | None:
-    """The visual tokens that ``mask`` names, or None for a step of decoding.
+    """Return the visual tokens that ``mask`` names, or None for a step of decoding.
 
     `generate` hands the mask of the prompt to every step; a decode step holds no image and ignores it, and so does one that
     verifies drafts.
@@ -58,7 +58,7 @@ def named_visual_tokens(
         mask = mask[:, past:]
     mask = torch.nn.functional.pad(mask, (0, drafts))
     if input_ids is not None and visual_token_ids(owner.config):
-        _refuse_strangers(owner, mask, input_ids)
+        _refuse_other_rows(owner, mask, input_ids)
     return mask
 
 
@@ -72,11 +72,9 @@ def _refuse_no_mask(mask: Any, device: torch.device) -> None:
         )
 
 
-def _refuse_strangers(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+def _refuse_other_rows(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Raise ValueError if ``mask`` [B, Q] names rows of ``input_ids`` [B, Q] that are no placeholder of an image."""
-    placeholders = find_visual_tokens(owner, input_ids, None)
-    assert placeholders is not None
-    strangers = (mask & ~placeholders).nonzero().tolist()
+    strangers = (mask & ~placeholders_in(owner, input_ids)).nonzero().tolist()
     if strangers:
         raise ValueError(
             f"visual_mask names {len(strangers)} rows that hold no image placeholder in input_ids, the first at "

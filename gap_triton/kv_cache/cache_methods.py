@@ -29,29 +29,29 @@ def follow_cache_methods() -> None:
     Each is wrapped once, for all caches; a cache that was never pruned goes straight to the method.
     """
     for name, follow in {
-        "reorder_cache": _then(_select),
-        "batch_select_indices": _then(_select),
-        "batch_repeat_interleave": _then(_repeat),
-        "reset": _then(lambda kept: None),
+        "reorder_cache": _method_then(_select),
+        "batch_select_indices": _method_then(_select),
+        "batch_repeat_interleave": _method_then(_repeat),
+        "reset": _method_then(lambda kept: None),
         "crop": _crop,
     }.items():
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _following(method, follow))
-    # Methods that answer for one layer, which is an argument at this place.
-    for name, place, unpruned in (
+            setattr(Cache, name, _wrap_change(method, follow))
+    # Methods that answer for one layer, which is an argument at this position.
+    for name, argument, unpruned in (
         ("get_seq_length", 0, _unpruned_length),
         ("get_mask_sizes", 1, _unpruned_sizes),
     ):
         method = getattr(Cache, name)
         if not hasattr(method, "_gap_follows"):
-            setattr(Cache, name, _answering(method, place, unpruned))
+            setattr(Cache, name, _wrap_query(method, argument, unpruned))
 
 
-Follow = Callable[..., KeptTokens | None]
+Change = Callable[..., KeptTokens | None]
 
 
-def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]:
+def _wrap_change(method: Callable[..., Any], follow: Change) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
         kept: KeptTokens | None = getattr(self, CACHE_ATTRIBUTE, None)
@@ -73,15 +73,15 @@ def _following(method: Callable[..., Any], follow: Follow) -> Callable[..., Any]
     return wrapped
 
 
-def _answering(
-    method: Callable[..., Any], place: int, unpruned: Callable[[Cache, int, Any], Any]
+def _wrap_query(
+    method: Callable[..., Any], argument: int, unpruned: Callable[[Cache, int, Any], Any]
 ) -> Callable[..., Any]:
     """``method``, with its answer as if nothing were ever dropped: models and `generate` count and size masks by it."""
 
     @functools.wraps(method)
     def wrapped(self: Cache, *args: Any, **kwargs: Any) -> Any:
         answer = method(self, *args, **kwargs)
-        layer = args[place] if len(args) > place else kwargs.get("layer_idx", 0)
+        layer = args[argument] if len(args) > argument else kwargs.get("layer_idx", 0)
         return unpruned(self, layer, answer)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -89,24 +89,23 @@ def _answering(
 
 
 def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
-    """Only where even the first layer lacks tokens; elsewhere a layer is asked for what it holds."""
+    """``length`` with what was dropped, where even the first layer lacks tokens; elsewhere what the layer holds."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
         return length
-    record = kept.at(layer)
-    assert record is not None
-    return length + record.dropped
+    return length + kept.dropped_at(layer)
 
 
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
     full = getattr(cache, LENGTH_ATTRIBUTE, None)
     if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
-        return full, sizes[1]  # also before a prompt that finds buffers as short as the last one left them
+        # Also before a prompt: its buffers may still be as short as the last one made them.
+        return full, sizes[1]
     return _unpruned_length(cache, layer, sizes[0]), sizes[1]
 
 
-def _then(change: Follow) -> Follow:
-    """The method itself, then ``change`` of the note by the same arguments."""
+def _method_then(change: Change) -> Change:
+    """The method itself, then ``change`` of the record by the same arguments."""
 
     def follow(cache: Cache, kept: KeptTokens, method: Callable[..., Any], *args: Any) -> KeptTokens | None:
         method(*args)
@@ -117,9 +116,9 @@ def _then(change: Follow) -> Follow:
 
 def _select(kept: KeptTokens, samples: Any) -> KeptTokens:
     def select(record: KeptRows) -> KeptRows:
-        chosen = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
-        shift = None if record.id_shift is None else record.id_shift[..., chosen]
-        return replace(record, index=record.index[chosen], id_shift=shift)
+        indices = samples.to(record.index.device) if isinstance(samples, torch.Tensor) else samples
+        shift = None if record.id_shift is None else record.id_shift[..., indices]
+        return replace(record, index=record.index[indices], id_shift=shift)
 
     return kept.map(select)
 
@@ -133,45 +132,45 @@ def _repeat(kept: KeptTokens, repeats: int) -> KeptTokens:
 
 
 def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: int) -> KeptTokens | None:
-    """Crop layers that hold everything as asked, and others to what they hold of the positions that are left.
+    """Crop layers that hold everything by ``amount``, and others to what they hold of the remaining positions.
 
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.
     """
     length = cache.layers[kept.stages[0].first_later].get_seq_length() + kept.stages[0].dropped
-    left = _cropped(int(length), amount)
-    if left < kept.covered and kept.renumbered:
+    remaining = _length_after_crop(int(length), amount)
+    if remaining < kept.covered and kept.renumbered:
         raise ValueError(
             f"{CACHE}.crop({amount}) reaches into a pruned prompt whose ids were renumbered "
             f"(ids={kept.ids!r}): crop generated tokens only, or prune with ids='kept'"
         )
     # Without the generated tokens the prompt is as complete as it was, and another one may be on its way.
-    after = replace(kept, settled=left > kept.covered)
-    if left < kept.covered:
-        after = after.map(functools.partial(_cut, left=left))
+    after = replace(kept, complete=remaining > kept.covered)
+    if remaining < kept.covered:
+        after = after.map(functools.partial(_crop_record, remaining=remaining))
     for number, layer in enumerate(cache.layers):
         record = after.at(number)
         if record is None:
             layer.crop(amount)
             continue
-        surplus = int(layer.get_seq_length()) - record.index.shape[1] - (left - record.covered)
+        surplus = int(layer.get_seq_length()) - record.index.shape[1] - (remaining - record.covered)
         if surplus:
             layer.crop(-surplus)
         elif amount == 0:  # shrinks a sliding window that was recording its past
             layer.crop(0)
-    return after if left else None
+    return after if remaining else None
 
 
-def _cut(record: KeptRows, left: int) -> KeptRows:
-    """The record of the first ``left`` original positions."""
-    # A column that only some samples lose stays, and nobody may attend to it there.
-    index = torch.where(record.index < left, record.index, -1)
+def _crop_record(record: KeptRows, remaining: int) -> KeptRows:
+    """The record of the first ``remaining`` original positions."""
+    # A column that only some samples lose stays, and no row may attend to it there.
+    index = torch.where(record.index < remaining, record.index, -1)
     number = torch.arange(1, index.shape[1] + 1, device=index.device)
     columns = int(torch.where((index >= 0).any(dim=0), number, 0).amax())
-    return replace(record, index=index[:, :columns], covered=left, dense=False)
+    return replace(record, index=index[:, :columns], covered=remaining, dense=False)
 
 
-def _cropped(length: int, amount: int) -> int:
+def _length_after_crop(length: int, amount: int) -> int:
     """How many of ``length`` tokens `Cache.crop` leaves: by number or to a length, as this release has it."""
     layer = DynamicLayer()
     rows = torch.empty(1, 1, length, 1)

@@ -23,10 +23,10 @@ class KeptRows:
     Attributes:
         layer: The pruning layer.
         index: [B, n] int64. Original position (without pruning, counted from the start of the cache) of each column
-            that the later layers hold, ascending; -1 marks a column that nobody may attend to (filler or padding).
+            that the later layers hold, ascending; -1 marks a column that no row may attend to (filler or padding).
         covered: Number of original positions that ``index`` accounts for, up to the end of the last pruned prompt. What
             comes after is held one to one.
-        dense: No -1 in ``index``; known without asking the device.
+        dense: No -1 in ``index``; known on the host.
         id_shift: [B] (or [A, B] on several axes) int64, how much smaller the ids of following tokens are in the later
             layers; None = not at all.
     """
@@ -50,20 +50,20 @@ class KeptRows:
 
 @dataclass
 class KeptTokens:
-    """What all layers hold of what was pruned. Lives on the KV cache object, so a generation carries it along.
+    """What all layers hold of what was pruned. Stored on the KV cache object, so it stays with its generation.
 
     Attributes:
         stages: One record for each pruning layer, first to last.
         ids: The id rule that the survivors follow.
-        whole: The choice is that of the whole prompt, whatever text may follow: nothing that ranked looks at text, and what
-            was read so far does not end in an image.
-        settled: Generated tokens follow the pruned prompt, so it was complete.
+        text_independent: Text that follows can't change the choice: no score looks at text, and the rows so far don't end in
+            an image.
+        complete: Generated tokens follow the pruned prompt, so it was complete.
     """
 
     stages: tuple[KeptRows, ...]
     ids: str
-    whole: bool = False
-    settled: bool = False
+    text_independent: bool = False
+    complete: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -77,15 +77,20 @@ class KeptTokens:
 
     @property
     def renumbered(self) -> bool:
-        """Tokens to come have smaller ids in later layers."""
+        """Whether later tokens have smaller ids in later layers."""
         return any(stage.id_shift is not None for stage in self.stages)
 
     def at(self, layer: int) -> KeptRows | None:
-        """What decoder layer ``layer`` holds; None where it holds everything."""
+        """Return what decoder layer ``layer`` holds; None where it holds everything."""
         return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
 
+    def dropped_at(self, layer: int) -> int:
+        """Return how many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
+        record = self.at(layer)
+        return 0 if record is None else record.dropped
+
     def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
-        """The same with ``change`` made to every record."""
+        """Return the same with ``change`` made to every record."""
         return replace(self, stages=tuple(map(change, self.stages)))
 
 
@@ -96,7 +101,7 @@ def store(cache: Any | None, kept: KeptTokens) -> None:
 
 
 def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
-    """What the cache's later layers hold, None where nothing was dropped from it.
+    """Return what the cache's later layers hold, None where nothing was dropped from it.
 
     Raises:
         ValueError: The cache was pruned for another batch size, or by a forward that failed on the way.
@@ -112,61 +117,63 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     return kept
 
 
-def begin(cache: Any) -> None:
-    """Mark the cache of a forward that drops, or adds several rows to a pruned cache, until `settle` takes the mark away.
+def mark_unfinished(cache: Any) -> None:
+    """Mark the cache of a forward that drops, or that adds several rows to a pruned cache.
 
-    An exception in between leaves it.
+    `mark_finished` takes the mark away. An exception in between leaves it.
     """
     setattr(cache, UNFINISHED_ATTRIBUTE, True)
 
 
-def settle(cache: Any | None) -> None:
-    """Take away what `begin` left on a cache."""
+def mark_finished(cache: Any | None) -> None:
+    """Take away the mark of `mark_unfinished`."""
     if cache is not None:
         delattr(cache, UNFINISHED_ATTRIBUTE)
 
 
-def original_length(
-    cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None, queries: int
+def length_in_step(
+    cache: Any | None, kept: KeptTokens, cache_position: torch.Tensor | None
 ) -> int | torch.Tensor:
-    """Number of tokens that the cache stands for, dropped ones included.
+    """Return `original_length` in a decode step; of a static cache as an int64 tensor of no dimension: nothing is read."""
+    if cache is None:
+        return 0
+    if is_static(cache, kept.stages[0].first_later):
+        return _static_length(cache, kept, cache_position)
+    return _dynamic_length(cache, kept)
+
+
+def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None) -> int:
+    """Return the number of tokens that the cache stands for, dropped ones included.
 
     Args:
         cache: The KV cache of the running forward.
         kept: What its later layers hold.
         cache_position: [Q], original positions of the new rows, where this release of transformers passes them.
-        queries: Q, the number of new rows.
-
-    Returns:
-        An int; for one new row and a static cache an int64 tensor of no dimension, so that a decode step reads nothing
-        from the device.
 
     Raises:
-        ValueError: Earlier and later layers disagree, because the cache was changed behind our back.
+        ValueError: Earlier and later layers disagree, because the cache was changed by other means than its methods.
     """
     if cache is None:
         return 0
     if kept is None:
         return int(cache.get_seq_length())
-    first = kept.stages[0]
-    if is_static(cache, first.first_later):
-        length = _static_length(cache, kept)
-        if not isinstance(length, int) and cache_position is not None:
-            length = cache_position[
-                0
-            ]  # where it is passed, static layers guess their length from their contents
-        return length if queries == 1 else int(length)
-    held = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
-    lengths = [length + stage.dropped for length, stage in zip(held, kept.stages, strict=True)]
-    if first.layer != BEFORE_THE_DECODER:
+    if is_static(cache, kept.stages[0].first_later):
+        return int(_static_length(cache, kept, cache_position))
+    return _dynamic_length(cache, kept)
+
+
+def _dynamic_length(cache: Any, kept: KeptTokens) -> int:
+    columns = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
+    lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
+    if kept.stages[0].layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.layers[0].get_seq_length()))
-    too_short = any(length < stage.index.shape[1] for length, stage in zip(held, kept.stages, strict=True))
+    too_short = any(length < stage.index.shape[1] for length, stage in zip(columns, kept.stages, strict=True))
     if too_short or len(set(lengths)) > 1:
-        found = ", ".join(
-            f"layer {stage.first_later} {length}" for length, stage in zip(held, kept.stages, strict=True)
+        by_layer = ", ".join(
+            f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
         )
         raise ValueError(
-            f"{CACHE} was changed behind its own methods after it was pruned: {found} tokens are held, which with "
+            f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
             f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
             "which knows what was dropped, or start a new cache"
         )
@@ -174,7 +181,7 @@ def original_length(
 
 
 def is_static(cache: Any | None, layer: int) -> bool:
-    """Whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
+    """Return whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
     return (
         cache is not None
         and layer < len(cache.layers)
@@ -182,15 +189,15 @@ def is_static(cache: Any | None, layer: int) -> bool:
     )
 
 
-def _static_length(cache: Any, kept: KeptTokens) -> int | torch.Tensor:
+def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
         # A new tensor: the layer's own is counted up in place while the forward runs.
-        record = kept.at(index)
-        length = layer.get_seq_length() + (0 if record is None else record.dropped)
+        length = layer.get_seq_length() + kept.dropped_at(index)
         if isinstance(length, int):  # sliding layers count on the host
             break
-    return length
+    # Where positions are passed, static layers guess their length from their contents.
+    return length if isinstance(length, int) or cache_position is None else cache_position[0]
 
 
 def _refuse_unfinished_cache(cache: Any | None) -> None:
@@ -202,7 +209,7 @@ def _refuse_unfinished_cache(cache: Any | None) -> None:
 
 
 def refuse_pruned_cache(cache: Any | None) -> None:
-    """Raise ValueError if ``cache`` was pruned: called where nothing will be done about what it lacks."""
+    """Raise ValueError if ``cache`` was pruned: called where the run would not know what it lacks."""
     _refuse_unfinished_cache(cache)
     if getattr(cache, CACHE_ATTRIBUTE, None) is not None:
         raise ValueError(
@@ -211,20 +218,20 @@ def refuse_pruned_cache(cache: Any | None) -> None:
         )
 
 
-def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int, sees_image: bool) -> None:
+def refuse_continuation(kept: KeptTokens, config: GapConfig | None, queries: int, has_image: bool) -> None:
     """Refuse a block of ``queries`` > 1 tokens that the cache can't take.
 
     Args:
         kept: What the cache's later layers hold.
         config: How this block is pruned, None where it is not.
         queries: Number of tokens in the block.
-        sees_image: There are visual tokens among them.
+        has_image: There are visual tokens among them.
 
     Raises:
         ValueError: The pruned prompt was not complete, and its choice depends on what follows; or the cache was pruned after
             another layer, by another id rule, or before the decoder.
     """
-    if not kept.settled and (sees_image or not kept.whole):
+    if not kept.complete and (has_image or not kept.text_independent):
         raise ValueError(
             f"{queries} more prompt tokens follow a pruned prompt with no generated token in between: the tokens were "
             "chosen by a prompt that was not complete. Chunked prefill can't be combined with pruning: pass the whole "
@@ -260,7 +267,7 @@ def extend(
     real: torch.Tensor | None,
     dense: bool,
 ) -> KeptRows:
-    """What the layers after a stage hold once they have taken the rows of a prompt that is pruned.
+    """Return what the layers after a stage hold, after the rows of a pruned prompt.
 
     Args:
         before: What they held before; None where nothing had been dropped.
@@ -270,7 +277,7 @@ def extend(
         past: Number of original positions before the prompt.
         queries: Number of rows of the prompt.
         real: [B, past + Q] bool, False at padding; None = no padding.
-        dense: No -1 in ``positions``, known without asking the device.
+        dense: No -1 in ``positions``, known on the host.
     """
     covered = 0 if before is None else before.covered
     between = torch.arange(covered, past, device=positions.device).expand(positions.shape[0], -1)

@@ -10,7 +10,7 @@ from .kept_tokens import LENGTH_ATTRIBUTE, is_static
 
 
 def make(config: PretrainedConfig, length: int) -> StaticCache:
-    """A static cache that `fit` may size, for the decoder with this config and ``length`` tokens, dropped ones included."""
+    """Return a static cache that `fit` may size, for a decoder and ``length`` tokens, dropped ones included."""
     cache = StaticCache(config=config, max_cache_len=length)
     setattr(cache, LENGTH_ATTRIBUTE, length)
     return cache

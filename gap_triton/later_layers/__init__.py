@@ -1,1 +1,1 @@
-"""What the layers after a pruning layer are handed, and what they give back."""
+"""The inputs of the layers after a pruning layer, and their outputs."""

@@ -1,7 +1,7 @@
-"""Visual features that a model adds behind its first decoder layers (Qwen3-VL and kin), for fewer rows.
+"""Visual features that a model adds after its first decoder layers (Qwen3-VL and similar), for fewer rows.
 
-The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. What
-belongs behind later layers is taken out of the loop and added, to the survivors, before the layer that comes next.
+The decoder's own loop adds them to full-length hidden states by a [B, Q] mask. Up to the pruning layer that is right. The
+features for later layers are taken out of the loop, and added to the survivors before the next layer runs.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ from typing import Any
 import torch
 
 from ..config import first_later
-from ..state import Deepstack, ForwardState
+from ..state import DecoderRun, Deepstack
 
 
-def take_out(state: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the decoder without the features of layers after the pruning layer, which go to ``state``.
+def take_out(run: DecoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of the decoder without the features of later layers, which go to ``run``.
 
     Raises:
-        ValueError: Features belong behind the last layer, after which nothing can be added.
+        ValueError: Features belong after the last layer, after which nothing can be added.
     """
     name, features, rows = _features_of(kwargs)
     if not features:
         return kwargs
-    last = len(state.attachment.text.layers) - 1
+    last = len(run.attachment.text.layers) - 1
     if max(features) >= last:
         raise ValueError(
             f"{name} has features for decoder layer {max(features)}, the last one: pruning can't add them to fewer rows. "
             "Use keep=1.0"
         )
-    first = first_later(state.config.layer)
+    first = first_later(run.config.layer)
     later = {layer: value for layer, value in features.items() if layer >= first}
-    state.deepstack = Deepstack(rows, later)
-    given = kwargs[name]
-    if isinstance(given, dict):
-        return {**kwargs, name: {k: v for k, v in given.items() if k - 1 not in later}}
-    return {**kwargs, name: given[:first]}
+    run.deepstack = Deepstack(rows, later)
+    argument = kwargs[name]
+    if isinstance(argument, dict):
+        return {**kwargs, name: {k: v for k, v in argument.items() if k - 1 not in later}}
+    return {**kwargs, name: argument[:first]}
 
 
 def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], torch.Tensor]:
-    """Name of the argument, features by the layer behind which they are added, and the [B, Q] mask of their rows."""
+    """Name of the argument, features by the layer after which they are added, and the [B, Q] mask of their rows."""
     name = "deepstack_features"  # Granite 4 Vision: by the layer *before* which they are added, with a mask [B, Q, 1 or C]
     if kwargs.get(name):
         return name, {k - 1: v for k, v in kwargs[name].items()}, kwargs["vision_mask"][..., 0]
@@ -49,17 +49,17 @@ def _features_of(kwargs: dict[str, Any]) -> tuple[str, dict[int, torch.Tensor], 
     return name, {}, torch.empty(0)
 
 
-def add_behind(state: ForwardState, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
-    """``hidden_states`` [B, L, C] that left ``layer``, with what the model adds there to those visual rows that survive."""
-    survivors = state.survivors
-    if survivors is None or state.deepstack is None or layer not in state.deepstack.features:
+def add_features(run: DecoderRun, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+    """Return ``hidden_states`` [B, L, C], the output of ``layer``, plus the features of surviving visual rows there."""
+    survivors = run.survivors
+    if survivors is None or run.deepstack is None or layer not in run.deepstack.features:
         return hidden_states
     device = hidden_states.device
-    rows = state.deepstack.rows.to(device)
+    rows = run.deepstack.rows.to(device)
     source = survivors.order.to(device).clamp(min=0)
-    surviving = rows.gather(1, source) & (survivors.order.to(device) >= 0)
-    place = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
-    features = state.deepstack.features[layer].to(device, hidden_states.dtype)
+    is_visual = rows.gather(1, source) & (survivors.order.to(device) >= 0)
+    number = (rows.flatten().cumsum(0) - 1).view_as(rows)  # of each visual row among all of the batch
+    features = run.deepstack.features[layer].to(device, hidden_states.dtype)
     full = torch.zeros_like(hidden_states)
-    full[surviving] = features[place.gather(1, source)[surviving]]
+    full[is_visual] = features[number.gather(1, source)[is_visual]]
     return hidden_states + full

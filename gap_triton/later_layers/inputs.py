@@ -1,4 +1,4 @@
-"""What the layers after the pruning layer are handed: mask, position ids and rotary embeddings of fewer tokens."""
+"""Inputs of the layers after the pruning layer: mask, position ids and rotary embeddings of fewer tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from ..arguments import ALL_CACHE_NAMES, cache_of
 from ..introspect import sliding_window
 from ..kv_cache.kept_tokens import KeptRows
-from ..state import ForwardState, Survivors
-from .masks import as_plain_as, causal_mask, column_positions, take_from_mask
+from ..state import DecoderRun, Rows, Survivors
+from .masks import causal_mask, column_positions, take_from_mask, with_reach_of
 
 # Axis of the tokens, which follows the axis of the batch.
 TOKEN_AXIS = {
@@ -19,66 +19,70 @@ TOKEN_AXIS = {
     "position_embeddings_global": -2,
     "position_embeddings_local": -2,
 }
-# Arguments that are not cut down but made anew, or that say nothing about single tokens.
-OTHERWISE = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
+# Arguments that are made anew, or that hold nothing per token.
+NOT_SHORTENED = ("attention_mask", "cache_position", *ALL_CACHE_NAMES)
 
 
-def shorten(state: ForwardState, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int) -> None:
-    """Replace, in ``kwargs``, what layer ``index`` is told about its tokens.
+def shorten(
+    run: DecoderRun, kept: KeptRows, hidden_states: torch.Tensor, kwargs: dict[str, Any], index: int
+) -> None:
+    """Replace, in ``kwargs``, the arguments of layer ``index`` that depend on its tokens.
 
     Args:
-        state: The running forward; tokens have been dropped in it or before it.
+        run: The run of the decoder.
+        kept: What the layer holds after it.
         hidden_states: [B, L, C], the layer's input.
         kwargs: The layer's keyword arguments, changed in place.
-        index: The layer's place in the decoder.
+        index: The layer's number in the decoder.
     """
-    assert state.kept is not None
-    kept = state.kept.at(index)
-    assert kept is not None
-    survivors, cache = state.survivors, cache_of(kwargs)
+    survivors, cache = run.survivors, cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
-    window = sliding_window(state.attachment.text.config, index)
+    window = sliding_window(run.attachment.text.config, index)
     mask = kwargs.get("attention_mask")
     # Layers of one window and one stage share one mask of the model.
-    kwargs["attention_mask"] = state.once(
+    kwargs["attention_mask"] = run.compute_once(
         ("mask", kept.layer, window),
-        lambda: _later_mask(state, kept, mask, cache_layer, hidden_states, window),
+        lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
     )
     if survivors is not None:
         for name, value in kwargs.items():
-            if name not in OTHERWISE:
-                kwargs[name] = survivors_of(state, survivors, name, value)
-    if (survivors is not None and survivors.new_ids is not None) or kept.id_shift is not None:
-        _renumber(state, kept, hidden_states, kwargs)
+            if name not in NOT_SHORTENED:
+                kwargs[name] = take_survivors(run.rows, survivors, name, value)
+    ids = _new_ids(run, kept)
+    if ids is not None:
+        _renumber(run, kept, ids, hidden_states, kwargs)
     if kwargs.get("cache_position") is not None and cache_layer is not None:
-        # Releases that have this argument tell static caches by it where to write: here, at the layer's own length.
-        before = None if state.before is None else state.before.at(index)
-        lacked = 0 if before is None else before.dropped
-        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - lacked
+        # Static caches of releases that have this argument write there: it must count from the layer's own length.
+        dropped = 0 if run.kept_before is None else run.kept_before.dropped_at(index)
+        kwargs["cache_position"] = kwargs["cache_position"][: hidden_states.shape[1]] - dropped
+
+
+def _new_ids(run: DecoderRun, kept: KeptRows) -> torch.Tensor | None:
+    """[B, L], or [A, B, L] on several axes: the renumbered ids of a layer's rows; None where they keep their query_rows."""
+    if run.survivors is not None:
+        return run.survivors.new_ids
+    unpruned, shift = run.position_ids, kept.id_shift
+    if unpruned is None or shift is None:
+        return None
+    return run.compute_once(("ids", kept.layer), lambda: shift_ids(unpruned, shift))
 
 
 def _renumber(
-    state: ForwardState, kept: KeptRows, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    run: DecoderRun, kept: KeptRows, ids: torch.Tensor, hidden_states: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
-    """Put other ids, and their rotary embeddings, in the place of those that the model gave; for ``ids`` but ``"kept"``."""
-    ids = None if state.survivors is None else state.survivors.new_ids
-    if state.survivors is None and kept.id_shift is not None:
-        unpruned, shift = state.position_ids, kept.id_shift
-        assert unpruned is not None
-        ids = state.once(("ids", kept.layer), lambda: lowered(unpruned, shift))
-    assert ids is not None
-    # Where there are four axes, the first is the one for masks, which the layer is told, and the others are for RoPE.
+    """Put ``ids``, and their rotary embeddings, in the place of those that the model gave."""
+    # Where there are four axes, the first is for masks and goes to the layer, and the others are for RoPE.
     flat, axes = (ids, ids) if ids.dim() == 2 else (ids[0], ids[-3:])
-    told = kwargs.get("position_ids")
-    kwargs["position_ids"] = axes if told is not None and told.dim() == 3 else flat
+    model_ids = kwargs.get("position_ids")
+    kwargs["position_ids"] = axes if model_ids is not None and model_ids.dim() == 3 else flat
     if kwargs.get("position_embeddings") is not None:  # some layers have no rotary embedding
-        kwargs["position_embeddings"] = state.once(
-            ("rotary", kept.layer), lambda: state.attachment.text.rotary_emb(hidden_states, axes)
+        kwargs["position_embeddings"] = run.compute_once(
+            ("rotary", kept.layer), lambda: run.attachment.text.rotary_emb(hidden_states, axes)
         )
 
 
-def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Ids of tokens that follow renumbered ones.
+def shift_ids(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return the ids of tokens that follow renumbered ones.
 
     Args:
         position_ids: [B or 1, Q] or [A, B or 1, Q] int64, the ids without pruning.
@@ -86,33 +90,33 @@ def lowered(position_ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """
     shift = shift.to(position_ids.device)[..., None]
     if position_ids.dim() == 3 and shift.shape[0] != position_ids.shape[0]:
-        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them tells the axis for masks
+        position_ids, shift = position_ids[-3:], shift[-3:]  # only one of them has the axis for masks
     return position_ids - shift
 
 
-def survivors_of(state: ForwardState, survivors: Survivors, name: str, value: Any) -> Any:
-    """A layer's argument ``name`` for the surviving rows; shared by the layers that are handed the same object."""
+def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> Any:
+    """Return a layer's argument ``name`` for the surviving rows; shared by the layers that get the same object."""
     # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
-    for known, taken in survivors.taken:
+    for known, shortened in survivors.arguments:
         if known is value:
-            return taken
+            return shortened
     if isinstance(value, (tuple, list)) and name.startswith("position_embeddings"):
-        taken = type(value)(survivors_of(state, survivors, name, x) for x in value)
+        shortened = type(value)(take_survivors(rows, survivors, name, x) for x in value)
     elif not isinstance(value, torch.Tensor):
         return value
     elif name in TOKEN_AXIS:
-        taken = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
-    elif value.dim() >= 2 and value.shape[0] in (1, state.batch) and value.shape[1] == state.queries:
-        taken = _take_rows(survivors, value, 1)  # something that is handed through, one entry per token
+        shortened = _take_rows(survivors, value, TOKEN_AXIS[name] % value.dim())
+    elif value.dim() >= 2 and value.shape[0] in (1, rows.batch) and value.shape[1] == rows.queries:
+        shortened = _take_rows(survivors, value, 1)  # one entry per token, whatever it is
     else:
         return value
-    survivors.taken.append((value, taken))
-    return taken
+    survivors.arguments.append((value, shortened))
+    return shortened
 
 
 def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Tensor:
-    """``value`` with its token ``axis``, which follows the batch axis, cut down to the survivors."""
-    rows = survivors.rows.clamp(min=0).to(value.device)  # [B, L]
+    """``value`` with only the survivors on its token ``axis``, which follows the batch axis."""
+    rows = survivors.index.clamp(min=0).to(value.device)  # [B, L]
     shape = list(value.shape)
     shape[axis - 1] = rows.shape[0]
     value = value.expand(shape)
@@ -122,7 +126,7 @@ def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Te
 
 
 def _later_mask(
-    state: ForwardState,
+    run: DecoderRun,
     kept: KeptRows,
     mask: torch.Tensor | None,
     cache_layer: Any | None,
@@ -130,25 +134,25 @@ def _later_mask(
     window: int | None,
 ) -> torch.Tensor | None:
     """Mask of a later layer; None where plain causal attention, or attention to everything, is right."""
-    rows, device = hidden_states.shape[1], hidden_states.device
+    length, device, past = hidden_states.shape[1], hidden_states.device, run.rows.past
     static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
     if mask is None and kept.dense:
-        if state.survivors is not None:
+        if run.survivors is not None:
             return None
-        if rows == 1 and not static and (window is None or state.past + rows <= window):
+        if length == 1 and not static and (window is None or past + length <= window):
             return None
-    columns = column_positions(kept, cache_layer, rows)
-    if state.survivors is not None:
-        own = state.survivors.rows
+    columns = column_positions(kept, cache_layer, length)
+    if run.survivors is not None:
+        query_rows = run.survivors.index
     else:
-        own = torch.arange(rows, device=columns.device).expand(columns.shape[0], -1)
-    if mask is not None and (state.ready_made or state.before is None):
-        return take_from_mask(mask, own, columns, state.past + state.queries)
+        query_rows = torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
+    if mask is not None and (run.rows.has_4d_mask or run.kept_before is None):
+        return take_from_mask(mask, query_rows, columns, past + run.rows.queries)
     # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
     # its mask is of no use here.
-    allowed = causal_mask(torch.where(own < 0, -1, own + state.past), columns, window)
-    if state.real is not None:
-        real = state.real.to(columns.device)
+    allowed = causal_mask(torch.where(query_rows < 0, -1, query_rows + past), columns, window)
+    if run.rows.real is not None:
+        real = run.rows.real.to(columns.device)
         real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
-        allowed = as_plain_as(allowed & real[:, None, None, :], allowed)
-    return as_plain_as(allowed.to(device), allowed)
+        allowed = with_reach_of(allowed & real[:, None, None, :], allowed)
+    return with_reach_of(allowed.to(device), allowed)

@@ -1,8 +1,8 @@
 """Attention masks of the layers after the pruning layer, rebuilt from original positions.
 
-The model builds one mask for all layers, as if nothing were ever dropped. The later layers hold fewer columns. In the
-prefill that drops, their mask is the model's own with rows and columns taken out, so whatever structure it has
-survives. In every later step it is built from the original positions of the held columns.
+The model builds one mask for all layers, as if nothing were dropped. The later layers hold fewer columns. In the prefill
+that drops, their mask is the model's own without the dropped rows and columns, so its structure stays. In every later
+step it is built from the original positions of the columns that the layers hold.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from ..kv_cache.kept_tokens import KeptRows
 
-HIDES = -1e4
-"""Additive masks hide a column by this or less; a larger value is a bias, which only makes a column weigh less or more."""
+HIDDEN = -1e4
+"""Additive masks hide a column by this value or less. A larger one is a bias: the column only weighs less or more."""
 
-REACH = (
-    "_gap_reach"  # on a mask that says nothing but "causal" and "padding": how many columns back a row sees
-)
+REACH = "_gap_reach"
+"""Attribute of a plain mask, one that is only causal and padding: how many columns back a row attends."""
 
-# transformers 5.x asks by length, 4.57 by a tensor of that length.
+# transformers 5.x passes a length, 4.57 a tensor of that length.
 _SIZES_BY_LENGTH = "query_length" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
 
 
@@ -36,20 +35,20 @@ def mask_for_attention(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask for sdpa; a mask that is plain says so, which saves asking the device.
+    """Return transformers' mask for sdpa, marked if it is plain, so that nothing need be read from the device later.
 
-    Whatever else a model puts into its mask (image tokens that see each other, prefixes, packed sequences) changes the
+    Whatever else a model puts into its mask (image tokens that see each other, prefixes, packed sequences) is in the
     function that makes it.
     """
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
         return mask  # nothing ranks in a decode step
-    made = _parts_of(mask_function)
-    return _reaching(mask, math.inf if made == _CAUSAL else local_size if made == _SLIDING else None)
+    parts = _parts_of(mask_function)
+    return _with_reach(mask, math.inf if parts == _CAUSAL else local_size if parts == _SLIDING else None)
 
 
 def _parts_of(function: Any) -> Any:
-    """What a mask function is made of: the code of it and of the functions that it holds, without their numbers."""
+    """The code of a mask function and of the functions that it combines, without their numbers."""
     if isinstance(function, (tuple, list)):
         return tuple(map(_parts_of, function))
     if not isinstance(function, FunctionType):
@@ -62,17 +61,17 @@ _SLIDING = _parts_of(sliding_window_causal_mask_function(1))
 
 
 def is_plain(mask: torch.Tensor | None, length: int) -> bool:
-    """Whether a mask is known to say nothing but "causal" and "padding" of ``length`` tokens, without asking the device."""
+    """Return whether a mask is known on the host to be only causal and padding, for ``length`` tokens."""
     return mask is None or getattr(mask, REACH, 0) >= length
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
-    """Bool, of the shape of ``mask``: which columns are seen, by a bool or by an additive mask."""
-    return mask if mask.dtype == torch.bool else mask > HIDES
+    """Return which columns are seen, by a bool or by an additive mask: bool, of the shape of ``mask``."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> torch.Tensor:
-    """Original position of each key column that one later layer's attention is about to see.
+    """Return the original position of each key column of one later layer's attention.
 
     Args:
         kept: What the later layers hold, ``queries`` new rows included if ``kept.index`` covers them.
@@ -80,28 +79,28 @@ def column_positions(kept: KeptRows, cache_layer: Any | None, queries: int) -> t
         queries: Number of new rows.
 
     Returns:
-        [B, K] int64; -1 = a column that nobody may attend to.
+        [B, K] int64; -1 = a column that no row may attend to.
     """
-    held = kept.index.shape[1]
+    length_kept = kept.index.shape[1]
     if cache_layer is None:
         length, offset = queries, 0
     else:
         request = queries if _SIZES_BY_LENGTH else torch.arange(queries, device=kept.index.device)
         length, offset = cache_layer.get_mask_sizes(request)
     column = offset + torch.arange(length, device=kept.index.device)  # in the layer's own, shorter sequence
-    covered = kept.index[:, column.clamp(max=held - 1)]
-    return torch.where(column < held, covered, kept.covered + column - held)
+    covered = kept.index[:, column.clamp(max=length_kept - 1)]
+    return torch.where(column < length_kept, covered, kept.covered + column - length_kept)
 
 
 def take_from_mask(
     mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, total: int | torch.Tensor
 ) -> torch.Tensor:
-    """The model's own mask with only the surviving rows and columns.
+    """Return the model's own mask with only the surviving rows and columns.
 
     Args:
         mask: [B or 1, 1, Q, K], bool (True = attend) or additive float.
         rows: [B, L] int64 surviving query rows, -1 = filler.
-        columns: [B, N] int64 original positions of the held columns, -1 = masked.
+        columns: [B, N] int64 original positions of the columns that the layer holds, -1 = masked.
         total: Number of original positions up to the end of this forward; a tensor where the mask covers a whole static
             buffer.
 
@@ -110,7 +109,7 @@ def take_from_mask(
     """
     # A sliding layer's mask covers the last K positions only; a static cache's covers its whole buffer.
     first = max(total - mask.shape[-1], 0) if isinstance(total, int) else 0
-    whole = mask
+    model_mask = mask
     rows, columns = rows.to(mask.device), columns.to(mask.device)
     batch = rows.shape[0]
     inside = ((columns >= first) & (columns < first + mask.shape[-1]))[:, None, None, :]
@@ -119,18 +118,18 @@ def take_from_mask(
     by_row = mask.gather(
         2, rows.clamp(min=0)[:, None, :, None].expand(batch, mask.shape[1], -1, mask.shape[3])
     )
-    taken = by_row.gather(3, source[:, None, None, :].expand(batch, mask.shape[1], rows.shape[1], -1))
-    # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
+    mask = by_row.gather(3, source[:, None, None, :].expand(batch, mask.shape[1], rows.shape[1], -1))
+    # No token stands in a filler row. It attends to everything: some back ends fail on a row without a column.
     filler = (rows < 0)[:, None, :, None]
-    if taken.dtype == torch.bool:
-        taken = (taken | filler) & inside
+    if mask.dtype == torch.bool:
+        mask = (mask | filler) & inside
     else:
-        taken = taken.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(taken.dtype).min)
-    return as_plain_as(taken, whole)
+        mask = mask.masked_fill(filler, 0.0).masked_fill(~inside, torch.finfo(mask.dtype).min)
+    return with_reach_of(mask, model_mask)
 
 
 def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
-    """[B, 1, L, N] bool causal mask between original positions.
+    """Return [B, 1, L, N] bool causal mask between original positions.
 
     Args:
         query_positions: [B or 1, L] int64, -1 = filler.
@@ -142,18 +141,18 @@ def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: in
     allowed = columns <= query_positions
     if window is not None:
         allowed = allowed & (columns > query_positions - window)
-    # A filler row is nobody's query. It looks at everything, so that no backend meets a row without a column.
-    return _reaching(
+    # No token stands in a filler row. It attends to everything: some back ends fail on a row without a column.
+    return _with_reach(
         (allowed | (query_positions < 0)) & (columns >= 0), math.inf if window is None else window
     )
 
 
-def as_plain_as(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``mask``, made of ``other`` by taking rows and columns out or by hiding padding."""
-    return _reaching(mask, getattr(other, REACH, None))
+def with_reach_of(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return ``mask``, marked as plain if ``other`` is, of which it is a part or a copy with more padding hidden."""
+    return _with_reach(mask, getattr(other, REACH, None))
 
 
-def _reaching(mask: torch.Tensor, reach: float | None) -> torch.Tensor:
+def _with_reach(mask: torch.Tensor, reach: float | None) -> torch.Tensor:
     if reach is not None and not torch.compiler.is_compiling():
         setattr(mask, REACH, reach)
     return mask

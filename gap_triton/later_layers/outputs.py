@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 
-from ..state import ForwardState, Prefill
+from ..state import DecoderRun, Prefill
 
-# Fields of a decoder's output whose shape says nothing about the tokens of this forward.
+# Fields of a decoder's output whose shape does not depend on the tokens of this forward.
 NOT_BY_TOKEN = ("cache", "past_key_values", "attentions", "rope_deltas")
 
 
-def refuse_router_logits(state: ForwardState, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError if the decoder is to return what its router says of every token."""
+def refuse_router_logits(run: DecoderRun, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the decoder is to return its router's logits of every token."""
     name = "output_router_logits"
-    if kwargs.get(name, getattr(state.attachment.text.config, name, False)):
+    if kwargs.get(name, getattr(run.attachment.text.config, name, False)):
         raise ValueError(
             f"{name}=True: later layers route fewer tokens than this prompt has, and a load-balancing loss over all of them "
             f"is not defined. Set it to False, in the call and in the config of the text model, or use keep=1.0"
         )
 
 
-def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
-    """A decoder's output with all hidden states in the rows of its input.
+def restore_rows(run: DecoderRun, prefill: Prefill, output: Any) -> Any:
+    """Return a decoder's output with all hidden states in the rows of its input.
 
     Args:
-        state: The running forward.
+        run: The run of the decoder.
         prefill: Its prompt, all stages of which have dropped.
         output: A tuple or a `ModelOutput`, hidden states of the last layer first, [B, L, C].
 
@@ -35,8 +35,8 @@ def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
         ValueError: Something else in it has one entry for each token that is left.
     """
     last = output[0]
-    full = _restored(prefill, last, prefill.done)
-    layers = len(state.attachment.text.layers)
+    full = _restore(prefill, last, prefill.done)
+    layers = len(run.attachment.text.layers)
 
     def restored(value: Any) -> Any:
         if not isinstance(value, (tuple, list)) or len(value) != layers + 1:
@@ -51,7 +51,7 @@ def restore_rows(state: ForwardState, prefill: Prefill, output: Any) -> Any:
         if name == "hidden_states":
             output[name] = restored(value)
         elif name != "last_hidden_state" and name not in NOT_BY_TOKEN:
-            _refuse_what_is_left(state, name, value)
+            _refuse_short_output(run, prefill, name, value)
     output["last_hidden_state"] = full
     return output
 
@@ -62,26 +62,27 @@ def _hidden_states_before(prefill: Prefill, index: int, entry: torch.Tensor | No
         return None
     if index == 0:
         return entry if prefill.embeds is None else prefill.embeds
-    return _restored(prefill, entry, sum(drop.first_later < index for drop in prefill.drops))
+    return _restore(prefill, entry, sum(drop.first_later < index for drop in prefill.drops))
 
 
-def _restored(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor:
+def _restore(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor:
     """``short`` [B, L, C], what is left after the first ``stages`` stages, as [B, Q, C]."""
     if not stages:
         return short
     queries = prefill.prompt.visual.shape[1]
-    survivors = prefill.left[stages - 1].order.to(short.device)
+    survivors = prefill.survivors[stages - 1].order.to(short.device)
     # One more row at the end takes the filler and is cut off again.
     target = torch.where(survivors < 0, queries, survivors)[..., None].expand_as(short)
     full = short.new_zeros(short.shape[0], queries + 1, short.shape[2])
     return full.scatter(1, target, short)[:, :-1]
 
 
-def _refuse_what_is_left(state: ForwardState, name: str, value: Any) -> None:
-    lengths = {drop.length for drop in state.drops} - {state.queries}
+def _refuse_short_output(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:
+    batch = run.rows.batch
+    lengths = {drop.length for drop in prefill.drops} - {run.rows.queries}
     for tensor in _tensors_in(value):
-        by_token = tensor.dim() >= 2 and tensor.shape[0] == state.batch and tensor.shape[1] in lengths
-        if by_token or tensor.shape[:1] in [(state.batch * length,) for length in lengths]:
+        by_token = tensor.dim() >= 2 and tensor.shape[0] == batch and tensor.shape[1] in lengths
+        if by_token or tensor.shape[:1] in [(batch * length,) for length in lengths]:
             raise ValueError(
                 f"{name}: later layers return it for fewer tokens than this prompt has, and what belongs to which is not "
                 "known: do without it, or use keep=1.0"

@@ -3,7 +3,7 @@
 Layout, read in the authors' code (github.com/Vision-CAIR/MiniGPT-4, ``minigpt4/models`` and ``runners``): the checkpoint's
 ``"model"`` holds what was trained, ``llama_proj.weight`` and ``.bias`` (5632 -> 4096) and LoRA matrices of every q_proj and
 v_proj below ``llama_model.base_model.model.model.layers``, and buffers. Llama-2 and EVA ViT-g are files of their own. The
-layer norm behind the tower, ``ln_vision``, is frozen there and read from nowhere, so it is the identity scale unless the
+layer norm after the tower, ``ln_vision``, is frozen there and read from nowhere, so it is the identity scale unless the
 checkpoint holds it. What could not be verified, because the released files were not at hand: the exact LoRA key
 (``lora_A.weight`` in peft 0.2, ``lora_A.default.weight`` later; both are read), and which blocks and heads
 ``eva_vit_g.pth`` has beyond the 39 blocks that are used (later blocks, ``norm``, ``fc_norm`` and ``head`` are passed over).
@@ -50,13 +50,13 @@ class EvaPatches(Tower):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[I, 3, H, W] -> [I, N / 4, 4 F], row by row."""
+        """Map [I, 3, H, W] to [I, N / 4, 4 F], row by row."""
         patches = self.model(pixel_values).last_hidden_state[:, 1:]
         images, count, channels = patches.shape
         return patches.reshape(images, count // PATCHES_PER_TOKEN, PATCHES_PER_TOKEN * channels)
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        """[I, 3, 448, 448] -> (32, 8): the rows of the patches, and a quarter of their columns."""
+        """Map [I, 3, 448, 448] to (32, 8): the rows of the patches, and a quarter of their columns."""
         rows, columns = super().grid(pixel_values) or (0, 0)
         return None if columns % PATCHES_PER_TOKEN else (rows, columns // PATCHES_PER_TOKEN)
 
@@ -109,7 +109,7 @@ def load(
 
 
 def prompt_ids(tokenizer: Any, text: str, visual_tokens: int = VISUAL_TOKENS) -> torch.Tensor:
-    """Token ids of a prompt in which ``<ImageHere>`` stands for an image.
+    """Return the token ids of a prompt in which ``<ImageHere>`` stands for an image.
 
     The authors' evaluation asks ``<s>[INST] <Img><ImageHere></Img> [refer] give me the location of NAME [/INST]`` and gets
     boxes ``{<x0><y0><x1><y1>}`` in hundredths of the image. As there, the pieces of text between images are tokenized
@@ -164,18 +164,18 @@ def _sort(state: State, layers: int, source: str) -> tuple[State, State, State]:
 @torch.no_grad()
 def _merge(decoder: LlamaForCausalLM, lora: State, alpha: float, source: str) -> None:
     """Add ``alpha / r`` B A to each weight, in float32."""
-    for key, down in lora.items():  # A: [r, in]
+    for key, lora_a in lora.items():  # A: [r, in]
         name, _, side = key.removesuffix(".weight").rpartition(".")
         if side != "lora_A":
             continue
-        up = lora[f"{name}.lora_B.weight"]  # [out, r]
+        lora_b = lora[f"{name}.lora_B.weight"]  # [out, r]
         weight = decoder.get_parameter(f"{name}.weight")
-        if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
+        if (lora_b.shape[0], lora_a.shape[1]) != weight.shape or lora_b.shape[1] != lora_a.shape[0]:
             raise ValueError(
-                f"{source} does not fit: {name} is {list(weight.shape)}, its LoRA matrices B {list(up.shape)} and A "
-                f"{list(down.shape)}"
+                f"{source} does not fit: {name} is {list(weight.shape)}, its LoRA matrices B {list(lora_b.shape)} and A "
+                f"{list(lora_a.shape)}"
             )
-        weight.copy_(weight.float() + alpha / down.shape[0] * (up.float() @ down.float()))
+        weight.copy_(weight.float() + alpha / lora_a.shape[0] * (lora_b.float() @ lora_a.float()))
 
 
 def _tower_state(state: State, config: Blip2VisionConfig) -> State:

@@ -32,7 +32,7 @@ class ClipPatches(Tower):
         self.model, self.layer = model, layer
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[I, 3, H, W] -> [I, N, F], row by row."""
+        """Map [I, 3, H, W] to [I, N, F], row by row."""
         return self.model(pixel_values, output_hidden_states=True).hidden_states[self.layer][:, 1:]
 
 
@@ -69,9 +69,8 @@ def load(
         ValueError: Keys of the checkpoint are missing or unknown; the message lists them.
     """
     clip = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype)
-    fields, _ = LlamaConfig.get_config_dict(
-        checkpoint
-    )  # of model_type "shikra", which transformers does not know
+    # Its model_type is "shikra", which transformers does not have.
+    fields, _ = LlamaConfig.get_config_dict(checkpoint)
     fields |= {"model_type": LlamaConfig.model_type, "mm_hidden_size": clip.config.hidden_size}
     config = LlamaConfig.from_dict(fields)
     decoder, report = ShikraLlama.from_pretrained(
@@ -90,7 +89,7 @@ def load(
 
 
 def prompt_ids(tokenizer: Any, text: str, visual_tokens: int = VISUAL_TOKENS) -> torch.Tensor:
-    """Token ids of a prompt in which ``<image>`` stands for an image.
+    """Return the token ids of a prompt in which ``<image>`` stands for an image.
 
     The authors' prompts follow the ``vicuna_v1.1`` template ("USER: ... ASSISTANT:" after the system prompt); boxes are
     written [x0,y0,x1,y1] with three decimals, relative to the image padded to a square.

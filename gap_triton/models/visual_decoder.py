@@ -13,7 +13,7 @@ from ..arguments import VISUAL_GRID, VISUAL_MASK
 from ..integration.attach import is_attached
 
 IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
-LISTED = 20
+MAX_LISTED = 20
 
 
 class Tower(nn.Module):
@@ -22,7 +22,7 @@ class Tower(nn.Module):
     model: PreTrainedModel
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        """Rows and columns of visual tokens of each image of ``pixel_values`` [I, 3, H, W]; None where they make no grid."""
+        """Return rows and columns of visual tokens per image of ``pixel_values`` [I, 3, H, W]; None without a grid."""
         side = self.model.config.patch_size
         return pixel_values.shape[-2] // side, pixel_values.shape[-1] // side
 
@@ -32,7 +32,7 @@ class VisualDecoder(nn.Module):
 
     Attributes:
         tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image, whose rows and columns its
-            method ``grid`` tells.
+            method ``grid`` returns.
         projector: Linear layer from F to the decoder's width.
         decoder: The language model, which `gap_triton.attach` takes.
     """
@@ -42,7 +42,7 @@ class VisualDecoder(nn.Module):
         self.tower, self.projector, self.decoder = tower, projector, decoder
 
     def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
-        """What the decoder reads.
+        """Return what the decoder reads.
 
         Args:
             input_ids: [B, Q] int64, ``-1`` at each visual token.
@@ -60,12 +60,13 @@ class VisualDecoder(nn.Module):
         features = embeds.new_empty(0, embeds.shape[-1])
         if pixel_values is not None:
             features = self.projector(self.tower(pixel_values.to(self.projector.weight.dtype))).flatten(0, 1)
-        places = int(visual.sum())
-        if places != features.shape[0]:
+        placeholders = int(visual.sum())
+        if placeholders != features.shape[0]:
             images = 0 if pixel_values is None else pixel_values.shape[0]
             raise ValueError(
-                f"input_ids hold {places} visual tokens and the {images} images of pixel_values have {features.shape[0]}: "
-                f"expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids puts it there"
+                f"input_ids hold {placeholders} visual tokens and the {images} images of pixel_values have "
+                f"{features.shape[0]}: expected {IMAGE_TOKEN} in input_ids once for each visual token; prompt_ids "
+                "puts it there"
             )
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
         grid = None if pixel_values is None else self.tower.grid(pixel_values)
@@ -79,7 +80,7 @@ class VisualDecoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """One forward of the decoder on the merged prompt; ``options`` are those of its own forward."""
+        """Run one forward of the decoder on the merged prompt; ``options`` are those of its own forward."""
         return self.decoder(attention_mask=attention_mask, **self._inputs(input_ids, pixel_values), **options)
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class VisualDecoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """`generate` of the decoder on the merged prompt: new tokens only, as always from ``inputs_embeds``.
+        """Run `generate` of the decoder on the merged prompt: new tokens only, as always from ``inputs_embeds``.
 
         Args:
             input_ids: [B, Q] int64, ``-1`` at each visual token.
@@ -114,12 +115,12 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor], source: s
     Raises:
         ValueError: It has others; the message lists them.
     """
-    own = module.state_dict()
-    refuse_keys(source, missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys())
+    expected = module.state_dict()
+    refuse_keys(source, missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())
     shapes = [
-        f"{key} is {list(value.shape)}, expected {list(own[key].shape)}"
+        f"{key} is {list(value.shape)}, expected {list(expected[key].shape)}"
         for key, value in state.items()
-        if value.shape != own[key].shape
+        if value.shape != expected[key].shape
     ]
     if shapes:
         raise ValueError(f"{source} does not fit: {_listed(shapes)}")
@@ -127,7 +128,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor], source: s
 
 
 def refuse_keys(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise ValueError if a checkpoint read from ``source`` lacks keys or has some that nobody takes."""
+    """Raise ValueError if a checkpoint read from ``source`` lacks keys or has some that are not used."""
     faults = [
         f"{len(keys)} {kind} keys ({_listed(sorted(keys))})"
         for kind, keys in (("missing", missing), ("unexpected", unexpected))
@@ -138,5 +139,5 @@ def refuse_keys(source: str, missing: Collection[str], unexpected: Collection[st
 
 
 def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(items[:MAX_LISTED]) + more

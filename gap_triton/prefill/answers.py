@@ -1,8 +1,8 @@
 """Which rows of a forward are answer, and no prompt: they stay, and rank nothing.
 
 What ranks the visual tokens is the prompt, because nothing else exists when `generate` prunes it. A forward may hold
-generated tokens behind it all the same: targets of a loss, drafts to be verified, or, without a KV cache, what has been
-written so far. Every way to say so ends in one mask here.
+generated tokens after it all the same: targets of a loss, drafts to be verified, or, without a KV cache, what has been
+written so far. Each of these becomes one mask here.
 """
 
 from __future__ import annotations
@@ -11,85 +11,88 @@ from typing import Any
 
 import torch
 
-from ..state import Call, ForwardState, Prompt
+from ..state import HeadArguments, Prompt
 
 IGNORED_LABEL = -100
-GENERATED = "gap_generated"  # how many tokens `generate` has written, where it feeds them again
+GENERATED = "gap_generated"  # how many tokens `generate` has generated, where it feeds them again
 
 
-def call_of(kwargs: dict[str, Any]) -> Call:
-    """What the keyword arguments of a forward say of its rows; takes out the one that is ours."""
+def head_arguments_of(kwargs: dict[str, Any]) -> HeadArguments:
+    """Return what the keyword arguments of a forward hold about its rows; takes out the one that is ours."""
     logits = kwargs.get("logits_to_keep", 0)
-    written = kwargs.pop(GENERATED, 0)
+    generated = kwargs.pop(GENERATED, 0)
     if isinstance(logits, torch.Tensor):
-        drafts, rows_asked = written, logits
+        drafts, logit_rows = generated, logits
     else:
         # Only assisted decoding asks for the logits of the last rows, one more than it has drafts.
-        drafts, rows_asked = max(written, logits - 1 if isinstance(logits, int) else 0), None
+        drafts, logit_rows = max(generated, logits - 1 if isinstance(logits, int) else 0), None
     ignored = kwargs.get("ignore_index", IGNORED_LABEL)
-    return Call(
+    return HeadArguments(
         drafts=drafts,
-        written=written,
-        rows_asked=rows_asked,
+        generated=generated,
+        logit_rows=logit_rows,
         labels=kwargs.get("labels"),
         ignored_label=ignored,
     )
 
 
-def drafts_of(call: Call, visual: torch.Tensor) -> int:
-    """How many last rows of ``visual`` [B, Q] are drafts: none where the caller wants the logits of the image itself."""
-    drafts = call.drafts
+def drafts_of(head: HeadArguments, visual: torch.Tensor) -> int:
+    """Return how many last rows of ``visual`` [B, Q] are drafts: none where the caller wants the logits of the image."""
+    drafts = head.drafts
     if not drafts or drafts >= visual.shape[1] or bool(visual[:, -drafts:].any()):
         return 0
     return drafts
 
 
-def follows_prompt(state: ForwardState, device: torch.device) -> bool:
-    """Whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
+def follows_prompt(head: HeadArguments, visual: torch.Tensor | None, inputs: torch.Tensor) -> bool:
+    """Return whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
 
-    One read where labels, or rows by a tensor, say so; never in `generate`.
+    One read where there are labels, or rows by a tensor; none in `generate`.
+
+    Args:
+        head: What the caller gave to the head.
+        visual: [B, Q] bool, the visual tokens; None = none.
+        inputs: [B, Q] or [B, Q, C], the rows.
     """
-    call, shape = state.call, (state.batch, state.queries)
-    if state.queries == call.drafts + 1:
+    if inputs.shape[1] == head.drafts + 1:
         return True
-    visual = state.visual
     if visual is None:
-        visual = torch.zeros(shape, dtype=torch.bool, device=device)
-    answer = answer_rows(call, 0, visual)
+        visual = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    answer = answer_rows(head, 0, visual)
     return answer is not None and bool(answer[:, 1:].all())
 
 
-def answer_rows(call: Call, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:
-    """[B, Q] bool, the rows of each sample's answer and whatever follows it; None where nothing says that there is any.
+def answer_rows(head: HeadArguments, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:
+    """Return [B, Q] bool, the rows of each sample's answer and whatever follows it; None where no argument names any.
 
     Args:
-        call: What the caller said.
+        head: What the caller gave to the head.
         drafts: How many last rows of all samples are drafts.
         visual: [B, Q] bool, the visual tokens.
     """
     batch, queries = visual.shape
-    labels = _labels_of(call, visual)
-    if not drafts and call.rows_asked is None and labels is None:
+    labels = _labels_of(head, visual)
+    if not drafts and head.logit_rows is None and labels is None:
         return None
     positions = torch.arange(queries, device=visual.device)
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
     start = torch.full_like(last_visual, queries - drafts)
-    if call.rows_asked is not None:
-        first = _first_asked(call.rows_asked.to(visual.device), batch, queries)
+    if head.logit_rows is not None:
+        first = _first_logit_row(head.logit_rows.to(visual.device), batch, queries)
         start = torch.where(first >= last_visual, start.minimum(first + 1), start)
     if labels is not None:
-        targets = (labels != call.ignored_label) & (positions > last_visual)
+        targets = (labels != head.ignored_label) & (positions > last_visual)
         start = start.minimum(torch.where(targets, positions, queries).amin(dim=1, keepdim=True))
     return positions >= start
 
 
-def _labels_of(call: Call, visual: torch.Tensor) -> torch.Tensor | None:
-    labels = call.labels
+def _labels_of(head: HeadArguments, visual: torch.Tensor) -> torch.Tensor | None:
+    labels = head.labels
     return labels.to(visual.device) if labels is not None and labels.shape == visual.shape else None
 
 
-def _first_asked(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
-    """[B, 1] int64, the first row whose logits are asked for by a tensor as ``logits_to_keep``; Q - 1 where none is."""
+def _first_logit_row(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
+    """[B, 1] int64, the first row that a tensor as ``logits_to_keep`` names; Q - 1 where it names none."""
     if rows.dtype == torch.bool:
         positions = torch.arange(queries, device=rows.device)
         first = torch.where(rows, positions, queries - 1).amin(dim=-1, keepdim=True)
@@ -100,11 +103,11 @@ def _first_asked(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
     return first.expand(batch, 1)
 
 
-def refuse_lost_labels(call: Call, prompt: Prompt, keep: tuple[int, ...]) -> None:
+def refuse_lost_labels(head: HeadArguments, prompt: Prompt, keep: tuple[int, ...]) -> None:
     """Refuse labels whose prediction is lost, whatever token survives. One read, where there are labels.
 
     Args:
-        call: What the caller said.
+        head: What the caller gave to the head.
         prompt: The prompt.
         keep: How many visual tokens of each sample survive.
 
@@ -112,18 +115,18 @@ def refuse_lost_labels(call: Call, prompt: Prompt, keep: tuple[int, ...]) -> Non
         ValueError: A label is to be predicted from padding, or from a visual token that may be dropped. The visual token
             right before an answer is the last row of the prompt, which stays.
     """
-    labels = _labels_of(call, prompt.visual)
+    labels = _labels_of(head, prompt.visual)
     if labels is None:
         return
     drops = [kept < count for kept, count in zip(keep, prompt.visual_counts, strict=True)]
-    lost = prompt.visual & torch.tensor(drops, device=prompt.visual.device)[:, None]
+    has_no_logits = prompt.visual & torch.tensor(drops, device=prompt.visual.device)[:, None]
     if prompt.before_answer is not None:
-        lost = lost & ~prompt.before_answer
-    lost = (lost | ~prompt.real)[:, :-1] & (labels[:, 1:] != call.ignored_label)
-    if bool(lost.any()):
-        sample, row = lost.nonzero()[0].tolist()
+        has_no_logits = has_no_logits & ~prompt.before_answer
+    has_no_logits = (has_no_logits | ~prompt.real)[:, :-1] & (labels[:, 1:] != head.ignored_label)
+    if bool(has_no_logits.any()):
+        sample, row = has_no_logits.nonzero()[0].tolist()
         raise ValueError(
             f"labels[{sample}, {row + 1}] is to be predicted from row {row}, which is padding or a visual token that may "
-            f"be dropped, and then has no logits: set it to {call.ignored_label}, as all labels of padding, visual tokens "
+            f"be dropped, and then has no logits: set it to {head.ignored_label}, as all labels of padding, visual tokens "
             "and what comes right after them, but for the answer's first token"
         )

@@ -11,10 +11,10 @@ from ..attachment import Attachment
 
 
 def tensor_parallel_group(attachment: Attachment, query: torch.Tensor) -> Any | None:
-    """The process group over which ``query`` [B, Hq, Q, D] is split by heads, None where it holds all of them.
+    """Return the process group over which ``query`` [B, Hq, Q, D] is split by heads, None where it holds all of them.
 
     Raises:
-        ValueError: Heads are missing and the model does not say which processes hold them.
+        ValueError: Heads are missing and the model does not name the processes that hold them.
     """
     heads = attachment.text.config.num_attention_heads
     if query.shape[1] == heads:
@@ -32,7 +32,7 @@ def tensor_parallel_group(attachment: Attachment, query: torch.Tensor) -> Any | 
 
 
 def mean_over_ranks(scores: torch.Tensor, group: Any) -> torch.Tensor:
-    """Mean over all heads from the mean over each rank's heads, which are as many on every rank.
+    """Return the mean over all heads from the mean over each rank's heads, which are as many on every rank.
 
     Every rank receives the same bits, so all of them select the same tokens.
     """

@@ -6,27 +6,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..config import BEFORE_THE_DECODER, Stage
-from ..state import Chosen, Drop, Plan, Prompt
+from ..config import Stage
+from ..state import Drop, Plan, Prompt, VisionSelection
 from ..strategies.rows import positions_first
 
 
-def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tuple[Drop, ...]:
-    """What each stage of a prefill drops; empty where no stage drops anything.
+def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection | None) -> tuple[Drop, ...]:
+    """Return what each stage of a prefill drops; empty where no stage drops anything.
 
     Args:
         prompt: The prompt.
         stages: Where and how.
-        chosen: What the first stage keeps, where that is the one after the vision encoder.
+        selection: What the first stage keeps, where that is the one after the vision encoder; else None.
     """
     drops: list[Drop] = []
     before = prompt.visual_counts
     for stage in stages:
-        if stage.layer == BEFORE_THE_DECODER:
-            assert chosen is not None
-            keep = chosen.keep
-        else:
-            keep = tuple(map(min, map(stage.count, prompt.visual_counts), before))
+        counts = map(stage.count, prompt.visual_counts)
+        keep = tuple(map(min, counts, before)) if selection is None else selection.keep
         lengths, dense, after = [], True, []
         for b, kept in enumerate(keep):
             # The last row of the prompt always stays, because generation reads its logits, and so does the last of the
@@ -37,62 +34,49 @@ def decide(prompt: Prompt, stages: Sequence[Stage], chosen: Chosen | None) -> tu
             dense = dense and not extra
             after.append(kept + int(visual_stays))
         dense = dense and min(lengths) == max(lengths)
-        drops.append(Drop(stage, keep, before, max(lengths), dense))
-        before = tuple(after)
+        drops.append(Drop(stage, keep, before, max(lengths), dense, selection))
+        before, selection = tuple(after), None  # what was selected before the decoder is the first stage's
     return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
 
 
-def plan_of(
-    prompt: Prompt,
-    drop: Drop,
-    raters: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> Plan:
-    """What ``drop`` drops from the rows that it finds.
+def plan_of(prompt: Prompt, drop: Drop, index: torch.Tensor | None) -> Plan:
+    """Return what ``drop`` drops from the rows that it finds.
 
     Args:
         prompt: The prompt.
         drop: The stage.
-        raters: [B, Q] bool, rows that rate for ``score="raters"``.
         index: [B, S] int64, the rows of the prompt that are left, -1 = filler; None = all of them.
     """
 
-    def left(mask: torch.Tensor) -> torch.Tensor:
+    def at_rows(mask: torch.Tensor) -> torch.Tensor:
         return mask if index is None else mask.gather(1, index.clamp(min=0)) & (index >= 0)
 
-    visual, real = left(prompt.visual), left(prompt.real)
-    visual_index = prompt.visual_index if index is None else positions_first(visual, max(drop.before))
+    visual, real = at_rows(prompt.visual), at_rows(prompt.real)
+    visual_index = prompt.visual_index if index is None else positions_first(visual, max(drop.visual_counts))
     stays = None
     if prompt.before_answer is not None:
-        stays = left(prompt.before_answer).gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
+        stays = at_rows(prompt.before_answer).gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
     return Plan(
         visual=visual,
         real=real,
         visual_index=visual_index,
         keep=torch.tensor(drop.keep, device=visual.device),
         stays=stays,
-        rows=_scoring_rows(prompt, drop.stage, left, raters),
+        rows=_scoring_rows(prompt, drop.text_rows, at_rows),
         padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
     )
 
 
 def _scoring_rows(
-    prompt: Prompt,
-    stage: Stage,
-    left: Callable[[torch.Tensor], torch.Tensor],
-    raters: torch.Tensor | None,
+    prompt: Prompt, text_rows: torch.Tensor | None, at_rows: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    may_ask = left(prompt.asking)
-    positions = torch.arange(may_ask.shape[1], device=may_ask.device)
-    last_real = torch.where(may_ask, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
+    query_rows = at_rows(prompt.query_rows)
+    positions = torch.arange(query_rows.shape[1], device=query_rows.device)
+    last_real = torch.where(query_rows, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
     most_text = max(prompt.text_counts)
-    if stage.score not in ("text", "raters") or most_text == 0:
+    if text_rows is None or most_text == 0:
         return last_real
-    asking = prompt.text_after
-    if stage.score == "raters":
-        assert raters is not None
-        asking = raters
-    rows = positions_first(left(asking), most_text)  # [B, R]
+    rows = positions_first(at_rows(text_rows), most_text)  # [B, R]
     # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
     rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
     return rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import Ids
-from ..later_layers.inputs import lowered
+from ..later_layers.inputs import shift_ids
 from ..state import Plan, Prompt
 from ..strategies.rows import take_values
 
@@ -22,28 +22,28 @@ class KeptIds:
     def refuse(self, text: Any) -> None:
         """Raise ValueError where the rule is not defined for the decoder ``text``."""
 
-    def order(self, surviving: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
-        """The rows ``surviving`` [B, L] in the order in which the later layers hold them.
+    def order(self, index: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
+        """Return the rows ``index`` [B, L] in the order in which the later layers hold them.
 
         Args:
-            surviving: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+            index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
             plan: What was dropped.
             scores: [B, V] float32, the scores of ``plan.visual_index``.
         """
-        return surviving
+        return index
 
     def number(
         self,
         position_ids: torch.Tensor,
-        surviving: torch.Tensor,
+        index: torch.Tensor,
         prompt: Prompt,
         earlier_shift: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Other ids than the survivors' own, and by how much ids of later tokens must be lowered; None where there are none.
+        """Return new ids of the survivors, and by how much those of later tokens are lowered; None where they keep theirs.
 
         Args:
             position_ids: [B, Q] or [A, B, Q], the ids without pruning.
-            surviving: [B, L] int64, rows of the prompt, ascending, -1 = filler.
+            index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
             prompt: The prompt.
             earlier_shift: [B] or [A, B] int64, by how much an earlier prompt on the same cache lowered the ids; None = 0.
         """
@@ -70,16 +70,16 @@ class CompactedIds(KeptIds):
     def number(
         self,
         position_ids: torch.Tensor,
-        surviving: torch.Tensor,
+        index: torch.Tensor,
         prompt: Prompt,
         earlier_shift: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids without gaps; an answer is numbered as tokens of later steps are."""
-        asking = prompt.asking.to(surviving.device)
-        ids, shift = compact(position_ids, surviving, asking, earlier_shift)
-        if prompt.asking is not prompt.real:
-            following = take_values(lowered(position_ids, shift), surviving)
-            is_answer = (prompt.real.to(surviving.device) & ~asking).gather(1, surviving.clamp(min=0))
+        """Return ids without gaps; an answer is numbered as tokens of later steps are."""
+        query_rows = prompt.query_rows.to(index.device)
+        ids, shift = compact(position_ids, index, query_rows, earlier_shift)
+        if prompt.query_rows is not prompt.real:
+            following = take_values(shift_ids(position_ids, shift), index)
+            is_answer = (prompt.real.to(index.device) & ~query_rows).gather(1, index.clamp(min=0))
             ids = torch.where(is_answer, following, ids)
         return ids, shift
 
@@ -89,9 +89,9 @@ class PermutedIds(CompactedIds):
 
     name: Ids = "permuted"
 
-    def order(self, surviving: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
-        """The visual rows best first, in the places that they hold among the others."""
-        return score_order(surviving, plan.visual, plan.visual_index, scores)
+    def order(self, index: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
+        """Put the visual rows best first, in the places that they hold among the others."""
+        return score_order(index, plan.visual, plan.visual_index, scores)
 
 
 ID_RULES: dict[Ids, KeptIds] = {
@@ -104,7 +104,7 @@ ID_RULES: dict[Ids, KeptIds] = {
 def score_order(
     index: torch.Tensor, visual: torch.Tensor, visual_index: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
-    """Put the surviving visual rows in score order into the slots that they hold, as ``topk`` without a sort would.
+    """Put the surviving visual rows in score order where visual rows were, as ``topk`` without a sort would.
 
     Args:
         index: [B, L] int64 surviving rows, ascending, -1 = filler.
@@ -125,8 +125,8 @@ def score_order(
     by_score = torch.where(is_visual, score, 0.0).argsort(dim=1, descending=True, stable=True)
     visual_first = (~is_visual.gather(1, by_score)).to(torch.int8).argsort(dim=1, stable=True)
     source = by_score.gather(1, visual_first)
-    slots = (~is_visual).to(torch.int8).argsort(dim=1, stable=True)
-    return torch.empty_like(index).scatter(1, slots, index.gather(1, source))
+    targets = (~is_visual).to(torch.int8).argsort(dim=1, stable=True)
+    return torch.empty_like(index).scatter(1, targets, index.gather(1, source))
 
 
 def compact(
@@ -146,14 +146,14 @@ def compact(
     rows = index.clamp(min=0)
     counts = (index >= 0) & real.gather(1, rows)
 
-    def at(place: torch.Tensor) -> torch.Tensor:
-        return position_ids.gather(-1, place.expand(*position_ids.shape[:-1], -1))
+    def at(row: torch.Tensor) -> torch.Tensor:
+        return position_ids.gather(-1, row.expand(*position_ids.shape[:-1], -1))
 
     first = at(real.to(torch.int8).argmax(dim=1, keepdim=True))  # [B, 1]
     if earlier_shift is not None:
         first = first - earlier_shift[..., None]
     ids = (first + counts.cumsum(dim=1) - 1).clamp(min=0)
-    slot = torch.arange(index.shape[1], device=index.device)
-    last = torch.where(counts, slot, 0).amax(dim=1, keepdim=True)
+    number = torch.arange(index.shape[1], device=index.device)
+    last = torch.where(counts, number, 0).amax(dim=1, keepdim=True)
     shift = at(rows.gather(1, last)) - ids.gather(-1, last.expand(*ids.shape[:-1], -1))
     return ids, shift[..., 0]

@@ -16,18 +16,13 @@ from ..strategies.rows import positions_first
 def find_visual_tokens(
     owner: PreTrainedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """[B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
+    """Return [B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
 
     With ``inputs_embeds`` alone a row counts as visual if it equals the embedding of a placeholder token, which is
     how transformers finds the rows to fill.
     """
     if input_ids is not None:
-        if input_ids.shape[1] == 1:
-            return None
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in visual_token_ids(owner.config):
-            visual |= input_ids == token
-        return visual
+        return None if input_ids.shape[1] == 1 else placeholders_in(owner, input_ids)
     if inputs_embeds is None or inputs_embeds.shape[1] == 1:
         return None
     table = owner.get_input_embeddings()
@@ -38,10 +33,18 @@ def find_visual_tokens(
     return visual
 
 
+def placeholders_in(owner: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return [B, Q] bool, the rows of ``input_ids`` [B, Q] int64 that are placeholders of visual tokens."""
+    visual = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in visual_token_ids(owner.config):
+        visual |= input_ids == token
+    return visual
+
+
 def real_positions(
     mask: Any, past: int | torch.Tensor, queries: int, batch: int, first_type: str
 ) -> torch.Tensor | None:
-    """Which tokens are real and which padding, read from whatever mask the model was given.
+    """Return which tokens are real and which padding, read from whatever mask the model was given.
 
     Args:
         mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
@@ -64,7 +67,7 @@ def real_positions(
         return torch.nn.functional.pad(real, (0, 1), value=False).expand(batch, -1)
     total = past + queries
     if mask.dim() == 2:
-        # A longer mask belongs to a static cache that is not full yet; a shorter one speaks of the end.
+        # A longer mask belongs to a static cache that is not full yet; a shorter one covers the end.
         real = mask[:, :total] != 0
         return torch.nn.functional.pad(real, (total - real.shape[1], 0), value=True)
     allowed = visible(mask).any(dim=1)  # by some head, [B, Q, K]
@@ -72,21 +75,21 @@ def real_positions(
     allowed = allowed[..., : total - first]
     # A padded row is seen by no other row, and sees at most itself, where a mask must leave it something. An earlier column
     # that no row looks at is padding, or out of reach for good.
-    own = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
+    is_real = allowed[..., past - first :].diagonal(dim1=1, dim2=2)
     if queries > 1:
-        seen = allowed.sum(dim=1)[:, past - first :] - own.long()  # by other rows
-        own = (seen > 0) | (own & (allowed.sum(dim=2) > 1))
+        views_by_others = allowed.sum(dim=1)[:, past - first :] - is_real.long()  # by other rows
+        is_real = (views_by_others > 0) | (is_real & (allowed.sum(dim=2) > 1))
     earlier = allowed[..., : past - first].any(dim=1)
-    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, own], dim=1).expand(batch, -1)
+    return torch.cat([earlier.new_ones(earlier.shape[0], first), earlier, is_real], dim=1).expand(batch, -1)
 
 
 def position_ids_of(
     given: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
 ) -> torch.Tensor:
-    """The position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] where it is handed several per token.
+    """Return the position ids of a decoder's input, [B or 1, Q], or [A, B or 1, Q] on several axes.
 
     Args:
-        given: What the decoder was handed: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
+        given: The decoder's argument: None (it counts by itself), [Q], [B, Q], or [A, B, Q] for M-RoPE, some models
             with plain text ids in front.
         past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
         queries: Q.
@@ -98,7 +101,7 @@ def position_ids_of(
 
 
 def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
-    """Whether a mask lets some row see a later one, as masks for images (Gemma 3) and prefixes (PaliGemma) do. One read.
+    """Return whether a mask lets some row see a later one, as for images (Gemma 3) and prefixes (PaliGemma). One read.
 
     Args:
         mask: [B or 1, 1, Q, K], bool or additive; or a dict of those. Anything else does not look ahead.
@@ -132,12 +135,12 @@ def read_prompt(
     real = torch.ones_like(visual) if real is None else real.to(visual.device)
     visual = visual & real
     last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
-    asking, before_answer, ends_in_image = real, None, visual[:, -1]
+    query_rows, before_answer, ends_in_image = real, None, visual[:, -1]
     if answer is not None:
-        asking = real & ~answer
+        query_rows = real & ~answer
         before_answer = visual & torch.nn.functional.pad(answer[:, 1:], (0, 1))
         ends_in_image = ends_in_image | before_answer.any(dim=1)
-    text_after = asking & ~visual & (positions > last_visual)  # [B, Q]
+    text_after = query_rows & ~visual & (positions > last_visual)  # [B, Q]
     facts = torch.stack(
         [visual.sum(1), real.sum(1), text_after.sum(1), ends_in_image.long(), real[:, -1].long()]
     ).tolist()
@@ -145,7 +148,7 @@ def read_prompt(
     return Prompt(
         visual=visual,
         real=real,
-        asking=asking,
+        query_rows=query_rows,
         before_answer=before_answer if any(in_image) else None,
         visual_index=positions_first(visual, max(visual_counts)),
         text_after=text_after,

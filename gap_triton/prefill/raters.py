@@ -12,7 +12,7 @@ from ..strategies.rows import positions_first
 
 
 def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:
-    """[B, Q] bool, the rows of text after the image that are relevant to it (SparseVLM, arXiv 2410.04417, section 3.2).
+    """Return [B, Q] bool, the text rows after the image that are relevant to it (SparseVLM, arXiv 2410.04417, section 3.2).
 
     Args:
         prompt: The prompt.
@@ -43,5 +43,5 @@ def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:
         (text_rows >= 0).to(embeds.device),
     ).to(text_rows.device)
     length = prompt.visual.shape[1]
-    found = torch.zeros(prompt.visual.shape[0], length + 1, dtype=torch.bool, device=text_rows.device)
-    return found.scatter(1, torch.where(rates & (text_rows >= 0), text_rows, length), True)[:, :-1]
+    rater_rows = torch.zeros(prompt.visual.shape[0], length + 1, dtype=torch.bool, device=text_rows.device)
+    return rater_rows.scatter(1, torch.where(rates & (text_rows >= 0), text_rows, length), True)[:, :-1]

@@ -12,13 +12,13 @@ from torch.nn.functional import pad
 from ..config import Stage
 from ..introspect import NAME
 from ..later_layers.masks import is_plain
-from ..state import ForwardState, Plan, Prefill
+from ..state import DecoderRun, Drop, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
 from .unrotated import unrotated
 
 BLOCK = 1 << 22
-"""How many attention logits are held at once where rows see what a mask of their own says."""
+"""How many attention logits are in memory at once where the rows have a mask of their own."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Attention:
     plain: bool
 
 
-def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
-    """Query, key and mask of the layer that scores for ``stage``, whose rows ``plan`` describes, with their ``rotary``."""
+def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
+    """Return query, key and mask of the layer that scores for ``stage``, for the rows of ``plan`` and their ``rotary``."""
     scoring = prefill.scoring
     if scoring is None:
         raise RuntimeError(
@@ -55,16 +55,17 @@ def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan
         )
     query, key = scoring.query, scoring.key
     rows = plan.visual.shape[1]
-    held = state.kept.stages[prefill.done - 1] if prefill.done and state.kept is not None else None
-    columns = prefill.past + state.queries if held is None else held.index.shape[1] + prefill.drafts
+    total = prefill.past + run.rows.queries
+    record = run.kept.stages[prefill.done - 1] if prefill.done and run.kept is not None else None
+    columns = total if record is None else record.index.shape[1] + prefill.drafts
     key = key[:, :, :columns]  # a static cache hands over its whole buffer
-    real = state.real
-    if held is not None:
-        real = None if held.dense else pad(held.index >= 0, (0, prefill.drafts), value=True)
+    real = run.rows.real
+    if record is not None:
+        real = None if record.dense else pad(record.index >= 0, (0, prefill.drafts), value=True)
     if real is not None:
         real = real[:, :columns][:, -key.shape[2] :].to(plan.real.device)
-    mask = None if is_plain(scoring.mask, prefill.past + state.queries) else scoring.mask
-    group = tensor_parallel_group(state.attachment, query)
+    mask = None if is_plain(scoring.mask, total) else scoring.mask
+    group = tensor_parallel_group(run.attachment, query)
     if stage.score == "unrotated":
         # Keys of earlier turns were rotated long ago; this turn's tokens are compared among themselves.
         mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
@@ -77,31 +78,32 @@ def attention_of(state: ForwardState, prefill: Prefill, stage: Stage, plan: Plan
     return Attention(query, key, real, mask, scoring.scale, group, plain)
 
 
-def scores_of(
-    state: ForwardState,
-    prefill: Prefill,
-    stage: Stage,
-    plan: Plan,
-    prompt_rows: torch.Tensor,
-    attention: Attention | None,
+def scores_without_attention(
+    run: DecoderRun, prefill: Prefill, drop: Drop, plan: Plan, prompt_rows: torch.Tensor
 ) -> torch.Tensor:
-    """[B, V] float32, the score of each visual token that ``plan`` names.
+    """Return [B, V] float32, the score of each visual token of ``plan``: by an even spread over the image, or at random.
 
     Args:
-        state: The running forward.
+        run: The run of the decoder.
         prefill: Its prompt.
-        stage: What ranks.
+        drop: The stage.
         plan: Rows that the stage finds.
         prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
-        attention: What the layer's attention left; None for scores that ask none.
     """
-    if stage.score == "random":
-        drawn = draw(state.config.seed, prefill.done, plan.visual_index.shape[1])
-        return drawn.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
-    if stage.score == "spatial":
-        assert prefill.places is not None
-        return -prefill.places.order_of(prompt_rows).float()
-    assert attention is not None
+    if drop.stage.score == "spatial" and drop.grid_positions is not None:
+        return -drop.grid_positions.rank_of(prompt_rows).float()
+    random_scores = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
+    return random_scores.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
+
+
+def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch.Tensor:
+    """Return [B, V] float32, the score of each visual token that ``plan`` names.
+
+    Args:
+        stage: What ranks.
+        plan: Rows that the stage finds.
+        attention: What the layer's attention left.
+    """
     if stage.score == "key_norm":
         squares = attention.key[:, :, -plan.visual.shape[1] :].float().square().sum(dim=(1, 3))  # [B, S]
         if attention.group is not None:
@@ -124,7 +126,7 @@ def scores_of(
 def importance_by_mask(
     attention: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
 ) -> torch.Tensor:
-    """What `gap_kernels.visual_importance` is of rows that each see what ``mask`` says, in bounded memory.
+    """Return `gap_kernels.visual_importance` of rows that attend by ``mask``, in bounded memory.
 
     Args:
         attention: Query, key and scale.
@@ -145,15 +147,19 @@ def importance_by_mask(
     total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         keys = key.to(dtype).transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, K]
-        for some in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
-            source = some.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
-            wanted = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
-            logits = (wanted.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
-            seen = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
-            logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
-            nothing = logits.amax(dim=-1, keepdim=True) == -torch.inf
-            weights = torch.where(nothing, 0.0, logits.softmax(dim=-1))
-            weights = weights.gather(3, visual_columns.expand(-1, heads, some.shape[1], -1))
-            total += torch.where((some >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
+        for block in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
+            source = block.clamp(min=0)[:, None, :, None]  # [B, 1, r, 1]
+            block_query = query.gather(2, source.expand(-1, heads, -1, channels)).to(dtype) * scale
+            logits = (block_query.unflatten(1, (key.shape[1], -1)) @ keys).flatten(1, 2)  # [B, Hq, r, K]
+            block_mask = mask.gather(2, source.expand(-1, mask.shape[1], -1, columns))
+            logits = (
+                logits.masked_fill(~block_mask, -torch.inf)
+                if block_mask.dtype == torch.bool
+                else logits + block_mask
+            )
+            sees_none = logits.amax(dim=-1, keepdim=True) == -torch.inf
+            weights = torch.where(sees_none, 0.0, logits.softmax(dim=-1))
+            weights = weights.gather(3, visual_columns.expand(-1, heads, block.shape[1], -1))
+            total += torch.where((block >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
     total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
     return torch.where(visual_index >= 0, total, 0.0).float()

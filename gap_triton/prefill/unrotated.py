@@ -34,19 +34,19 @@ def unrotated(
         parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
         sections = (parameters["mrope_section"],)
     query, key = rotate(query, key, cos, -sin, *sections)
-    # Some embeddings scale cos and sin (YaRN), forth and back alike; the channels that turn are scaled twice by now.
+    # Some embeddings scale cos and sin (YaRN), in both directions: by now the channels that turn are scaled twice.
     stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
     return query / stretch, key / stretch
 
 
 def rotation_of(attention: Any) -> Any | None:
-    """The function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
+    """Return the function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
     functions = vars(inspect.getmodule(type(attention)))
     return next((functions[name] for name in ROTATIONS if name in functions), None)
 
 
 def refuse_unrotated(config: GapConfig, text: Any) -> None:
-    """Raise ValueError if a stage asks a layer of the decoder ``text`` for a rotation to be undone that it doesn't name."""
+    """Raise ValueError if a stage needs to undo the rotation of a layer of the decoder ``text`` that has no known one."""
     for stage in config.stages:
         if stage.score != "unrotated":
             continue

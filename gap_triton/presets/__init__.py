@@ -49,13 +49,13 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
 
 
 def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
-    """The configuration of a published method.
+    """Return the configuration of a published method.
 
     Args:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"visionzip"``, ``"feather"``.
-        model: The model that it is for, which tells ``layers``, and ``score`` where its vision encoder has no CLS token.
+        model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
             whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the
@@ -71,8 +71,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         if option not in known:
             raise ValueError(f"preset {name!r} takes no {option!r}: it takes {', '.join(map(repr, known))}")
     if model is not None:
-        told = {"layers": _layers_of, "score": _score_of}
-        options = {option: told[option](model) for option in known if option in told} | options
+        from_model = {"layers": _layers_of, "score": _score_of}
+        options = {option: from_model[option](model) for option in known if option in from_model} | options
     return PRESETS[name](**options)
 
 

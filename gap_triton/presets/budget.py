@@ -1,4 +1,4 @@
-"""How many visual tokens a method is to keep, as its caller says it."""
+"""The budget of a method: how many visual tokens it is to keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LEAST = 10.0**-DIGITS
 
 
 def check_budget(budget: object) -> float | int:
-    """``budget`` as a share, a float in (0, 1], or as a count, an int >= 1.
+    """Return ``budget`` as a share, a float in (0, 1], or as a count, an int >= 1.
 
     Raises:
         ValueError: It is none.
@@ -24,7 +24,7 @@ def check_budget(budget: object) -> float | int:
 
 
 def check_budget_or_outliers(budget: object) -> float | int | Outliers:
-    """The same, or ``"outliers"``.
+    """Return the same, or ``"outliers"``.
 
     Raises:
         ValueError: It is none.
@@ -40,7 +40,7 @@ def check_budget_or_outliers(budget: object) -> float | int | Outliers:
 
 
 def check_share(budget: object) -> float:
-    """``budget`` as a share in (0, 1].
+    """Return ``budget`` as a share in (0, 1].
 
     Raises:
         ValueError: It is none.
@@ -52,5 +52,5 @@ def check_share(budget: object) -> float:
 
 
 def rounded(share: float) -> float:
-    """A share that was computed, to six digits and never 0, so that it does not show how it was computed."""
+    """Return a share that was computed, to six digits and never 0, so that it does not show how it was computed."""
     return min(max(round(share, DIGITS), LEAST), 1.0)

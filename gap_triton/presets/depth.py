@@ -10,7 +10,7 @@ PUBLISHED_LAYERS = 32
 
 
 def check_layers(layers: object, stages: int) -> int:
-    """``layers``, the number of layers of a decoder that has room for ``stages`` stages.
+    """Return ``layers``, the number of layers of a decoder that has room for ``stages`` stages.
 
     Raises:
         ValueError: It has none, or that is no number of layers.
@@ -24,22 +24,21 @@ def check_layers(layers: object, stages: int) -> int:
     return value
 
 
-def pruning_layers(entered: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """`GapConfig.layer` of each stage.
+def pruning_layers(first_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Return `GapConfig.layer` of each stage.
 
     Args:
-        entered: By stage, the layer (of 32) that the first layer with fewer tokens is; ascending.
+        first_layers: By stage, the first layer (of 32) with fewer tokens, ascending.
         layers: Number of decoder layers.
 
     Returns:
         The layer before it, at the same share of the depth, each later than the one before.
     """
-    layers = check_layers(layers, len(entered))
-    found: list[int] = []
-    for number, layer in enumerate(entered):
+    layers = check_layers(layers, len(first_layers))
+    scaled_layers: list[int] = []
+    for number, layer in enumerate(first_layers):
         scaled = round(Fraction(layer * layers, PUBLISHED_LAYERS)) - 1
-        last = (
-            layers - 1 - (len(entered) - number)
-        )  # a layer is left for every stage to come, and one for the end
-        found.append(min(max(scaled, found[-1] + 1 if found else 0), last))
-    return tuple(found)
+        # A layer is left for every stage to come, and one for the end.
+        last = layers - 1 - (len(first_layers) - number)
+        scaled_layers.append(min(max(scaled, scaled_layers[-1] + 1 if scaled_layers else 0), last))
+    return tuple(scaled_layers)

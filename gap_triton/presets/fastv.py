@@ -6,7 +6,7 @@ from ..config import GapConfig
 from .budget import check_budget
 from .depth import pruning_layers
 
-ENTERED = (2,)
+FIRST_LAYERS = (2,)
 
 
 def configure(budget: float | int = 0.5, layers: int = 32) -> GapConfig:
@@ -19,5 +19,5 @@ def configure(budget: float | int = 0.5, layers: int = 32) -> GapConfig:
         budget: Share or count of tokens kept.
         layers: Number of decoder layers; K = 2 of 32 is scaled to it.
     """
-    (layer,) = pruning_layers(ENTERED, layers)
+    (layer,) = pruning_layers(FIRST_LAYERS, layers)
     return GapConfig(keep=check_budget(budget), layer=layer, score="last_token")

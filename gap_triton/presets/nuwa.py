@@ -8,7 +8,7 @@ from ..config import GapConfig, Score, Stage
 from .budget import check_budget, rounded
 from .depth import pruning_layers
 
-ENTERED = (16,)
+FIRST_LAYERS = (16,)
 # Of the average budget, what each stage keeps on LLaVA-1.5: 112 and 16 for 64, 224 and 32 for 128, 336 and 48 for 192.
 FIRST, SECOND = Fraction(7, 4), Fraction(1, 4)
 # On Qwen2.5-VL, by the average share: what the first stage keeps, and what the second keeps of that.
@@ -33,7 +33,7 @@ def configure(budget: float | int = 64, layers: int = 32, score: Score = "cls") 
         layers: Number of decoder layers; layer 16 of 32 is scaled to it (14 of Qwen2.5-VL's 28).
         score: ``"received"`` for a vision encoder without CLS token, as the released code does on Qwen2.5-VL.
     """
-    (layer,) = pruning_layers(ENTERED, layers)
+    (layer,) = pruning_layers(FIRST_LAYERS, layers)
     first: float | int
     second: float | int
     value = check_budget(budget)
@@ -54,10 +54,10 @@ def configure(budget: float | int = 64, layers: int = 32, score: Score = "cls") 
 def _shares(budget: float) -> tuple[float, float]:
     """Shares after each stage, interpolated between the published ones, and outside of them by the same lines."""
     points = sorted(SHARES)
-    below = max((point for point in points[:-1] if point <= budget), default=points[0])
-    above = points[points.index(below) + 1]
-    part = (budget - below) / (above - below)
-    (low, low_ratio), (high, high_ratio) = SHARES[below], SHARES[above]
+    lower = max((point for point in points[:-1] if point <= budget), default=points[0])
+    upper = points[points.index(lower) + 1]
+    part = (budget - lower) / (upper - lower)
+    (low, low_ratio), (high, high_ratio) = SHARES[lower], SHARES[upper]
     first = min(low + part * (high - low), 1.0)
     ratio = min(max(low_ratio + part * (high_ratio - low_ratio), 0.0), 1.0)
     return rounded(first), rounded(first * ratio)

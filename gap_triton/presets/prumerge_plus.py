@@ -7,7 +7,7 @@ from .budget import check_budget
 
 
 def configure(budget: float | int = 0.25, score: Score = "cls") -> GapConfig:
-    """PruMerge with tokens spread evenly over the image among those that survive.
+    """Keep what PruMerge keeps, with tokens spread evenly over the image among those that survive.
 
     The paper reports about a quarter of the tokens, the default. The released code samples every n-th token with n
     from the number of outliers, so its number of tokens is not given beforehand; here the budget is, and a fixed part

@@ -8,7 +8,7 @@ from .budget import check_share, rounded
 from .depth import pruning_layers
 
 # Layers 2, 6 and 15 of 32 score, and the next ones are the first with fewer tokens.
-ENTERED = (3, 7, 16)
+FIRST_LAYERS = (3, 7, 16)
 # Tokens left after each stage by budget, of 576: the released code's lists.
 PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 TOKENS = 576
@@ -19,13 +19,12 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
 
     Which rows those are, the raters, is found once from the embeddings, as in paper and code. The paper adapts the
     number of tokens to the rank of the attention; the released code has fixed lists, which this follows. It also
-    recycles a part of the dropped tokens as cluster means behind the others; these have no place in the image and are
+    recycles a part of the dropped tokens as cluster means after the others; these have no place in the image and are
     left out here. Its version 1.5 renumbers the survivors; here they keep their ids.
 
     Args:
-        budget: 192, 128 or 64 of 576 tokens, what the paper calls its budget: roughly the mean over the layers. A
-            share stands for any number of tokens: the lists are interpolated between the published budgets, as shares of
-            576.
+        budget: 192, 128 or 64, the paper's budgets for 576 tokens, each roughly the mean over the layers; or a share. For a
+            share, the published lists are interpolated as shares of 576.
         layers: Number of decoder layers; layers 2, 6 and 15 of 32 are scaled to it.
     """
     keeps: tuple[float | int, ...]
@@ -38,7 +37,7 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
         raise ValueError(
             f"budget={shown(budget)}: expected {', '.join(map(str, sorted(PUBLISHED)))}, or a share, a float in (0, 1]"
         )
-    first, *rest = pruning_layers(ENTERED, layers)
+    first, *rest = pruning_layers(FIRST_LAYERS, layers)
     later = tuple(Stage(keep, layer, "raters") for keep, layer in zip(keeps[1:], rest, strict=True))
     return GapConfig(keep=keeps[0], layer=first, score="raters", then=later)
 
@@ -46,8 +45,8 @@ def configure(budget: float | int = 192, layers: int = 32) -> GapConfig:
 def _interpolated(budget: float) -> tuple[float, ...]:
     """Shares left after each stage, between no tokens, the published lists, and all tokens."""
     known = {0: (0, 0, 0), **dict(sorted(PUBLISHED.items())), TOKENS: (TOKENS,) * 3}
-    below = max(point for point in known if point < budget)
-    above = min(point for point in known if point >= budget)
-    part = (budget - below) / (above - below)
-    counts = [low + part * (high - low) for low, high in zip(known[below], known[above], strict=True)]
+    lower = max(point for point in known if point < budget)
+    upper = min(point for point in known if point >= budget)
+    part = (budget - lower) / (upper - lower)
+    counts = [low + part * (high - low) for low, high in zip(known[lower], known[upper], strict=True)]
     return tuple(rounded(count / TOKENS) for count in counts)

@@ -10,7 +10,7 @@ def configure(budget: float | int = 64, score: Score = "cls") -> GapConfig:
     """Keep the dominant tokens, by the attention of the CLS token, and merge the others into a few contextual ones.
 
     The released code also keeps the CLS token itself; it has no place in the image, and is left out here. It puts
-    contextual tokens behind the dominant ones and numbers all of them from 0; here every one keeps the place and the
+    contextual tokens after the dominant ones and numbers all of them from 0; here every one keeps the place and the
     id of the token that the others were merged into.
 
     Args:

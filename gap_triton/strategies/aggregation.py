@@ -21,15 +21,15 @@ class AggregationRule:
     """Constants of the aggregation. The three published sets are ``LLAVA``, ``LLAVA_NEXT`` and ``QWEN``.
 
     Attributes:
-        pillar_quantile: anchors whose score is at or above this quantile of the anchors' scores are pillars: their
+        pillar_quantile: Anchors whose score is at or above this quantile of the anchors' scores are pillars: their
             features stay their own. In 0..1.
-        radius: distance from which on nothing is collected, > 0.
-        radius_in_diagonals: whether ``radius`` is a share of the grid's diagonal, the distance between the centres of
+        radius: Distance from which on nothing is collected, > 0.
+        radius_in_diagonals: Whether ``radius`` is a share of the grid's diagonal, the distance between the centres of
             opposite corner cells; else it counts patches.
-        self_weight: weight of an anchor's own features; None = what dividing by the sum of the weights leaves.
+        self_weight: Weight of an anchor's own features; None = what dividing by the sum of the weights leaves.
 
     Raises:
-        ValueError: if one is of another type, or out of range.
+        ValueError: If one is of another type, or out of range.
     """
 
     pillar_quantile: float
@@ -75,7 +75,7 @@ def aggregate(
     *,
     rule: AggregationRule,
 ) -> Merged:
-    """Let anchors collect similar patches near them, see :func:`gap_kernels.spatial_aggregate`.
+    """Let anchors collect similar patches near them, see `gap_kernels.spatial_aggregate`.
 
     Every anchor keeps its row. Pillars and constants are those of the released code; the paper has pillars by the norm of
     the key, at the 0.75 quantile.
@@ -84,10 +84,10 @@ def aggregate(
         features: [G, N, C] float32, float16, bfloat16 or float64.
         similarity: [G, N, E], any of those dtypes: what patches are compared by (Nüwa: the mean of the tower's hidden
             states of the last third of its layers).
-        scores: float32 [G, N], what anchors were chosen by.
-        anchors: int64 [G, M], ascending, distinct; -1 = filler, on the left. Nüwa: ``choose(..., "region")``.
+        scores: [G, N] float32, what anchors were chosen by.
+        anchors: [G, M] int64, ascending, distinct; -1 = filler, on the left. Nüwa: ``choose(..., "region")``.
         grid: (H, W), H * W = N.
-        rule: the constants.
+        rule: The constants.
 
     Returns:
         M tokens, computed in float32 (float64 if features or similarity are). Where every patch is an anchor, so with
@@ -95,7 +95,7 @@ def aggregate(
         NaN is no pillar and doesn't count for the quantile.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated, or ``grid`` isn't that of N patches;
+        ValueError: If an argument has another shape, dtype or device than stated, or ``grid`` isn't that of N patches;
             on the CPU also for rows out of range or repeated.
     """
     check_merge(features, {"anchors": anchors}, similarity=similarity, scores=scores)

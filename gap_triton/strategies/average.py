@@ -15,12 +15,12 @@ def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add the mean of all dropped tokens' features as one more token.
 
     It gets the row of the best-scored dropped token. The paper and the released code agree on the mean; the code puts it
-    behind the kept tokens, with the next position.
+    after the kept tokens, with the next position.
 
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.
-        scores: float32 [G, N]. NaN counts as -inf.
-        kept: int64 [G, K], the rows that are kept as they are, distinct; -1 = filler. To end with ``keep`` tokens,
+        scores: [G, N] float32. NaN counts as -inf.
+        kept: [G, K] int64, the rows that are kept as they are, distinct; -1 = filler. To end with ``keep`` tokens,
             choose ``keep - 1``.
 
     Returns:
@@ -28,7 +28,7 @@ def average(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
         dropped, and its mean is itself: nothing changes. The mean is computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+        ValueError: If an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
             or repeated.
     """
     check_merge(features, {"kept": kept}, scores=scores)

@@ -28,13 +28,13 @@ def contextual_count(keep: int | Tensor) -> int | Tensor:
     """Return how many of ``keep`` tokens are contextual: VisionZip's 10 of 64, 20 of 128, 30 of 192.
 
     Args:
-        keep: an int, or int64 of any shape.
+        keep: An int, or int64 of any shape.
 
     Returns:
         ``round(keep * 10 / 64)``, halves rounded up, at least 1 but never more than ``keep``.
 
     Raises:
-        ValueError: if ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
+        ValueError: If ``keep`` is neither, or negative; the values of a tensor are checked on the CPU only.
     """
     if isinstance(keep, Tensor):
         ShapeChecker().check("keep", keep, " ".join(f"n{i}" for i in range(keep.dim())), (torch.int64,))
@@ -59,17 +59,17 @@ def contextual(
     features of those that went to it. It keeps its target's row.
 
     The paper describes an average over target and assigned tokens; the released code, which the published numbers come from,
-    adds the two as said, and we follow it. Two more differences. The code keeps CLS as the first of the dominant tokens: it
+    adds the two, and we follow it. Two more differences. The code keeps CLS as the first of the dominant tokens: it
     has no place in the grid, so it is left out, and one more patch is dominant instead. The code compares keys averaged over
     heads; here ``keys`` are what the caller gives, usually all heads together.
 
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.
         keys: [G, N, E], any of those dtypes.
-        kept: int64 [G, K], the dominant tokens, distinct; -1 = filler. To end with ``keep`` tokens, choose the best
+        kept: [G, K] int64, the dominant tokens, distinct; -1 = filler. To end with ``keep`` tokens, choose the best
             ``keep - contextual_count(keep)``.
-        count: contextual tokens, an int or int64 [G].
-        length: columns for them; default ``count``, or the largest, which takes one read from the device.
+        count: Contextual tokens, an int or [G] int64.
+        length: Columns for them; default ``count``, or the largest, which takes one read from the device.
 
     Returns:
         K + length tokens, computed in float32 (float64 for float64). Where fewer than ``count`` tokens are left, as many
@@ -78,7 +78,7 @@ def contextual(
         NaN or infinity in ``features`` spoils its channel in all contextual tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
+        ValueError: If an argument has another shape, dtype or device than stated, or a count is negative; on the CPU also
             for rows out of range or repeated, and for a ``length`` less than a row's contextual tokens.
     """
     check_merge(features, {"kept": kept}, keys=keys)
@@ -88,34 +88,43 @@ def contextual(
     if numbers is not None and is_readable(numbers):
         check_range("count", numbers, 0, torch.iinfo(torch.int64).max)
     length = width_of("count", number, numbers, length)
-    groups, num_rows, _ = features.shape
-    own = gather_rows(features, kept)
-
-    left = ~members(kept, num_rows)
-    place = left.cumsum(1) - 1  # among the tokens that are left
-    wanted = torch.as_tensor(count, device=features.device).expand(groups)[:, None]
-    stride = (left.sum(1, keepdim=True) // wanted.clamp(min=1)).clamp(min=1)
-    is_target = left & (place % stride == 0) & (place // stride < wanted)
+    rest = ~members(kept, features.shape[1])
+    is_target = _every_nth(rest, torch.as_tensor(count, device=features.device))
     # 1 for targets, 0 for others: exact top-k finds their rows in order.
     targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
+    mean = _mean_by_target(features, keys, targets, rest & ~is_target)
+    added = (gather_rows(features, targets).to(mean.dtype) + mean).to(features.dtype)
+    return assemble(kept, gather_rows(features, kept), targets, added)
 
-    dtype = accumulation_dtype(features)
+
+def _every_nth(rest: Tensor, count: Tensor) -> Tensor:
+    """Return ``count``, [] or [G] int64, of the True entries of ``rest``, [G, N] bool, at equal distances from the first."""
+    number = rest.cumsum(1) - 1
+    count = count.expand(rest.shape[0])[:, None]
+    stride = (rest.sum(1, keepdim=True) // count.clamp(min=1)).clamp(min=1)
+    return rest & (number % stride == 0) & (number // stride < count)
+
+
+def _mean_by_target(features: Tensor, keys: Tensor, targets: Tensor, others: Tensor) -> Tensor:
+    """Return the mean of the features of those ``others``, [G, N] bool, whose keys are most like a target's: [G, M, C]."""
+    groups, num_rows, _ = features.shape
+    length, dtype = targets.shape[1], accumulation_dtype(features)
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
     target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
 
-    def gathered(block: slice) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
+    def sums_over(
+        block: slice,
+    ) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
         cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
         # NaN ranks below everything: below any cosine (-2), but above filler.
         cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
         best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
         goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
-        goes_to &= (left & ~is_target)[:, block, None] & (targets >= 0)[:, None]
+        goes_to &= others[:, block, None] & (targets >= 0)[:, None]
         return goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype), goes_to.sum(1)
 
-    total, number_of = functools.reduce(
+    total, number = functools.reduce(
         lambda sums, more: (sums[0].add_(more[0]), sums[1].add_(more[1])),
-        map(gathered, row_blocks(num_rows, groups * length)),
+        map(sums_over, row_blocks(num_rows, groups * length)),
     )
-    mean = total / number_of.clamp(min=1)[..., None]
-    target_features = gather_rows(features, targets)
-    return assemble(kept, own, targets, (target_features.to(dtype) + mean).to(features.dtype))
+    return total / number.clamp(min=1)[..., None]

@@ -45,36 +45,52 @@ def choose(
 
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
-      112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see :func:`gap_kernels.topk_per_region`.
+      112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
     - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
       (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
-      how many they share. Here ``keep`` is exact: the lattice is the beginning of :func:`spatial_order`, and the
+      how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
       best-scored fill the budget.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
     its row: score -inf, neighbours -1, order -1. Filler is not chosen while ``keep`` is at most the number of tokens.
 
     Args:
-        scores: float32 [G, N], one row per grid or per sample.
-        keep: how many to choose, 0..N: an int, or int64 [G].
+        scores: [G, N] float32, one row per grid or per sample.
+        keep: How many to choose, 0..N: an int, or [G] int64.
         coverage: ``"topk"``, ``"region"`` or ``"stride"``.
-        neighbours: for ``"region"``: int32 [G, N, R] or [1, N, R], see :func:`gap_kernels.grid_neighbours`. In the first
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
             form a token that is alone in its region and scored -inf or NaN counts as filler.
-        per_region: for ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
+        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
-        order: for ``"stride"``: int64 [G, N] or [1, N], ranks of :func:`spatial_order`. Where a row holds several grids,
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
             each may have its own; equal ranks go to the lower row.
-        length: columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
+        length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
-        int64 [G, length], ascending, filled with -1 on the left.
+        [G, length] int64, ascending, filled with -1 on the left.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated, is out of range, or is missing. The
+        ValueError: If an argument has another shape, dtype or device than stated, is out of range, or is missing. The
             values of a ``keep`` tensor are checked on the CPU only.
     """
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
+    length = _check_keep(keep, scores, shapes, length)
+    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+        raise ValueError(
+            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+        )
+    _check_grids(scores, shapes, neighbours, per_region, order)
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    if coverage == "topk":
+        return topk_indices(scores, keep, length=length)
+    if coverage == "region":
+        return _by_region(scores, neighbours, per_region, keep, length)
+    return _by_stride(scores, order, keep, length)
+
+
+def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
+    """Return the columns of the result, after a check of ``keep``."""
     num_rows = scores.shape[1]
     count, counts = split_count("keep", keep, shapes)
     if counts is None:
@@ -83,11 +99,16 @@ def choose(
     elif is_readable(counts):
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
-    length = width_of("keep", count, counts, length)
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
-        raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
-        )
+    return width_of("keep", count, counts, length)
+
+
+def _check_grids(
+    scores: Tensor,
+    shapes: ShapeChecker,
+    neighbours: Tensor | None,
+    per_region: int | None,
+    order: Tensor | None,
+) -> None:
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
     if per_region is not None:
@@ -98,24 +119,16 @@ def choose(
             raise ValueError(
                 f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
             )
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
-    if coverage == "topk":
-        return topk_indices(scores, keep, length=length)
-    if coverage == "region":
-        if neighbours is None:
-            raise ValueError(
-                "neighbours: coverage='region' needs the neighbours of each token, got None; "
-                "see gap_kernels.grid_neighbours"
-            )
-        return _by_region(scores, neighbours, per_region, keep, length)
-    if order is None:
-        raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
-    return _by_stride(scores, order.expand_as(scores), keep, length)
 
 
 def _by_region(
-    scores: Tensor, neighbours: Tensor, per_region: int | None, keep: int | Tensor, length: int
+    scores: Tensor, neighbours: Tensor | None, per_region: int | None, keep: int | Tensor, length: int
 ) -> Tensor:
+    if neighbours is None:
+        raise ValueError(
+            "neighbours: coverage='region' needs the neighbours of each token, got None; "
+            "see gap_kernels.grid_neighbours"
+        )
     if neighbours.shape[0] == scores.shape[0]:  # one grid for all rows has no filler
         # Filler is alone in its region, so a candidate in spite of its score: let the first tokens beat it there.
         filler = (neighbours < 0).all(-1) & scores.isneginf()
@@ -125,16 +138,16 @@ def _by_region(
         neighbours = torch.where(filler[..., None], others, neighbours)
     if per_region is not None:
         return topk_per_region(scores, neighbours, per_region, keep, length=length)
-    needed = _needed_per_region(neighbours, keep)
+    per_region_counts = _needed_per_region(neighbours, keep)
     index = topk_indices(scores, keep, length=length)
-    for value in set(needed.tolist()):
+    for value in set(per_region_counts.tolist()):
         candidates = topk_per_region(scores, neighbours, value, keep, length=length)
-        index = torch.where((needed == value)[:, None], candidates, index)
+        index = torch.where((per_region_counts == value)[:, None], candidates, index)
     return index
 
 
 def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
-    """Return how many of each region must be candidates so that ``keep`` tokens are; int64 [G], at least 1."""
+    """Return how many of each region must be candidates so that ``keep`` tokens are; [G] int64, at least 1."""
     row = torch.arange(neighbours.shape[1], device=neighbours.device)
     # A region is counted at its first token; filler has tokens before it by now.
     first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1)
@@ -142,10 +155,13 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     return ((keep + regions - 1) // regions).clamp(min=1)
 
 
-def _by_stride(scores: Tensor, order: Tensor, keep: int | Tensor, length: int) -> Tensor:
+def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:
+    if order is None:
+        raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
+    order = order.expand_as(scores)
     lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    places = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=places)
+    lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
     others = ~members(uniform, scores.shape[1])
-    best = best_of(scores, others, keep - lattice, length - places)
+    best = best_of(scores, others, keep - lattice, length - lattice_length)
     return torch.cat([uniform, best], dim=1).sort(dim=1).values

@@ -6,10 +6,10 @@ import torch
 
 
 def draw(seed: int, stage: int, tokens: int) -> torch.Tensor:
-    """[tokens] float32 in [0, 1) on the CPU: the scores of a sample's first, second, ... visual token.
+    """Return [tokens] float32 in [0, 1) on the CPU: the scores of a sample's first, second, ... visual token.
 
-    The generator puts out one number after the other, so the draw for fewer tokens is the beginning of that for more: one
-    draw serves all samples of a batch, and every sample has what it has alone.
+    The generator makes one number after the other, so the draw for fewer tokens is the beginning of that for more. One draw
+    serves all samples of a batch, and each gets the same scores as alone.
 
     Args:
         seed: `GapConfig.seed`.

@@ -13,29 +13,29 @@ class Merged(NamedTuple):
     """Tokens that go on, each under the row of a real token.
 
     Attributes:
-        index: int64 [G, K], ascending; -1 = filler, on the left. A merged token has the row of one of the tokens that
+        index: [G, K] int64, ascending; -1 = filler, on the left. A merged token has the row of one of the tokens that
             went into it, so that it has a position.
         features: [G, K, C]. A row's features are its own, bit for bit, unless something was merged into it. Filler is 0.
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     features: Tensor
 
 
-def assemble(kept: Tensor, own: Tensor, added: Tensor, features: Tensor) -> Merged:
+def assemble(kept: Tensor, kept_features: Tensor, added: Tensor, features: Tensor) -> Merged:
     """Bring tokens that were kept and tokens that were added into one ascending order.
 
     Args:
-        kept: int64 [G, K], -1 = filler.
-        own: [G, K, C], their features.
-        added: int64 [G, M], other rows, -1 = filler.
+        kept: [G, K] int64, -1 = filler.
+        kept_features: [G, K, C], their features.
+        added: [G, M] int64, other rows, -1 = filler.
         features: [G, M, C], theirs.
 
     Returns:
         K + M tokens.
     """
     index, source = torch.cat([kept, added], dim=1).sort(dim=1)
-    both = torch.cat([own, features], dim=1)
+    both = torch.cat([kept_features, features], dim=1)
     return Merged(index, both.gather(1, source[..., None].expand_as(both)))
 
 
@@ -44,11 +44,11 @@ def check_merge(features: Tensor, rows: dict[str, Tensor], **others: Tensor) -> 
 
     Args:
         features: [G, N, C].
-        rows: int64 [G, K] by argument name.
-        others: ``scores`` float32 [G, N], or vectors [G, N, E] of any float dtype, by argument name.
+        rows: [G, K] int64 by argument name.
+        others: ``scores`` [G, N] float32, or vectors [G, N, E] of any float dtype, by argument name.
 
     Raises:
-        ValueError: if one has another shape, dtype or device, or on the CPU a row is out of range or repeated.
+        ValueError: If one has another shape, dtype or device, or on the CPU a row is out of range or repeated.
     """
     shapes = ShapeChecker()
     shapes.check("features", features, "G N C", FLOAT_DTYPES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .merged import Merged, assemble, check_merge
 from .rows import accumulation_dtype, best_of, gather_rows, last_where, members
 
-COLLECTED = 32
+COLLECT_COUNT = 32
 """How many tokens each kept one collects."""
 
 
@@ -20,11 +20,11 @@ COLLECTED = 32
 def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Merged:
     """Add to each kept token the tokens with the most similar keys, and what is dropped as one more token.
 
-    With ``a`` the scores, a kept token ``i`` becomes ``x_i + sum of a_j x_j`` over the ``COLLECTED`` other tokens whose
+    With ``a`` the scores, a kept token ``i`` becomes ``x_i + sum of a_j x_j`` over the ``COLLECT_COUNT`` other tokens whose
     keys have the largest cosine to its own, and the one more token is ``sum of a_j x_j`` over all dropped ones. It gets
     the row of the best-scored dropped token.
 
-    This is what the released code does. The paper's abstract speaks of merging the pruned tokens with the others; in the
+    This is what the released code does. The paper's abstract describes merging the pruned tokens with the others; in the
     code a token collects from all others, kept ones too. Nothing is divided by the sum of the weights, which are attention
     and add up to 1 at most. Where we differ: the code puts the tokens in order of score, the one more last, and renumbers
     them; and its ``a`` is the attention of the CLS row at the tower's last layer, with all heads taken as one, here it is
@@ -33,8 +33,8 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     Args:
         features: [G, N, C] float32, float16, bfloat16 or float64.
         keys: [G, N, E], any of those dtypes: keys of the scoring layer, all heads together.
-        scores: float32 [G, N]. NaN counts as -inf in the order. As weights, scores that aren't finite count as 0.
-        kept: int64 [G, K], the tokens that collect, distinct; -1 = filler. To end with ``keep`` tokens, choose
+        scores: [G, N] float32. NaN counts as -inf in the order. As weights, scores that aren't finite count as 0.
+        kept: [G, K] int64, the tokens that collect, distinct; -1 = filler. To end with ``keep`` tokens, choose
             ``keep - 1``.
 
     Returns:
@@ -44,29 +44,23 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
+        ValueError: If an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
             or repeated.
     """
     check_merge(features, {"kept": kept}, keys=keys, scores=scores)
     num_rows = features.shape[1]
     dtype = accumulation_dtype(features)
     values = features.to(dtype)
-    own = gather_rows(features, kept)
+    kept_features = gather_rows(features, kept)
     weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
 
     unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
-    row = torch.arange(num_rows, device=kept.device)
-    most = max(0, min(COLLECTED, num_rows - 1))
-
-    def collect(block: slice) -> Tensor:  # [G, k, C], a block of the kept tokens
-        some = kept[:, block]
-        cosine = (gather_rows(unit, some) @ unit.transpose(1, 2)).float()  # [G, k, N]
-        ranked = last_where(some[..., None] == row, cosine).flatten(0, 1)
-        near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
-        near &= (some >= 0)[..., None]
-        return own[:, block].to(dtype) + torch.where(near, weights[:, None], 0) @ values
-
-    parts = [collect(block) for block in row_blocks(kept.shape[1], features.shape[0] * num_rows)]
+    blocks = row_blocks(kept.shape[1], features.shape[0] * num_rows)
+    parts = [
+        kept_features[:, block].to(dtype)
+        + torch.where(_near(unit, kept[:, block]), weights[:, None], 0) @ values
+        for block in blocks
+    ]
     collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     dropped = ~members(kept, num_rows)
     added = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
@@ -74,7 +68,18 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     unchanged = (dropped.sum(1) <= 1)[:, None, None]
     return assemble(
         kept,
-        torch.where(unchanged, own, collected.to(features.dtype)),
+        torch.where(unchanged, kept_features, collected.to(features.dtype)),
         added,
         torch.where(unchanged, gather_rows(features, added), summed.to(features.dtype)),
     )
+
+
+def _near(unit: Tensor, kept: Tensor) -> Tensor:
+    """Return which of N tokens each of ``kept``, [G, K] int64, collects, by their unit keys [G, N, E]: [G, K, N] bool."""
+    num_rows = unit.shape[1]
+    row = torch.arange(num_rows, device=kept.device)
+    cosine = (gather_rows(unit, kept) @ unit.transpose(1, 2)).float()
+    ranked = last_where(kept[..., None] == row, cosine).flatten(0, 1)
+    most = max(0, min(COLLECT_COUNT, num_rows - 1))
+    near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
+    return near & (kept >= 0)[..., None]

@@ -12,16 +12,16 @@ def outlier_count(scores: Tensor) -> Tensor:
 
     Paper and released code count this way. The code then keeps ``int(N * (count / N))`` tokens, which rounding may make
     one less, and takes the quartiles over all images of a batch at once; here it is the count, of each row by itself.
-    PruMerge adds one token for what is dropped (:func:`nearest`), so its ``keep`` is this plus 1.
+    PruMerge adds one token for what is dropped (`nearest`), so its ``keep`` is this plus 1.
 
     Args:
-        scores: float32 [G, N], N >= 1. NaN is left out, of the quartiles too.
+        scores: [G, N] float32, N >= 1. NaN is left out, of the quartiles too.
 
     Returns:
-        int64 [G], at least 1.
+        [G] int64, at least 1.
 
     Raises:
-        ValueError: if ``scores`` has another shape or dtype, or N is 0 or more than 2**24.
+        ValueError: If ``scores`` has another shape or dtype, or N is 0 or more than 2**24.
     """
     ShapeChecker().check("scores", scores, "G N", (torch.float32,))
     if not scores.shape[1]:

@@ -25,13 +25,13 @@ def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     Args:
         visual: [G, N, C] float32, float16, bfloat16 or float64.
         text: [G, T, C], any of those dtypes.
-        text_mask: bool [G, T], True = a real token. What is masked is never used, not even if it is NaN.
+        text_mask: [G, T] bool, True = a real token. What is masked is never used, not even if it is NaN.
 
     Returns:
-        float32 [G, N]. Without text, all are 0.
+        [G, N] float32. Without text, all are 0.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device.
+        ValueError: If an argument has another shape, dtype or device.
     """
     shapes = ShapeChecker()
     shapes.check("visual", visual, "G N C", FLOAT_DTYPES)
@@ -54,16 +54,16 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
 
     Args:
         visual: [B, V, C] float32, float16, bfloat16 or float64: hidden states that enter the decoder.
-        visual_mask: bool [B, V], True = a real token.
+        visual_mask: [B, V] bool, True = a real token.
         text: [B, T, C], any of those dtypes.
-        text_mask: bool [B, T], True = a real token. What is masked is never used, not even if it is NaN.
+        text_mask: [B, T] bool, True = a real token. What is masked is never used, not even if it is NaN.
 
     Returns:
-        bool [B, T]. Where there is text, at least one token is a rater: all of them where none reaches the mean by rounding,
+        [B, T] bool. Where there is text, at least one token is a rater: all of them where none reaches the mean by rounding,
         where NaN hides it, or where there is no visual token.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device.
+        ValueError: If an argument has another shape, dtype or device.
     """
     shapes = ShapeChecker()
     shapes.check("visual", visual, "B V C", FLOAT_DTYPES)
@@ -82,5 +82,5 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     # of zeros and adds the same to each.
     relevance = functools.reduce(Tensor.add_, map(shares, row_blocks(patches.shape[1], text_mask.numel())))
     mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
-    chosen = text_mask & (relevance >= mean[:, None])
-    return torch.where(chosen.any(1, keepdim=True), chosen, text_mask)
+    is_rater = text_mask & (relevance >= mean[:, None])
+    return torch.where(is_rater.any(1, keepdim=True), is_rater, text_mask)

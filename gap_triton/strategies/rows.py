@@ -11,19 +11,19 @@ def members(index: Tensor, num_rows: int) -> Tensor:
     """Return which of ``num_rows`` rows are in an index.
 
     Args:
-        index: int64 [G, K], -1 = filler.
+        index: [G, K] int64, -1 = filler.
         num_rows: N.
 
     Returns:
-        bool [G, N].
+        [G, N] bool.
     """
     # One more column takes the filler.
-    found = torch.zeros(index.shape[0], num_rows + 1, dtype=torch.bool, device=index.device)
-    return found.scatter(1, index.where(index >= 0, num_rows), True)[:, :num_rows]
+    is_member = torch.zeros(index.shape[0], num_rows + 1, dtype=torch.bool, device=index.device)
+    return is_member.scatter(1, index.where(index >= 0, num_rows), True)[:, :num_rows]
 
 
 def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Gather [G, N, C] at int64 [G, K] into [G, K, C]; filler, -1, gives rows of 0."""
+    """Gather [G, N, C] at [G, K] int64 into [G, K, C]; filler, -1, gives rows of 0."""
     real = (index >= 0)[..., None]
     if not tensor.shape[1]:
         return tensor.new_zeros(*index.shape, tensor.shape[2])
@@ -31,19 +31,19 @@ def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     return torch.where(real, rows, 0)
 
 
-def best_of(scores: Tensor, among: Tensor, k: int | Tensor, length: int) -> Tensor:
+def best_of(scores: Tensor, candidates: Tensor, k: int | Tensor, length: int) -> Tensor:
     """Select the best-scored of some rows.
 
     Args:
-        scores: float32 [G, N].
-        among: bool [G, N], the rows to choose from; at least ``k`` of them.
-        k: int, or int64 [G].
-        length: columns of the result.
+        scores: [G, N] float32.
+        candidates: [G, N] bool, the rows to choose from; at least ``k`` of them.
+        k: Int, or [G] int64.
+        length: Columns of the result.
 
     Returns:
-        int64 [G, length], ascending, -1 on the left; ties go to the lower row, and NaN counts as -inf.
+        [G, length] int64, ascending, -1 on the left; ties go to the lower row, and NaN counts as -inf.
     """
-    return topk_indices(last_where(~among, scores), k, length=length)
+    return topk_indices(last_where(~candidates, scores), k, length=length)
 
 
 def last_where(mask: Tensor, scores: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ def accumulation_dtype(features: Tensor) -> torch.dtype:
 
 
 def positions_first(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the positions of the True entries of each row, ascending, then -1: bool [G, N] -> int64 [G, width]."""
+    """Return the positions of the True entries of each row, ascending, then -1: [G, N] bool -> [G, width] int64."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     ordered = torch.where(mask, positions, mask.shape[1]).sort(dim=1).values[:, :width]
     return torch.where(ordered < mask.shape[1], ordered, -1)
 
 
 def take_values(values: Tensor, index: Tensor) -> Tensor:
-    """Gather [..., G, N] at int64 [G, K] into [..., G, K]; filler, -1, gives the value of row 0."""
+    """Gather [..., G, N] at [G, K] int64 into [..., G, K]; filler, -1, gives the value of row 0."""
     return values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))

@@ -23,15 +23,15 @@ def spatial_order(grid: tuple[int, int], device: torch.device | str | None = Non
 
     Args:
         grid: (H, W), rows and columns, both at least 1.
-        device: where the result is; default: where PyTorch creates tensors.
+        device: Where the result is; default: where PyTorch creates tensors.
 
     Returns:
-        int64 [H*W], a permutation of 0..H*W-1: the rank of the cell at row ``j // W``, column ``j % W``. Kept for the
+        [H*W] int64, a permutation of 0..H*W-1: the rank of the cell at row ``j // W``, column ``j % W``. Kept for the
         next call with the same arguments, so not to be written to; made anew under ``torch.compile``,
         ``torch.export`` and CUDA graph capture.
 
     Raises:
-        ValueError: if ``grid`` isn't two ints of at least 1, has more than 2**24 cells, or there is no such device.
+        ValueError: If ``grid`` isn't two ints of at least 1, has more than 2**24 cells, or there is no such device.
     """
     check_grid("grid", grid)
     probe = probe_of(device)  # no plain tensor while fake ones are traced

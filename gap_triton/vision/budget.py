@@ -1,7 +1,7 @@
-"""How the visual tokens that a sample keeps are shared by its images, and by the tokens that stand in none of their grids.
+"""How the visual tokens that a sample keeps are shared by its images, and by the tokens that are in none of their grids.
 
-The latter are newline tokens, which LLaVA-NeXT and its kin put behind each row of an image. They tell where a row ends and
-show nothing of the image, so what they take of a budget is bounded.
+The latter are newline tokens, which LLaVA-NeXT and similar models put after each row of an image. They mark where a row
+ends and show nothing of the image, so what they take of a budget is bounded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Budget:
 
     Attributes:
         views: Of each view.
-        newlines: Of the tokens of each sample that stand in no view.
-        unplaced: How many tokens of each sample stand in no view.
+        newlines: Of the tokens of each sample that are in no view.
+        unplaced: How many tokens of each sample are in no view.
     """
 
     views: tuple[int, ...]
@@ -37,11 +37,11 @@ class Budget:
 
 
 def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, counts: Sequence[int]) -> Budget:
-    """What ``stage`` keeps of samples with ``counts`` visual tokens, of which those in ``views`` have ``scores``."""
-    placed = [0] * len(counts)
+    """Return what ``stage`` keeps of samples with ``counts`` visual tokens, of which those in ``views`` have ``scores``."""
+    in_views = [0] * len(counts)
     for view in views:
-        placed[view.sample] += len(view.rows)
-    unplaced = tuple(count - inside for count, inside in zip(counts, placed, strict=True))
+        in_views[view.sample] += len(view.rows)
+    unplaced = tuple(count - inside for count, inside in zip(counts, in_views, strict=True))
     if stage.keep == "outliers":
         more = int(stage.merge in ADDS_ONE)
         # One read for all.
@@ -51,11 +51,11 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
     totals = list(map(stage.count, counts))
     newlines = tuple(
         min(count, max(total // NEWLINES_OF, total - inside))
-        for count, total, inside in zip(unplaced, totals, placed, strict=True)
+        for count, total, inside in zip(unplaced, totals, in_views, strict=True)
     )
     shares, before = [], [0] * len(counts)
     for view in views:
-        size, start = placed[view.sample], before[view.sample]
+        size, start = in_views[view.sample], before[view.sample]
         end = before[view.sample] = start + len(view.rows)
         total = totals[view.sample] - newlines[view.sample]
         shares.append(total * end // size - total * start // size)
@@ -63,7 +63,7 @@ def budget_of(views: Sequence[View], scores: Sequence[Tensor], stage: Stage, cou
 
 
 def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
-    """[B, Q] bool, those of ``unplaced`` [B, Q] bool, the tokens in no view, that ``budget`` keeps: evenly spread ones."""
+    """Return [B, Q] bool, which of ``unplaced`` [B, Q] bool, the tokens in no view, ``budget`` keeps: evenly spread ones."""
     if budget.newlines == budget.unplaced:
         return unplaced.clone()
     stays = torch.zeros(len(budget.unplaced), max(budget.unplaced), dtype=torch.bool)
@@ -73,5 +73,5 @@ def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
     rows = positions_first(unplaced, stays.shape[1])
     # One more row at the end takes the filler.
     length = unplaced.shape[1]
-    chosen = unplaced.new_zeros(unplaced.shape[0], length + 1)
-    return chosen.scatter(1, torch.where(rows < 0, length, rows), stays.to(rows.device))[:, :-1]
+    row_stays = unplaced.new_zeros(unplaced.shape[0], length + 1)
+    return row_stays.scatter(1, torch.where(rows < 0, length, rows), stays.to(rows.device))[:, :-1]

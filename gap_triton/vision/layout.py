@@ -1,4 +1,4 @@
-"""Where each visual token stands in its image, and which row of the vision tower's output it comes from."""
+"""The position of each visual token in its image, and the row of the vision tower's output that it comes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
 from ..introspect import text_model_of
-from ..vision_tower import encoded_ahead
+from ..vision_tower import encoder_outputs
 from ..vision_tower.finding import (
     GRID_FIELDS,
     PIXEL_FIELDS,
@@ -25,7 +25,7 @@ from ..vision_tower.finding import (
 )
 
 NEWLINE = -1.0
-INSTEAD = (
+ALTERNATIVE = (
     "choose a score and a coverage that don't ask where visual tokens stand, as presets 'text' and 'fastv' do"
 )
 
@@ -51,11 +51,11 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the visual tokens of a prompt stand.
+    """The positions of a prompt's visual tokens in their images.
 
     Attributes:
         views: All grids, in order of appearance.
-        unplaced: [B, Q] bool, visual rows that stand in no grid, such as the newlines of LLaVA-NeXT.
+        unplaced: [B, Q] bool, visual rows that are in no grid, such as the newlines of LLaVA-NeXT.
     """
 
     views: tuple[View, ...]
@@ -64,10 +64,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Grid:
-    """A grid among the tokens of one image: its size, and by cell the token's place in the image and its feature."""
+    """A grid among the tokens of one image: its size, and by cell the number of its token in the image and its feature."""
 
     size: tuple[int, int]
-    slots: Tensor
+    index: Tensor
     features: Tensor
 
 
@@ -99,87 +99,92 @@ def layout_of(
         ValueError: The grids aren't known; the sentence says what is missing, and what can be done instead.
     """
     arguments = dict(kwargs)
-    for encoded in encoded_ahead(kwargs).values():
+    for encoded in encoder_outputs(kwargs).values():
         arguments |= {name: value for name, value in encoded.arguments.items() if value is not None}
     samples = [rows[:count] for rows, count in zip(visual_index.cpu(), counts, strict=True)]
     copies = _copies(kwargs, arguments, samples)
     pictures = _pictures(owner, arguments, samples[::copies])
     kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
-    found = _place(pictures, samples, kinds, copies)
+    grid_views = _assign_rows(pictures, samples, kinds, copies)
 
     unplaced = visual.clone()
-    if not found:
+    if not grid_views:
         return Layout((), unplaced)
     # One copy to the device for all of them.
-    sizes = [len(view.rows) for view in found]
-    samples_of = torch.repeat_interleave(torch.tensor([view.sample for view in found]), torch.tensor(sizes))
-    rows, features = torch.cat([view.rows for view in found]), torch.cat([view.features for view in found])
+    sizes = [len(view.rows) for view in grid_views]
+    samples_of = torch.repeat_interleave(
+        torch.tensor([view.sample for view in grid_views]), torch.tensor(sizes)
+    )
+    rows, features = (
+        torch.cat([view.rows for view in grid_views]),
+        torch.cat([view.features for view in grid_views]),
+    )
     samples_of, rows, features = torch.stack([samples_of, rows, features]).to(visual.device)
     unplaced[samples_of, rows] = False
-    pieces = zip(found, rows.split(sizes), features.split(sizes), strict=True)
+    pieces = zip(grid_views, rows.split(sizes), features.split(sizes), strict=True)
     views = (replace(view, rows=rows, features=features) for view, rows, features in pieces)
     return Layout(tuple(views), unplaced)
 
 
 # --------------------------------------------------------------------------------------------- placing
-def _place(
+def _assign_rows(
     pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
 ) -> list[View]:
-    """Give the pictures, in order, the rows of the samples, in order; each ``copies`` samples share theirs."""
-    found: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
+    """Assign the rows of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
+    pieces: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
     for kind, queue in pictures.items():
         cursor = 0
         for first in range(0, len(samples), copies):
-            taken = cursor
+            number = cursor
             for sample in range(first, first + copies):
-                taken, rows, start = cursor, kinds[sample][kind], 0
+                number, rows, start = cursor, kinds[sample][kind], 0
                 while start < len(rows):
-                    if taken == len(queue) or start + queue[taken].tokens > len(rows):
+                    if number == len(queue) or start + queue[number].tokens > len(rows):
                         raise ValueError(
                             f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the "
                             f"{len(queue)} {kind}s given with the prompt don't add up to: pass them in the order of the "
-                            f"prompt, or {INSTEAD}"
+                            f"prompt, or {ALTERNATIVE}"
                         )
-                    piece = rows[start : start + queue[taken].tokens]
-                    found.append((sample, int(piece[0]), queue[taken], piece))
-                    start, taken = start + len(piece), taken + 1
-            cursor = taken
+                    piece = rows[start : start + queue[number].tokens]
+                    pieces.append((sample, int(piece[0]), queue[number], piece))
+                    start, number = start + len(piece), number + 1
+            cursor = number
         if cursor < len(queue):
             raise ValueError(
                 f"{len(queue)} {kind}s were given with the prompt, whose visual tokens belong to {cursor}: pass those of "
-                f"the prompt only, or {INSTEAD}"
+                f"the prompt only, or {ALTERNATIVE}"
             )
-    found.sort(key=lambda piece: piece[:2])
+    pieces.sort(key=lambda piece: piece[:2])
     return [
-        View(sample, image, rows[grid.slots], grid.size, grid.features)
-        for image, (sample, _, picture, rows) in enumerate(found)
+        View(sample, image, rows[grid.index], grid.size, grid.features)
+        for image, (sample, _, picture, rows) in enumerate(pieces)
         for grid in picture.grids
     ]
 
 
 def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
-    """How many samples in a row are the same one: ``generate()`` repeats prompts, not what was said of them beforehand."""
-    ahead, named = encoded_ahead(kwargs), arguments.get(VISUAL_GRID)
-    if ahead:
-        told = sum(each.tokens for each in ahead.values())
-    elif isinstance(named, list):
-        told = sum(height * width for height, width in named)
+    """How many copies of each sample follow each other: ``generate()`` repeats prompts, but not their images."""
+    encoded, visual_grid = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
+    if encoded:
+        recorded = sum(each.tokens for each in encoded.values())
+    elif isinstance(visual_grid, list):
+        recorded = sum(height * width for height, width in visual_grid)
     else:
         return 1
     visual = sum(map(len, samples))
-    if told in (0, visual):
+    if recorded in (0, visual):
         return 1
-    copies = visual // told
+    copies = visual // recorded
     same = (
         all(torch.equal(rows, samples[i - i % copies]) for i, rows in enumerate(samples)) if copies else False
     )
-    right = copies * told == visual and len(samples) % copies == 0 and same
-    if ahead and not right:
+    right = copies * recorded == visual and len(samples) % copies == 0 and same
+    if encoded and not right:
         raise ValueError(
-            f"the prompt has {visual} visual tokens, and {told} were encoded ahead of it: pass the whole prompt at once, "
-            f"without prefill_chunk_size, or {INSTEAD}"
+            f"the prompt has {visual} visual tokens, and {recorded} were encoded ahead of it: pass the whole prompt at "
+            f"once, without prefill_chunk_size, or {ALTERNATIVE}"
         )
-    return copies if right and (ahead or _repeat(arguments, copies)) else 1
+    return copies if right and (encoded or _repeat(arguments, copies)) else 1
 
 
 def _repeat(arguments: dict[str, Any], copies: int) -> bool:
@@ -197,7 +202,7 @@ def _kinds(
     samples: list[Tensor],
     queries: int,
 ) -> list[dict[str, Tensor]]:
-    """The visual rows of each sample by what they show."""
+    """The visual rows of each sample, of images and of videos."""
     if len(pictures) == 1:
         ((only, _),) = pictures.items()
         return [{only: rows} for rows in samples]
@@ -210,7 +215,7 @@ def _kinds(
     else:
         raise ValueError(
             "images and videos in one prompt are told apart by mm_token_type_ids, or by the ids of their placeholders: pass "
-            f"mm_token_type_ids or input_ids, or {INSTEAD}"
+            f"mm_token_type_ids or input_ids, or {ALTERNATIVE}"
         )
     shows_video = shows_video[:, -queries:]
     return [
@@ -224,41 +229,45 @@ def _pictures(
     owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]
 ) -> dict[str, list[_Picture]]:
     """All images and videos of a prompt, in the order of their features."""
-    own = _by_the_model(owner, arguments)
-    named = arguments.get(VISUAL_GRID)
-    if own is not None:
-        if named is not None:
+    pictures = _by_the_model(owner, arguments)
+    visual_grid = arguments.get(VISUAL_GRID)
+    if pictures is not None:
+        if visual_grid is not None:
             raise ValueError(
-                f"visual_grid={named!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
+                f"visual_grid={visual_grid!r}: {type(owner).__name__} tells the grids of its images itself; leave it out"
             )
-        return own
-    if named is None:
-        named = _by_patches(owner, arguments, _runs(samples))
+        return pictures
+    if visual_grid is None:
+        visual_grid = _by_patches(owner, arguments, _runs(samples))
     visual, shape = sum(map(len, samples)), image_shape(arguments)
-    grids = named if isinstance(named, list) else [named] * -(-visual // (named[0] * named[1]))
+    grids = (
+        visual_grid
+        if isinstance(visual_grid, list)
+        else [visual_grid] * -(-visual // (visual_grid[0] * visual_grid[1]))
+    )
     images = None if shape is None else shape[0]
     if images is not None and len(grids) != images:
         raise ValueError(
-            f"visual_grid={named!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold {images}: "
-            "expected the rows and columns of visual tokens of each of them"
+            f"visual_grid={visual_grid!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold "
+            f"{images}: expected the rows and columns of visual tokens of each of them"
         )
     return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
 
 
 def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[_Picture]] | None:
-    """The images and videos of a prompt where the model is told, or makes, the size of each; else None."""
+    """The images and videos of a prompt where the model gets, or sets, the size of each; else None."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
         return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner) and arguments.get(VISUAL_GRID) is None:
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
-            f"not known: pass it with the prompt, as the processor makes it, or {INSTEAD}"
+            f"not known: pass it with the prompt, as the processor makes it, or {ALTERNATIVE}"
         )
     if arguments.get("pixel_values_videos") is not None:
         raise ValueError(
             f"pixel_values_videos: nothing tells how {type(owner).__name__} makes visual tokens of the frames of a video: "
-            f"{INSTEAD}"
+            f"{ALTERNATIVE}"
         )
     if resamples(owner):
         return None
@@ -277,15 +286,15 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
 def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[int]) -> tuple[int, int]:
     """Rows and columns of visual tokens of each image where all are of one size: LLaVA and most others.
 
-    They are those of the tower's patches, or of squares of them where the config tells so. That is checked by their number,
-    which alone tells nothing: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
+    They are those of the tower's patches, or of squares of them as the config says. That is checked by their number,
+    which does not suffice alone: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
     """
     name = type(owner).__name__
-    instead = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {INSTEAD}"
+    alternative = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"
     size = None if resamples(owner) else _patches_of(owner, arguments)
     if size is None:
         raise ValueError(
-            f"nothing tells how many rows and columns the visual tokens of {name} make: {instead}"
+            f"nothing tells how many rows and columns the visual tokens of {name} make: {alternative}"
         )
     pool, shape = pooling_of(owner), image_shape(arguments)
     grid = (size[0] // pool, size[1] // pool)
@@ -296,7 +305,7 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
         each = "an image" if images is None else f"each of {images} images"
         raise ValueError(
             f"{name} has {visual} visual tokens, and {each} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
-            f"by its config, so how many rows and columns they make is not known: {instead}"
+            f"by its config, so how many rows and columns they make is not known: {alternative}"
         )
     return grid
 
@@ -323,50 +332,52 @@ def _patches_of(owner: PreTrainedModel, arguments: dict[str, Any]) -> tuple[int,
 
 
 def _has_learned(tower: nn.Module, cells: int) -> bool:
-    """Whether ``tower`` adds positions to ``cells`` patches, with a CLS token or without, and merges none by strides."""
+    """Whether ``tower`` adds positions to ``cells`` patches, a CLS token or none, and has one strided convolution."""
     shapes = [parameter.shape for name, parameter in tower.named_parameters() if "position" in name]
     strided = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
     return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
 def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
-    """Pictures of given sizes (frames, rows and columns of patches), of which squares become one token. A grid per frame."""
-    found: dict[str, list[_Picture]] = {}
+    """Pictures of given sizes (frames, rows and columns of patches); squares become a token, and each frame a grid."""
+    pictures: dict[str, list[_Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
-        found[kind] = []
+        pictures[kind] = []
         for frames, height, width in sizes:
             size = (height // merge, width // merge)
             cells = torch.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
             views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
-            found[kind].append(_Picture(frames * len(cells), views))
+            pictures[kind].append(_Picture(frames * len(cells), views))
             feature += frames * len(cells)
-    return found
+    return pictures
 
 
 def _merge_size(owner: PreTrainedModel) -> int:
     config = owner.config
-    places = (getattr(config, "vision_config", None), config)
-    merge = next((m for each in places if (m := getattr(each, "spatial_merge_size", None)) is not None), None)
+    configs = (getattr(config, "vision_config", None), config)
+    merge = next(
+        (m for each in configs if (m := getattr(each, "spatial_merge_size", None)) is not None), None
+    )
     if merge is None:
         raise ValueError(
             f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
-            f"not known: {INSTEAD}"
+            f"not known: {ALTERNATIVE}"
         )
     return int(merge)
 
 
 def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]:
-    """Overview, then tiles put together, cropped, and a newline behind each row: LLaVA-NeXT and its kin.
+    """Overview, then tiles joined and cropped, with a newline after each row: LLaVA-NeXT and similar.
 
-    The model's own method packs the numbers of the feature rows in place of the features.
+    The model's own method runs on the numbers of the feature rows instead of the features.
     """
     sizes = arguments.get("image_sizes")
     if sizes is None:
         raise ValueError(
             f"{type(owner).__name__} was not given image_sizes, so how it has cut its images into tiles is not known: pass "
-            f"image_sizes with the prompt, as the processor makes it, or {INSTEAD}"
+            f"image_sizes with the prompt, as the processor makes it, or {ALTERNATIVE}"
         )
     sizes = sizes.cpu() if isinstance(sizes, Tensor) else torch.tensor(sizes)
     side = _tower_side(owner)
@@ -384,8 +395,8 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
 
 
 def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    wanted = inspect.signature(owner.pack_image_features).parameters
-    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in wanted]
+    parameters = inspect.signature(owner.pack_image_features).parameters
+    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in parameters]
     given = {name: arguments.get(name) for name in names}
     return {name: getattr(owner.config, name) if value is None else value for name, value in given.items()}
 
@@ -399,8 +410,8 @@ def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> 
         for size in sizes
     ]
     if (images := arguments.get("batch_num_images")) is not None:
-        alone = [count == 1 for count in images for _ in range(count)]
-        tiles = [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
+        is_single = [count == 1 for count in images for _ in range(count)]
+        tiles = [count if single else 1 for count, single in zip(tiles, is_single, strict=True)]
     return tiles
 
 
@@ -408,15 +419,15 @@ def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
     if not torch.equal(numbers.square(), squares):
         raise ValueError(
             "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
-            f"visual tokens are not those of the tower: pass a smaller image, or {INSTEAD}"
+            f"visual tokens are not those of the tower: pass a smaller image, or {ALTERNATIVE}"
         )
     features = numbers.round().long()
     grids = [_Grid((side, side), torch.arange(side * side), features[: side * side])]
     details = features[side * side :]
     newlines = (details == NEWLINE).nonzero().flatten()
-    slots = (details != NEWLINE).nonzero().flatten()
-    if len(slots):
-        grids.append(_Grid((len(newlines), len(slots) // len(newlines)), slots + side * side, details[slots]))
+    index = (details != NEWLINE).nonzero().flatten()
+    if len(index):
+        grids.append(_Grid((len(newlines), len(index) // len(newlines)), index + side * side, details[index]))
     return _Picture(len(features), tuple(grids))
 
 

@@ -1,7 +1,7 @@
-"""The vision tower: which module it is, and hooks that record what it computes. Knows nothing of pruning."""
+"""The vision tower: which module it is, and hooks that record what it computes. It knows nothing of pruning."""
 
 from .finding import Tower, find_tower
-from .hooks import TowerWatch, check_needs, encoded_ahead, install, note_sizes
+from .hooks import TowerRecorder, check_needs, encoder_outputs, install, record_sizes
 from .recording import Need, Needs, TowerOutput
 
 __all__ = [
@@ -9,10 +9,10 @@ __all__ = [
     "Needs",
     "Tower",
     "TowerOutput",
-    "TowerWatch",
+    "TowerRecorder",
     "check_needs",
-    "encoded_ahead",
+    "encoder_outputs",
     "find_tower",
     "install",
-    "note_sizes",
+    "record_sizes",
 ]

@@ -1,7 +1,7 @@
 """The vision tower of a model: which module it is, and how its rows become visual tokens.
 
 There is no list of towers. A tower is taken if it is a pretrained model below the module that receives ``input_ids``, whose
-layers each hold one attention module that calls transformers' attention interface and looks both ways.
+layers each hold one attention module that calls transformers' attention interface and is not causal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..introspect import calls_interface, text_model_of
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
-# Arguments that tell frames, rows and columns of patches.
+# Arguments with the number of frames, rows and columns of patches.
 GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 POOLING_FIELDS = (
@@ -28,7 +28,7 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
 )
-INSTEAD = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
+ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 
 
@@ -45,8 +45,8 @@ class Tower:
         projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
             module.
         has_cls: The tower's first token is a CLS token.
-        leading: Number of tokens in front of each image that don't become features.
-        merge: Side of the square of patches that become one token, where it is handed them one after the other; else 1.
+        leading: Number of tokens before each image that don't become features.
+        merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
     """
 
@@ -61,15 +61,15 @@ class Tower:
     window: int | None
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
-        """What the tower tells of its patches, as what it tells of the features: raster order, patches of a token averaged.
+        """Return the rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
 
         Args:
             rows: [P, ...], the patches of all images in the tower's order.
-            arguments: What the encoder was told, by name.
+            arguments: Those of the encoder, by name.
             tokens: F, None where the model adds rows of its own to the features, or leaves some out.
 
         Returns:
-            [F, ...]; ``rows`` where nothing says which patches become one token.
+            [F, ...]; ``rows`` where it is not known which patches become one token.
         """
         if self.merge > 1:
             rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
@@ -92,16 +92,16 @@ class Tower:
             ]
         )
 
-    def stands(self) -> bool:
-        """Whether the model still holds this tower, and none of what was found of it has been replaced."""
+    def is_current(self) -> bool:
+        """Return whether the model still holds this tower, and none of its parts has been replaced."""
         try:
-            found = find_tower(self.owner)
+            current = find_tower(self.owner)
         except ValueError:
             return False
         same = all(
-            getattr(found, name) is getattr(self, name) for name in ("module", "attention", "projector")
+            getattr(current, name) is getattr(self, name) for name in ("module", "attention", "projector")
         )
-        return same and found.layers == self.layers
+        return same and current.layers == self.layers
 
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
@@ -120,15 +120,15 @@ class Tower:
 
 
 def find_tower(owner: PreTrainedModel) -> Tower:
-    """The vision tower below ``owner``, the module that receives ``input_ids``.
+    """Return the vision tower below ``owner``, the module that receives ``input_ids``.
 
     Raises:
-        ValueError: There is none that could be watched; the sentence says why, and what can be done instead.
+        ValueError: There is none that can be recorded; the message has the reason, and what can be done instead.
     """
     reason = _why_not(owner)
     if reason is not None:
         raise ValueError(
-            f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {INSTEAD.capitalize()}"
+            f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {ALTERNATIVE.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
@@ -151,7 +151,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
 
 
 def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
-    """Number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
+    """Return the number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
 
     The number is None where samples with fewer images than others are filled up.
     """
@@ -162,7 +162,7 @@ def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None
 
 
 def patch_size_of(config: Any) -> tuple[int, int] | None:
-    """Height and width in pixels of a patch of a vision tower with this config, None where it does not tell."""
+    """Return the height and width in pixels of a patch of a vision tower with this config, None where it has none."""
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int):
         return patch, patch
@@ -172,9 +172,9 @@ def patch_size_of(config: Any) -> tuple[int, int] | None:
 
 
 def pooling_of(owner: PreTrainedModel) -> int:
-    """Side of the square of patches that become one visual token, as the config tells; 1 where it tells none.
+    """Return the side of the square of patches that become one visual token, by the config; 1 where it has none.
 
-    What a model does besides, such as strided convolutions, shows in another number of tokens than this comes to.
+    Other steps of a model, such as strided convolutions, show in a number of tokens that differs from this one's.
     """
     vision = getattr(owner.config, "vision_config", None)
     for name in POOLING_FIELDS:
@@ -191,7 +191,7 @@ def pooling_of(owner: PreTrainedModel) -> int:
 
 
 def resamples(owner: PreTrainedModel) -> bool:
-    """Whether ``owner`` makes visual tokens by attention over all patches, as Aria and Idefics 2 do: these stand nowhere."""
+    """Return whether ``owner`` makes visual tokens by attention over all patches, as Aria does: these have no position."""
     return any(
         calls_interface(module) or isinstance(module, nn.MultiheadAttention)
         for child in owner.children()
@@ -201,7 +201,7 @@ def resamples(owner: PreTrainedModel) -> bool:
 
 
 def packs(owner: PreTrainedModel) -> bool:
-    """Whether ``owner`` puts tiles together and newlines behind their rows, as LLaVA-NeXT does."""
+    """Return whether ``owner`` joins tiles and puts newlines after their rows, as LLaVA-NeXT does."""
     pack = getattr(owner, "pack_image_features", None)
     return pack is not None and "image_features" in inspect.signature(pack).parameters
 
@@ -237,7 +237,7 @@ def _why_not(owner: PreTrainedModel) -> str | None:
 
 def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
     text = text_model_of(owner)
-    found = []
+    encoders = []
     for name, child in owner.named_children():
         if (
             not isinstance(child, PreTrainedModel)
@@ -247,8 +247,8 @@ def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.Module
             continue
         stacks = [m for m in child.modules() if isinstance(m, nn.ModuleList) and _is_encoder(m)]
         if stacks:
-            found.append((child, max(stacks, key=len)))
-    return found
+            encoders.append((child, max(stacks, key=len)))
+    return encoders
 
 
 def _is_encoder(layers: nn.ModuleList) -> bool:
@@ -266,19 +266,19 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None:
         return max((index for index in full if index < layers), default=layers)
-    chosen = getattr(owner.config, "vision_feature_layer", None)
-    if chosen is None:
+    feature_layer = getattr(owner.config, "vision_feature_layer", None)
+    if feature_layer is None:
         return layers - 1
     # State 0 enters the first layer, and state i + 1 is what layer i puts out.
-    states = [chosen] if isinstance(chosen, int) else list(chosen)
+    states = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
 def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:
     if GRID_FIELDS["image"] not in inspect.signature(getattr(owner, ENCODERS["image"])).parameters:
         return 1
-    # A tower that merges patches, or has a projector that does, is handed those of one token one after the other. What takes
-    # patches in raster order and puts them together (PaddleOCR-VL) goes by other names.
+    # A tower that merges patches, or has a projector that does, gets those of one token one after the other. Models that
+    # take patches in raster order and merge them (PaddleOCR-VL) use other names.
     sizes = (getattr(each, "spatial_merge_size", None) for each in (module, *owner.children()))
     return next((size for size in sizes if isinstance(size, int)), 1)
 
@@ -293,13 +293,13 @@ def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
-    """Frames, rows and columns of patches of each image or video that an encoder was told."""
+    """Frames, rows and columns of patches of each image or video among an encoder's arguments."""
     return next(arguments[name] for name in GRID_FIELDS.values() if name in arguments).tolist()
 
 
 def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
-    """[F] int64: by feature in raster order, where it stands in a tower that goes window by window through each frame."""
-    places, start = [], 0
+    """[F] int64: by feature in raster order, its row in a tower that takes each frame window by window."""
+    orders, start = [], 0
     for frames, height, width in grids:
         row, column = torch.meshgrid(
             torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
@@ -307,13 +307,13 @@ def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
         # A stable sort keeps raster order inside a window.
         in_windows = ((row // window) * width + column // window).flatten().argsort(stable=True)
         for _ in range(frames):
-            places.append(in_windows.argsort() + start)
+            orders.append(in_windows.argsort() + start)
             start += len(in_windows)
-    return torch.cat(places)
+    return torch.cat(orders)
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:
-    """Whether ``module`` only chains layers that work on the last dimension, as far as its code tells."""
+    """Whether ``module`` only chains layers that work on the last dimension, by its code."""
     children = dict(module.named_children())
     if not children:
         kind = type(module)

@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..introspect import NAME, WATCHED
-from .finding import ENCODERS, INSTEAD, PIXEL_FIELDS, Tower, packs
-from .recording import Encoded, Needs, Recording, TowerOutput, recording_now
+from ..introspect import NAME, SCORES
+from .finding import ALTERNATIVE, ENCODERS, PIXEL_FIELDS, Tower, packs
+from .recording import Encoded, Needs, Recording, TowerOutput, current_recording
 
-ENCODED_AHEAD = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
+ENCODER_OUTPUTS = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
 
-# Weak: a forward that fails never stops its watch, and then nothing else holds it.
-_watch_now: ContextVar[weakref.ref[TowerWatch] | None] = ContextVar("gap_triton_tower_watch", default=None)
+# Weak: a forward that fails never stops its recorder, and then nothing else holds it.
+_current_recorder: ContextVar[weakref.ref[TowerRecorder] | None] = ContextVar(
+    "gap_triton_tower_recorder", default=None
+)
 
 
 def check_needs(tower: Tower, needs: Needs) -> None:
-    """Raise ValueError if ``tower`` can't tell what is asked of it; the sentence names what it can."""
+    """Raise ValueError if ``tower`` does not have something of ``needs``; the message names what it has."""
     name = type(tower.module).__name__
     if "cls" in needs and not tower.has_cls:
         raise ValueError(
@@ -39,12 +41,12 @@ def check_needs(tower: Tower, needs: Needs) -> None:
         )
 
 
-class TowerWatch:
-    """What the vision tower tells in one forward.
+class TowerRecorder:
+    """Records the vision tower in one forward.
 
     Args:
         tower: The tower.
-        needs: What it is to tell.
+        needs: What to record.
     """
 
     def __init__(self, tower: Tower, needs: Needs):
@@ -53,25 +55,25 @@ class TowerWatch:
         self._token: Any = None
 
     def start(self, kwargs: dict[str, Any] | None = None) -> None:
-        """Watch the encoders that run in this thread until `stop`.
+        """Record the encoders that run in this thread until `stop`.
 
         Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` hands it what it has encoded.
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` passes what it has encoded.
         """
-        self.encoded = encoded_ahead(kwargs or {})
-        self._token = _watch_now.set(weakref.ref(self))
+        self.encoded = encoder_outputs(kwargs or {})
+        self._token = _current_recorder.set(weakref.ref(self))
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop recording."""
         if self._token is not None:
-            _watch_now.reset(self._token)
+            _current_recorder.reset(self._token)
             self._token = None
 
     def output(self) -> TowerOutput:
-        """What the tower told.
+        """Return what was recorded.
 
         Raises:
-            ValueError: It did not run in this forward, or what was encoded ahead of it lacks something.
+            ValueError: The tower did not run in this forward, or what was encoded before it lacks something.
         """
         parts = [self.encoded[modality] for modality in ENCODERS if modality in self.encoded]
         missing = self.needs.difference(*(part.needs for part in parts)) if parts else self.needs
@@ -79,24 +81,24 @@ class TowerWatch:
             raise ValueError(
                 f"{type(self.tower.module).__name__} did not tell {', '.join(map(repr, sorted(missing)))} of this prompt's "
                 "visual tokens: pass pixel_values with the prompt, not image features that were encoded before, or "
-                f"{INSTEAD}"
+                f"{ALTERNATIVE}"
             )
         return TowerOutput.concatenate(part.output for part in parts)
 
 
-def encoded_ahead(kwargs: dict[str, Any]) -> dict[str, Encoded]:
-    """By modality, what was recorded of the encoders that ran before a forward with these keyword arguments."""
-    outputs = kwargs.get(ENCODED_AHEAD) or {}
-    found = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
-    return {modality: encoded for modality, encoded in found.items() if encoded is not None}
+def encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Encoded]:
+    """Return what was recorded, by modality, of the encoders that ran before a forward with these keyword arguments."""
+    outputs = kwargs.get(ENCODER_OUTPUTS) or {}
+    encoders = {modality: getattr(output, ENCODED_ATTRIBUTE, None) for modality, output in outputs.items()}
+    return {modality: encoded for modality, encoded in encoders.items() if encoded is not None}
 
 
 def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
-    """Let ``tower`` report, and run it under ``"gap_triton"``.
+    """Install the hooks that record ``tower``, and run it under ``"gap_triton"``.
 
     Args:
         tower: The tower.
-        needs: Asked when an encoder runs outside a watched forward, as ahead of one in ``generate()``: what the next forward
+        needs: Called when an encoder runs outside a recorded forward, as before one in ``generate()``: what the next forward
             will need. Nothing is recorded where that is nothing.
 
     Returns:
@@ -115,34 +117,34 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     return handles
 
 
-def note_sizes(owner: PreTrainedModel) -> list[Any]:
-    """Let the encoders of ``owner`` note how large their images are, where `generate` runs them ahead and tells nobody else.
+def record_sizes(owner: PreTrainedModel) -> list[Any]:
+    """Let the encoders of ``owner`` record the sizes of their images: `generate` passes these to no other module.
 
     Returns:
         Handles, whose ``remove()`` takes everything off again.
     """
     methods = [method for method in ENCODERS.values() if hasattr(owner, method)]
-    return [_Wrapped(owner, method, _encode_and_note) for method in methods]
+    return [_Wrapped(owner, method, _encode_and_record_size) for method in methods]
 
 
 def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    recording = recording_now.get()
+    recording = current_recording.get()
     if recording is not None and "similarity" in recording.needs:
-        recording.layer_done(output[0] if isinstance(output, tuple) else output)
+        recording.record_hidden_states(output[0] if isinstance(output, tuple) else output)
 
 
 def _before_projector(projector: nn.Module, args: tuple[Any, ...]) -> None:
-    recording = recording_now.get()
+    recording = current_recording.get()
     if recording is not None and "features" in recording.needs:
-        recording.projecting(args[0])
+        recording.record_features(args[0])
 
 
-def _encode_and_note(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _encode_and_record_size(encoder: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     output = encoder(*args, **kwargs)
     if isinstance(output, ModelOutput):
         bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
-        noted = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
-        setattr(output, ENCODED_ATTRIBUTE, noted)
+        encoded = Encoded(_without_pixels(bound), frozenset(), _count(output), TowerOutput())
+        setattr(output, ENCODED_ATTRIBUTE, encoded)
     return output
 
 
@@ -155,34 +157,34 @@ def _encode(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``encoder(*args, **kwargs)``, recorded for the watched forward that it is in, or for the one to come."""
-    watch = _watch_of(tower)
-    wanted = frozenset(needs()) | (frozenset() if watch is None else watch.needs)
-    if not wanted or recording_now.get() is not None:
+    """``encoder(*args, **kwargs)``, recorded for the forward that it is in, or for the one to come."""
+    recorder = _recorder_of(tower)
+    all_needs = frozenset(needs()) | (frozenset() if recorder is None else recorder.needs)
+    if not all_needs or current_recording.get() is not None:
         return encoder(*args, **kwargs)
-    recording = Recording(tower, wanted)
-    token = recording_now.set(recording)
+    recording = Recording(tower, all_needs)
+    token = current_recording.set(recording)
     try:
         output = encoder(*args, **kwargs)
     finally:
-        recording_now.reset(token)
+        current_recording.reset(token)
     bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
     _refuse_other_features(tower.owner, bound)
     tokens = _count(output)
-    told = recording.output(bound, None if packs(tower.owner) else tokens)
-    found = Encoded(_without_pixels(bound), wanted, tokens, told)
-    if watch is not None:
-        watch.encoded[modality] = found
+    recorded = recording.output(bound, None if packs(tower.owner) else tokens)
+    encoded = Encoded(_without_pixels(bound), all_needs, tokens, recorded)
+    if recorder is not None:
+        recorder.encoded[modality] = encoded
     if isinstance(output, ModelOutput):
-        # Also beside a watch: one that an exception has left behind is not that of the forward to come.
-        setattr(output, ENCODED_ATTRIBUTE, found)
+        # Also where there is a recorder: after an exception it may not be that of the next forward.
+        setattr(output, ENCODED_ATTRIBUTE, encoded)
     return output
 
 
-def _watch_of(tower: Tower) -> TowerWatch | None:
-    reference = _watch_now.get()
-    watch = None if reference is None else reference()
-    return watch if watch is not None and watch.tower is tower else None
+def _recorder_of(tower: Tower) -> TowerRecorder | None:
+    reference = _current_recorder.get()
+    recorder = None if reference is None else reference()
+    return recorder if recorder is not None and recorder.tower is tower else None
 
 
 def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -196,7 +198,7 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
 
 
 def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with pixels of the same shape that take no memory, for as long as a generation lasts."""
+    """``arguments`` with pixels of the same shape that take no memory, as they are kept for a whole generation."""
     return {
         name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
         for name, value in arguments.items()
@@ -209,27 +211,28 @@ def _count(output: Any) -> int:
     if isinstance(features, ModelOutput):
         return 0
     if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):
-        features = features[0]  # transformers 4: with deepstack features behind
+        features = features[0]  # transformers 4: with deepstack features after them
     if isinstance(features, Tensor):
         features = [features]
     return sum(each.shape[:-1].numel() for each in features)
 
 
 class _Mark:
-    """Marks the scoring layer's attention, so that others need no look at a context variable."""
+    """Marks the scoring layer's attention, so that the others need not read a context variable."""
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
-        setattr(attention, WATCHED, True)
+        setattr(attention, SCORES, True)
 
     def remove(self) -> None:
-        delattr(self.attention, WATCHED)
+        delattr(self.attention, SCORES)
 
 
 class _Wrapped:
-    """Runs an encoder of this owner through ``run``. No hook runs at a method, and only it is told the sizes of images.
+    """Runs an encoder of this owner through ``run``.
 
-    Several may lie around each other; the last one is removed first.
+    torch has no hooks on methods, and no other module gets the sizes of images. Several may be wrapped around each other;
+    the last one is removed first.
     """
 
     def __init__(self, owner: PreTrainedModel, method: str, run: Callable[..., Any]):

@@ -1,8 +1,8 @@
-"""One run of a vision encoder, as the hooks on it and its scoring layer see it.
+"""What is recorded of one run of a vision encoder, by the hooks on it and by its scoring layer.
 
 An encoder runs inside ``get_image_features``, or ``get_video_features``, of the module that receives ``input_ids``: in its
-forward, or ahead of it in ``generate()``. Which recording is under way is a context variable, so nothing of a forward is
-stored on a module, and threads that share a model don't meet.
+forward, or before it in ``generate()``. The current recording is a context variable. So nothing of a forward is stored on a
+module, and threads can share a model.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
-from .finding import INSTEAD, Tower
+from .finding import ALTERNATIVE, Tower
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
 
-recording_now: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
+current_recording: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
 
 
 @dataclass(frozen=True)
 class TowerOutput:
-    """What a vision tower told about F feature rows.
+    """What was recorded of F feature rows of a vision tower.
 
     The rows of all images come one after the other, then those of all videos, in the order in which the model puts them into
-    the prompt: without a CLS token, in raster order, and one row for the patches that become one visual token. What was not
-    asked for is None.
+    the prompt: without a CLS token, in raster order, and one row for the patches that become one visual token. What is not
+    needed is None.
 
     Attributes:
         cls: [F] float32, attention of the CLS row, mean over heads; of several patches, their mean.
@@ -53,13 +53,18 @@ class TowerOutput:
     projector: nn.Module | None = None
 
     @property
+    def rows(self) -> dict[Need, Tensor]:
+        """What was recorded, by name."""
+        every: dict[Need, Tensor | None] = {need: getattr(self, need) for need in get_args(Need)}
+        return {need: rows for need, rows in every.items() if rows is not None}
+
+    @property
     def tokens(self) -> int:
         """F."""
-        told = (self.cls, self.received, self.key_norm, self.keys, self.similarity, self.features)
-        return next((len(rows) for rows in told if rows is not None), 0)
+        return next(map(len, self.rows.values()), 0)
 
     def project(self, rows: Tensor) -> Tensor:
-        """Features [..., C], such as means of several, as the decoder would be handed them [..., C'].
+        """Map features [..., C], such as means of several, to what the decoder would get, [..., C'].
 
         Raises:
             ValueError: The model has no projector that maps one token at a time.
@@ -70,14 +75,13 @@ class TowerOutput:
 
     @staticmethod
     def concatenate(outputs: Iterable[TowerOutput]) -> TowerOutput:
-        """The rows of several runs, one after the other; all must tell the same things."""
+        """Return the rows of several runs, one after the other; all must hold the same fields."""
         outputs = list(outputs)
         if len(outputs) == 1:
             return outputs[0]
-        fields = ("cls", "received", "key_norm", "keys", "similarity", "features")
-        joined = {name: [getattr(output, name) for output in outputs] for name in fields}
-        tensors = {name: torch.cat(parts) for name, parts in joined.items() if parts[0] is not None}
-        return TowerOutput(**tensors, projector=outputs[0].projector)
+        every = [output.rows for output in outputs]
+        joined: dict[str, Tensor] = {need: torch.cat([rows[need] for rows in every]) for need in every[0]}
+        return TowerOutput(**joined, projector=outputs[0].projector)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ class Encoded:
     """One run of the encoder.
 
     Attributes:
-        arguments: What ``get_image_features`` or ``get_video_features`` was told, by name; of pixels their shape only.
-        needs: What was asked for.
+        arguments: Those of ``get_image_features`` or ``get_video_features``, by name; of pixels their shape only.
+        needs: What was recorded.
         tokens: Number of visual tokens that it made.
-        output: What the tower told.
+        output: The recorded rows.
     """
 
     arguments: dict[str, Any]
@@ -98,11 +102,11 @@ class Encoded:
 
 
 class Recording:
-    """Collects what one run of the encoder tells.
+    """Records one run of the encoder.
 
     Args:
         tower: The tower that runs.
-        needs: What to collect.
+        needs: What to record.
     """
 
     def __init__(self, tower: Tower, needs: Needs):
@@ -110,10 +114,10 @@ class Recording:
         self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
         self._states = 0
 
-    def attend(
+    def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
-        """Score by the attention of ``module`` if it is the scoring layer's, at once: query and key are not kept.
+        """Score by the attention of ``module`` if it is the scoring layer's. Query and key are not kept.
 
         Args:
             module: The attention layer that calls.
@@ -133,7 +137,7 @@ class Recording:
         first = self.tower.leading
         if "cls" in self.needs:
             if mask is not None and len(_sequences(mask)) > 2:
-                raise ValueError(f"{_HIDES}: use score='received'")
+                raise ValueError(f"{_HIDDEN}: use score='received'")
             index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
             row = index.new_zeros(batch, 1)
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
@@ -150,7 +154,7 @@ class Recording:
             if "keys" in self.needs:
                 self._parts["keys"].append(rows)
 
-    def layer_done(self, hidden_states: Tensor) -> None:
+    def record_hidden_states(self, hidden_states: Tensor) -> None:
         """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
         state = hidden_states.detach()
         if state.dim() == 3:
@@ -159,21 +163,21 @@ class Recording:
         parts[:] = [parts[0] + state.float() if parts else state.float()]
         self._states += 1
 
-    def projecting(self, features: Tensor) -> None:
-        """Take what enters the projector, [..., C]."""
+    def record_features(self, features: Tensor) -> None:
+        """Record what enters the projector, [..., C]."""
         self._parts["features"].append(features.detach().flatten(0, -2))
 
     def output(self, arguments: dict[str, Any], tokens: int | None) -> TowerOutput:
-        """What was collected, one row per feature.
+        """Return what was recorded, one row per feature.
 
         Args:
-            arguments: What the encoder was told, by name.
+            arguments: Those of the encoder, by name.
             tokens: F, None where the model adds rows of its own to the features, or leaves some out.
 
         Raises:
-            ValueError: The tower did not report what is needed, or its patches are not those of the features.
+            ValueError: Something that is needed was not recorded, or the patches are not those of the features.
         """
-        found: dict[str, Tensor] = {}
+        collected: dict[str, Tensor] = {}
         for need, parts in self._parts.items():
             if not parts:
                 self._refuse_if_replaced()
@@ -185,28 +189,28 @@ class Recording:
             if need == "similarity":
                 self._check_states()
                 rows = rows / self._states
-            found[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
-            if tokens is not None and found[need].shape[0] != tokens:
+            collected[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
+            if tokens is not None and collected[need].shape[0] != tokens:
                 raise ValueError(
-                    f"{type(self.tower.owner).__name__} made {tokens} features of {found[need].shape[0]} rows of {need!r}, "
-                    f"so its visual tokens can't be told apart by what the vision tower says: {INSTEAD}"
+                    f"{type(self.tower.owner).__name__} made {tokens} features of {collected[need].shape[0]} rows of "
+                    f"{need!r}, so its visual tokens can't be told apart by what the vision tower says: {ALTERNATIVE}"
                 )
-        return TowerOutput(**found, projector=self.tower.projector)
+        return TowerOutput(**collected, projector=self.tower.projector)
 
     def _refuse_if_replaced(self) -> None:
-        if not self.tower.stands():
+        if not self.tower.is_current():
             raise ValueError(
                 f"the vision tower of {type(self.tower.owner).__name__}, or a part of it, was replaced after the model was "
                 "configured: call gap_triton.configure(model, config) again"
             )
 
     def _check_states(self) -> None:
-        wanted = 1 + len(self.tower.layers) // 3
-        if self._states != wanted:
+        expected = 1 + len(self.tower.layers) // 3
+        if self._states != expected:
             self._refuse_if_replaced()
             raise ValueError(
-                f"{type(self.tower.module).__name__} ran {self._states // wanted} times for one call of its encoder, which "
-                f"is not supported: {INSTEAD}"
+                f"{type(self.tower.module).__name__} ran {self._states // expected} times for one call of its encoder, "
+                f"which is not supported: {ALTERNATIVE}"
             )
 
     def _check_heads(self, query: Tensor) -> None:
@@ -215,18 +219,18 @@ class Recording:
         if isinstance(heads, int) and query.shape[1] != heads:
             raise ValueError(
                 f"the vision tower's scoring layer holds {query.shape[1]} of {heads} attention heads: scores of a tower "
-                f"that is split over devices are not supported; leave it whole, or {INSTEAD}"
+                f"that is split over devices are not supported; leave it whole, or {ALTERNATIVE}"
             )
 
 
-_HIDES = "the vision tower's scoring layer hides some patches from others"
+_HIDDEN = "the vision tower's scoring layer hides some patches from others"
 
 
 def _sequences(mask: Tensor) -> Tensor:
-    """Where the sequences begin and the last one ends that ``mask`` [B or 1, 1, S, S] keeps apart; int32, [0, S] if none.
+    """The bounds of the sequences that ``mask`` [B or 1, 1, S, S] separates, as cumulative lengths; int32, [0, S] if one.
 
     Raises:
-        ValueError: It hides tokens in another way, or several in a batch.
+        ValueError: It hides tokens in another way, or has several sequences in a batch.
     """
     allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
     sequence = (~allowed[0].diagonal(1)).cumsum(0)
@@ -234,5 +238,7 @@ def _sequences(mask: Tensor) -> Tensor:
     if not torch.equal(allowed, (sequence[:, None] == sequence).expand_as(allowed)) or (
         len(allowed) > 1 and bool(sequence[-1] > 0)
     ):
-        raise ValueError(f"{_HIDES}, as padding does, which scores by its attention don't take: {INSTEAD}")
+        raise ValueError(
+            f"{_HIDDEN}, as padding does, which scores by its attention don't take: {ALTERNATIVE}"
+        )
     return torch.nn.functional.pad(sequence.bincount().cumsum(0), (1, 0)).to(torch.int32)

@@ -31,7 +31,7 @@ def backend(name: str) -> Iterator[None]:
             and aggregation in float64 always come from the reference.
 
     Raises:
-        ValueError: if the name is none of these.
+        ValueError: If the name is none of these.
     """
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {describe(name)}")
@@ -46,7 +46,7 @@ def use_triton(tensor: Tensor) -> bool:
     """Return whether an operator on this tensor takes its Triton path.
 
     Raises:
-        RuntimeError: if ``backend("triton")`` is in force and the Triton path can't run.
+        RuntimeError: If ``backend("triton")`` is in force and the Triton path can't run.
     """
     choice = _choice.get()
     if choice == "reference":

@@ -15,8 +15,8 @@ def row_blocks(num_rows: int, per_row: int) -> Iterator[slice]:
     """Divide rows into blocks of at most ``BLOCK_ELEMENTS`` elements, but of one row at least; no rows are one block.
 
     Args:
-        num_rows: how many there are.
-        per_row: elements of the largest intermediate that one row takes.
+        num_rows: How many there are.
+        per_row: Elements of the largest intermediate that one row takes.
     """
     step = max(1, BLOCK_ELEMENTS // max(1, per_row))
     for start in range(0, max(1, num_rows), step):

@@ -36,14 +36,14 @@ def launch(
     The kernel's parameters come in the order of the arguments here.
 
     Args:
-        kernel: a function under ``triton.jit``.
-        grid: one to three sizes.
-        tensors: pointers; the first isn't None.
-        strides: integers that Triton specialises on.
-        sizes: integers in the kernel's ``do_not_specialize``.
-        factors: floats.
-        constants: the kernel's ``tl.constexpr`` parameters by name, in their order.
-        **options: of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
+        kernel: A function under ``triton.jit``.
+        grid: One to three sizes.
+        tensors: Pointers; the first isn't None.
+        strides: Integers that Triton specialises on.
+        sizes: Integers in the kernel's ``do_not_specialize``.
+        factors: Floats.
+        constants: The kernel's ``tl.constexpr`` parameters by name, in their order.
+        **options: Of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
             registers of a thread, which only NVIDIA's compiler is told.
     """
     first = tensors[0]
@@ -66,7 +66,7 @@ def launch(
         _classes(strides, 1 << 31),
         None if max(sizes, default=0) < 1 << 31 else tuple([size >> 31 for size in sizes]),
         *constants.values(),
-        *options.values(),
+        *options.items(),
     )
     compiled = _compiled.get(key)
     if compiled is None:
@@ -85,7 +85,8 @@ def _classes(values: Sequence[int], limit: int) -> tuple[int, ...] | None:
     merged = reduce(or_, values, 0)
     if not merged & 15 and 0 <= merged < limit:
         return None
-    return tuple([2 * (value >= limit) + (3 if value == 1 else value & 15 == 0) for value in values])
+    # 0 to 3 by alignment and width, and 4 for what becomes a constant of the kernel.
+    return tuple([4 if value == 1 else 2 * (value >= limit) + (value & 15 == 0) for value in values])
 
 
 # Triton's functions of these names also take compile-time constants, and need several microseconds a call for it.

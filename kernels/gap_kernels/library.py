@@ -24,10 +24,10 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     The function's own signature is that of the operator. It must not return one of its arguments, nor change one.
 
     Args:
-        name: of the operator, without the namespace.
+        name: Of the operator, without the namespace.
 
     Returns:
-        a decorator that returns the operator, to be called instead of the function.
+        A decorator that returns the operator, to be called instead of the function.
     """
 
     def register(function: Callable[..., Any]) -> Any:

@@ -19,7 +19,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     Under autocast a matrix product of float32 tensors is one of bfloat16: other bits, and another dtype than documented.
 
     Args:
-        function: takes a tensor. What is no tensor, it refuses itself.
+        function: Takes a tensor. What is no tensor, it refuses itself.
     """
 
     @functools.wraps(function)

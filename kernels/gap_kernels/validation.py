@@ -61,13 +61,13 @@ class ShapeChecker:
         """Check one argument and remember its sizes.
 
         Args:
-            name: argument name, used in messages.
-            value: the argument.
-            dims: names of the dimensions, separated by blanks, such as ``"B Hq Q D"``.
-            dtypes: accepted dtypes.
+            name: Argument name, used in messages.
+            value: The argument.
+            dims: Names of the dimensions, separated by blanks, such as ``"B Hq Q D"``.
+            dtypes: Accepted dtypes.
 
         Raises:
-            ValueError: if the argument isn't a dense tensor of that shape, dtype and device.
+            ValueError: If the argument isn't a dense tensor of that shape, dtype and device.
         """
         names = dims.split()
         if (
@@ -110,7 +110,7 @@ def check_options(causal: object, scale: object) -> None:
     """Check the arguments that aren't tensors.
 
     Raises:
-        ValueError: if ``causal`` isn't a bool, or ``scale`` neither a finite number nor None.
+        ValueError: If ``causal`` isn't a bool, or ``scale`` neither a finite number nor None.
     """
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected a bool, got {describe(causal)}")
@@ -124,10 +124,10 @@ def check_heads(query: Tensor, key: Tensor, longest: int | None = None) -> None:
     Args:
         query: [B, Hq, Q, D].
         key: [B, Hkv, S, D].
-        longest: the largest D; None = any.
+        longest: The largest D; None = any.
 
     Raises:
-        ValueError: if the heads of ``query`` don't share those of ``key`` evenly, or vectors are empty or too long.
+        ValueError: If the heads of ``query`` don't share those of ``key`` evenly, or vectors are empty or too long.
     """
     query_heads, key_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
     if key_heads == 0 or query_heads == 0 or query_heads % key_heads:
@@ -144,7 +144,7 @@ def check_grid(name: str, value: object) -> None:
     """Check the rows and columns of a grid or of a part of one.
 
     Raises:
-        ValueError: if it isn't a pair of ints >= 1, or has more than ``MAX_LENGTH`` cells.
+        ValueError: If it isn't a pair of ints >= 1, or has more than ``MAX_LENGTH`` cells.
     """
     if (
         not isinstance(value, (tuple, list))
@@ -160,10 +160,10 @@ def probe_of(device: torch.device | str | int | None) -> Tensor:
     """Return an empty tensor on a device, by which the device is named in full.
 
     Args:
-        device: what PyTorch takes; None: where it creates tensors.
+        device: What PyTorch takes; None: where it creates tensors.
 
     Raises:
-        ValueError: if there is no such device.
+        ValueError: If there is no such device.
     """
     try:
         return torch.empty(0, device=device)
@@ -205,15 +205,15 @@ def split_count(name: str, value: object, shapes: ShapeChecker) -> tuple[int, Te
     """Turn "an int, or one per sample" into the pair that the operators take.
 
     Args:
-        name: argument name, used in messages.
-        value: int, or int64 tensor [B].
-        shapes: the call's shapes; ``B`` is already known.
+        name: Argument name, used in messages.
+        value: Int, or int64 tensor [B].
+        shapes: The call's shapes; ``B`` is already known.
 
     Returns:
         ``(count, counts)``: ``counts`` is the tensor or None, ``count`` is the int (0 beside a tensor).
 
     Raises:
-        ValueError: if the value is neither, or a negative int.
+        ValueError: If the value is neither, or a negative int.
     """
     if isinstance(value, Tensor):
         shapes.check(name, value, "B", (torch.int64,))
@@ -229,7 +229,7 @@ def check_length(value: object, at_least: int) -> None:
     """Check an explicit output length.
 
     Raises:
-        ValueError: if it isn't an int, less than ``at_least``, or more than ``MAX_LENGTH``.
+        ValueError: If it isn't an int, less than ``at_least``, or more than ``MAX_LENGTH``.
     """
     if not is_int(value):
         raise ValueError(f"length: expected an int or None, got {describe(value)}")
@@ -250,13 +250,13 @@ def width_of(name: str, count: int, counts: Tensor | None, length: int | None) -
     """Number of columns of a result with ``count`` entries, or ``counts`` [B] of them by sample.
 
     Args:
-        name: argument name of the counts, used in messages.
-        count: how many, beside a tensor the least that is known.
-        counts: int64 [B], or None.
-        length: what the caller asks for; None = ``count``, or the largest of ``counts``, which takes one read.
+        name: Argument name of the counts, used in messages.
+        count: How many, beside a tensor the least that is known.
+        counts: [B] int64, or None.
+        length: What the caller asks for; None = ``count``, or the largest of ``counts``, which takes one read.
 
     Raises:
-        ValueError: if ``length`` is less than ``count``, or missing where ``counts`` can't be read, or there would be
+        ValueError: If ``length`` is less than ``count``, or missing where ``counts`` can't be read, or there would be
             more than ``MAX_LENGTH`` columns.
     """
     if length is not None:
@@ -272,7 +272,7 @@ def check_range(name: str, value: Tensor, low: int, high: int) -> None:
     """Check that every entry of a CPU tensor lies in ``low..high`` (both inclusive).
 
     Raises:
-        ValueError: naming the first offending value.
+        ValueError: Naming the first offending value.
     """
     outside = (value < low) | (value > high)
     if bool(outside.any()):
@@ -284,7 +284,7 @@ def check_distinct(name: str, value: Tensor, num_rows: int) -> None:
     """Check that no sample of a CPU tensor [B, V], whose range is checked, names a position twice (filler aside).
 
     Raises:
-        ValueError: naming the first position that is there twice.
+        ValueError: Naming the first position that is there twice.
     """
     uses = value.new_zeros((value.shape[0], num_rows + 1))
     uses.scatter_add_(1, torch.where(value >= 0, value, num_rows), torch.ones_like(value))
@@ -298,11 +298,11 @@ def read_max(counts: Tensor, reason: str) -> int:
     """Read the largest entry of an int64 tensor [B] to the host; 0 if it is empty.
 
     Args:
-        counts: int64 [B].
-        reason: what the value decides, for the message.
+        counts: [B] int64.
+        reason: What the value decides, for the message.
 
     Raises:
-        ValueError: where a host read isn't possible: while compiling, during CUDA graph capture, and of tensors that
+        ValueError: Where a host read isn't possible: while compiling, during CUDA graph capture, and of tensors that
             have no values.
     """
     if torch.compiler.is_compiling():

@@ -29,7 +29,7 @@ from training.packing import (
     pack,
     with_wrong_answers,
 )
-from training.schedule import PEAK_RATE, STAGES, learning_rate, stage_at
+from training.schedule import PEAK_RATE, PHASES, learning_rate, phase_at
 from training.train import ATTENTION, answer_logits, teacher_forced_accuracy, train
 
 
@@ -139,11 +139,11 @@ def test_naming_is_right_where_visual_tokens_are_the_words() -> None:
     assert naming_loss(features.roll(1, 0), embedding, part)[1] < 0.5
 
 
-def test_the_stages_go_from_words_to_one_object_to_several() -> None:
-    names = [stage_at(step, 1000).name for step in range(1000)]
-    assert list(dict.fromkeys(names)) == [stage.name for stage in STAGES]
+def test_the_phases_go_from_words_to_one_object_to_several() -> None:
+    names = [phase_at(step, 1000).name for step in range(1000)]
+    assert list(dict.fromkeys(names)) == [phase.name for phase in PHASES]
     rates = [learning_rate(step, 1000) for step in range(1000)]
-    begin = names.index(STAGES[1].name)
+    begin = names.index(PHASES[1].name)
     assert rates[0] < 0.02 * PEAK_RATE
     assert rates[begin] < 0.02 * PEAK_RATE < rates[begin - 1]  # the decoder warms up too
     assert max(rates) <= PEAK_RATE

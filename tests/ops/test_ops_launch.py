@@ -9,7 +9,8 @@ import torch
 from gap_kernels import launch as module
 from gap_kernels import visual_importance
 from gap_kernels.launch import launch
-from gap_kernels.prune.workspace import counters
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -102,16 +103,45 @@ def test_pointers_aligned_in_different_places_differ(kernel: Kernel) -> None:
     assert len(kernel.compiled) == 3
 
 
+def test_a_stride_of_one_and_one_of_64_bits_differ(kernel: Kernel) -> None:
+    """The former is a constant of the kernel, the latter isn't."""
+    call(kernel, stride=1)
+    call(kernel, stride=1 << 31)
+    assert len(kernel.compiled) == 2
+
+
+def test_options_differ_by_name(kernel: Kernel) -> None:
+    call(kernel, num_warps=4)
+    call(kernel, num_stages=4)
+    assert len(kernel.compiled) == 2
+
+
+WORDS = [0, 1, 2, 15, 16, 17, *((1 << bits) + by for bits in (31, 32, 40) for by in (-16, -1, 0, 1, 16))]
+integers = st.sampled_from(WORDS) | st.integers(0, (1 << 63) - 1)
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.tuples(integers, integers), min_size=1, max_size=3))
+@example([(1, 1 << 31)])
+@example([(16, 1 << 31), (1, 17)])
+def test_strides_of_one_class_are_specialised_on_alike(pairs: list[tuple[int, int]]) -> None:
+    """By what Triton itself says of an integer: its type, a constant if it is 1, and whether it is a multiple of 16."""
+    library = pytest.importorskip("triton._C.libtriton")
+    if not hasattr(library, "native_specialize_impl"):
+        pytest.skip("this version of Triton doesn't say how it specialises")
+    from triton.backends.compiler import BaseBackend
+
+    def specialised(values: tuple[int, ...]) -> list[Any]:
+        return [library.native_specialize_impl(BaseBackend, value, False, True, True) for value in values]
+
+    left, right = zip(*pairs, strict=True)
+    same = module._classes(left, 1 << 31) == module._classes(right, 1 << 31)
+    assert not same or specialised(left) == specialised(right)
+
+
 def test_constants_must_come_in_the_order_of_the_kernel(kernel: Kernel) -> None:
     with pytest.raises(AssertionError):
         launch(kernel, (1,), (FLOATS, HALVES), (16,), (1,), (), {"BLOCK": 16})
-
-
-def test_counters_are_zeros_of_their_own() -> None:
-    first, second = counters(torch.device("cpu"), 5), counters(torch.device("cpu"), 5)
-    assert first.dtype == torch.int32
-    assert first.tolist() == [0] * 5
-    assert first.data_ptr() != second.data_ptr()
 
 
 def test_a_backward_pass_through_scores_is_an_error() -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
@@ -33,6 +34,7 @@ from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -153,9 +155,8 @@ def cases(target: str) -> Iterator[Case]:
     if target == ENTRIES_ONLY:
         yield from entry_cases()
         yield from aggregate_cases()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "architecture", lambda device: tiles.OTHER)
-            yield from ((f"{name}, other GPUs", launch) for name, launch in entry_cases())
+        for name, launch in entry_cases():
+            yield f"{name}, other GPUs", partial(launch_as_other_gpus, launch)
         return
     yield from select_cases()
     yield from region_cases()
@@ -166,6 +167,13 @@ def cases(target: str) -> Iterator[Case]:
     yield from attention_cases()
     yield from received_cases()
     yield from aggregate_cases()
+
+
+def launch_as_other_gpus(launch: partial[object]) -> None:
+    """Launch with the tiles of GPUs that have none of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "architecture", lambda device: tiles.OTHER)
+        launch()
 
 
 def select_cases() -> Iterator[Case]:
@@ -391,6 +399,35 @@ class OfflineDriver:
         return self.target
 
 
+class Launch(NamedTuple):
+    """A launch that only compiled: ``values`` are the kernel's arguments by name."""
+
+    kernel: JITFunction
+    compiled: Any
+    grid: tuple[int, ...]
+    values: dict[str, Any]
+
+
+def launched_by(launchers: Iterable[partial[object]], target: str) -> list[Launch]:
+    """Run launchers as on a GPU of that kind, and return what they launch."""
+    launched: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(size > 0 for size in grid)
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launched.append(Launch(self, run(self, *args, grid=grid, warmup=True, **kwargs), grid, values))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
+        patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
+        patch.setattr(tiles, "architecture", lambda device: target)
+        for launcher in launchers:
+            launcher()
+    return launched
+
+
 @functools.cache
 def compiled(target: str) -> list[Row]:
     """Return what every kernel needs, compiled for a target."""
@@ -400,25 +437,11 @@ def compiled(target: str) -> list[Row]:
 @functools.cache
 def kernels(target: str) -> dict[Any, str]:
     """Compile every kernel for a target, each once; beside it the name of the first case that launches it."""
-    launched: list[Any] = []
     first_case: dict[Any, str] = {}
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        assert all(size > 0 for size in grid)
-        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS[target]))
-        patch.setattr(torch.version, "hip", None if target in NVIDIA else "for launchers that ask")
-        patch.setattr(tiles, "architecture", lambda device: target)
-        for name, launch in cases(target):
-            if target in NVIDIA or launch.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
-                launch()
-            for kernel in launched:
-                first_case.setdefault(kernel, name)
-            launched.clear()
+    for name, launcher in cases(target):
+        if target in NVIDIA or launcher.func is not one_launch.prune_tokens:  # which is for NVIDIA alone
+            for launch in launched_by([launcher], target):
+                first_case.setdefault(launch.compiled, name)
     return first_case
 
 
@@ -489,7 +512,7 @@ def test_budgets(target: str) -> None:
 
 @pytest.mark.parametrize("target", [target for target in NVIDIA if target != ENTRIES_ONLY])
 def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
-    """Or a cooperative launch of as many as ``fits_at_once`` allows would be refused."""
+    """Or a cooperative launch of as many as ``programs_at_once`` says would be refused."""
     rows = [row for row in compiled(target) if row.kernel == "prune_kernel"]
     assert rows
     for row in rows:
@@ -502,9 +525,8 @@ def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
         assert row.resident >= wanted, row
 
 
-@pytest.mark.parametrize(
-    "target", [target for target in NVIDIA if target != "sm_100"]
-)  # whose products are in a memory
+# The products of sm_100 are in a memory of their own.
+@pytest.mark.parametrize("target", [target for target in NVIDIA if target != "sm_100"])
 def test_a_row_of_attention_belongs_to_one_warp(target: str) -> None:
     """Where a tile has the 16 rows of an instruction for each warp; otherwise maxima and sums of a row cross warps."""
     checked = set()
@@ -518,6 +540,28 @@ def test_a_row_of_attention_belongs_to_one_warp(target: str) -> None:
             assert set(layouts) == {(str(chosen.warps), "1")}, name
             checked.add(int(head_dim[1]))
     assert {64, 80, 128} <= checked
+
+
+def test_a_kept_kernel_is_handed_what_the_compiler_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the convention of one version of Triton: the launcher calls its compiled kernels by position."""
+    handed: list[tuple[Any, ...]] = []
+
+    def load(self: CompiledKernel) -> None:
+        self._run = lambda *given: handed.append((self, *given))
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
+    monkeypatch.setattr(CompiledKernel, "launch_metadata", lambda self, grid, stream, *given: None)
+    monkeypatch.setattr(triton.runtime.driver, "_active", OfflineDriver(TARGETS["sm_90"]))
+    mass, rows, scores = empty(1, 32, 576), torch.arange(4)[None], empty(1, 576)
+    given = (mass, rows, scores), (), (640, 4, 576), ()
+    constants = {"KEY_HEADS": 32, "QUERY_HEADS": 32, "BLOCK": 128, "PER_HEAD": False}
+    for _ in range(2):
+        launching.launch(importance.mean_kernel, (5, 1), *given, constants, num_warps=2)
+    by_the_jit, by_the_launcher = handed
+    assert by_the_jit[1:4] == (5, 1, 1)
+    assert any(value is mass for value in by_the_jit)
+    assert len(by_the_jit) == len(by_the_launcher)
+    assert all(left is right or left == right for left, right in zip(*handed, strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill.prompt import find_visual_tokens
 from gap_triton.vision.layout import Layout, _picture_of, layout_of
-from gap_triton.vision_tower import TowerOutput, TowerWatch, check_needs, find_tower, install
+from gap_triton.vision_tower import TowerOutput, TowerRecorder, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "projection_layer")  # of the attention of vision towers
@@ -68,7 +68,7 @@ def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen
             return
         for stale in entering:
             stale.remove()
-        watch = TowerWatch(tower, needs)
+        watch = TowerRecorder(tower, needs)
         watch.start(kwargs)
         seen.append(Seen(visual=visual))
 
@@ -184,7 +184,7 @@ def test_a_first_patch_that_the_model_leaves_out_is_left_out() -> None:
     model.config.vision_feature_select_strategy = "default"
     owner, pixels = find_parts(model).owner, tiny.prompt("llava")["pixel_values"]
     tower = find_tower(owner)
-    handles, watch = install(tower), TowerWatch(tower, ALL)
+    handles, watch = install(tower), TowerRecorder(tower, ALL)
     watch.start()
     with torch.no_grad():
         owner.get_image_features(pixels)
@@ -581,7 +581,7 @@ def test_threads_see_their_own_images() -> None:
     expected = [look(model, inputs) for inputs in prompts]
     start = threading.Barrier(len(prompts))
 
-    def run(inputs: dict[str, Tensor], watch: TowerWatch) -> TowerOutput:
+    def run(inputs: dict[str, Tensor], watch: TowerRecorder) -> TowerOutput:
         start.wait()
         for _ in range(5):
             watch.start()
@@ -592,7 +592,7 @@ def test_threads_see_their_own_images() -> None:
 
     tower = find_tower(find_parts(model).owner)
     handles = install(tower)
-    watches = [TowerWatch(tower, ALL) for _ in prompts]
+    watches = [TowerRecorder(tower, ALL) for _ in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
         outputs = list(pool.map(run, prompts, watches))
     for handle in handles:
@@ -646,7 +646,7 @@ def test_a_watch_is_for_its_own_tower() -> None:
     model, other = llava(siglip()), llava()
     tower = find_tower(find_parts(model).owner)
     handles = install(tower)
-    watch = TowerWatch(find_tower(find_parts(other).owner), frozenset({"cls"}))
+    watch = TowerRecorder(find_tower(find_parts(other).owner), frozenset({"cls"}))
     watch.start()
     with torch.no_grad():
         features = tower.owner.get_image_features(tiny.prompt("llava")["pixel_values"])

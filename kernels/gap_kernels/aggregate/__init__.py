@@ -33,12 +33,12 @@ def spatial_aggregate(
         features: [B, N, C] float32, float16, bfloat16 or float64: what is collected, one row per patch; any strides.
         similarity_features: [B, N, E], any of those dtypes: what patches are compared by, normalised here; any
             strides. A vector of zeros has cosine 0 to everything, itself included.
-        anchors: int64 [B, M], patches that collect, in any order; -1 = filler.
+        anchors: [B, M] int64, patches that collect, in any order; -1 = filler.
         grid: (H, W), rows and columns of the grid, H * W = N.
-        radius: distance in patches from which on weights are 0, > 0. Nüwa's code: ``sqrt(280)`` on 24 x 24.
-        pillars: bool [B, M], True = an anchor that collects nothing: its row is its own features, whatever
+        radius: Distance in patches from which on weights are 0, > 0. Nüwa's code: ``sqrt(280)`` on 24 x 24.
+        pillars: [B, M] bool, True = an anchor that collects nothing: its row is its own features, whatever
             ``self_weight`` is. None: no anchor is one.
-        self_weight: weight of an anchor's own features after the division. With 1.0, an anchor is itself plus a
+        self_weight: Weight of an anchor's own features after the division. With 1.0, an anchor is itself plus a
             weighted mean of its neighbours, as in Nüwa's code for LLaVA. None leaves it what the division gives,
             as in that for Qwen.
 
@@ -48,7 +48,7 @@ def spatial_aggregate(
         channel in every row of its sample but pillars, as in any matrix product: a weight of 0 doesn't hide it.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device, ``grid`` isn't that of N patches, or ``radius``
+        ValueError: If an argument has another shape, dtype or device, ``grid`` isn't that of N patches, or ``radius``
             isn't positive; on the CPU also for an anchor out of range (elsewhere it counts as filler).
     """
     check_aggregate(features, similarity_features, anchors, grid, radius, pillars, self_weight)

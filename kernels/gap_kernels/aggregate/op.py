@@ -32,7 +32,7 @@ def spatial_aggregate_op(
     pillars: Tensor | None,
     self_weight: float | None,
 ) -> Tensor:
-    """Run the operator; see :func:`gap_kernels.spatial_aggregate` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.spatial_aggregate` and ``reference.py``."""
     if anchors.is_cpu:
         check_range("anchors", anchors, -1, features.shape[1] - 1)
     exact = torch.float64 in (features.dtype, similarity_features.dtype)
@@ -63,10 +63,10 @@ def check_aggregate(
     pillars: Tensor | None,
     self_weight: float | None,
 ) -> None:
-    """Check the arguments of :func:`gap_kernels.spatial_aggregate`.
+    """Check the arguments of `gap_kernels.spatial_aggregate`.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented, or is out of range.
+        ValueError: If one has another shape, dtype or device than documented, or is out of range.
     """
     shapes = ShapeChecker()
     shapes.check("features", features, "B N C", FLOAT_DTYPES)
@@ -85,7 +85,7 @@ def check_radius(radius: object) -> None:
     """Check the distance from which on weights are 0.
 
     Raises:
-        ValueError: if it isn't a number > 0; infinity is one.
+        ValueError: If it isn't a number > 0; infinity is one.
     """
     if not is_number(radius) or not (radius == math.inf or 0 < radius <= MAX_NUMBER):  # NaN is neither
         raise ValueError(f"radius: expected a float > 0, got {describe(radius)}")
@@ -95,7 +95,7 @@ def check_self_weight(self_weight: object) -> None:
     """Check the weight of an anchor's own features.
 
     Raises:
-        ValueError: if it is neither a finite number nor None.
+        ValueError: If it is neither a finite number nor None.
     """
     if self_weight is not None and not is_finite(self_weight):
         raise ValueError(f"self_weight: expected a finite float or None, got {describe(self_weight)}")

@@ -23,15 +23,15 @@ def spatial_aggregate(
     pillars: Tensor | None,
     self_weight: float | None,
 ) -> Tensor:
-    """Compute :func:`gap_kernels.spatial_aggregate`; float64 inputs make it the oracle of the other paths.
+    """Compute `gap_kernels.spatial_aggregate`; float64 inputs make it the oracle of the other paths.
 
     Args:
         features: [B, N, C].
         similarity_features: [B, N, E].
-        anchors: int64 [B, M], -1 = filler.
-        width: columns of the grid; N is a multiple of it.
-        radius: in patches.
-        pillars: bool [B, M] or None.
+        anchors: [B, M] int64, -1 = filler.
+        width: Columns of the grid; N is a multiple of it.
+        radius: In patches.
+        pillars: [B, M] bool or None.
         self_weight: None = what the division gives.
 
     Returns:
@@ -69,5 +69,5 @@ def spatial_aggregate(
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Gather [B, N, X] at int64 [B, M, 1] into [B, M, X]."""
+    """Gather [B, N, X] at [B, M, 1] int64 into [B, M, X]."""
     return tensor.gather(1, index.expand(-1, -1, tensor.shape[2]))

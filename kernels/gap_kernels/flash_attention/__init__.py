@@ -12,7 +12,7 @@ __all__ = ["AttentionOutput", "attention"]
 
 
 class AttentionOutput(NamedTuple):
-    """What :func:`attention` returns."""
+    """What `attention` returns."""
 
     output: Tensor
     """[B, Hq, Q, D] in the dtype of ``query``; 0 for a row that sees nothing."""
@@ -40,7 +40,7 @@ def attention(
     The ``Q`` query rows are the last ``Q`` of the ``S`` key positions. The kernel is FlashAttention's forward pass
     (arXiv 2205.14135, 2307.08691): an online softmax over key tiles, so that no Q x S matrix is ever written.
 
-    The importance is that of :func:`gap_kernels.visual_importance` for ``rows=importance_rows``,
+    The importance is that of `gap_kernels.visual_importance` for ``rows=importance_rows``,
     ``visual_index=importance_columns`` and the same ``causal``. It is a second, small sweep over the R rows and V
     columns once their log-sum-exp is final, not a part of the main loop: a probability is only known at the end of its
     row, so the loop would have to carry R x V values along and rescale them, and every tile would pay for registers
@@ -52,20 +52,20 @@ def attention(
         query: [B, Hq, Q, D] float32, float16, bfloat16 or float64, after the rotary embedding; D in 1..256; any
             strides.
         key: [B, Hkv, S, D], same dtype; Hq is a multiple of Hkv and 1 <= Q <= S; any strides.
-        value: like ``key``.
+        value: Like ``key``.
         causal: True: a row at key column ``c`` sees the columns up to ``c``; False: all of them.
-        attention_mask: bool [B, S], True = a real token, padding anywhere. Hidden keys and values are never used,
+        attention_mask: [B, S] bool, True = a real token, padding anywhere. Hidden keys and values are never used,
             not even if they are NaN.
-        scale: factor of ``q k^T``; default ``D ** -0.5``.
-        importance_rows: int64 [B, R], positions within the Q rows to average; -1 = filler, left out of the mean.
+        scale: Factor of ``q k^T``; default ``D ** -0.5``.
+        importance_rows: [B, R] int64, positions within the Q rows to average; -1 = filler, left out of the mean.
             Default: the last row. Needs ``importance_columns``.
-        importance_columns: int64 [B, V], positions within the Q rows, in any order; -1 = filler, which gets 0.
+        importance_columns: [B, V] int64, positions within the Q rows, in any order; -1 = filler, which gets 0.
 
     Returns:
         The output, log-sum-exp and importance, computed in float32. For float64 queries all is float64.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device, or doesn't go with the others; on the CPU
+        ValueError: If an argument has another shape, dtype or device, or doesn't go with the others; on the CPU
             also for a position out of range.
     """
     check_attention(query, key, value, causal, attention_mask, scale, importance_rows, importance_columns)

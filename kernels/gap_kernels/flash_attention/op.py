@@ -25,7 +25,7 @@ def attention_op(
     importance_rows: Tensor | None,
     importance_columns: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator; see :func:`gap_kernels.attention` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.attention` and ``reference.py``."""
     if query.is_cpu:
         if importance_rows is not None:
             check_range("importance_rows", importance_rows, -1, query.shape[2] - 1)
@@ -63,10 +63,10 @@ def check_attention(
     importance_rows: Tensor | None,
     importance_columns: Tensor | None,
 ) -> None:
-    """Check the arguments of :func:`gap_kernels.attention`.
+    """Check the arguments of `gap_kernels.attention`.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented, or they don't go together.
+        ValueError: If one has another shape, dtype or device than documented, or they don't go together.
     """
     shapes = ShapeChecker()
     shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)

@@ -19,20 +19,20 @@ def attention(
     importance_rows: Tensor | None,
     importance_columns: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute :func:`gap_kernels.attention`; float64 inputs make it the oracle of the other paths.
+    """Compute `gap_kernels.attention`; float64 inputs make it the oracle of the other paths.
 
     Args:
         query: [B, Hq, Q, D].
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, D].
-        causal: whether a row sees no key after its own.
-        attention_mask: bool [B, S] or None.
+        causal: Whether a row sees no key after its own.
+        attention_mask: [B, S] bool or None.
         scale: None = ``D ** -0.5``.
-        importance_rows: int64 [B, R], -1 = filler; None = the last row.
-        importance_columns: int64 [B, V], -1 = filler; None = no importance.
+        importance_rows: [B, R] int64, -1 = filler; None = the last row.
+        importance_columns: [B, V] int64, -1 = filler; None = no importance.
 
     Returns:
-        output [B, Hq, Q, D] in the dtype of ``query``, lse [B, Hq, Q], importance [B, V] (V = 0 for none); the
+        Output [B, Hq, Q, D] in the dtype of ``query``, lse [B, Hq, Q], importance [B, V] (V = 0 for none); the
         last two are float64 for float64 queries, else float32.
     """
     batch, query_heads, num_query, head_dim = query.shape
@@ -79,7 +79,7 @@ def attention(
 
 
 def lse_at(lse: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the entries [B, Hq, R] of ``lse`` [B, Hq, Q] at int64 [B, R]; None = the last row.
+    """Return the entries [B, Hq, R] of ``lse`` [B, Hq, Q] at [B, R] int64; None = the last row.
 
     What stands in no row (-1 = filler; on a GPU also what is out of range) gets the entry of another row, which
     importance ignores.

@@ -49,28 +49,28 @@ def visual_importance(
         query: [B, Hq, Q, D] float32, float16, bfloat16 or float64, after the rotary embedding (or before, see
             above); any strides.
         key: [B, Hkv, S, D], same dtype; Hq is a multiple of Hkv and Q <= S; any strides.
-        visual_index: int64 [B, V], positions of the visual tokens in any order; -1 = filler.
-        rows: int64 [B, R], the query rows to average; -1 = filler, left out of the mean. Default: the last
+        visual_index: [B, V] int64, positions of the visual tokens in any order; -1 = filler.
+        rows: [B, R] int64, the query rows to average; -1 = filler, left out of the mean. Default: the last
             row (with padding on the right, name the last real row of each sample).
-        attention_mask: bool [B, S], True = a real token.
-        lse: float32 [B, Hq, R], natural log-sum-exp of each row's scaled and masked scores, if the attention
+        attention_mask: [B, S] bool, True = a real token.
+        lse: [B, Hq, R] float32, natural log-sum-exp of each row's scaled and masked scores, if the attention
             has returned it: only the visual keys are then read. Entries of filler rows are ignored.
-        scale: factor of ``q k^T``; default ``D ** -0.5``.
+        scale: Factor of ``q k^T``; default ``D ** -0.5``.
         causal: True: a row sees no key after its own; False: every row sees all columns that ``attention_mask``
             allows. A given ``lse`` must be that of the same rule.
         value: [B, Hkv, S, Dv], same dtype as ``key``, any Dv and strides: the value vectors whose L1 norms, each in
             its own key head, weight the probabilities. The scores of a row then no longer add up to at most 1.
             None: no weighting. Values of other keys, and of those that the mask hides, are never used.
-        head_reduction: what becomes of each head's mean over rows: "mean" or "max" over the Hq query heads. NaN in
+        head_reduction: What becomes of each head's mean over rows: "mean" or "max" over the Hq query heads. NaN in
             one head is NaN in both.
 
     Returns:
-        float32 [B, V] (float64 for float64 queries), computed in float32 (float64). Filler slots, visual
+        [B, V] float32 (float64 for float64 queries), computed in float32 (float64). Filler slots, visual
         tokens that no row sees, and samples without a valid row get 0; a row that sees nothing adds 0 but
         counts in the mean over rows.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device; on the CPU also for a position out of
+        ValueError: If an argument has another shape, dtype or device; on the CPU also for a position out of
             range.
     """
     optional = (rows, attention_mask, lse, scale, causal, value, head_reduction)

@@ -58,7 +58,7 @@ def locate_rows(
     """Locate BLOCK_M of the (group, row) pairs of a key head.
 
     Returns:
-        pointers to the query vectors and the last key column that each row sees, -1 for filler; both [BLOCK_M].
+        Pointers to the query vectors and the last key column that each row sees, -1 for filler; both [BLOCK_M].
     """
     m = start + tl.arange(0, BLOCK_M)
     row = tl.full((BLOCK_M,), num_query - 1, tl.int64)

@@ -24,7 +24,7 @@ def visual_importance_op(
     value: Tensor | None = None,
     head_reduction: str = "mean",
 ) -> Tensor:
-    """Run the operator; see :func:`gap_kernels.visual_importance` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.visual_importance` and ``reference.py``."""
     if query.is_cpu:
         check_range("visual_index", visual_index, -1, query.shape[2] - 1)
         if rows is not None:
@@ -59,10 +59,10 @@ def check_importance(
     value: Tensor | None = None,
     head_reduction: str = "mean",
 ) -> None:
-    """Check the arguments of :func:`gap_kernels.visual_importance` and record their sizes in ``shapes``.
+    """Check the arguments of `gap_kernels.visual_importance` and record their sizes in ``shapes``.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented.
+        ValueError: If one has another shape, dtype or device than documented.
     """
     shapes.check("query", query, "B Hq Q D", FLOAT_DTYPES)
     shapes.check("key", key, "B Hkv S D", (query.dtype,))

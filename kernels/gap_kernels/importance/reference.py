@@ -20,7 +20,7 @@ def visual_importance(
     value: Tensor | None = None,
     head_reduction: str = "mean",
 ) -> Tensor:
-    """Compute :func:`gap_kernels.visual_importance`; float64 inputs make it the oracle of the other paths.
+    """Compute `gap_kernels.visual_importance`; float64 inputs make it the oracle of the other paths.
 
     Only the wanted rows are scored, a block of them at a time, and query heads are grouped by the key head that they
     share, so neither an R x S matrix nor repeated keys are ever built.
@@ -28,12 +28,12 @@ def visual_importance(
     Args:
         query: [B, Hq, Q, D].
         key: [B, Hkv, S, D].
-        visual_index: int64 [B, V], -1 = filler.
-        rows: int64 [B, R], -1 = filler; None = the last row.
-        attention_mask: bool [B, S] or None.
+        visual_index: [B, V] int64, -1 = filler.
+        rows: [B, R] int64, -1 = filler; None = the last row.
+        attention_mask: [B, S] bool or None.
         lse: [B, Hq, R] or None.
         scale: None = ``D ** -0.5``.
-        causal: whether a row sees no key after its own.
+        causal: Whether a row sees no key after its own.
         value: [B, Hkv, S, Dv] or None.
         head_reduction: "mean" or "max".
 
@@ -86,13 +86,13 @@ def visual_importance(
 
 
 def _take(tensor: Tensor, position: Tensor) -> Tensor:
-    """Gather [B, H, S, D] at int64 [B, P] into [B, H, P, D]; filler (-1) reads position 0."""
+    """Gather [B, H, S, D] at [B, P] int64 into [B, H, P, D]; filler (-1) reads position 0."""
     index = position.clamp(min=0)[:, None, :, None]
     return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def _visible(columns: Tensor, row_columns: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
-    """Return bool [B, 1, 1, R, P]: which of ``columns`` [B, P] the rows at ``row_columns`` [B, R] see."""
+    """Return [B, 1, 1, R, P] bool: which of ``columns`` [B, P] the rows at ``row_columns`` [B, R] see."""
     visible = (columns[:, None, :] <= row_columns[:, :, None]) | (not causal)
     if attention_mask is not None:
         visible = visible & attention_mask.gather(1, columns)[:, None, :]

@@ -53,18 +53,18 @@ def prune_by_score(
       among the ``keep`` best is one survivor more.
 
     Args:
-        scores: float32 [B, V], one score per slot of ``visual_index``.
+        scores: [B, V] float32, one score per slot of ``visual_index``.
         hidden_states: [B, Q, C] float32, float16, bfloat16 or float64.
         cos: [B, Q, D'], any of those dtypes; may be expanded over the batch.
-        sin: like ``cos``.
-        position_ids: int64 [B, Q], or [A, B, Q] with any A (3 for M-RoPE); may be expanded over the batch.
-        visual_index: int64 [B, V], positions of the visual tokens, distinct, in any order; -1 = filler,
+        sin: Like ``cos``.
+        position_ids: [B, Q] int64, or [A, B, Q] with any A (3 for M-RoPE); may be expanded over the batch.
+        visual_index: [B, V] int64, positions of the visual tokens, distinct, in any order; -1 = filler,
             anywhere.
-        keep: visual tokens to keep, >= 0: an int, or an int64 tensor [B] with a count per sample. More than a
+        keep: Visual tokens to keep, >= 0: an int, or an int64 tensor [B] with a count per sample. More than a
             sample has means all.
-        attention_mask: bool [B, Q], True = a real token. Padding is dropped and never chosen, even where
+        attention_mask: [B, Q] bool, True = a real token. Padding is dropped and never chosen, even where
             ``visual_index`` names it.
-        length: rows of the result, L. Default: the largest number of survivors in the batch, which takes one
+        length: Rows of the result, L. Default: the largest number of survivors in the batch, which takes one
             read from the device; required under ``torch.compile``, ``torch.export`` and CUDA graph capture.
             More than needed means more filler.
 
@@ -72,7 +72,7 @@ def prune_by_score(
         The survivors. Gradients flow back through ``hidden_states``, ``cos`` and ``sin``.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device. On the CPU also if a position is out of
+        ValueError: If an argument has another shape, dtype or device. On the CPU also if a position is out of
             range or repeated, a count negative, or ``length`` less than a sample's survivors (elsewhere,
             where checking would need a read, the surplus on the left is lost).
     """
@@ -102,32 +102,32 @@ def prune_tokens(
     scale: float | None = None,
     length: int | None = None,
 ) -> PrunedTokens:
-    """Score visual tokens by attention and prune: :func:`visual_importance`, then :func:`prune_by_score`.
+    """Score visual tokens by attention and prune: `visual_importance`, then `prune_by_score`.
 
     One launch, where ``length`` is given, no gradient is wanted, the prompt has at most 8,192 rows
     (float32: 4,096), and the GPU is
     NVIDIA's from sm_80 on; else several. Scores are those of ``visual_importance`` without its variants.
 
     Args:
-        query: [B, Hq, Q, D], see :func:`visual_importance`.
+        query: [B, Hq, Q, D], see `visual_importance`.
         key: [B, Hkv, S, D] with Q <= S.
-        hidden_states: [B, Q, C], see :func:`prune_by_score`, like the next arguments.
+        hidden_states: [B, Q, C], see `prune_by_score`, like the next arguments.
         cos: [B, Q, D'].
         sin: [B, Q, D'].
-        position_ids: int64 [B, Q] or [A, B, Q].
-        visual_index: int64 [B, V].
-        keep: int, or int64 [B].
-        rows: int64 [B, R], the query rows to average, see :func:`visual_importance`.
-        attention_mask: bool [B, S]; its last Q columns belong to the rows.
-        lse: float32 [B, Hq, R], see :func:`visual_importance`.
-        scale: factor of ``q k^T``; default ``D ** -0.5``.
-        length: rows of the result, see :func:`prune_by_score`.
+        position_ids: [B, Q] or [A, B, Q] int64.
+        visual_index: [B, V] int64.
+        keep: Int, or [B] int64.
+        rows: [B, R] int64, the query rows to average, see `visual_importance`.
+        attention_mask: [B, S] bool; its last Q columns belong to the rows.
+        lse: [B, Hq, R] float32, see `visual_importance`.
+        scale: Factor of ``q k^T``; default ``D ** -0.5``.
+        length: Rows of the result, see `prune_by_score`.
 
     Returns:
         The survivors. Scores of float64 queries are rounded to float32 before the selection.
 
     Raises:
-        ValueError: as the two functions do.
+        ValueError: As the two functions do.
     """
     shapes = ShapeChecker()
     check_importance(shapes, query, key, visual_index, rows, attention_mask, lse, scale)

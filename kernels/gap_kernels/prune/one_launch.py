@@ -9,9 +9,10 @@ What several launches would do one after another is done by programs with differ
 3. GATHER: ``copy_row``, a few rows of the result.
 
 A MASS program waits for the LSE programs of its key head, after its first products, and a GATHER program for the
-selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run: in a
-cooperative launch all programs run at once. A grid that is too large for that draws its numbers from a counter, in the
-order in which programs start.
+selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run.
+Programs draw their numbers from a counter, as tickets, in the order in which they start: that is right for any grid on any
+part of a device. A cooperative launch, in which all programs run at once, would save that draw, but what fits at once can't
+be known: under CUDA's MPS and in a green context a process has fewer multiprocessors than the device says.
 
 A finished part is announced by an atomic addition with release semantics to a counter that others read with acquire
 semantics. The last GATHER program of a sample sets its counters back to zero, for the next launch. Only counters are
@@ -45,6 +46,8 @@ MAX_REGISTERS = 120
 """Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""
+MAX_WAVES = 4
+"""Of programs in one launch; a guess until it is measured, see ``is_likely_faster``."""
 ENOUGH_COPIES = 512
 MAX_ROWS_PER_COPY = 8
 RESET_BLOCK = 128
@@ -291,11 +294,41 @@ def plan(
     )
 
 
-def fits_at_once(programs: int, device: torch.device) -> bool:
-    """Return whether all programs run at the same time, as a cooperative launch demands."""
-    if device.type != "cuda":
-        return False
-    return programs <= PROGRAMS_PER_MULTIPROCESSOR * _properties(device).multi_processor_count
+def plan_of(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    length: int,
+) -> Plan:
+    """Divide the work of a call of ``prune_tokens``."""
+    batch, query_heads, num_query, head_dim = query.shape
+    return plan(
+        batch, query_heads, key.shape[1], head_dim, num_query, key.shape[2], 1 if rows is None else rows.shape[1],
+        visual_index.shape[1], length, hidden_states.shape[2], cos.shape[2],
+        position_ids.shape[0] if position_ids.dim() == 3 else 1, query.dtype, lse is not None,
+    )  # fmt: skip
+
+
+def programs_at_once(device: torch.device) -> int:
+    """Return how many programs run at the same time on the whole of a CUDA device."""
+    return PROGRAMS_PER_MULTIPROCESSOR * _properties(device).multi_processor_count
+
+
+def is_likely_faster(programs: int, device: torch.device) -> bool:
+    """Return whether one launch of so many programs should take less time than several; not measured yet.
+
+    A hand-over inside of a launch takes about as long as the boundary between two in a CUDA graph, and outside of a graph
+    each launch saved is host time saved. But every role takes what the largest one needs, so that a multiprocessor has two
+    programs of one launch where it has three or more of a kernel of its own, and the roles behind a long line start late. By
+    a model of latencies (H200), one launch is on a level with several for LLaVA-1.5 (656 programs, 2.5 waves: 18 to 33 us
+    against 16 to 27), and loses for LLaVA-NeXT (2,344, 9 waves: 42 to 78 against 26 to 40).
+    """
+    return device.type != "cuda" or programs <= MAX_WAVES * programs_at_once(device)
 
 
 def prune_tokens(
@@ -314,27 +347,25 @@ def prune_tokens(
     scale: float | None,
     length: int,
     *,
-    ticket: bool | None = None,
+    work: Plan | None = None,
+    ticket: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel; arguments and result as in ``reference.py``, for any dtype but float64.
 
-    ``ticket`` says whether programs draw their numbers; None = where the grid doesn't fit the device.
+    ``work`` is what ``plan_of`` returns for these arguments, if that is known already. Without ``ticket`` the launch is
+    cooperative if the grid fits the whole of the device; for whoever knows that all of it is theirs, and wants to measure.
     """
     batch, query_heads, num_query, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
-    channels, rotary, num_visual = hidden_states.shape[2], cos.shape[2], visual_index.shape[1]
-    num_rows = 1 if rows is None else rows.shape[1]
+    num_rows, num_visual = 1 if rows is None else rows.shape[1], visual_index.shape[1]
     device = query.device
+    if work is None:
+        work = plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    ticket = ticket or (device.type == "cuda" and work.programs > programs_at_once(device))
     query, key = with_whole_rows(query), with_whole_rows(key)
     inputs = with_whole_rows(hidden_states), with_whole_rows(cos), with_whole_rows(sin)
     ids = position_ids if position_ids.dim() == 3 else position_ids[None]
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
-    work = plan(
-        batch, query_heads, key_heads, head_dim, num_query, num_keys, num_rows, num_visual, length, channels, rotary,
-        ids.shape[0], query.dtype, lse is not None,
-    )  # fmt: skip
-    if ticket is None:
-        ticket = not fits_at_once(work.programs, device)
 
     partial_size, mass_size = batch * query_heads * num_rows * work.splits, batch * key_heads * num_visual
     workspace = 2 * partial_size + mass_size + batch * num_query
@@ -354,7 +385,7 @@ def prune_tokens(
         ),
         (
             *query.stride()[:3], *key.stride()[:3], *(stride for x in inputs for stride in x.stride()[:2]),
-            channels, rotary,
+            hidden_states.shape[2], cos.shape[2],
         ),
         (
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),

@@ -1,12 +1,13 @@
 """``gap_kernels::prune_tokens`` and the two operators it can be made of: registration, gradient and checks.
 
-``prune_tokens`` is one launch where that is possible. ``surviving_rows`` and ``gather_rows`` are for scores that come from
-elsewhere, for a number of rows that must be found first, and for a gather whose gradient is wanted.
+``prune_tokens`` is one launch where that is possible and not too large to be fast. ``surviving_rows`` and ``gather_rows``
+are for scores that come from elsewhere, for a number of rows that must be found first, and for a gather whose gradient is
+wanted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..importance.op import visual_importance_op
 from ..library import fake, gradient, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, describe
 from . import reference
+
+if TYPE_CHECKING:
+    from .one_launch import Plan
 
 
 @operator("surviving_rows")
@@ -28,7 +32,7 @@ def surviving_rows_op(
     num_rows: int,
     length: int,
 ) -> Tensor:
-    """Return the last ``length`` surviving rows of each sample, int64 [B, length]; see ``reference.py``."""
+    """Return the last ``length`` surviving rows of each sample, [B, length] int64; see ``reference.py``."""
     if scores.is_cpu:
         _check_values(visual_index, counts, num_rows)
     # On the CPU the result is made wide enough for every row first, so that a lack of columns can be seen.
@@ -120,29 +124,77 @@ def prune_tokens_op(
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, select and gather without a gradient: the fields of ``PrunedTokens``, in one launch where possible."""
-    num_query = query.shape[2]
-    row_mask = None if attention_mask is None else attention_mask[:, key.shape[2] - num_query :]
-    if query.dtype != torch.float64 and use_triton(query):
-        from . import one_launch
+    given = (
+        query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows, attention_mask, lse, scale,
+        length,
+    )  # fmt: skip
+    work = _plan_of_one_launch(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    if work is None:
+        return prune_in_several_launches(*given)
+    from . import one_launch
 
-        if one_launch.applies(query, length):
-            if query.is_cpu:
-                _check_values(visual_index, counts, num_query)
-                if rows is not None:
-                    check_range("rows", rows, -1, num_query - 1)
-            result = one_launch.prune_tokens(
-                query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows,
-                attention_mask, lse, scale, length,
-            )  # fmt: skip
-            if query.is_cpu:
-                every = reference.surviving_rows(
-                    result[5], visual_index, keep, counts, row_mask, num_query, num_query
-                )
-                _check_wide_enough(every, length)
-            return result
+    num_query = query.shape[2]
+    if query.is_cpu:
+        _check_values(visual_index, counts, num_query)
+        if rows is not None:
+            check_range("rows", rows, -1, num_query - 1)
+    result = one_launch.prune_tokens(*given, work=work)
+    if query.is_cpu:
+        mask = _mask_of_rows(attention_mask, key, num_query)
+        every = reference.surviving_rows(result[5], visual_index, keep, counts, mask, num_query, num_query)
+        _check_wide_enough(every, length)
+    return result
+
+
+def _plan_of_one_launch(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    length: int,
+) -> Plan | None:
+    """Return how one launch does it; None if it can't, or if several are a better choice, which give the same."""
+    if query.dtype == torch.float64 or not use_triton(query):
+        return None
+    from . import one_launch
+
+    if not one_launch.applies(query, length):
+        return None
+    work = one_launch.plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    return work if one_launch.is_likely_faster(work.programs, query.device) else None
+
+
+def prune_in_several_launches(
+    query: Tensor,
+    key: Tensor,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    visual_index: Tensor,
+    keep: int,
+    counts: Tensor | None,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do the same by the operators that ``prune_tokens`` can be made of, whatever their path."""
+    num_query = query.shape[2]
+    mask = _mask_of_rows(attention_mask, key, num_query)
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
-    index = surviving_rows_op(scores, visual_index, keep, counts, row_mask, num_query, length)
+    index = surviving_rows_op(scores, visual_index, keep, counts, mask, num_query, length)
     return *gather_rows_op(hidden_states, cos, sin, position_ids, index), index, scores
+
+
+def _mask_of_rows(attention_mask: Tensor | None, key: Tensor, num_query: int) -> Tensor | None:
+    """Return the mask of the prompt's own rows, which are the last of the keys."""
+    return None if attention_mask is None else attention_mask[:, key.shape[2] - num_query :]
 
 
 @fake("prune_tokens")
@@ -171,7 +223,7 @@ def check_rows(
     """Check the tensors whose rows are gathered and record their sizes in ``shapes``.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented.
+        ValueError: If one has another shape, dtype or device than documented.
     """
     shapes.check("hidden_states", hidden_states, "B Q C", FLOAT_DTYPES)
     if hidden_states.shape[1] == 0:

@@ -18,19 +18,19 @@ def surviving_rows(
     num_rows: int,
     length: int,
 ) -> Tensor:
-    """Return which rows of the prompt stay, see :func:`gap_kernels.prune_by_score`.
+    """Return which rows of the prompt stay, see `gap_kernels.prune_by_score`.
 
     Args:
-        scores: float32 [B, V].
-        visual_index: int64 [B, V], -1 = filler.
-        keep: visual tokens to keep in every sample; unused where ``counts`` is given.
-        counts: int64 [B] or None.
-        attention_mask: bool [B, Q] or None.
+        scores: [B, V] float32.
+        visual_index: [B, V] int64, -1 = filler.
+        keep: Visual tokens to keep in every sample; unused where ``counts`` is given.
+        counts: [B] int64 or None.
+        attention_mask: [B, Q] bool or None.
         num_rows: Q.
-        length: columns of the result.
+        length: Columns of the result.
 
     Returns:
-        int64 [B, length]: the last ``length`` survivors, ascending, filled with -1 on the left.
+        [B, length] int64: the last ``length`` survivors, ascending, filled with -1 on the left.
     """
     batch, num_visual = visual_index.shape
     real = scores.new_ones((batch, num_rows), dtype=torch.bool) if attention_mask is None else attention_mask
@@ -65,8 +65,8 @@ def gather_rows(
         hidden_states: [B, Q, C].
         cos: [B, Q, D'].
         sin: [B, Q, D'].
-        position_ids: int64 [B, Q] or [A, B, Q].
-        index: int64 [B, L], -1 = filler.
+        position_ids: [B, Q] or [A, B, Q] int64.
+        index: [B, L] int64, -1 = filler.
 
     Returns:
         ``(hidden_states, cos, sin, position_ids)``, each with L instead of Q, contiguous.

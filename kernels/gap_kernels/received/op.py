@@ -22,7 +22,7 @@ def attention_received_op(
     scale: float | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """Run the operator; see :func:`gap_kernels.attention_received` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.attention_received` and ``reference.py``."""
     if cu_seqlens is not None and cu_seqlens.is_cpu:
         _check_bounds(cu_seqlens, query.shape[2])
     if query.dtype != torch.float64 and use_triton(query):
@@ -50,10 +50,10 @@ def check_received(
     scale: float | None,
     lse: Tensor | None,
 ) -> None:
-    """Check the arguments of :func:`gap_kernels.attention_received`.
+    """Check the arguments of `gap_kernels.attention_received`.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented.
+        ValueError: If one has another shape, dtype or device than documented.
     """
     shapes = ShapeChecker()
     shapes.check("query", query, "B H S D", FLOAT_DTYPES)

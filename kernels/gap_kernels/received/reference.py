@@ -20,14 +20,14 @@ def attention_received(
     scale: float | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """Compute :func:`gap_kernels.attention_received`; float64 inputs make it the oracle of the other paths.
+    """Compute `gap_kernels.attention_received`; float64 inputs make it the oracle of the other paths.
 
     Args:
         query: [B, H, S, D].
         key: [B, Hkv, S, D].
-        attention_mask: bool [B, S] or None.
-        cu_seqlens: int32 [N+1] or None.
-        causal: whether a row sees no key after its own.
+        attention_mask: [B, S] bool or None.
+        cu_seqlens: [N+1] int32 or None.
+        causal: Whether a row sees no key after its own.
         scale: None = ``D ** -0.5``.
         lse: [B, H, S] or None.
 
@@ -102,7 +102,7 @@ def _hidden(
 
 
 def spans(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first token, and the one after the last, of each token's own sequence; both int32 [S].
+    """Return the first token, and the one after the last, of each token's own sequence; both [S] int32.
 
     The span of a token that is in no sequence is empty.
     """

@@ -24,26 +24,26 @@ def topk_per_region(
     This keeps spatial coverage, as Nüwa's separation and alignment do (arXiv 2602.02951): an entry is a candidate if
     fewer than ``per_region`` of its neighbours beat it, and the best ``k`` candidates are selected. A sample with fewer
     candidates than ``k`` gets all of them and the best of its other entries, so ``min(k, N)`` entries in any case. One
-    entry beats another, and is better, exactly as in :func:`topk_indices`: by the larger score, then by the lower index,
+    entry beats another, and is better, exactly as in `topk_indices`: by the larger score, then by the lower index,
     and NaN is beaten by everything. One launch::
 
         topk_per_region(scores, grid_neighbours((24, 24))[None], per_region=1, k=112)  # LLaVA-1.5, 576 scores
 
     Args:
-        scores: float32 [B, N]; B and N may be 0. Rows may lie apart, as those of a slice do.
-        neighbours: int32 [B, N, R], or [1, N, R] for all samples alike, with R of 0..8: the other entries of each
-            entry's region, distinct, in any order; -1 = none. See :func:`grid_neighbours`.
-        per_region: candidates of a region, >= 1.
-        k: how many to select, >= 0: an int, or an int64 tensor [B] with a count per sample. More than N means all.
-        length: columns of the result; default ``min(k, N)``, or that of the largest ``k`` of the batch, which takes
+        scores: [B, N] float32; B and N may be 0. Rows may lie apart, as those of a slice do.
+        neighbours: [B, N, R] int32, or [1, N, R] for all samples alike, with R of 0..8: the other entries of each
+            entry's region, distinct, in any order; -1 = none. See `grid_neighbours`.
+        per_region: Candidates of a region, >= 1.
+        k: How many to select, >= 0: an int, or an int64 tensor [B] with a count per sample. More than N means all.
+        length: Columns of the result; default ``min(k, N)``, or that of the largest ``k`` of the batch, which takes
             one read from the device. Give it under ``torch.compile`` or CUDA graphs if ``k`` is a tensor. More than
             needed means more filler.
 
     Returns:
-        int64 [B, length]. A row with fewer than ``length`` indices is filled with -1 on the left.
+        [B, length] int64. A row with fewer than ``length`` indices is filled with -1 on the left.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device, or is out of range. The values of
+        ValueError: If an argument has another shape, dtype or device, or is out of range. The values of
             ``neighbours`` and of a ``k`` tensor are checked on the CPU only; elsewhere neighbours out of range and an
             entry beside itself count as none, one that is there twice counts twice, and counts beyond
             ``min(N, length)`` select the best ``min(N, length)``.

@@ -19,7 +19,7 @@ def grid_neighbours(
     region: tuple[int, int] = (2, 2),
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return for each cell of a grid the other cells of its region, for :func:`topk_per_region`.
+    """Return for each cell of a grid the other cells of its region, for `topk_per_region`.
 
     Cell ``j`` is at row ``j // W``, column ``j % W``. Regions tile the grid from its first row and column on. Where the
     grid isn't a multiple of them, those at the right and bottom edges are smaller, and their cells compete with fewer.
@@ -31,15 +31,15 @@ def grid_neighbours(
     Args:
         grid: (H, W), rows and columns, any >= 1.
         region: (h, w), rows and columns of a region, >= 1, with h * w <= 9.
-        device: where the result is; default: where PyTorch creates tensors.
+        device: Where the result is; default: where PyTorch creates tensors.
 
     Returns:
-        int32 [H * W, h * w - 1]: each cell's neighbours in raster order, -1 for those outside the grid. Kept for the
+        [H * W, h * w - 1] int32: each cell's neighbours in raster order, -1 for those outside the grid. Kept for the
         next call with the same arguments, so not to be written to; made anew under ``torch.compile``,
         ``torch.export`` and CUDA graph capture.
 
     Raises:
-        ValueError: if ``grid`` or ``region`` isn't a pair of ints in that range, the grid has more than 2**24 cells, or
+        ValueError: If ``grid`` or ``region`` isn't a pair of ints in that range, the grid has more than 2**24 cells, or
             there is no such device.
     """
     check_grid("grid", grid)

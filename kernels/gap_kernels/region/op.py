@@ -18,7 +18,7 @@ MAX_NEIGHBOURS = 8
 def topk_per_region_op(
     scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
 ) -> Tensor:
-    """Run the operator; see :func:`gap_kernels.topk_per_region` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.topk_per_region` and ``reference.py``."""
     if scores.is_cpu:
         _check_values(neighbours, scores.shape[1], counts, length)
     if use_triton(scores):
@@ -54,15 +54,15 @@ def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, l
 
 
 def _entry(found: Tensor) -> int:
-    """Return the first entry of bool [B, N, R] that has a True."""
+    """Return the first entry of [B, N, R] bool that has a True."""
     return int(found.any(-1).nonzero()[0, 1])
 
 
 def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_region: int) -> None:
-    """Check the arguments of :func:`gap_kernels.topk_per_region` that ``topk_indices`` doesn't have.
+    """Check the arguments of `gap_kernels.topk_per_region` that ``topk_indices`` doesn't have.
 
     Raises:
-        ValueError: if one has another shape, dtype or device than documented, or is out of range.
+        ValueError: If one has another shape, dtype or device than documented, or is out of range.
     """
     shapes.check("scores", scores, "B N", (torch.float32,))
     check_neighbours(shapes, neighbours)
@@ -73,7 +73,7 @@ def check_neighbours(shapes: ShapeChecker, neighbours: Tensor) -> None:
     """Check the neighbours of entries whose ``B`` and ``N`` are known.
 
     Raises:
-        ValueError: if they have another shape, dtype or device than documented.
+        ValueError: If they have another shape, dtype or device than documented.
     """
     shapes.check("neighbours", neighbours, "B|1 N R", (torch.int32,))
     batch, groups, most = shapes.sizes["B"], neighbours.shape[0], neighbours.shape[2]
@@ -89,7 +89,7 @@ def check_per_region(per_region: object) -> None:
     """Check the number of candidates of a region.
 
     Raises:
-        ValueError: if it isn't an int >= 1.
+        ValueError: If it isn't an int >= 1.
     """
     if not is_int(per_region):
         raise ValueError(f"per_region: expected an int, got {describe(per_region)}")

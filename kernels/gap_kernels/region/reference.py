@@ -14,15 +14,15 @@ def topk_per_region(
     """Select the best ``counts[b]`` (or ``k``) candidates of each sample, and the best others where they are fewer.
 
     Args:
-        scores: float32 [B, N].
-        neighbours: int32 [B, N, R] or [1, N, R]; what is outside 0..N-1 is none.
-        per_region: an entry that fewer than this many of its neighbours beat is a candidate.
-        k: how many to select in every sample; unused where ``counts`` is given.
-        counts: int64 [B] or None.
-        length: columns of the result.
+        scores: [B, N] float32.
+        neighbours: [B, N, R] or [1, N, R] int32; what is outside 0..N-1 is none.
+        per_region: An entry that fewer than this many of its neighbours beat is a candidate.
+        k: How many to select in every sample; unused where ``counts`` is given.
+        counts: [B] int64 or None.
+        length: Columns of the result.
 
     Returns:
-        int64 [B, length], ascending in each row, filled with -1 on the left.
+        [B, length] int64, ascending in each row, filled with -1 on the left.
     """
     batch, num_entries = scores.shape
     place = best_first(scores).argsort(-1)  # [B, N], 0 = the best entry

@@ -18,17 +18,17 @@ def topk_indices(scores: Tensor, k: int | Tensor, *, length: int | None = None) 
     the lower index, and NaN ranks below everything, -inf included.
 
     Args:
-        scores: float32 [B, N]; B and N may be 0.
-        k: how many to select, 0..N: an int, or an int64 tensor [B] with a count per sample.
-        length: columns of the result; default ``k``, or the largest ``k`` of the batch, which takes one read
+        scores: [B, N] float32; B and N may be 0.
+        k: How many to select, 0..N: an int, or an int64 tensor [B] with a count per sample.
+        length: Columns of the result; default ``k``, or the largest ``k`` of the batch, which takes one read
             from the device. Give it under ``torch.compile`` or CUDA graphs if ``k`` is a tensor. More than
             needed means more filler.
 
     Returns:
-        int64 [B, length]. A row with fewer than ``length`` indices is filled with -1 on the left.
+        [B, length] int64. A row with fewer than ``length`` indices is filled with -1 on the left.
 
     Raises:
-        ValueError: if an argument has another shape, dtype or device, or ``k`` or ``length`` is out of range.
+        ValueError: If an argument has another shape, dtype or device, or ``k`` or ``length`` is out of range.
             The values of a ``k`` tensor are checked on the CPU only; elsewhere counts beyond ``min(N,
             length)`` select the best ``min(N, length)``.
     """

@@ -21,7 +21,7 @@ from ..launch import launch, next_power_of_2
 RESIDENT_LIMIT = 16384
 WRITE_BLOCK = 1024
 # By tile size, chosen so that no target's compiler spills registers; speed was not measured.
-WARPS = {128: 4, 256: 4, 512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 8, 16384: 16}
+WARPS = {128: 4, 256: 4, 512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 16, 16384: 16}
 # Of a thread: all that 16 warps can have. Told so, NVIDIA's compiler uses them; left alone it spills a few values to fit
 # one more program, though there is but one for each sample.
 MAX_REGISTERS = 128

@@ -13,7 +13,7 @@ from . import reference
 
 @operator("topk_indices")
 def topk_indices_op(scores: Tensor, k: int, counts: Tensor | None, length: int) -> Tensor:
-    """Run the operator; see :func:`gap_kernels.topk_indices` and ``reference.py``."""
+    """Run the operator; see `gap_kernels.topk_indices` and ``reference.py``."""
     if counts is not None and counts.is_cpu:
         check_range("k", counts, 0, scores.shape[1])
         if counts.numel() and int(counts.max()) > length:

@@ -11,13 +11,13 @@ def topk_indices(scores: Tensor, k: int, counts: Tensor | None, length: int) -> 
     """Select the best ``counts[b]`` (or ``k``) scores of each sample.
 
     Args:
-        scores: float32 [B, N].
-        k: how many to select in every sample; unused where ``counts`` is given.
-        counts: int64 [B] or None.
-        length: columns of the result, at least the largest count.
+        scores: [B, N] float32.
+        k: How many to select in every sample; unused where ``counts`` is given.
+        counts: [B] int64 or None.
+        length: Columns of the result, at least the largest count.
 
     Returns:
-        int64 [B, length], ascending in each row, filled with -1 on the left.
+        [B, length] int64, ascending in each row, filled with -1 on the left.
     """
     return first_ascending(best_first(scores), k, counts, length)
 

@@ -1,0 +1,189 @@
+"""Beginning a run of the decoder: reading its rows, and deciding what every stage drops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..arguments import cache_of
+from ..calls import is_assistant
+from ..config import BEFORE_THE_DECODER, needs_grid
+from ..introspect import layer_type
+from ..kv_cache.kept_tokens import (
+    KeptTokens,
+    length_in_step,
+    mark_unfinished,
+    original_length,
+    refuse_continuation,
+)
+from ..later_layers.deepstack import take_out
+from ..later_layers.outputs import refuse_router_logits
+from ..prefill.answers import answer_rows, drafts_of, follows_prompt, refuse_lost_labels
+from ..prefill.grid_positions import grid_positions_of
+from ..prefill.plan import decide
+from ..prefill.position_ids import ID_RULES
+from ..prefill.prompt import looks_ahead, position_ids_of, read_prompt, real_positions
+from ..prefill.raters import find_raters
+from ..state import DecoderRun, Drop, ForwardState, HeadArguments, Prefill, Prompt, Rows
+from ..vision.select import select_before_decoder
+from .supported_models import check_layers
+from .unpruned import warn_no_placeholder
+
+Kwargs = dict[str, Any]
+
+
+def run_of_step(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens, kwargs: Kwargs
+) -> DecoderRun:
+    """Return the run of a decode step, of one row, on a cache that lacks tokens.
+
+    Args:
+        state: The running forward.
+        text: The decoder.
+        inputs: [B, 1] or [B, 1, C], the row.
+        kept: What its layers hold.
+        kwargs: Keyword arguments of the decoder.
+    """
+    past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    _count_without_pruning(run, kept, kwargs, inputs.device)
+    return run
+
+
+def run_of_prompt(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens | None, kwargs: Kwargs
+) -> tuple[DecoderRun | None, Kwargs]:
+    """Return the run of several rows: a prompt, another turn, or drafts. What every stage drops is decided here.
+
+    Args:
+        state: The running forward.
+        text: The decoder.
+        inputs: [B, Q] or [B, Q, C], the rows.
+        kept: What its layers hold; None where nothing has been dropped.
+        kwargs: Keyword arguments of the decoder.
+
+    Returns:
+        The run, None where nothing is or was dropped; and the keyword arguments, with merged tokens put in.
+
+    Raises:
+        ValueError: The rows can't be pruned as configured, or can't follow what the cache holds.
+    """
+    past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
+    visual = state.owner.visual
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    verifies = past > 0 and follows_prompt(state.head, visual, inputs)
+    has_image = False
+    if visual is not None and not verifies:
+        prompt, drafts = _read(state.head, run.rows, visual)
+        has_image = any(prompt.visual_counts)
+        if has_image:
+            kwargs = _plan(state, run, prompt, drafts, past, kwargs)
+        elif state.owner.by_embedding:
+            warn_no_placeholder(state.attachment.owner)
+    if kept is not None:
+        _count_without_pruning(run, kept, kwargs, inputs.device)
+    if run.prefill is not None:
+        ID_RULES[state.config.ids].refuse(text)
+        refuse_router_logits(run, kwargs)
+        kwargs = take_out(run, kwargs)
+    if kept is not None and not verifies:
+        _refuse_another_turn(run, kept, has_image, kwargs)
+    return (None if run.prefill is None and kept is None else run), kwargs
+
+
+def begin_to_fill(run: DecoderRun, cache: Any | None) -> None:
+    """Record in the cache that the rows of ``run`` follow what it holds; mark it where several rows may fail half-way."""
+    if run.kept_before is not None:
+        run.kept_before.complete = True
+    if cache is not None and run.rows.queries > 1:
+        run.cache = cache
+        mark_unfinished(cache)
+
+
+def _rows_of(
+    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
+) -> Rows:
+    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
+    # Padding is read from the caller's mask: by now some models have made another one from it.
+    mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
+    has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
+    return Rows(batch, queries, past, real, has_4d_mask)
+
+
+def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:
+    """Keep the ids without pruning in ``run``, where its rows follow renumbered ones."""
+    if kept.renumbered:
+        rows = run.rows
+        run.position_ids = position_ids_of(kwargs.get("position_ids"), rows.past, rows.queries, device)
+
+
+def _refuse_another_turn(run: DecoderRun, kept: KeptTokens, has_image: bool, kwargs: Kwargs) -> None:
+    """Raise ValueError if several more rows of a prompt can't follow what was ``kept``."""
+    if is_assistant():
+        # An assistant's prompt was complete. If all its drafts were wrong they are cropped, and it goes on with several
+        # tokens: its own last one and what the other model wrote.
+        kept.complete = True
+    rows = run.rows
+    refuse_continuation(kept, None if run.prefill is None else run.config, rows.queries, has_image)
+    if not rows.has_4d_mask and looks_ahead(kwargs.get("attention_mask"), _real_rows(rows)):
+        raise ValueError(
+            "attention_mask: this model lets prompt tokens see later ones, which a pruned cache can't take in another "
+            "turn: start a new cache with the whole conversation"
+        )
+
+
+def _real_rows(rows: Rows) -> torch.Tensor | None:
+    """[B, Q] bool, False where one of the rows is padding; None = no padding."""
+    return None if rows.real is None else rows.real[:, -rows.queries :]
+
+
+def _read(head: HeadArguments, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
+    """The prompt among ``rows``, whose visual tokens are ``visual`` [B, Q] bool, and how many last rows are drafts."""
+    drafts = drafts_of(head, visual)
+    return read_prompt(visual, _real_rows(rows), answer_rows(head, drafts, visual)), drafts
+
+
+def _plan(
+    state: ForwardState, run: DecoderRun, prompt: Prompt, drafts: int, past: int, kwargs: Kwargs
+) -> Kwargs:
+    """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
+    stages = state.config.stages
+    selection = None
+    if stages[0].layer == BEFORE_THE_DECODER:
+        selection, kwargs = select_before_decoder(state, prompt, stages[0], kwargs)
+    drops = decide(prompt, stages, selection)
+    if not drops:
+        return kwargs
+    check_layers(state.config, len(run.attachment.text.layers))
+    refuse_lost_labels(state.head, prompt, drops[-1].keep)
+    ids = position_ids_of(kwargs.get("position_ids"), past, run.rows.queries, prompt.visual.device)
+    drops = _with_what_ranks(state, prompt, drops, kwargs)
+    run.prefill = Prefill(prompt, drops, drafts, past, ids)
+    return kwargs
+
+
+def _with_what_ranks(
+    state: ForwardState, prompt: Prompt, drops: tuple[Drop, ...], kwargs: Kwargs
+) -> tuple[Drop, ...]:
+    """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
+    in_decoder = [drop.stage for drop in drops if drop.selection is None]
+    text_rows = {"text": prompt.text_after}
+    if any(stage.score == "raters" for stage in in_decoder):
+        text_rows["raters"] = find_raters(prompt, kwargs)
+    positions = None
+    if any(map(needs_grid, in_decoder)):
+        positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)
+    return tuple(
+        drop
+        if drop.selection is not None
+        else replace(
+            drop,
+            text_rows=text_rows.get(drop.stage.score),
+            grid_positions=positions if needs_grid(drop.stage) else None,
+        )
+        for drop in drops
+    )

@@ -1,0 +1,73 @@
+"""What a configuration needs of the vision encoder, and the hooks that record it."""
+
+from __future__ import annotations
+
+import functools
+
+from ..attachment import Attachment
+from ..calls import current_config
+from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
+from ..state import ForwardState
+from ..vision_tower import Need, Needs, Tower, TowerRecorder, check_needs, find_tower, install, record_sizes
+
+MERGE_NEEDS: dict[str, Needs] = {
+    "none": frozenset(),
+    "aggregation": frozenset({"similarity", "features"}),
+    "contextual": frozenset({"keys", "features"}),
+    "nearest": frozenset({"keys", "features"}),
+    "average": frozenset(),  # of tokens as the decoder gets them
+}
+TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
+
+
+def needs_of(config: GapConfig) -> Needs:
+    """Return what must be recorded of the vision encoder for ``config``; empty where that is nothing."""
+    stage: Stage = config.stages[0]
+    if stage.layer != BEFORE_THE_DECODER:
+        return frozenset()
+    return frozenset(need for need in TOWER_SCORES if need == stage.score) | MERGE_NEEDS[stage.merge]
+
+
+def hook_tower(attachment: Attachment, config: GapConfig) -> None:
+    """Install hooks on the vision encoder, if ``config`` needs any: once, and anew where it was replaced.
+
+    Raises:
+        ValueError: There is no vision encoder that could give it; the message has what can be done instead.
+    """
+    if attachment.tower is not None and not attachment.tower.is_current():
+        for handle in reversed(attachment.tower_handles):
+            handle.remove()
+        attachment.tower, attachment.tower_handles, attachment.records_sizes = None, [], False
+    if any(needs_grid(stage) for stage in config.stages) and not attachment.records_sizes:
+        attachment.records_sizes = True
+        attachment.tower_handles += record_sizes(attachment.owner)
+    attachment.projector_is_last = None  # the model may have been changed since
+    if not needs_of(config):
+        return
+    tower = attachment.tower or find_tower(attachment.owner)
+    check_needs(tower, _needs_from(tower, config))
+    if attachment.tower is None:
+        attachment.tower = tower
+        attachment.tower_handles += install(tower, functools.partial(_current_needs, attachment))
+
+
+def _current_needs(attachment: Attachment) -> Needs:
+    config = current_config(attachment)
+    if attachment.tower is None or config is None or attachment.owner.training:
+        return frozenset()  # nothing is pruned then
+    return _needs_from(attachment.tower, config)
+
+
+def start_recorder(state: ForwardState) -> None:
+    """Record the vision encoder until the recorder's `stop`, if the configuration needs something of it."""
+    tower = state.attachment.tower
+    needs = frozenset() if tower is None else _needs_from(tower, state.config)
+    if tower is not None and needs:
+        state.recorder = TowerRecorder(tower, needs)
+        state.recorder.start(state.owner.kwargs)
+
+
+def _needs_from(tower: Tower, config: GapConfig) -> Needs:
+    """`needs_of`, without the input of the projector where there is none: then tokens merge as the decoder gets them."""
+    needs = needs_of(config)
+    return needs if tower.projector is not None else needs - {"features"}
