@@ -42,6 +42,21 @@ class Largest(TorchDispatchMode):
         return made
 
 
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of what one function of PyTorch returns."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if str(func) == self.name:
+            self.found.append(tuple(made.shape))
+        return made
+
+
 @pytest.fixture
 def largest(monkeypatch: pytest.MonkeyPatch) -> Largest:
     """To be entered around what is to be measured; it sees into operators, which are one call to PyTorch otherwise."""
@@ -172,6 +187,49 @@ def test_memory_doubles_with_twice_the_tokens(
     assert found[1] <= max(LIMIT, 2.1 * found[0])
 
 
+@pytest.mark.parametrize("limit", [1, 40, 1 << 12])
+@pytest.mark.parametrize("sizes", [(7,), (5, 3), (2, 1, 9), (3, 0), (0, 4)])
+def test_nested_blocks_cover_every_item_once(
+    sizes: tuple[int, ...], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", limit * blocks.CACHED_SHARE)
+    count = torch.zeros(sizes)
+    for block in blocks.nested_blocks(sizes, 6):
+        count[block] += 1
+        assert count[block].numel() * 6 <= max(limit, 6)
+    assert torch.equal(count, torch.ones(sizes))
+
+
+def test_the_rows_of_a_sample_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of one row of each of many samples would read all keys of all of them for little work."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16 * 16 * 4 * blocks.CACHED_SHARE)
+    found = list(blocks.nested_blocks((64, 2, 16), 2 * 16))
+    assert found == [(slice(i, i + 1), slice(0, 2), slice(0, 16)) for i in range(64)]
+    query, key = parts(64, (4, 2), 16)
+    shapes = Shapes("aten.bmm.default")
+    inside = importlib.import_module("gap_kernels.received.reference")
+    with shapes:
+        inside.attention_received(query, key, None, None, False, None, None)
+    assert shapes.found == [(2, 32, 16)] * 64
+
+
+def test_packed_sequences_are_scored_by_themselves() -> None:
+    query, key = parts(1, (2, 2), 512)
+    bounds = torch.arange(0, 513, 64, dtype=torch.int32)
+    shapes = Shapes("aten.bmm.default")
+    inside = importlib.import_module("gap_kernels.received.reference")
+    with shapes:
+        found = inside.attention_received(query, key, None, bounds, False, None, None)
+    assert shapes.found == [(2, 64, 64)] * 8
+    shapes.found.clear()
+    # As where to read the bounds would wait for a GPU.
+    with pytest.MonkeyPatch.context() as patch, shapes:
+        patch.setattr(inside, "_separate_spans", lambda tokens, bounds: [(0, tokens)])
+        whole = inside.attention_received(query, key, None, bounds, False, None, None)
+    assert shapes.found == [(2, 512, 512)]
+    torch.testing.assert_close(found, whole)
+
+
 @pytest.mark.parametrize("name", list(WORK))
 def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
@@ -190,3 +248,11 @@ def test_text_of_thousands_of_tokens(largest: Largest) -> None:
     assert 8064 * 100 <= largest.elements <= blocks.BLOCK_ELEMENTS
     attended = attention(query, key, key, importance_rows=text, importance_columns=visual)
     torch.testing.assert_close(scores, attended.importance)
+
+
+@pytest.mark.parametrize("name", ["nearest", "contextual", "spatial_aggregate", "attention_received"])
+def test_grids_of_thousands_of_patches(name: str, largest: Largest) -> None:
+    """At the size of the blocks that is shipped: the matrix of all has two to thirty-six times as many elements."""
+    with largest:
+        WORK[name](6144)
+    assert largest.elements <= blocks.BLOCK_ELEMENTS

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import gap_kernels
 import pytest
 import torch
+import triton
+import triton.language as tl
+from gap_kernels import blocks, tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
@@ -138,6 +141,57 @@ def test_region_beyond_what_can_be_selected() -> None:
     index = region.topk_per_region(scores, neighbours, 1, 0, counts, 4)
     every = [-1, 0, 1, 2]
     assert index.tolist() == [every, [-1] * 4, every, every, [-1] * 4]
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (7, 9), (1, 5), (33, 40)])
+def test_region_with_as_many_candidates_as_needed(grid: tuple[int, int], generator: torch.Generator) -> None:
+    n = grid[0] * grid[1]
+    scores = special_scores(3, n, generator)
+    neighbours = grid_neighbours(grid, device=DEVICE)[None]
+    regions = -(-grid[0] // 2) * -(-grid[1] // 2)
+    counts = [n // 5, n // 2, n]
+    index = region.topk_per_region(scores, neighbours, 0, 0, torch.tensor(counts, device=DEVICE), n)
+    for b, count in enumerate(counts):
+        given = (scores[b : b + 1], neighbours, max(1, -(-count // regions)), count, None, n)
+        assert torch.equal(index[b : b + 1], region_reference.topk_per_region(*given))
+
+
+@triton.jit(do_not_specialize=["num_keys", "n", "per_region", "budget"])
+def rows_by_region_kernel(
+    scores, neighbours, positions, keys, index, num_keys, n, per_region, budget, R: tl.constexpr
+):
+    """Select rows of a prompt, of which entries are some, as a launch that also scores them would."""
+    left = region.write_region_keys(
+        scores, neighbours, positions, keys, per_region, budget, n, num_keys, R, 128, ".cg"
+    )
+    threshold, ties, _, total = select.select_threshold(keys, num_keys, left, 1024, True, False)
+    select.write_selected(index, keys, num_keys, num_keys, threshold, ties, total, 128, False, False)
+
+
+@pytest.mark.parametrize("per_region", [0, 1, 3])
+def test_region_of_rows_among_others(per_region: int, generator: torch.Generator) -> None:
+    """Keys at the places of visual rows in a prompt whose text is selected always, and whose padding never is."""
+    grid, num_rows = (12, 15), 300
+    n = grid[0] * grid[1]
+    scores = special_scores(1, n + 9, generator)
+    rows = torch.randperm(num_rows, generator=generator)[:n].sort().values
+    positions = torch.cat([rows, torch.full((9,), -1)]).to(DEVICE)  # filler at the end
+    neighbours = grid_neighbours(grid, device=DEVICE)
+    neighbours = torch.cat([neighbours, neighbours.new_full((9, 3), -1)])
+    text = torch.ones(num_rows, dtype=torch.bool).scatter(0, rows, False)
+    padding = text & (torch.rand(num_rows, generator=generator) < 0.3)
+    for keep in (0, 17, 45, 100, n):
+        keys = torch.where(padding, -(2**31), 2**31 - 1).int().to(DEVICE)
+        index = torch.full((num_rows,), -7, device=DEVICE)
+        rows_by_region_kernel[(1,)](
+            scores, neighbours, positions, keys, index, num_rows, n + 9, per_region, keep, R=3
+        )
+        wanted = per_region or max(1, -(-keep // 48))
+        chosen = region_reference.topk_per_region(
+            scores[:, :n], neighbours[None, :n], wanted, keep, None, keep
+        )[0]
+        expected = torch.cat([(text & ~padding).nonzero()[:, 0], rows[chosen.cpu()]]).sort().values
+        assert index.tolist() == [-1] * (num_rows - len(expected)) + expected.tolist()
 
 
 def importance_case(
@@ -745,3 +799,43 @@ def test_aggregate_with_nan_across_tiles(dtype: torch.dtype, generator: torch.Ge
     torch.testing.assert_close(
         collected, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype], equal_nan=True
     )
+
+
+def test_aggregate_in_blocks_of_anchors(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a few anchors at a time, as where all of them would take too much memory."""
+    features = torch.randn(2, 70, 24, generator=generator).to(DEVICE)
+    anchors = torch.stack([torch.randperm(70, generator=generator)[:37] for _ in range(2)]).to(DEVICE)
+    anchors[0, 5] = -1
+    pillars = anchors % 3 == 0
+    given = (features, features, anchors, 10, 4.0, pillars, 0.5)
+    whole = aggregate.spatial_aggregate(*given)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2 * 80 * 18)
+    launched = launches(monkeypatch)
+    assert torch.equal(aggregate.spatial_aggregate(*given), whole)
+    assert [name for name, _ in launched] == ["spatial_weights_kernel", "spatial_aggregate_kernel"] * 3
+
+
+def test_each_cosine_is_computed_once(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many channels are collected by it, and so tiles of them."""
+    similarity = torch.randn(1, 64, 16, generator=generator).to(DEVICE)
+    anchors = torch.arange(20, device=DEVICE)[None]
+    launched = launches(monkeypatch)
+    for channels in (16, 512):
+        features = torch.randn(1, 64, channels, generator=generator).to(DEVICE)
+        aggregate.spatial_aggregate(features, similarity, anchors, 8, 4.0, None, 1.0)
+    grids = [grid for name, grid in launched if name == "spatial_weights_kernel"]
+    chosen = tiles.spatial_weights(torch.float32)
+    assert grids == [(-(-20 // chosen.rows) * (64 // chosen.columns),)] * 2
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Return what will hold the name and grid of every launch of aggregation."""
+    launched: list[tuple[str, tuple[int, ...]]] = []
+    launch = aggregate.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
+        launched.append((kernel.__name__, grid))
+        launch(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(aggregate, "launch", noted)
+    return launched

@@ -26,8 +26,8 @@ def spatial_aggregate(
         ``relu(cos(e_i, e_j)) * (1 - min(1, d(i, j) / radius))``
 
     with ``e`` the rows of ``similarity_features`` and ``d`` the Euclidean distance in patches. The weights of an anchor
-    are divided by their sum (plus 1e-8), and its own is then replaced by ``self_weight``. The kernel computes weights
-    where it needs them: no M x N matrix is stored.
+    are divided by their sum (plus 1e-8), and its own is then replaced by ``self_weight``. Each cosine is computed once,
+    and the weights of a block of anchors are stored meanwhile: at most 4 million, or those of one anchor of each sample.
 
     Args:
         features: [B, N, C] float32, float16, bfloat16 or float64: what is collected, one row per patch; any strides.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import row_blocks
+from ..blocks import nested_blocks
 
 NORM_EPSILON = 1e-12
 """The least norm that a similarity vector is divided by."""
@@ -41,22 +41,30 @@ def spatial_aggregate(
     dtype = torch.float64 if exact else torch.float32
     values = features.to(dtype)
     unit = F.normalize(similarity_features.to(dtype), dim=-1, eps=NORM_EPSILON)
-    patch = torch.arange(features.shape[1], device=features.device)
+    batch, num_patches, _ = features.shape
+    down = torch.arange(num_patches // width, device=features.device)
+    right = torch.arange(width, device=features.device)
     output = features.new_empty((*anchors.shape, features.shape[2]))
-    for block in row_blocks(anchors.shape[1], unit.shape[0] * unit.shape[1]):
-        anchor = anchors[:, block].clamp(min=0)[:, :, None]  # [B, m, 1]
-        cosine = _rows(unit, anchor) @ unit.transpose(-1, -2)  # [B, m, N]
-        down, right = patch // width - anchor // width, patch % width - anchor % width
-        distance = (down.square() + right.square()).to(dtype).sqrt()
-        # `where`, not a product: the similarity of what is too far away may be NaN.
-        weight = torch.where(distance < radius, cosine.relu() * (1 - distance / radius), 0.0)
-        weight = weight / (weight.sum(-1, keepdim=True) + SUM_EPSILON)
+    for samples, block in nested_blocks((batch, anchors.shape[1]), num_patches):
+        anchor = anchors[samples, block].clamp(min=0)[:, :, None]  # [b, m, 1]
+        cosine = _rows(unit[samples], anchor) @ unit[samples].transpose(-1, -2)  # [b, m, N]
+        # Squares of whole rows and columns of the grid, so that only their sums are as many as weights.
+        down_squared = (down - anchor // width).square()[..., None]  # [b, m, H, 1]
+        right_squared = (right - anchor % width).square()[:, :, None]  # [b, m, 1, W]
+        distance = (down_squared + right_squared).flatten(2).to(dtype).sqrt_()
+        # Filled, not multiplied by 0: the similarity of what is too far away may be NaN.
+        far = distance >= radius
+        weight = cosine.relu_().mul_(distance.div_(-radius).add_(1)).masked_fill_(far, 0.0)
+        weight /= weight.sum(-1, keepdim=True) + SUM_EPSILON
         if self_weight is not None:
-            weight = torch.where(patch == anchor, self_weight, weight)
-        collected = weight @ values
+            weight.scatter_(2, anchor, self_weight)
+        collected = weight @ values[samples]
         if pillars is not None:
-            collected = torch.where(pillars[:, block, None], _rows(values, anchor), collected)
-        output[:, block] = torch.where(anchors[:, block, None] >= 0, collected, 0.0).to(features.dtype)
+            own = _rows(values[samples], anchor)
+            collected = torch.where(pillars[samples, block, None], own, collected)
+        output[samples, block] = collected.masked_fill_(anchors[samples, block, None] < 0, 0.0).to(
+            features.dtype
+        )
     return output
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..backends import triton_is_interpreted
 from ..importance import kernel as importance_kernel
 from ..importance.kernel import allowed_columns
@@ -223,20 +224,27 @@ def attention(
     if batch:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         mask = None if attention_mask is None else attention_mask.view(torch.uint8)
-        tiles = tile_options(head_dim, query.dtype)
-        exact = query.dtype == torch.float32
+        block_d = max(16, next_power_of_2(head_dim))
+        chosen = tiles.attention(head_dim, query.dtype, query.device)
         launch(
             attention_kernel,
-            (batch * query_heads * cdiv(num_query, tiles["BLOCK_M"]),),
+            (batch * query_heads * cdiv(num_query, chosen.rows),),
             (query, key, value, mask, output, lse),
             (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
             (*((0, 0) if mask is None else mask.stride()), num_query, num_keys),
             ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
-            {"HEADS": query_heads, "GROUP": query_heads // key_heads, "CAUSAL": causal, "D": head_dim}
-            | tiles
-            | {"UPCAST": triton_is_interpreted()},
-            num_warps=4 if exact else 8,
-            num_stages=1 if exact else 2,
+            {
+                "HEADS": query_heads,
+                "GROUP": query_heads // key_heads,
+                "CAUSAL": causal,
+                "D": head_dim,
+                "BLOCK_M": chosen.rows,
+                "BLOCK_N": chosen.columns,
+                "BLOCK_K": min(block_d, chosen.part),
+                "BLOCK_D": block_d,
+                "UPCAST": triton_is_interpreted(),
+            },
+            **chosen.options(),
         )
     if importance_columns is None:
         return output, lse, lse.new_empty((batch, 0))
@@ -245,18 +253,3 @@ def attention(
         query, key, importance_columns, importance_rows, attention_mask, row_lse, scale, causal
     )
     return output, lse, importance
-
-
-def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes: what fits the registers and shared memory, chosen without a timing."""
-    block_d = max(16, next_power_of_2(head_dim))
-    if dtype == torch.float32:
-        # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        tiles = {"BLOCK_M": 32 if block_d <= 64 else 16, "BLOCK_N": 16, "BLOCK_K": 16}
-    elif block_d <= 64:
-        tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": block_d}
-    elif block_d == 128:
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_d}
-    else:
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_d}
-    return tiles | {"BLOCK_D": block_d}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import row_blocks
+from ..blocks import nested_blocks
 from ..importance.reference import visual_importance
 
 
@@ -38,28 +38,37 @@ def attention(
     batch, query_heads, num_query, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.unflatten(1, (key_heads, query_heads // key_heads))  # [B, Hkv, G, Q, D]
-    key_columns = key.to(dtype).transpose(-1, -2)[:, :, None]  # [B, Hkv, 1, D, S]
+    group = query_heads // key_heads
+    grouped = query.unflatten(1, (key_heads, group))  # [B, Hkv, G, Q, D]
+    key_columns = key.to(dtype).transpose(-1, -2)  # [B, Hkv, D, S]
     values = value.to(dtype)
     if attention_mask is not None:
         # A weight of 0 doesn't hide a NaN, and what the mask hides may be anything.
         values = values.masked_fill(~attention_mask[:, None, :, None], 0.0)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+    output_of, lse_of = output.unflatten(1, (key_heads, group)), lse.unflatten(1, (key_heads, group))
     column = torch.arange(num_keys, device=query.device)
-    for block in row_blocks(num_query, batch * query_heads * num_keys):
-        scaled = grouped[:, :, :, block].to(dtype) * (head_dim**-0.5 if scale is None else scale)
-        logits = scaled @ key_columns  # [B, Hkv, G, rows, S]
-        # A row's own column, counted from the end of the keys, is the last that it sees.
-        last = column[num_keys - num_query :][block] if causal else column[-1:]
-        visible = column <= last[:, None]  # [rows or 1, S]
+    offset = (
+        num_keys - num_query
+    )  # a row's own column, counted from the end of the keys, is the last that it sees
+    for samples, heads, rows in nested_blocks((batch, key_heads, num_query), group * num_keys):
+        seen = slice(0, offset + rows.stop if causal else num_keys)
+        scaled = grouped[samples, heads, :, rows].to(dtype) * (head_dim**-0.5 if scale is None else scale)
+        # The rows of a group as those of one matrix, or keys and values would be copied for each of its heads.
+        logits = scaled.flatten(2, 3) @ key_columns[samples, heads, :, seen]
+        logits = logits.unflatten(2, scaled.shape[2:4])  # [b, hkv, G, rows, columns]
+        hidden = (
+            column[seen] > (column[offset:][rows] if causal else column[-1:])[:, None]
+        )  # [rows or 1, columns]
         if attention_mask is not None:
-            visible = visible & attention_mask[:, None, None, None]
-        row_lse = logits.masked_fill(~visible, float("-inf")).logsumexp(-1)
-        # `where`, not a product: a row that sees nothing has an lse of -inf.
-        probability = torch.where(visible, (logits - row_lse[..., None]).exp(), 0.0)
-        output[:, :, block] = (probability @ values[:, :, None]).flatten(1, 2).to(query.dtype)
-        lse[:, :, block] = row_lse.flatten(1, 2)
+            hidden = hidden | ~attention_mask[samples, None, None, None, seen]
+        row_lse = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1)
+        # Filled, not left to the logits: a row that sees nothing has an lse of -inf.
+        probability = logits.sub_(row_lse[..., None]).exp_().masked_fill_(hidden, 0.0)
+        collected = probability.flatten(2, 3) @ values[samples, heads, seen]
+        output_of[samples, heads, :, rows] = collected.unflatten(2, scaled.shape[2:4]).to(query.dtype)
+        lse_of[samples, heads, :, rows] = row_lse
     if importance_columns is None:
         return output, lse, lse.new_empty((batch, 0))
     row_lse = lse_at(lse, importance_rows)

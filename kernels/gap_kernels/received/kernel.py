@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..backends import triton_is_interpreted
 from ..flash_attention.kernel import load_vectors, scores_of
 from ..importance.kernel import allowed_columns, over_heads
@@ -236,13 +237,17 @@ def attention_received(
     strides = (*query.stride()[:3], *key.stride()[:3])
     sizes = (*((0, 0) if mask is None else mask.stride()), num_tokens)
     scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    tiles = tile_options(head_dim, query.dtype)
-    constants = {"GROUP": heads // key_heads, "CAUSAL": causal, "D": head_dim, **tiles}
-    constants["UPCAST"] = triton_is_interpreted()
-    options = {"num_warps": 2, "num_stages": 1}
-    if query.dtype != torch.float32:
-        # Two programs fit a multiprocessor. Told so, NVIDIA's compiler uses the registers; left alone it spills to fit more.
-        options = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    chosen = tiles.received(head_dim, query.dtype, query.device)
+    constants = {
+        "GROUP": heads // key_heads,
+        "CAUSAL": causal,
+        "D": head_dim,
+        "BLOCK_LEFT": chosen.rows,
+        "BLOCK_RIGHT": chosen.columns,
+        "BLOCK_K": min(max(16, next_power_of_2(head_dim)), chosen.part),
+        "UPCAST": triton_is_interpreted(),
+    }
+    options = chosen.options()
 
     mass = torch.empty((batch, key_heads, num_tokens), dtype=torch.float32, device=query.device)
     lse_factor = math.log2(math.e)
@@ -251,7 +256,7 @@ def attention_received(
         lse = torch.empty((batch, heads, num_tokens), dtype=torch.float32, device=query.device)
         launch(
             token_lse_kernel,
-            (batch * heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+            (batch * heads * cdiv(num_tokens, chosen.rows),),
             (query, key, mask, begin, end, lse),
             strides,
             sizes,
@@ -263,7 +268,7 @@ def attention_received(
         lse = lse.float().contiguous()
     launch(
         received_mass_kernel,
-        (batch * key_heads * cdiv(num_tokens, tiles["BLOCK_LEFT"]),),
+        (batch * key_heads * cdiv(num_tokens, chosen.rows),),
         (query, key, mask, begin, end, lse, mass),
         strides,
         sizes,
@@ -281,14 +286,3 @@ def attention_received(
         {"KEY_HEADS": key_heads, "HEADS": heads, "BLOCK": MEAN_BLOCK},
     )
     return received
-
-
-def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes: what fits the registers and shared memory, chosen without a timing.
-
-    BLOCK_LEFT is the tile that stays, rows or keys, and BLOCK_RIGHT the one that goes by.
-    """
-    if dtype == torch.float32:
-        # Not for tensor cores: operands stay in registers, which hold a part of each vector only.
-        return {"BLOCK_LEFT": 16, "BLOCK_RIGHT": 16, "BLOCK_K": 16}
-    return {"BLOCK_LEFT": 64, "BLOCK_RIGHT": 32, "BLOCK_K": max(16, next_power_of_2(head_dim))}

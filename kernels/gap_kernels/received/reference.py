@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from ..blocks import row_blocks
+from ..blocks import nested_blocks
 
 
 def attention_received(
@@ -33,29 +36,69 @@ def attention_received(
     """
     batch, heads, num_tokens, head_dim = query.shape
     key_heads = key.shape[1]
+    groups = (key_heads, heads // key_heads)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.unflatten(1, (key_heads, heads // key_heads))  # [B, Hkv, G, S, D]
-    key_columns = key.to(dtype).transpose(-1, -2)[:, :, None]  # [B, Hkv, 1, D, S]
-    column = torch.arange(num_tokens, device=query.device)
+    factor = head_dim**-0.5 if scale is None else scale
+    grouped = query.unflatten(1, groups)  # [B, Hkv, G, S, D]
+    key_columns = key.to(dtype).transpose(-1, -2)  # [B, Hkv, D, S]
+    row_lse = None if lse is None else lse.to(dtype).unflatten(1, groups)[..., None]
     begin, end = spans(num_tokens, cu_seqlens, query.device)
+    bounds = None if cu_seqlens is None else (begin, end)
     mass = torch.zeros((batch, num_tokens), dtype=dtype, device=query.device)
-    for block in row_blocks(num_tokens, batch * heads * num_tokens):
-        scaled = grouped[:, :, :, block].to(dtype) * (head_dim**-0.5 if scale is None else scale)
-        logits = scaled @ key_columns  # [B, Hkv, G, rows, S]
-        visible = (column >= begin[block, None]) & (column < end[block, None])  # [rows, S]
-        if causal:
-            visible = visible & (column <= column[block, None])
-        if attention_mask is not None:
-            real = attention_mask[:, None, None]
-            visible = visible & real[..., None, :] & real[..., block, None]
-        if lse is None:
-            row_lse = logits.masked_fill(~visible, float("-inf")).logsumexp(-1)
-        else:
-            row_lse = lse[:, :, block].to(dtype).unflatten(1, (key_heads, heads // key_heads))
-        # `where`, not a product: the log-sum-exp of padding is -inf, or arbitrary if given.
-        probability = torch.where(visible, (logits - row_lse[..., None]).exp(), 0.0)
-        mass += probability.sum((1, 2, 3))
+    for first, after in _separate_spans(num_tokens, cu_seqlens):
+        length = after - first
+        for samples, some_heads, block in nested_blocks((batch, key_heads, length), groups[1] * length):
+            rows = slice(first + block.start, first + block.stop)
+            columns = slice(first, rows.stop if causal else after)
+            scaled = grouped[samples, some_heads, :, rows].to(dtype) * factor  # [b, hkv, G, rows, D]
+            # The rows of a group are those of one matrix, or the keys would be copied for each of its heads.
+            logits = scaled.flatten(2, 3) @ key_columns[samples, some_heads, :, columns]
+            logits = logits.unflatten(2, scaled.shape[2:4])  # [b, hkv, G, rows, columns]
+            real = None if attention_mask is None else attention_mask[samples]
+            hidden = _hidden(rows, columns, bounds, causal, real, query.device)
+            if hidden is not None:
+                logits.masked_fill_(hidden, float("-inf"))
+            if row_lse is None:
+                probability = logits.softmax(-1)
+            else:
+                probability = logits.sub_(row_lse[samples, some_heads, :, rows]).exp_()
+            if hidden is not None:
+                # A row of padding sees nothing, which makes a softmax NaN; its log-sum-exp may be anything if given.
+                probability.masked_fill_(hidden, 0.0)
+            mass[samples, columns] += probability.sum((1, 2, 3))
     return mass / (heads * rows_of_sequence(attention_mask, begin, end).clamp(min=1))
+
+
+def _separate_spans(num_tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """Return spans of tokens that see nothing beyond their own: each sequence, where to read them waits for no GPU."""
+    if cu_seqlens is None or not cu_seqlens.is_cpu:
+        return [(0, num_tokens)]
+    return list(pairwise(cu_seqlens.tolist()))
+
+
+def _hidden(
+    rows: slice,
+    columns: slice,
+    bounds: tuple[Tensor, Tensor] | None,
+    causal: bool,
+    real: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Return what rows don't see of columns, [b or 1, 1, 1, rows, columns]; None: nothing.
+
+    ``bounds`` are those of packed sequences, from :func:`spans`; ``real`` bool [b, S] is False for padding.
+    """
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    column = torch.arange(columns.start, columns.stop, device=device)
+    hidden = []
+    if bounds is not None:
+        begin, end = bounds
+        hidden.append((column < begin[rows, None]) | (column >= end[rows, None]))
+    if causal:
+        hidden.append(column > row)
+    if real is not None:
+        hidden.append(~(real[:, rows, None] & real[:, None, columns])[:, None, None])
+    return functools.reduce(torch.bitwise_or, hidden) if hidden else None
 
 
 def spans(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

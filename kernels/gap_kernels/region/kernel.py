@@ -3,7 +3,8 @@
 
 A program ranks each entry among its neighbours and writes the keys of candidates to a workspace, then selects from it as
 ``select/kernel.py`` does, with its limit on the keys that stay in registers meanwhile. Only a sample with too few
-candidates has its keys written once more: candidates are then selected ALWAYS, and the others compete.
+candidates has its keys written once more: candidates are then selected ALWAYS, and the others compete. How many of each
+region are candidates is given, or follows from how many are selected, without the host having to know either.
 """
 
 from __future__ import annotations
@@ -27,15 +28,94 @@ from ..select.kernel import (
 
 
 @triton.jit
-def rank_in_region(scores, neighbours, entry, own, n, R: tl.constexpr):
+def rank_in_region(scores, neighbours, entry, own, n, R: tl.constexpr, CACHE: tl.constexpr):
     """Count the neighbours that beat each entry of a tile; ``own`` are its keys, neighbours is [N, R]."""
     rank = tl.zeros_like(entry)
     for place in tl.static_range(R):
         other = tl.load(neighbours + entry * R + place, mask=entry < n, other=-1)
         real = (other >= 0) & (other < n)
-        key = score_keys(tl.load(scores + other, mask=real, other=0.0))
+        key = score_keys(tl.load(scores + other, mask=real, other=0.0, cache_modifier=CACHE))
         rank += (real & ((key > own) | ((key == own) & (other < entry)))).to(tl.int32)
     return rank
+
+
+@triton.jit
+def entries_of_tile(positions, start, n, num_keys, BLOCK: tl.constexpr):
+    """Return the entries of a tile, where their keys stand, and which of them stand anywhere.
+
+    ``positions`` [N] int64, filler outside 0..num_keys-1; None: each at its own number.
+    """
+    entry = start + tl.arange(0, BLOCK)
+    place = entry
+    if positions is not None:
+        place = tl.load(positions + entry, mask=entry < n, other=-1)
+    return entry, place, (entry < n) & (place >= 0) & (place < num_keys)
+
+
+@triton.jit
+def count_regions(neighbours, positions, n, num_keys, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the regions that have an entry which is no filler; each is counted at its first one."""
+    regions = tl.full((), 0, tl.int32)
+    for start in range(0, n, BLOCK):
+        entry, _, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
+        first = real
+        for place in range(R):  # not unrolled, or all of them would be loaded at once, in as many registers
+            other = tl.load(neighbours + entry * R + place, mask=entry < n, other=-1)
+            first = first & ((other < 0) | (other > entry))
+        regions += tl.sum(first.to(tl.int32), 0)
+    return regions
+
+
+@triton.jit
+def write_region_keys(
+    scores,
+    neighbours,
+    positions,
+    keys,
+    per_region,
+    budget,
+    n,
+    num_keys,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Write the keys by which one sample is selected by region, and return what is left of the budget for them.
+
+    Entries that are no candidates are DROPPED. Where candidates are fewer than the budget, they are selected ALWAYS, and
+    the others compete for the rest of it.
+
+    Args:
+        scores: [N].
+        neighbours: [N, R].
+        positions: where keys stand, see ``entries_of_tile``; the keys of filler aren't written.
+        keys: [num_keys]; what stands at no entry's place is left as it is.
+        per_region: how many of a region are candidates; 0 = as many as the budget needs, where regions are of one size.
+        budget: how many are selected, int32.
+        CACHE: ".cg" where other programs of the same launch have written the scores, else "".
+    """
+    wanted = tl.minimum(per_region, R + 1).to(tl.int32)
+    if wanted <= 0:
+        regions = tl.maximum(count_regions(neighbours, positions, n, num_keys, R, BLOCK), 1)
+        wanted = tl.maximum((budget + regions - 1) // regions, 1)
+    candidates = tl.full((), 0, tl.int32)
+    for start in range(0, n, BLOCK):
+        entry, place, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
+        own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0, cache_modifier=CACHE))
+        rank = rank_in_region(scores, neighbours, entry, own, n, R, CACHE)
+        candidate = (rank < wanted) & real
+        tl.store(keys + place, tl.where(candidate, own, DROPPED), mask=real)
+        candidates += tl.sum(candidate.to(tl.int32), 0)
+    tl.debug_barrier()  # other threads of this program read these keys
+    if candidates < budget:
+        for start in range(0, n, BLOCK):
+            entry, place, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
+            others = tl.load(keys + place, mask=real, other=0) == DROPPED
+            own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0, cache_modifier=CACHE))
+            tl.store(keys + place, tl.where(others, own, ALWAYS), mask=real)
+        budget -= candidates
+        tl.debug_barrier()
+    return budget
 
 
 # What changes from image to image isn't specialised on, or every new value could mean a new compilation.
@@ -65,28 +145,11 @@ def topk_per_region_kernel(
     if counts is not None:
         k = tl.load(counts + sample)
     budget = tl.minimum(k, length).to(tl.int32)
-    scores += sample * scores_stride_b
-    neighbours += sample * neighbours_stride_b
     keys += sample * n
-
-    candidates = tl.full((), 0, tl.int32)
-    for start in range(0, n, BLOCK_WRITE):
-        entry = start + tl.arange(0, BLOCK_WRITE)
-        own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0))
-        rank = rank_in_region(scores, neighbours, entry, own, n, R)
-        candidate = (rank < per_region) & (entry < n)
-        tl.store(keys + entry, tl.where(candidate, own, DROPPED), mask=entry < n)
-        candidates += tl.sum(candidate.to(tl.int32), 0)
-    tl.debug_barrier()  # other threads of this program read these keys
-    if candidates < budget:
-        for start in range(0, n, BLOCK_WRITE):
-            entry = start + tl.arange(0, BLOCK_WRITE)
-            others = tl.load(keys + entry, mask=entry < n, other=0) == DROPPED
-            own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0))
-            tl.store(keys + entry, tl.where(others, own, ALWAYS), mask=entry < n)
-        budget -= candidates
-        tl.debug_barrier()
-
+    budget = write_region_keys(
+        scores + sample * scores_stride_b, neighbours + sample * neighbours_stride_b, None, keys,
+        per_region, budget, n, n, R, BLOCK_WRITE, "",
+    )  # fmt: skip
     threshold, ties, _, total = select_threshold(keys, n, budget, BLOCK, RESIDENT, False)
     write_selected(
         index + sample * length, keys, n, length, threshold, ties, total, BLOCK_WRITE, False, False
@@ -96,7 +159,7 @@ def topk_per_region_kernel(
 def topk_per_region(
     scores: Tensor, neighbours: Tensor, per_region: int, k: int, counts: Tensor | None, length: int
 ) -> Tensor:
-    """Launch the selection; arguments and result as in ``reference.py``."""
+    """Launch the selection; arguments and result as in ``reference.py``; a ``per_region`` of 0 is as many as are needed."""
     batch, n = scores.shape
     if n == 0:
         return torch.full((batch, length), -1, dtype=torch.int64, device=scores.device)
