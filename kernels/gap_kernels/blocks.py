@@ -30,11 +30,11 @@ def nested_blocks(sizes: Sequence[int], per_item: int) -> Iterator[tuple[slice, 
     stay together, as a product of matrices with few rows reads the other matrix for each of them.
 
     Args:
-        sizes: of the dimensions, outer ones first.
-        per_item: elements of the largest intermediate that one item takes.
+        sizes: Of the dimensions, outer ones first.
+        per_item: Elements of the largest intermediate that one item takes.
 
     Yields:
-        for each dimension what part of it a block has. Blocks have at most ``BLOCK_ELEMENTS / CACHED_SHARE`` elements, but
+        For each dimension what part of it a block has. Blocks have at most ``BLOCK_ELEMENTS / CACHED_SHARE`` elements, but
         one item at least.
     """
     size, *inner = sizes

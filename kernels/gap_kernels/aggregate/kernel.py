@@ -45,7 +45,7 @@ def locate_anchors(anchors, slot, batch, first, count, num_anchors, num_patches)
     """Locate some anchors of a block: ``count`` from ``first`` on, of ``num_anchors``.
 
     Returns:
-        their places in [B, M], their patches, which of them are in the block, and which of these aren't filler.
+        Their places in [B, M], their patches, which of them are in the block, and which of these aren't filler.
     """
     place = batch * num_anchors + first + slot
     inside = slot < count

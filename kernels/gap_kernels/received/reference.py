@@ -86,7 +86,7 @@ def _hidden(
 ) -> Tensor | None:
     """Return what rows don't see of columns, [b or 1, 1, 1, rows, columns]; None: nothing.
 
-    ``bounds`` are those of packed sequences, from :func:`spans`; ``real`` bool [b, S] is False for padding.
+    ``bounds`` are those of packed sequences, from `spans`; ``real`` [b, S] bool is False for padding.
     """
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     column = torch.arange(columns.start, columns.stop, device=device)

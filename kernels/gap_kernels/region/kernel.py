@@ -88,11 +88,11 @@ def write_region_keys(
     Args:
         scores: [N].
         neighbours: [N, R].
-        positions: where keys stand, see ``entries_of_tile``; the keys of filler aren't written.
+        positions: Where keys stand, see ``entries_of_tile``; the keys of filler aren't written.
         keys: [num_keys]; what stands at no entry's place is left as it is.
-        per_region: how many of a region are candidates; 0 = as many as the budget needs, where regions are of one size.
-        budget: how many are selected, int32.
-        CACHE: ".cg" where other programs of the same launch have written the scores, else "".
+        per_region: How many of a region are candidates; 0 = as many as the budget needs, where regions are of one size.
+        budget: How many are selected, int32.
+        CACHE: ``".cg"`` where other programs of the same launch have written the scores, else "".
     """
     wanted = tl.minimum(per_region, R + 1).to(tl.int32)
     if wanted <= 0:
