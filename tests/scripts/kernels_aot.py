@@ -31,6 +31,7 @@ from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
+from support import ptx
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -291,7 +292,22 @@ def one_launch_cases() -> Iterator[Case]:
         hidden, rotary = empty(1, shape.tokens, 4096, dtype=dtype), empty(1, shape.tokens, 128, dtype=dtype)
         rows, mask, lse = scoring(shape, num_rows, with_lse)
         ids = torch.zeros(3, 1, shape.tokens).long()
-        given = (query, key, hidden, rotary, rotary, ids, index, 64, None, rows, mask, lse, None, 128)
+        given = (
+            query,
+            key,
+            hidden,
+            rotary,
+            rotary,
+            ids,
+            index,
+            64,
+            None,
+            rows,
+            mask,
+            lse,
+            None,
+            shape.tokens // 2,
+        )
         name = described(name, dtype, num_rows, with_lse) + (", ticket" if ticket else "")
         yield name, partial(one_launch.prune_tokens, *given, ticket=ticket)
 
@@ -367,8 +383,8 @@ class OfflineDriver:
 
 
 @functools.cache
-def compiled(target: str) -> list[Row]:
-    """Compile every kernel for a target, each once."""
+def binaries(target: str) -> dict[Any, str]:
+    """Compile every kernel for a target, each once; return the first case of each."""
     launched: list[Any] = []
     first_case: dict[Any, str] = {}
     run = JITFunction.run
@@ -387,7 +403,13 @@ def compiled(target: str) -> list[Row]:
             for kernel in launched:
                 first_case.setdefault(kernel, name)
             launched.clear()
-    return [measured(kernel, name, target) for kernel, name in first_case.items()]
+    return first_case
+
+
+@functools.cache
+def compiled(target: str) -> list[Row]:
+    """Return what each kernel needs on a target."""
+    return [measured(kernel, name, target) for kernel, name in binaries(target).items()]
 
 
 def measured(kernel: Any, case: str, target: str) -> Row:
@@ -467,6 +489,34 @@ def test_the_programs_of_one_launch_fit_a_multiprocessor(target: str) -> None:
         assert shared_kib <= NVIDIA[target].shared_kib, row
         assert row.resident is not None
         assert row.resident >= wanted, row
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_programs_wait_before_they_load_what_others_wrote(target: str) -> None:
+    """On every path: a compiler that moves loads, as one that loads ahead in a loop does, could move them before."""
+    waiting = 0
+    for kernel, case in binaries(target).items():
+        program = ptx.Program(kernel.asm["ptx"])
+        if program.find(ptx.is_wait):
+            waiting += 1
+            assert program.find(lambda line: "ld.global.cg" in line), case
+            assert ptx.loads_without_waiting(kernel.asm["ptx"]) == [], case
+    assert waiting == sum(row.kernel == "prune_kernel" for row in compiled(target))
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_rows_are_loaded_before_any_is_stored(target: str) -> None:
+    """Or each load would wait for the store before it, which may be to the same address for all the compiler knows."""
+    copying = 0
+    for kernel, case in binaries(target).items():
+        if kernel.metadata.name == "gather_rows_kernel":
+            assert ptx.loads_after_stores(kernel.asm["ptx"]) == [[]], case
+            copying += 1
+        elif kernel.metadata.name == "prune_kernel":
+            # Behind one of its waits: the other roles do read after they have written.
+            assert [] in ptx.loads_after_stores(kernel.asm["ptx"], ptx.is_wait), case
+            copying += 1
+    assert copying
 
 
 @pytest.mark.parametrize("target", TARGETS)

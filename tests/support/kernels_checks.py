@@ -316,9 +316,9 @@ def test_surviving_rows(num_rows: int, masked: bool, generator: torch.Generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("axes", [None, 3])
-def test_gather_rows(dtype: torch.dtype, axes: int | None, generator: torch.Generator) -> None:
-    hidden = torch.randn(2, 9, 1500, generator=generator).to(DEVICE, dtype)
+@pytest.mark.parametrize(("axes", "channels"), [(None, 1500), (3, 1500), (5, 8200)])
+def test_gather_rows(dtype: torch.dtype, axes: int | None, channels: int, generator: torch.Generator) -> None:
+    hidden = torch.randn(2, 9, channels, generator=generator).to(DEVICE, dtype)
     hidden[0, 0, 0] = math.nan
     cos = torch.randn(1, 9, 80, generator=generator).to(DEVICE, dtype).expand(2, -1, -1)
     sin = torch.randn(2, 80, 9, generator=generator).to(DEVICE, dtype).transpose(1, 2)
@@ -429,7 +429,8 @@ def assert_pruned(case: Prompts, result: tuple[Tensor, ...]) -> None:
             "ragged": True,
         },
         {"heads": (2, 2), "num_rows": 16, "with_lse": True, "axes": 3, "masked": True},
-        {"heads": (3, 3), "num_query": 17, "num_keys": 17, "head_dim": 8, "num_visual": 16, "channels": 4100},
+        {"heads": (3, 3), "num_query": 17, "num_keys": 17, "head_dim": 8, "num_visual": 16, "channels": 8200},
+        {"num_query": 300, "num_keys": 300, "num_visual": 20, "axes": 3},  # several rows of a program
         {"heads": (2, 1), "head_dim": 72, "num_rows": 3, "ragged": True, "masked": True, "with_lse": True},
     ],
     ids=lambda shape: "-".join(shape),

@@ -6,7 +6,7 @@ What several launches would do one after another is done by programs with differ
 1. LSE (only where the log-sum-exp isn't given): ``row_lse_tile``, one row tile over one split of the keys;
 2. MASS: ``visual_mass_tile``, one key head at one tile of visual tokens. The program that finishes a tile last adds up
    its heads, ``mean_tile``; the one that finishes a sample's tiles last selects, ``select_survivors``;
-3. GATHER: ``copy_row``, a few rows of the result.
+3. GATHER: ``copy_rows``, a few rows of the result.
 
 A MASS program waits for the LSE programs of its key head, after its first products, and a GATHER program for the
 selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run: in a
@@ -34,7 +34,15 @@ from ..handover import announce, wait
 from ..importance.kernel import mean_tile, row_lse_tile, split_of, visual_mass_tile
 from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
-from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, with_whole_rows
+from .kernel import (
+    COPY_BYTES,
+    FILL_BLOCK,
+    copy_rows,
+    copy_tiles,
+    new_outputs,
+    select_survivors,
+    with_whole_rows,
+)
 from .workspace import counters
 
 MAX_ROWS = 8192
@@ -124,6 +132,7 @@ def prune_kernel(
     BLOCK_SELECT: tl.constexpr,
     BLOCK_FILL: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
     BLOCK_RESET: tl.constexpr,
     AXES: tl.constexpr,
@@ -191,15 +200,13 @@ def prune_kernel(
         of_heads = counter + 2 + sample * of_sample
         selected = of_heads + KEY_HEADS + tiles + 1
         wait(selected, 1)
-        first_row = part % copies * ROWS_PER_PROGRAM
-        for j in range(first_row, tl.minimum(first_row + ROWS_PER_PROGRAM, length)):
-            copy_row(
-                hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
-                sample.to(tl.int64), j, batch.to(tl.int64),
-                hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
-                channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
-                AXES, BLOCK_COPY, BLOCK_ROTARY,
-            )  # fmt: skip
+        copy_rows(
+            hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
+            sample.to(tl.int64), part % copies * ROWS_PER_PROGRAM, batch.to(tl.int64),
+            hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
+            channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
+            AXES, ROWS_PER_PROGRAM, BLOCK_COPY, COPIES, BLOCK_ROTARY,
+        )  # fmt: skip
         if announce(selected + 1) == copies - 1:
             for start in range(0, of_sample, BLOCK_RESET):
                 place = start + tl.arange(0, BLOCK_RESET)
@@ -257,6 +264,7 @@ def plan(
     rotary: int,
     axes: int,
     dtype: torch.dtype,
+    copied_dtype: torch.dtype,
     lse_given: bool,
 ) -> Plan:
     """Divide the work; the same sizes come again and again, and host time counts."""
@@ -266,7 +274,10 @@ def plan(
     split_keys = splits = 0
     if row_tiles:
         split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, blocks["BLOCK_N"])
-    rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY)
+    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, WARPS)
+    # As many as a program has registers for.
+    most = max(1, COPY_BYTES * 32 * WARPS // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
+    rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY, most)
     parts = row_tiles * splits
     tiles = max(cdiv(num_visual, blocks["BLOCK_N"]), 1)
     copies = cdiv(length, rows_per_program)
@@ -275,7 +286,7 @@ def plan(
     constants = {
         "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **blocks,
         "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
-        "BLOCK_FILL": FILL_BLOCK, **copy_tiles(channels, rotary), "BLOCK_RESET": RESET_BLOCK,
+        "BLOCK_FILL": FILL_BLOCK, **copy, "BLOCK_RESET": RESET_BLOCK,
         "AXES": axes, "ROWS_PER_PROGRAM": rows_per_program,
     }  # fmt: skip
     return Plan(
@@ -331,7 +342,7 @@ def prune_tokens(
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
     work = plan(
         batch, query_heads, key_heads, head_dim, num_query, num_keys, num_rows, num_visual, length, channels, rotary,
-        ids.shape[0], query.dtype, lse is not None,
+        ids.shape[0], query.dtype, hidden_states.dtype, lse is not None,
     )  # fmt: skip
     if ticket is None:
         ticket = not fits_at_once(work.programs, device)
