@@ -276,7 +276,7 @@ def gather_rows(
 
 
 def copy_tiles(channels: int, rotary: int, element_size: int, warps: int) -> dict[str, int]:
-    """Return the tile sizes of ``copy_rows``: one tile for a row where registers hold it, so that all loads go out at once."""
+    """Return the tile sizes of ``copy_rows``: one tile for a whole row where registers hold it."""
     block = min(next_power_of_2(max(channels, 1)), COPY_BYTES * 32 * warps // element_size)
     return {
         "BLOCK_COPY": block,
