@@ -74,7 +74,7 @@ SYSTEM_SHARED_KIB = 1
 BUDGETS = {
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
-    "row_lse_kernel": ((144, 50), (232, 41)),
+    "row_lse_kernel": ((144, 50), (280, 25)),
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
     "mean_kernel": ((56, 1), (48, 2)),

@@ -784,8 +784,11 @@ def stages_of(tiles: dict[str, int], head_dim: int, dtype: torch.dtype, stored: 
     """Return the stages of the loops over tiles: 3 where shared memory has room for two of them, else 2.
 
     With two stages there is one buffer, and the next tile is asked for only when this one has been used. Queries come with
-    the keys where logits are stored, or vectors are read in parts.
+    the keys where logits are stored, or vectors are read in parts. On AMD GPUs two are enough: the next tile waits in
+    registers, and a third would take so many that fewer programs run.
     """
+    if torch.version.hip:
+        return 2
     queries = tiles["BLOCK_M"] if stored or tiles["BLOCK_K"] < head_dim else 0
     vectors = tiles["BLOCK_N"] + queries
     return 3 if 2 * vectors * next_power_of_2(head_dim) * dtype.itemsize <= BUFFER_BYTES else 2
