@@ -84,7 +84,7 @@ def named(name: str, batch: int, rows: int = 1) -> one_launch.Plan:
     shape = shapes.find(name)
     return one_launch.plan(
         batch, shape.query_heads, shape.key_heads, shape.head_dim, shape.tokens, shape.tokens, rows, shape.visual,
-        shape.length, shape.channels, shape.head_dim, shape.axes, torch.bfloat16, False,
+        shape.length, shape.channels, shape.head_dim, shape.axes, torch.bfloat16, torch.bfloat16, False,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_large_grids_are_left_to_several_launches(launched: list[dict[str, Any]]
     several = {
         name for name, case in CASES.items() if not one_launch.is_likely_faster(named(*case).programs, CUDA)
     }
-    assert several == {"LLaVA-NeXT, last row", "LLaVA-1.5, batch 8, last row"}
+    assert several == {"LLaVA-1.5, batch 8, last row"}
     for case in CASES.values():  # there is no time to be saved without a GPU
         assert one_launch.is_likely_faster(named(*case).programs, torch.device("cpu"))
 

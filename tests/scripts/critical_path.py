@@ -86,8 +86,10 @@ class Part(NamedTuple):
 ALIASES = {
     "row_lse_tile": {"begin": "0", "end": "min(split_keys, num_keys)"},
     "visual_mass_tile": {"SHARING": "GROUP"},
+    "stored_mean_tile": {"QUERY_HEADS": "KEY_HEADS * GROUP"},
     "mean_tile": {"BLOCK": "BLOCK_N"},
-    "prune_kernel": {"first_row": "0", "of_sample": "KEY_HEADS + tiles + 3"},
+    "count_valid": {"BLOCK": "BLOCK_ROWS"},
+    "prune_kernel": {"first_row": "0"},
     "select_survivors": {"num_rows": "num_query", "BLOCK": "BLOCK_SELECT"},
     "write_selected": {"n": "num_query", "BLOCK": "BLOCK_FILL"},
     "select_threshold": {"n": "num_query", "BLOCK": "BLOCK_SELECT"},

@@ -312,9 +312,19 @@ def test_importance_variants(
     assert_accurate(scores, exact, query)
 
 
-@pytest.mark.parametrize("head_reduction", ["mean", "max"])
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_importance_launches(with_lse: bool, head_reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("head_reduction", "with_value", "with_lse", "stored"),
+    [
+        ("mean", False, False, True),
+        ("mean", False, True, False),
+        ("mean", True, False, False),
+        ("max", False, False, False),
+        ("max", True, True, False),
+    ],
+)
+def test_importance_launches(
+    head_reduction: str, with_value: bool, with_lse: bool, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched, launch = [], importance.launch
     monkeypatch.setattr(
         importance,
@@ -324,9 +334,11 @@ def test_importance_launches(with_lse: bool, head_reduction: str, monkeypatch: p
     query, key = torch.ones(1, 4, 3, 16, device=DEVICE), torch.ones(1, 2, 3, 16, device=DEVICE)
     lse = torch.zeros(1, 4, 1, device=DEVICE) if with_lse else None
     index = torch.tensor([[0, 1]], device=DEVICE)
-    importance.visual_importance(query, key, index, None, None, lse, None, False, key, head_reduction)
+    value = key if with_value else None
+    importance.visual_importance(query, key, index, None, None, lse, None, False, value, head_reduction)
     first = [] if with_lse else [importance.row_lse_kernel]
-    assert launched == [*first, importance.visual_mass_kernel, importance.mean_kernel]
+    swept = [importance.visual_mass_kernel, importance.mean_kernel]
+    assert launched == [*first, *([importance.stored_mean_kernel] if stored else swept)]
 
 
 @pytest.mark.parametrize("head_reduction", ["mean", "max"])
@@ -420,9 +432,9 @@ def test_surviving_rows(num_rows: int, masked: bool, generator: torch.Generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("axes", [None, 3])
-def test_gather_rows(dtype: torch.dtype, axes: int | None, generator: torch.Generator) -> None:
-    hidden = torch.randn(2, 9, 1500, generator=generator).to(DEVICE, dtype)
+@pytest.mark.parametrize(("axes", "channels"), [(None, 1500), (3, 1500), (5, 8200)])
+def test_gather_rows(dtype: torch.dtype, axes: int | None, channels: int, generator: torch.Generator) -> None:
+    hidden = torch.randn(2, 9, channels, generator=generator).to(DEVICE, dtype)
     hidden[0, 0, 0] = math.nan
     cos = torch.randn(1, 9, 80, generator=generator).to(DEVICE, dtype).expand(2, -1, -1)
     sin = torch.randn(2, 80, 9, generator=generator).to(DEVICE, dtype).transpose(1, 2)
@@ -534,6 +546,13 @@ def assert_pruned(case: Prompts, result: tuple[Tensor, ...]) -> None:
         },
         {"heads": (2, 2), "num_rows": 16, "with_lse": True, "axes": 3, "masked": True},
         {"heads": (3, 3), "num_query": 17, "num_keys": 17, "head_dim": 8, "num_visual": 16, "channels": 4100},
+        {
+            "heads": (1, 1),
+            "num_query": 300,
+            "num_keys": 300,
+            "axes": 3,
+            "channels": 8,
+        },  # several rows of a program
         {"heads": (2, 1), "head_dim": 72, "num_rows": 3, "ragged": True, "masked": True, "with_lse": True},
     ],
     ids=lambda shape: "-".join(shape),
@@ -588,13 +607,103 @@ def test_several_launches_give_what_one_gives(
         assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "num_rows", "stored"),
+    [
+        (torch.float16, (7, 1), 128, 2, True),
+        (torch.float16, (7, 1), 128, 3, False),
+        (torch.bfloat16, (7, 1), 64, None, True),
+        (torch.bfloat16, (8, 1), 64, None, False),
+        (torch.float16, (8, 1), 80, None, True),
+        (torch.bfloat16, (3, 1), 80, 3, False),
+        (torch.bfloat16, (14, 14), 96, 10, True),  # more rows of all heads than one block
+        (torch.bfloat16, (2, 2), 96, 11, False),
+        (torch.bfloat16, (4, 2), 256, 14, True),
+        (torch.bfloat16, (4, 2), 256, 15, False),
+        (torch.float32, (7, 1), 128, 4, True),  # two tiles of rows
+        (torch.float32, (7, 1), 128, 5, False),
+    ],
+)
+def test_few_rows_store_their_logits(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    num_rows: int | None,
+    stored: bool,
+    generator: torch.Generator,
+) -> None:
+    """On either side of the border, with padding, filler, several splits of the keys, and a count for each sample."""
+    case = prompts(
+        generator, heads, 140, 160, head_dim, num_rows, 130, dtype, ragged=True, masked=True, channels=8
+    )
+    case = case._replace(length=90)
+    rows_of_key_head = heads[0] // heads[1] * (num_rows or 1)
+    assert importance.stores_logits(rows_of_key_head, 160, 130, head_dim, dtype) == stored
+    scoring = (case.query, case.key, case.visual_index, case.rows, case.attention_mask)
+    scores = importance.visual_importance(*scoring, None, None)
+    result = one_launch.prune_tokens(*case)
+    assert_pruned(case, result)
+    if DEVICE == "cpu":  # where sums don't depend on the number of warps
+        assert torch.equal(result[5], scores)
+    assert_accurate(scores, result[5].double())
+    again = one_launch.prune_tokens(*case)
+    assert all(torch.equal(left, right) for left, right in zip(result, again, strict=True))
+
+
+@pytest.mark.parametrize("num_rows", [None, 20])
+def test_nan_logits_make_nan_scores(num_rows: int | None, generator: torch.Generator) -> None:
+    """Of what the rows see of a key that is NaN; a key that the mask excludes is never looked at."""
+    case = prompts(generator, num_keys=50, num_rows=num_rows)
+    mask = torch.ones(2, 50, dtype=torch.bool, device=DEVICE)
+    mask[0, 3], case.key[0, :, 3], case.key[1, :, 0] = False, math.nan, math.nan
+    scores = one_launch.prune_tokens(*case._replace(attention_mask=mask))[5]
+    exact = importance_reference.visual_importance(*case[:2], case.visual_index, case.rows, mask, None, None)
+    assert torch.equal(scores.isnan(), exact.isnan())
+    assert scores.isnan().any(-1).tolist() == [False, True]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter tells which counters are used")
+@pytest.mark.parametrize(
+    "shape", [{"num_keys": 50}, {"num_rows": 20}, {"with_lse": True}], ids=["stored", "swept", "lse"]
+)
+def test_counters_that_are_waited_for_have_a_line_to_themselves(
+    shape: dict[str, Any], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, set[int]] = {"wait": set(), "announce": set()}
+
+    def recorded(name: str, function: Any) -> Any:
+        def call(counter: Any, *rest: Any) -> Any:
+            used[name].add(int(counter.handle.data.item()))
+            return function(counter, *rest)
+
+        return call
+
+    for module in (one_launch, importance):
+        for name in used:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    held = torch.zeros(4000, dtype=torch.int32)
+    start = -held.data_ptr() % 128 // 4
+    monkeypatch.setattr(one_launch, "counters", lambda device, count: held[start : start + count])
+    one_launch.prune_tokens(*prompts(generator, heads=(6, 3), **shape), ticket=True)
+    assert used["wait"]
+    lines = [address // 128 for address in used["wait"] | used["announce"]]
+    assert all(lines.count(address // 128) == 1 for address in used["wait"])
+    assert held.data_ptr() // 128 not in {address // 128 for address in used["wait"]}
+
+
 @pytest.mark.parametrize("ticket", [False, True])
 def test_launches_leave_their_counters_at_zero(
     ticket: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = torch.zeros(500, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(one_launch, "counters", lambda device, count: held)
-    for shape in ({}, {"heads": (6, 3), "num_visual": 7, "num_rows": 20}, {"with_lse": True}, {}):
+    held = torch.zeros(1000, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(one_launch, "counters", lambda device, count: held[:count])
+    for shape in (
+        {"num_keys": 50},
+        {"heads": (6, 3), "num_visual": 7, "num_rows": 20},
+        {"with_lse": True},
+        {"num_keys": 50},
+    ):
         case = prompts(generator, **shape)
         assert_pruned(case, one_launch.prune_tokens(*case, ticket=ticket))
         assert not held.any()

@@ -1,11 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Attention-based importance in Triton: only the wanted rows are scored, and no probability is ever stored.
+"""Attention-based importance in Triton: only the wanted rows are scored.
+
+For many rows, and where the log-sum-exp is given, the keys are swept twice, and no logit is ever stored:
 
 1. ``row_lse_kernel``: maximum and sum of each wanted row's exponentials, over a split of the keys (skipped where the
    log-sum-exp is given);
 2. ``visual_mass_kernel``: per key head and visual tile, the sum of the probabilities over the rows of that head, times
    the norm of the value vectors where they are given;
 3. ``mean_kernel``: the mean over heads and valid rows.
+
+For few rows, ``stores_logits``, their logits are fewer bytes than the keys:
+
+1. ``row_lse_kernel`` also stores the logits that it computes;
+2. ``stored_mean_kernel``: the mean over heads and valid rows of the probabilities that follow from them.
 
 The wanted rows of all query heads that share a key head form one axis, M = G * R (group, row), so that a key tile is
 loaded once for the group. For the maximum over heads, 2 keeps the query heads apart instead (PER_HEAD), and 3 takes the
@@ -33,6 +40,13 @@ MAX_SPLITS = 64
 MEAN_BLOCK = 128
 MAX_BLOCK_HEADS = tl.constexpr(32)
 WARPS = 4
+# What the tiles of a loop may take of shared memory, so that two programs of eight warps fit every multiprocessor.
+BUFFER_BYTES = 40 << 10
+# What a program of stored_mean_kernel has at a time: logits of this many rows at this many visual tokens, and this many
+# statistics of the rows.
+STORED_TOKENS = 32
+STORED_ROWS = 128
+STORED_STATISTICS = 4096
 # Of a thread of visual_mass_kernel, so that three programs fit a multiprocessor. Told so, NVIDIA's compiler uses them; left
 # alone it spills a few values to fit one more.
 MAX_REGISTERS = 168
@@ -80,11 +94,28 @@ def allowed_columns(mask, batch, column, usable, stride_b, stride_s):
 
 
 @triton.jit
+def load_queries(pointer, inside, start, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load ``BLOCK_K`` elements of the query vectors at ``pointer`` [BLOCK_M], of those ``inside``: [BLOCK_M, BLOCK_K]."""
+    d = start + tl.arange(0, BLOCK_K)
+    return tl.load(pointer[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_keys(pointer, inside, start, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load ``BLOCK_K`` elements of the key vectors at ``pointer`` [BLOCK_N], of those ``inside``: [BLOCK_K, BLOCK_N]."""
+    d = start + tl.arange(0, BLOCK_K)
+    return tl.load(pointer[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
 def visible_logits(
+    queries,
+    keys,
     row_pointer,
     last_column,
     column_pointer,
     column,
+    inside,
     usable,
     scale_log2,
     D: tl.constexpr,
@@ -95,15 +126,14 @@ def visible_logits(
 ):
     """Return base-2 logits [BLOCK_M, BLOCK_N], -inf where a row doesn't see a column.
 
-    Vectors are read BLOCK_K elements at a time; nothing is read for filler rows and unusable columns.
+    ``queries`` and ``keys`` are the vectors where they have been read whole, or None: those are read here, BLOCK_K
+    elements at a time. Nothing is read for filler rows and columns that aren't ``inside``. Those of ``inside`` that
+    aren't ``usable`` are read for nothing, as that is known only when the mask has been read.
     """
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.static_range(0, D, BLOCK_K):
-        d = start + tl.arange(0, BLOCK_K)
-        inside = (last_column >= 0)[:, None] & (d < D)[None, :]
-        q = tl.load(row_pointer[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
-        inside = usable[None, :] & (d < D)[:, None]
-        k = tl.load(column_pointer[None, :] + d[:, None], mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
+        q = load_queries(row_pointer, last_column >= 0, start, D, BLOCK_K) if queries is None else queries
+        k = load_keys(column_pointer, inside, start, D, BLOCK_K) if keys is None else keys
         if UPCAST:
             q = q.to(tl.float32)
             k = k.to(tl.float32)
@@ -120,6 +150,7 @@ def row_lse_tile(
     mask,
     partial_max,
     partial_sum,
+    stored,
     batch_head,
     row_tile,
     split,
@@ -146,7 +177,10 @@ def row_lse_tile(
     UPCAST: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Store the online softmax statistics of one row tile over one split of the keys, in base 2."""
+    """Store the online softmax statistics of one row tile over one split of the keys, in base 2.
+
+    With ``stored`` [B, Hkv, M, S] also the logits, -inf where a row doesn't see a column.
+    """
     batch = batch_head // KEY_HEADS
     key_head = batch_head % KEY_HEADS
     start_m = row_tile * BLOCK_M
@@ -154,24 +188,38 @@ def row_lse_tile(
         query, rows, batch, key_head, start_m, query_stride_b, query_stride_h, query_stride_s,
         num_query, num_keys, num_rows, GROUP, BLOCK_M, CAUSAL,
     )  # fmt: skip
+    queries = None
+    # With the logits stored they come with each tile of keys instead, and are on their way at the same time: few rows
+    # are few bytes, and the stores keep the compiler from doing that by itself.
+    if D <= BLOCK_K and stored is None:
+        queries = load_queries(row_pointer, last_column >= 0, 0, D, BLOCK_K)
+    m = start_m + tl.arange(0, BLOCK_M)
+    row_of_head = batch_head * (GROUP * num_rows) + m
     running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     begin = split * split_keys
     end = tl.minimum(begin + split_keys, num_keys)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    following = allowed_columns(mask, batch, begin + n, begin + n < end, mask_stride_b, mask_stride_s)
     for start in range(begin, end, BLOCK_N):
-        column = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        usable = allowed_columns(mask, batch, column, column < end, mask_stride_b, mask_stride_s)
+        column = start + n
+        inside = column < end
+        usable = following
+        ahead = column + BLOCK_N  # the compiler loads keys ahead, but no single bytes
+        following = allowed_columns(mask, batch, ahead, ahead < end, mask_stride_b, mask_stride_s)
         column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
         logits = visible_logits(
-            row_pointer, last_column, column_pointer, column, usable, scale_log2,
+            queries, None, row_pointer, last_column, column_pointer, column, inside, usable, scale_log2,
             D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
+        if stored is not None:
+            place = stored + row_of_head[:, None] * num_keys + column[None, :]
+            tl.store(place, logits, mask=(m < GROUP * num_rows)[:, None] & inside[None, :])
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         base = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: avoids inf - inf
         running_sum = running_sum * tl.exp2(running_max - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         running_max = new_max
-    m = start_m + tl.arange(0, BLOCK_M)
-    position = (batch_head * (GROUP * num_rows) + m) * splits + split
+    position = row_of_head * splits + split
     tl.store(partial_max + position, running_max, mask=m < GROUP * num_rows)
     tl.store(partial_sum + position, running_sum, mask=m < GROUP * num_rows)
 
@@ -187,6 +235,7 @@ def row_lse_kernel(
     mask,
     partial_max,
     partial_sum,
+    stored,
     query_stride_b,
     query_stride_h,
     query_stride_s,
@@ -211,7 +260,7 @@ def row_lse_kernel(
 ):
     """Grid (B * Hkv, row tiles, splits); partial_max and partial_sum [B, Hkv, M, splits] float32."""
     row_lse_tile(
-        query, key, rows, mask, partial_max, partial_sum,
+        query, key, rows, mask, partial_max, partial_sum, stored,
         tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2),
         query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
         mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, tl.num_programs(2), scale_log2,
@@ -228,6 +277,39 @@ def value_norms(pointer, usable, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_
         part = tl.load(pointer[:, None] + d[None, :], mask=usable[:, None] & (d < DV)[None, :], other=0.0)
         norm += tl.sum(tl.abs(part.to(tl.float32)), 1)
     return norm
+
+
+@triton.jit
+def load_statistics(partial_max, partial_sum, row_of_head, inside, splits, BLOCK_SPLITS: tl.constexpr):
+    """Load the statistics that ``row_lse_tile`` stored for rows, over the splits: two of [rows, BLOCK_SPLITS]."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    inside = inside[:, None] & (split < splits)[None, :]
+    offset = row_of_head[:, None] * splits + split[None, :]
+    maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    part = tl.load(partial_sum + offset, mask=inside, other=0.0, cache_modifier=".cg")
+    return maximum, part
+
+
+@triton.jit
+def combine_statistics(maximum, part):
+    """Return the base-2 log-sum-exp of rows from their statistics; anything finite where nothing was seen."""
+    highest = tl.max(maximum, 1)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    weight = tl.sum(part * tl.exp2(maximum - base[:, None]), 1)
+    return base + tl.log2(tl.where(weight == 0.0, 1.0, weight))
+
+
+@triton.jit
+def probabilities(logits, row_lse, norm):
+    """Return probabilities from base-2 logits, times ``norm`` [BLOCK_N] unless that is None; 0 where logits are -inf.
+
+    A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or -inf (it
+    sees nothing). NaN logits are seen: like the reference, they make NaN scores.
+    """
+    probability = tl.exp2(logits - row_lse[:, None])
+    if norm is not None:
+        probability *= norm[None, :]
+    return tl.where(logits != -float("inf"), probability, 0.0)
 
 
 @triton.jit
@@ -281,7 +363,9 @@ def visual_mass_tile(
     Rows come with their natural log-sum-exp ``lse`` [B, Hkv, M], or with the partial statistics of ``row_lse_tile`` if
     that is None. With PER_HEAD ``batch_head`` counts query heads, and the rows are those of one of them: the same
     memory, as [B, Hkv, M] is [B, Hq, R]. With ``value`` [B, Hkv, S, DV] each probability is multiplied by the L1 norm of
-    its key's value vector. With ``ready``, a counter, the statistics are there once it has reached ``parts``.
+    its key's value vector. With ``ready``, a counter, the statistics are there once it has reached ``parts``. That is
+    waited for before the loop over the rows, with the keys on their way: in it, loads that the compiler moves ahead of
+    the products could be moved ahead of the waiting, too.
     """
     HEADS: tl.constexpr = KEY_HEADS * GROUP if PER_HEAD else KEY_HEADS
     SHARING: tl.constexpr = 1 if PER_HEAD else GROUP  # query heads whose rows this program has
@@ -291,46 +375,38 @@ def visual_mass_tile(
     slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
     column = position + (num_keys - num_query)
-    usable = (position >= 0) & (position < num_query)
-    usable = allowed_columns(mask, batch, column, usable, mask_stride_b, mask_stride_s)
+    inside = (position >= 0) & (position < num_query)
+    usable = allowed_columns(mask, batch, column, inside, mask_stride_b, mask_stride_s)
     column_pointer = key + batch * key_stride_b + key_head * key_stride_h + column * key_stride_s
+    norm = None
     if value is not None:
         value_pointer = value + batch * value_stride_b + key_head * value_stride_h + column * value_stride_s
         norm = value_norms(value_pointer, usable, DV, BLOCK_N, BLOCK_DV)
+    keys = None
+    if D <= BLOCK_K:
+        keys = load_keys(column_pointer, inside, 0, D, BLOCK_K)
+    if ready is not None:
+        wait(ready, parts)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, SHARING * num_rows, BLOCK_M):
         row_pointer, last_column = locate_rows(
             query, rows, batch, head, start, query_stride_b, query_stride_h, query_stride_s,
             num_query, num_keys, num_rows, SHARING, BLOCK_M, CAUSAL,
         )  # fmt: skip
-        logits = visible_logits(
-            row_pointer, last_column, column_pointer, column, usable, scale_log2,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
-        )  # fmt: skip
         m = start + tl.arange(0, BLOCK_M)
         row_of_head = batch_head * (SHARING * num_rows) + m
+        real = m < SHARING * num_rows
         if lse is not None:
-            row_lse = tl.load(lse + row_of_head, mask=m < SHARING * num_rows, other=0.0) * 1.4426950408889634
+            row_lse = tl.load(lse + row_of_head, mask=real, other=0.0) * 1.4426950408889634
         else:
-            if ready is not None:  # noqa: SIM102, known to the compiler, unlike the condition below
-                if start == 0:  # the keys have been read meanwhile
-                    wait(ready, parts)
-            split = tl.arange(0, BLOCK_SPLITS)
-            inside = (m < SHARING * num_rows)[:, None] & (split < splits)[None, :]
-            offset = row_of_head[:, None] * splits + split[None, :]
-            maximum = tl.load(partial_max + offset, mask=inside, other=-float("inf"), cache_modifier=".cg")
-            part = tl.load(partial_sum + offset, mask=inside, other=0.0, cache_modifier=".cg")
-            highest = tl.max(maximum, 1)
-            base = tl.where(highest == -float("inf"), 0.0, highest)
-            weight = tl.sum(part * tl.exp2(maximum - base[:, None]), 1)
-            row_lse = base + tl.log2(tl.where(weight == 0.0, 1.0, weight))  # nothing seen: anything finite
-        # A row that doesn't see a column adds nothing, even if its log-sum-exp is NaN (a given one of filler) or
-        # -inf (it sees nothing). NaN logits are seen: like the reference, they make NaN scores.
-        seen = logits != -float("inf")
-        probability = tl.exp2(logits - row_lse[:, None])
-        if value is not None:
-            probability *= norm[None, :]
-        total += tl.sum(tl.where(seen, probability, 0.0), 0)
+            maximum, part = load_statistics(partial_max, partial_sum, row_of_head, real, splits, BLOCK_SPLITS)
+        logits = visible_logits(
+            None, keys, row_pointer, last_column, column_pointer, column, inside, usable, scale_log2,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        )  # fmt: skip
+        if lse is None:
+            row_lse = combine_statistics(maximum, part)
+        total += tl.sum(probabilities(logits, row_lse, norm), 0)
     tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
 
 
@@ -421,6 +497,19 @@ def over_heads(
 
 
 @triton.jit
+def count_valid(rows, batch, num_query, num_rows, BLOCK: tl.constexpr):
+    """Return how many of a sample's rows are no filler, 1 if there are none: what sums over them are divided by."""
+    valid = tl.full((), 1, tl.int32)
+    if rows is not None:
+        valid = tl.full((), 0, tl.int32)
+        for start in range(0, num_rows, BLOCK):
+            r = start + tl.arange(0, BLOCK)
+            row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
+            valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
+    return tl.maximum(valid, 1)
+
+
+@triton.jit
 def mean_tile(
     mass,
     rows,
@@ -445,14 +534,7 @@ def mean_tile(
     total = over_heads(
         mass + batch * HEADS * num_visual, num_visual, slot, slot < num_visual, HEADS, BLOCK, PER_HEAD
     )
-    valid = tl.full((), 1, tl.int32)
-    if rows is not None:
-        valid = tl.full((), 0, tl.int32)
-        for start in range(0, num_rows, BLOCK):
-            r = start + tl.arange(0, BLOCK)
-            row = tl.load(rows + batch * num_rows + r, mask=r < num_rows, other=-1)
-            valid += tl.sum(((row >= 0) & (row < num_query)).to(tl.int32), 0)
-    mean = total / (AVERAGED * tl.maximum(valid, 1).to(tl.float32))
+    mean = total / (AVERAGED * count_valid(rows, batch, num_query, num_rows, BLOCK).to(tl.float32))
     tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
 
 
@@ -476,6 +558,82 @@ def mean_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def stored_mean_tile(
+    stored,
+    visual_index,
+    rows,
+    partial_max,
+    partial_sum,
+    scores,
+    batch,
+    tile,
+    num_query,
+    num_keys,
+    num_rows,
+    num_visual,
+    splits,
+    ready,
+    parts,
+    QUERY_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Store the mean over heads and valid rows for one tile of visual tokens, from logits that ``row_lse_tile`` stored.
+
+    With ``ready``, a counter, logits and statistics are there once it has reached ``parts``.
+    """
+    slot = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    position = tl.load(visual_index + batch * num_visual + slot, mask=slot < num_visual, other=-1)
+    column = position + (num_keys - num_query)
+    inside = (position >= 0) & (position < num_query)
+    valid = count_valid(rows, batch, num_query, num_rows, BLOCK_ROWS)
+    if ready is not None:
+        wait(ready, parts)
+    total = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    for start in range(0, QUERY_HEADS * num_rows, BLOCK_ROWS):
+        m = start + tl.arange(0, BLOCK_ROWS)
+        real = m < QUERY_HEADS * num_rows
+        row_of_head = batch * (QUERY_HEADS * num_rows) + m
+        logits = tl.load(
+            stored + row_of_head[:, None] * num_keys + column[None, :],
+            mask=real[:, None] & inside[None, :],
+            other=-float("inf"),
+            cache_modifier=".cg",
+        )  # [BLOCK_ROWS, BLOCK_TOKENS]
+        maximum, part = load_statistics(partial_max, partial_sum, row_of_head, real, splits, BLOCK_SPLITS)
+        total += tl.sum(probabilities(logits, combine_statistics(maximum, part), None), 0)
+    mean = total / (QUERY_HEADS * valid.to(tl.float32))
+    tl.store(scores + batch * num_visual + slot, mean, mask=slot < num_visual)
+
+
+@triton.jit(do_not_specialize=["num_query", "num_keys", "num_rows", "num_visual", "splits"])
+def stored_mean_kernel(
+    stored,
+    visual_index,
+    rows,
+    partial_max,
+    partial_sum,
+    scores,
+    num_query,
+    num_keys,
+    num_rows,
+    num_visual,
+    splits,
+    QUERY_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Logits [B, Hq, R, S] to scores [B, V]. Grid (visual tiles, B)."""
+    stored_mean_tile(
+        stored, visual_index, rows, partial_max, partial_sum, scores, tl.program_id(1).to(tl.int64), tl.program_id(0),
+        num_query, num_keys, num_rows, num_visual, splits, None, 0,
+        QUERY_HEADS, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_SPLITS,
+    )  # fmt: skip
+
+
 def visual_importance(
     query: Tensor,
     key: Tensor,
@@ -488,7 +646,7 @@ def visual_importance(
     value: Tensor | None = None,
     head_reduction: str = "mean",
 ) -> Tensor:
-    """Launch the three kernels; arguments and result as in ``reference.py``, for any dtype but float64."""
+    """Launch the kernels; arguments and result as in ``reference.py``, for any dtype but float64."""
     batch, query_heads, num_query, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
     num_visual = visual_index.shape[1]
@@ -514,8 +672,7 @@ def visual_importance(
     per_head = head_reduction == "max"
     mass_heads, mass_rows = (query_heads, num_rows) if per_head else (key_heads, group * num_rows)
 
-    mass = torch.empty((batch, mass_heads, num_visual), dtype=torch.float32, device=query.device)
-    partial_max = partial_sum = None
+    partial_max = partial_sum = stored = None
     splits = 0
     if lse is None:
         tiles = tile_options(head_dim, group * num_rows, query.dtype)
@@ -524,19 +681,37 @@ def visual_importance(
         shape = (batch, key_heads, group * num_rows, splits)
         partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
         partial_sum = torch.empty_like(partial_max)
+        plain = value is None and not per_head
+        if plain and stores_logits(group * num_rows, num_keys, num_visual, head_dim, query.dtype):
+            shape = (batch, query_heads, num_rows, num_keys)
+            stored = torch.empty(shape, dtype=torch.float32, device=query.device)
         launch(
             row_lse_kernel,
             (batch * key_heads, row_tiles, splits),
-            (query, key, rows, mask, partial_max, partial_sum),
+            (query, key, rows, mask, partial_max, partial_sum, stored),
             strides,
             (*mask_strides, num_query, num_keys, num_rows, split_keys),
             (scale_log2,),
             {**heads, **tiles, **flags},
             num_warps=WARPS,
-            num_stages=2,
+            num_stages=stages_of(tiles, head_dim, query.dtype, stored is not None),
         )
     else:
         lse = lse.float().contiguous()
+    if stored is not None:
+        tiles = stored_options(query_heads * num_rows, splits)
+        launch(
+            stored_mean_kernel,
+            (cdiv(num_visual, tiles["BLOCK_TOKENS"]), batch),
+            (stored, visual_index, rows, partial_max, partial_sum, scores),
+            (),
+            (num_query, num_keys, num_rows, num_visual, splits),
+            (),
+            {"QUERY_HEADS": query_heads, **tiles, "BLOCK_SPLITS": next_power_of_2(splits)},
+            num_warps=WARPS,
+        )
+        return scores
+    mass = torch.empty((batch, mass_heads, num_visual), dtype=torch.float32, device=query.device)
     tiles = tile_options(head_dim, mass_rows, query.dtype)
     launch(
         visual_mass_kernel,
@@ -555,7 +730,7 @@ def visual_importance(
         | value_options(value),
         num_warps=WARPS,
         # A single tile of rows leaves nothing to load ahead.
-        num_stages=1 if mass_rows <= tiles["BLOCK_M"] else 2,
+        num_stages=1 if mass_rows <= tiles["BLOCK_M"] else stages_of(tiles, head_dim, query.dtype, False),
         maxnreg=MAX_REGISTERS,
     )
     launch(
@@ -582,6 +757,41 @@ def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, 
         "BLOCK_N": 16 if exact and block_d > 128 else block_n,
         "BLOCK_K": part_of(head_dim, min(block_d, 16) if exact else block_d),
     }
+
+
+def stores_logits(num_rows: int, num_keys: int, num_visual: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether M = ``num_rows`` rows of a key head have their logits stored, in place of a second sweep of its keys.
+
+    That is a matter of bytes: writing a logit of each row and key, and reading it at each visual token, against reading
+    the key of each visual token. Half of them at most, so that a sweep, which has more programs, isn't given up for
+    nothing: at head_dim 128 and two bytes an element, some 16 rows.
+    """
+    of_logits = 4 * num_rows * (num_keys + num_visual)
+    of_keys = num_visual * head_dim * dtype.itemsize
+    return 0 < 2 * of_logits <= of_keys
+
+
+def stored_options(num_rows: int, splits: int) -> dict[str, int]:
+    """Return tile sizes of ``stored_mean_tile`` for the ``num_rows`` rows of all heads: few blocks, one after another."""
+    most = max(16, STORED_STATISTICS // next_power_of_2(splits))
+    return {
+        "BLOCK_ROWS": min(max(next_power_of_2(num_rows), 16), STORED_ROWS, most),
+        "BLOCK_TOKENS": STORED_TOKENS,
+    }
+
+
+def stages_of(tiles: dict[str, int], head_dim: int, dtype: torch.dtype, stored: bool) -> int:
+    """Return the stages of the loops over tiles: 3 where shared memory has room for two of them, else 2.
+
+    With two stages there is one buffer, and the next tile is asked for only when this one has been used. Queries come with
+    the keys where logits are stored, or vectors are read in parts. On AMD GPUs two are enough: the next tile waits in
+    registers, and a third would take so many that fewer programs run.
+    """
+    if torch.version.hip:
+        return 2
+    queries = tiles["BLOCK_M"] if stored or tiles["BLOCK_K"] < head_dim else 0
+    vectors = tiles["BLOCK_N"] + queries
+    return 3 if 2 * vectors * next_power_of_2(head_dim) * dtype.itemsize <= BUFFER_BYTES else 2
 
 
 def value_options(value: Tensor | None) -> dict[str, int]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch, next_power_of_2
+from ..launch import cdiv, launch, next_power_of_2
 from ..select.kernel import (
     ALWAYS,
     DROPPED,
@@ -20,7 +20,9 @@ from ..select.kernel import (
 )
 
 FILL_BLOCK = 1024
-COPY_BLOCK = 4096
+COPY_BYTES = 128
+"""Of the rows that a program copies, what one thread has in registers at a time."""
+WARPS = 4
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def surviving_rows_kernel(
 
 
 @triton.jit
-def copy_row(
+def copy_rows(
     hidden,
     cos,
     sin,
@@ -119,7 +121,7 @@ def copy_row(
     sin_out,
     ids_out,
     sample,
-    j,
+    first,
     batch,
     hidden_stride_b,
     hidden_stride_q,
@@ -134,27 +136,48 @@ def copy_row(
     ids_stride_q,
     length,
     AXES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
 ):
-    """Copy row ``index[b, j]`` of every input to row j of its output; filler (-1) copies row 0."""
+    """Copy rows ``index[b, first..first + ROWS]`` of every input to the same rows of its output; filler (-1) copies row 0.
+
+    Everything is loaded before anything is stored. As far as the compiler knows an output may be an input, so that it
+    leaves a load behind a store where it is, and the latency of memory would be paid again and again. Only of a row
+    longer than BLOCK_COPY the rest follows, a block at a time.
+    """
+    BLOCK_AXES: tl.constexpr = triton.next_power_of_2(AXES)
+    j = first + tl.arange(0, ROWS)[:, None]
     target = sample * length + j
-    source = tl.maximum(tl.load(index + target, cache_modifier=".cg"), 0)
-    hidden += sample * hidden_stride_b + source * hidden_stride_q
-    for start in range(0, channels, BLOCK_COPY):
-        c = start + tl.arange(0, BLOCK_COPY)
-        tl.store(
-            hidden_out + target * channels + c, tl.load(hidden + c, mask=c < channels), mask=c < channels
+    real = j < length
+    source = tl.zeros((ROWS, 1), tl.int64)
+    for place in tl.static_range(ROWS):  # a tensor would be loaded by every layout that needs it
+        row = tl.load(
+            index + sample * length + first + place,
+            mask=first + place < length,
+            other=0,
+            cache_modifier=".cg",
         )
-    d = tl.arange(0, BLOCK_ROTARY)
-    inside = d < rotary
-    value = tl.load(cos + sample * cos_stride_b + source * cos_stride_q + d, mask=inside)
-    tl.store(cos_out + target * rotary + d, value, mask=inside)
-    value = tl.load(sin + sample * sin_stride_b + source * sin_stride_q + d, mask=inside)
-    tl.store(sin_out + target * rotary + d, value, mask=inside)
-    for axis in range(AXES):
-        position = tl.load(ids + axis * ids_stride_a + sample * ids_stride_b + source * ids_stride_q)
-        tl.store(ids_out + (axis * batch + sample) * length + j, position)
+        source = tl.where(j == first + place, tl.maximum(row, 0), source)
+    hidden += sample * hidden_stride_b + source * hidden_stride_q
+    hidden_out += target * channels
+    c = tl.arange(0, BLOCK_COPY)[None, :]
+    d = tl.arange(0, BLOCK_ROTARY)[None, :]
+    axis = tl.arange(0, BLOCK_AXES)[None, :]
+    row = tl.load(hidden + c, mask=real & (c < channels))
+    cos_row = tl.load(cos + sample * cos_stride_b + source * cos_stride_q + d, mask=real & (d < rotary))
+    sin_row = tl.load(sin + sample * sin_stride_b + source * sin_stride_q + d, mask=real & (d < rotary))
+    position = ids + axis.to(tl.int64) * ids_stride_a + sample * ids_stride_b + source * ids_stride_q
+    position = tl.load(position, mask=real & (axis < AXES))
+    tl.store(hidden_out + c, row, mask=real & (c < channels))
+    tl.store(cos_out + target * rotary + d, cos_row, mask=real & (d < rotary))
+    tl.store(sin_out + target * rotary + d, sin_row, mask=real & (d < rotary))
+    tl.store(ids_out + axis * batch * length + target, position, mask=real & (axis < AXES))
+    for copy in tl.static_range(1, COPIES):
+        c = copy * BLOCK_COPY + tl.arange(0, BLOCK_COPY)[None, :]
+        row = tl.load(hidden + c, mask=real & (c < channels))
+        tl.store(hidden_out + c, row, mask=real & (c < channels))
 
 
 @triton.jit(do_not_specialize=["ids_stride_a", "ids_stride_b", "ids_stride_q", "length"])
@@ -182,14 +205,16 @@ def gather_rows_kernel(
     length,
     AXES: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
 ):
     """One program per row and sample: grid (L, B)."""
-    copy_row(
+    copy_rows(
         hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
         tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(1).to(tl.int64),
         hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
-        channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length, AXES, BLOCK_COPY, BLOCK_ROTARY,
+        channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
+        AXES, 1, BLOCK_COPY, COPIES, BLOCK_ROTARY,
     )  # fmt: skip
 
 
@@ -243,16 +268,19 @@ def gather_rows(
         (*(stride for x in inputs for stride in x.stride()[:2]), hidden_states.shape[2], cos.shape[2]),
         (*ids.stride(), length),
         (),
-        {"AXES": ids.shape[0]} | copy_tiles(hidden_states.shape[2], cos.shape[2]),
-        num_warps=4,
+        {"AXES": ids.shape[0]}
+        | copy_tiles(hidden_states.shape[2], cos.shape[2], hidden_states.element_size(), WARPS),
+        num_warps=WARPS,
     )
     return outputs
 
 
-def copy_tiles(channels: int, rotary: int) -> dict[str, int]:
-    """Return the tile sizes of ``copy_row``: one tile for a row where possible, so that all its loads go out at once."""
+def copy_tiles(channels: int, rotary: int, element_size: int, warps: int) -> dict[str, int]:
+    """Return the tile sizes of ``copy_rows``: one tile for a whole row where registers hold it."""
+    block = min(next_power_of_2(max(channels, 1)), COPY_BYTES * 32 * warps // element_size)
     return {
-        "BLOCK_COPY": min(next_power_of_2(max(channels, 1)), COPY_BLOCK),
+        "BLOCK_COPY": block,
+        "COPIES": cdiv(channels, block),
         "BLOCK_ROTARY": next_power_of_2(max(rotary, 1)),
     }
 

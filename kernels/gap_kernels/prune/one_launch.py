@@ -4,18 +4,34 @@
 What several launches would do one after another is done by programs with different roles, told apart by their number:
 
 1. LSE (only where the log-sum-exp isn't given): ``row_lse_tile``, one row tile over one split of the keys;
-2. MASS: ``visual_mass_tile``, one key head at one tile of visual tokens. The program that finishes a tile last adds up
-   its heads, ``mean_tile``; the one that finishes a sample's tiles last selects, ``select_survivors``;
-3. GATHER: ``copy_row``, a few rows of the result.
+2. one of two, as ``stores_logits`` says:
+   MEAN, for few rows: ``stored_mean_tile``, the scores of one tile of visual tokens from the logits that LSE stored;
+   MASS: ``visual_mass_tile``, one key head at one tile of visual tokens. The program that finishes a tile last adds up
+   its heads, ``mean_tile``;
+   the one that finishes a sample's tiles last selects, ``select_survivors``;
+3. GATHER: ``copy_rows``, a few rows of the result.
 
-A MASS program waits for the LSE programs of its key head, after its first products, and a GATHER program for the
-selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run.
+A MEAN program waits for all LSE programs of its sample, a MASS program for those of its key head, and a GATHER program
+for the selection of its sample. All waiting is for programs of lower number, so nothing waits for ever as long as those run.
 Programs draw their numbers from a counter, as tickets, in the order in which they start: that is right for any grid on any
 part of a device. A cooperative launch, in which all programs run at once, would save that draw, but what fits at once can't
 be known: under CUDA's MPS and in a green context a process has fewer multiprocessors than the device says.
 
-A finished part is announced by an atomic addition with release semantics to a counter that others read with acquire
-semantics. The last GATHER program of a sample sets its counters back to zero, for the next launch. Only counters are
+A finished part is announced by an atomic addition with release semantics to a counter, after a barrier behind which the
+stores of all threads lie; others read the counter with acquire semantics, and pass a barrier before they load. Every
+hand-over is of this form:
+
+- LSE to MEAN or MASS: statistics and logits are stored, then the part is added; those who wait read the counter until all
+  parts are in it. Additions to one counter follow one another, each a release and an acquire, so whoever sees the last
+  of them sees what was stored before any of them;
+- MASS to the mean, and scores to the selection: whoever adds last to the counter has acquired what the others released;
+- selection to GATHER: the rows' index is stored, then the flag is set.
+
+What another program has stored is loaded past the multiprocessor's own cache, ``.cg``, and never before the waiting: no
+waiting is in a loop whose loads the compiler may move ahead. The keys of the selection are stored and read by one program.
+A counter that others read again and again has a line of memory to itself, so that other additions don't wait for them.
+The last GATHER program of a sample sets its counters back to zero, for the next launch: all other programs of the sample
+have made their last addition by then, and nobody waits any more, as whoever waited has added since. Only counters are
 added to atomically, never a sum: results have a fixed order of summation, and agree bit for bit.
 """
 
@@ -32,10 +48,27 @@ from torch import Tensor
 
 from ..backends import triton_is_interpreted
 from ..handover import announce, wait
-from ..importance.kernel import mean_tile, row_lse_tile, split_of, visual_mass_tile
+from ..importance.kernel import (
+    mean_tile,
+    row_lse_tile,
+    split_of,
+    stages_of,
+    stored_mean_tile,
+    stored_options,
+    stores_logits,
+    visual_mass_tile,
+)
 from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
-from .kernel import FILL_BLOCK, copy_row, copy_tiles, new_outputs, select_survivors, with_whole_rows
+from .kernel import (
+    COPY_BYTES,
+    FILL_BLOCK,
+    copy_rows,
+    copy_tiles,
+    new_outputs,
+    select_survivors,
+    with_whole_rows,
+)
 from .workspace import counters
 
 MAX_ROWS = 8192
@@ -50,7 +83,9 @@ MAX_WAVES = 4
 """Of programs in one launch; a guess until it is measured, see ``is_likely_faster``."""
 ENOUGH_COPIES = 512
 MAX_ROWS_PER_COPY = 8
-RESET_BLOCK = 128
+RESET_BLOCK = 1024
+LINE = tl.constexpr(32)
+"""Counters in a line of memory, 128 bytes: what one transaction of the second-level cache reads or adds to."""
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
@@ -58,7 +93,7 @@ RESET_BLOCK = 128
     do_not_specialize=[
         "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
         "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
-        "partial_size", "mass_size", "parts", "tiles", "copies", "first_mass", "first_copy",
+        "partial_size", "weights_size", "parts", "tiles", "copies", "of_sample", "first_score", "first_copy",
     ]
 )  # fmt: skip
 def prune_kernel(
@@ -110,11 +145,12 @@ def prune_kernel(
     keep,
     length,
     partial_size,
-    mass_size,
+    weights_size,
     parts,
     tiles,
     copies,
-    first_mass,
+    of_sample,
+    first_score,
     first_copy,
     scale_log2,
     KEY_HEADS: tl.constexpr,
@@ -124,60 +160,79 @@ def prune_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_SELECT: tl.constexpr,
     BLOCK_FILL: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_ROTARY: tl.constexpr,
     BLOCK_RESET: tl.constexpr,
     AXES: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
+    STORED: tl.constexpr,
     TICKET: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Prune a batch; see the module for the roles, and ``prune_tokens`` below for shapes.
 
-    ``counter`` holds two for the grid, then for each sample: parts of the log-sum-exp by key head, heads by tile, and
-    three more for finished tiles, the selection, and finished GATHER programs.
+    ``counter`` holds a line for the grid: numbers drawn, samples finished. Then ``of_sample`` for each sample: a line for
+    the parts of the log-sum-exp, of each key head or of all (STORED); a line for the selection; and together, as nobody
+    waits for them, heads by tile, finished tiles, and finished GATHER programs.
     """
-    of_sample = KEY_HEADS + tiles + 3
+    AWAITED: tl.constexpr = 0 if lse is not None else (1 if STORED else KEY_HEADS)  # counters of LSE programs
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    # Statistics of the rows, mass of the heads, and the keys of the selection, 4 bytes each.
+    # Statistics of the rows, logits or mass of the heads, and the keys of the selection, 4 bytes each.
     partial_sum = workspace + partial_size
-    mass = partial_sum + partial_size
-    keys = (mass + mass_size).to(tl.pointer_type(tl.int32), bitcast=True)
+    weights = partial_sum + partial_size
+    keys = (weights + weights_size).to(tl.pointer_type(tl.int32), bitcast=True)
 
-    if program < first_mass:
+    if program < first_score:
         if lse is None:  # the condition is known to the compiler: there is nothing to be compiled otherwise
             batch_head = program // parts
             part = program % parts
             row_lse_tile(
-                query, key, rows, mask, workspace, partial_sum, batch_head.to(tl.int64), part // splits, part % splits,
+                query, key, rows, mask, workspace, partial_sum, weights if STORED else None,
+                batch_head.to(tl.int64), part // splits, part % splits,
                 query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
                 mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, split_keys, splits, scale_log2,
                 KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST, True,
             )  # fmt: skip
-            announce(counter + 2 + batch_head // KEY_HEADS * of_sample + batch_head % KEY_HEADS)
+            head = 0 if STORED else batch_head % KEY_HEADS
+            announce(counter + LINE + batch_head // KEY_HEADS * of_sample + head * LINE)
     elif program < first_copy:
+        part = program - first_score
+        HEADS: tl.constexpr = 1 if STORED else KEY_HEADS
         # Heads of one tile follow one another, so that a tile's sum is taken while other tiles are still in work.
-        part = program - first_mass
-        sample = part // (KEY_HEADS * tiles)
-        tile = part // KEY_HEADS % tiles
-        head = part % KEY_HEADS
-        of_heads = counter + 2 + sample * of_sample
-        of_tiles = of_heads + KEY_HEADS
-        visual_mass_tile(
-            query, key, visual_index, rows, mask, lse, workspace, partial_sum, mass,
-            (sample * KEY_HEADS + head).to(tl.int64), tile,
-            query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-            mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2, None, 0, 0, 0,
-            of_heads + head, parts,
-            KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
-        )  # fmt: skip
-        if announce(of_tiles + tile) == KEY_HEADS - 1:
-            mean_tile(
-                mass, rows, scores, sample.to(tl.int64), tile, num_query, num_rows, num_visual,
-                KEY_HEADS, KEY_HEADS * GROUP, BLOCK_N, False,
+        sample = part // (HEADS * tiles)
+        tile = part // HEADS % tiles
+        head = part % HEADS
+        of_heads = counter + LINE + sample * of_sample
+        selected = of_heads + AWAITED * LINE
+        of_tiles = selected + LINE
+        scored = True
+        if STORED:
+            stored_mean_tile(
+                weights, visual_index, rows, workspace, partial_sum, scores, sample.to(tl.int64), tile,
+                num_query, num_keys, num_rows, num_visual, splits, of_heads, KEY_HEADS * parts,
+                KEY_HEADS * GROUP, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_SPLITS,
             )  # fmt: skip
+        else:
+            visual_mass_tile(
+                query, key, visual_index, rows, mask, lse, workspace, partial_sum, weights,
+                (sample * KEY_HEADS + head).to(tl.int64), tile,
+                query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
+                mask_stride_b, mask_stride_s, num_query, num_keys, num_rows, num_visual, splits, scale_log2,
+                None, 0, 0, 0, None if lse is not None else of_heads + head * LINE, parts,
+                KEY_HEADS, GROUP, D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_SPLITS, UPCAST, True, False, 0, 16,
+            )  # fmt: skip
+            scored = announce(of_tiles + tile) == KEY_HEADS - 1
+            if scored:
+                mean_tile(
+                    weights, rows, scores, sample.to(tl.int64), tile, num_query, num_rows, num_visual,
+                    KEY_HEADS, KEY_HEADS * GROUP, BLOCK_N, False,
+                )  # fmt: skip
+        if scored:  # noqa: SIM102, the compiler must not see the condition below otherwise
             if announce(of_tiles + tiles) == tiles - 1:
                 row_mask = mask
                 if mask is not None:
@@ -187,23 +242,21 @@ def prune_kernel(
                     keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
                     BLOCK_SELECT, BLOCK_FILL, True,
                 )  # fmt: skip
-                announce(of_tiles + tiles + 1)
+                announce(selected)
     else:
         part = program - first_copy
         sample = part // copies
-        of_heads = counter + 2 + sample * of_sample
-        selected = of_heads + KEY_HEADS + tiles + 1
+        of_heads = counter + LINE + sample * of_sample
+        selected = of_heads + AWAITED * LINE
         wait(selected, 1)
-        first_row = part % copies * ROWS_PER_PROGRAM
-        for j in range(first_row, tl.minimum(first_row + ROWS_PER_PROGRAM, length)):
-            copy_row(
-                hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
-                sample.to(tl.int64), j, batch.to(tl.int64),
-                hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
-                channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
-                AXES, BLOCK_COPY, BLOCK_ROTARY,
-            )  # fmt: skip
-        if announce(selected + 1) == copies - 1:
+        copy_rows(
+            hidden, cos, sin, ids, index, hidden_out, cos_out, sin_out, ids_out,
+            sample.to(tl.int64), part % copies * ROWS_PER_PROGRAM, batch.to(tl.int64),
+            hidden_stride_b, hidden_stride_q, cos_stride_b, cos_stride_q, sin_stride_b, sin_stride_q,
+            channels, rotary, ids_stride_a, ids_stride_b, ids_stride_q, length,
+            AXES, ROWS_PER_PROGRAM, BLOCK_COPY, COPIES, BLOCK_ROTARY,
+        )  # fmt: skip
+        if announce(selected + LINE + tiles + 1) == copies - 1:
             for start in range(0, of_sample, BLOCK_RESET):
                 place = start + tl.arange(0, BLOCK_RESET)
                 tl.store(of_heads + place, tl.zeros((BLOCK_RESET,), tl.int32), mask=place < of_sample)
@@ -235,13 +288,18 @@ class Plan(NamedTuple):
     splits: int
     parts: int
     """LSE programs of a key head."""
+    stored: bool
+    """Whether LSE programs store their logits: MEAN programs come behind them, else MASS programs."""
     tiles: int
-    """MASS programs of a key head."""
+    """MEAN programs of a sample, or MASS programs of a key head."""
     copies: int
     """GATHER programs of a sample."""
-    first_mass: int
+    of_sample: int
+    """Counters of a sample, a multiple of ``LINE``."""
+    first_score: int
     first_copy: int
     programs: int
+    stages: int
     constants: dict[str, int]
 
 
@@ -260,6 +318,7 @@ def plan(
     rotary: int,
     axes: int,
     dtype: torch.dtype,
+    copied_dtype: torch.dtype,
     lse_given: bool,
 ) -> Plan:
     """Divide the work; the same sizes come again and again, and host time counts."""
@@ -269,27 +328,39 @@ def plan(
     split_keys = splits = 0
     if row_tiles:
         split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, blocks["BLOCK_N"])
-    rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY)
+    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, WARPS)
+    # As many as a program has registers for.
+    most = max(1, COPY_BYTES * 32 * WARPS // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
+    rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY, most)
     parts = row_tiles * splits
-    tiles = max(cdiv(num_visual, blocks["BLOCK_N"]), 1)
+    stored = not lse_given and stores_logits(group * num_rows, num_keys, num_visual, head_dim, dtype)
+    of_mean = stored_options(query_heads * num_rows, splits)
+    tiles = max(cdiv(num_visual, of_mean["BLOCK_TOKENS"] if stored else blocks["BLOCK_N"]), 1)
     copies = cdiv(length, rows_per_program)
-    first_mass = batch * key_heads * parts
-    first_copy = first_mass + batch * key_heads * tiles
+    line = LINE.value
+    awaited = 0 if lse_given else 1 if stored else key_heads
+    of_sample = (awaited + 1) * line + cdiv(tiles + 2, line) * line
+    first_score = batch * key_heads * parts
+    first_copy = first_score + batch * (1 if stored else key_heads) * tiles
     constants = {
         "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **blocks,
-        "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
-        "BLOCK_FILL": FILL_BLOCK, **copy_tiles(channels, rotary), "BLOCK_RESET": RESET_BLOCK,
-        "AXES": axes, "ROWS_PER_PROGRAM": rows_per_program,
+        "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), **of_mean,
+        "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
+        "BLOCK_FILL": FILL_BLOCK, **copy, "BLOCK_RESET": RESET_BLOCK,
+        "AXES": axes, "ROWS_PER_PROGRAM": rows_per_program, "STORED": stored,
     }  # fmt: skip
     return Plan(
         split_keys,
         splits,
         parts,
+        stored,
         tiles,
         copies,
-        first_mass,
+        of_sample,
+        first_score,
         first_copy,
         first_copy + batch * copies,
+        stages_of(blocks, head_dim, dtype, stored),
         constants,
     )
 
@@ -310,7 +381,7 @@ def plan_of(
     return plan(
         batch, query_heads, key.shape[1], head_dim, num_query, key.shape[2], 1 if rows is None else rows.shape[1],
         visual_index.shape[1], length, hidden_states.shape[2], cos.shape[2],
-        position_ids.shape[0] if position_ids.dim() == 3 else 1, query.dtype, lse is not None,
+        position_ids.shape[0] if position_ids.dim() == 3 else 1, query.dtype, hidden_states.dtype, lse is not None,
     )  # fmt: skip
 
 
@@ -325,8 +396,7 @@ def is_likely_faster(programs: int, device: torch.device) -> bool:
     A hand-over inside of a launch takes about as long as the boundary between two in a CUDA graph, and outside of a graph
     each launch saved is host time saved. But every role takes what the largest one needs, so that a multiprocessor has two
     programs of one launch where it has three or more of a kernel of its own, and the roles behind a long line start late. By
-    a model of latencies (H200), one launch is on a level with several for LLaVA-1.5 (656 programs, 2.5 waves: 18 to 33 us
-    against 16 to 27), and loses for LLaVA-NeXT (2,344, 9 waves: 42 to 78 against 26 to 40).
+    a model of latencies (H200), one launch is on a level with several at 2.5 waves of programs, and loses at 9.
     """
     return device.type != "cuda" or programs <= MAX_WAVES * programs_at_once(device)
 
@@ -367,8 +437,9 @@ def prune_tokens(
     ids = position_ids if position_ids.dim() == 3 else position_ids[None]
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
 
-    partial_size, mass_size = batch * query_heads * num_rows * work.splits, batch * key_heads * num_visual
-    workspace = 2 * partial_size + mass_size + batch * num_query
+    partial_size = batch * query_heads * num_rows * work.splits
+    weights_size = batch * (query_heads * num_rows * num_keys if work.stored else key_heads * num_visual)
+    workspace = 2 * partial_size + weights_size + batch * num_query
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
@@ -380,7 +451,7 @@ def prune_tokens(
             None if lse is None else lse.float().contiguous(), *inputs, ids,
             None if counts is None else counts.contiguous(),
             torch.empty(workspace, dtype=torch.float32, device=device),
-            counters(device, 2 + batch * (key_heads + work.tiles + 3)),
+            counters(device, LINE.value + batch * work.of_sample),
             scores, index, *outputs,
         ),
         (
@@ -390,12 +461,13 @@ def prune_tokens(
         (
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),
             batch, num_query, num_keys, num_rows, num_visual, work.split_keys, work.splits, keep, length,
-            partial_size, mass_size, work.parts, work.tiles, work.copies, work.first_mass, work.first_copy,
+            partial_size, weights_size, work.parts, work.tiles, work.copies, work.of_sample, work.first_score,
+            work.first_copy,
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
         work.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
         num_warps=WARPS,
-        num_stages=2,
+        num_stages=work.stages,
         maxnreg=MAX_REGISTERS,
         launch_cooperative_grid=not ticket,
     )  # fmt: skip
