@@ -17,6 +17,12 @@ RADIUS_OF_SIDE = 0.7
 """Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
 
+def read_prompt(x: Inputs) -> Result:
+    """Find the visual and the text rows, and count them."""
+    rows = gap_kernels.read_prompt(x.visual)
+    return rows.visual_index, rows.text_rows, rows.last_row, rows.counts
+
+
 def topk_indices(x: Inputs) -> Result:
     """Select from given scores."""
     return (gap_kernels.topk_indices(x.scores, x.keep),)
@@ -107,6 +113,7 @@ def spatial_aggregate(x: Inputs) -> Result:
 
 
 DECODER_CALLS: dict[str, Call] = {
+    "read_prompt": read_prompt,
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,

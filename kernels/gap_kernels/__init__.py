@@ -9,6 +9,7 @@ from .aggregate import spatial_aggregate
 from .backends import backend
 from .flash_attention import AttentionOutput, attention
 from .importance import visual_importance
+from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
@@ -16,6 +17,7 @@ from .select import topk_indices
 
 __all__ = [
     "AttentionOutput",
+    "PromptRows",
     "PrunedTokens",
     "attention",
     "attention_received",
@@ -23,6 +25,7 @@ __all__ = [
     "grid_neighbours",
     "prune_by_score",
     "prune_tokens",
+    "read_prompt",
     "spatial_aggregate",
     "topk_indices",
     "topk_per_region",

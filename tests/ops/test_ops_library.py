@@ -246,6 +246,11 @@ SCHEMAS = (
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     (
+        "read_prompt(Tensor tokens, SymInt[] placeholders, Tensor? attention_mask, Tensor? answer,"
+        " Tensor? rankers, Tensor? index, SymInt num_visual, SymInt num_text, SymInt[]? expected)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    (
         "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
         " float radius, Tensor? pillars, float? self_weight) -> Tensor"
     ),

@@ -25,6 +25,7 @@ import triton
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.importance import kernel as importance
+from gap_kernels.prompt import kernel as prompt_kernel
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.received import kernel as received
@@ -67,6 +68,7 @@ SYSTEM_SHARED_KIB = 1
 # Registers per thread and KiB of shared memory per program that a kernel may need at most: on NVIDIA GPUs, where any
 # program can have 99 KiB, and on gfx942, where it can have 64. Some more than triton 3.7.1 needs.
 BUDGETS = {
+    "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
     "row_lse_kernel": ((160, 56), (256, 24)),
@@ -142,6 +144,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def cases() -> Iterator[Case]:
     """Name every launch."""
+    yield from prompt_cases()
     yield from select_cases()
     yield from region_cases()
     yield from importance_cases()
@@ -151,6 +154,15 @@ def cases() -> Iterator[Case]:
     yield from attention_cases()
     yield from received_cases()
     yield from aggregate_cases()
+
+
+def prompt_cases() -> Iterator[Case]:
+    tokens = torch.zeros(2, LLAVA_15.tokens, dtype=torch.int64)
+    widths = (LLAVA_15.visual, 64)
+    yield "640 tokens", partial(prompt_kernel.read_prompt, tokens, (5,), tokens, None, None, None, *widths)
+    mask = tokens == 0
+    given = (mask, (), mask, mask, mask, tokens, *widths)
+    yield "640 rows left, every mask", partial(prompt_kernel.read_prompt, *given)
 
 
 def select_cases() -> Iterator[Case]:

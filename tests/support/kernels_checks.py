@@ -18,6 +18,8 @@ from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.flash_attention import reference as attention_reference
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
+from gap_kernels.prompt import kernel as prompt
+from gap_kernels.prompt import reference as prompt_reference
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.prune import reference as prune_reference
@@ -46,6 +48,27 @@ def special_scores(batch: int, n: int, generator: torch.Generator) -> Tensor:
     for value in (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45):
         scores[torch.rand(batch, n, generator=generator) < 0.03] = value
     return scores.to(DEVICE)
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1025, 3000])
+def test_prompt(length: int, generator: torch.Generator) -> None:
+    """Lengths around the block, in which images, text and padding are anywhere."""
+    tokens = torch.randint(0, 6, (3, length), generator=generator).to(DEVICE)
+    flags = [torch.rand(3, length, generator=generator).to(DEVICE) < 0.9 for _ in range(3)]
+    index = torch.arange(length, device=DEVICE).expand(3, -1)[:, :: 2 if length > 1 else 1].contiguous()
+    index[:, : length // 5] = -1
+    for arguments in (
+        (tokens, (3, 5), None, None, None, None),
+        (tokens, (3, 5), flags[0].long(), ~flags[1], None, None),
+        (tokens == 3, (), flags[0], ~flags[1], flags[2], index),
+        (tokens == 3, (), None, None, None, index),
+    ):
+        for found, expected in zip(
+            prompt.read_prompt(*arguments, length, length),
+            prompt_reference.read_prompt(*arguments, length, length),
+            strict=True,
+        ):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8193, 16384, 16385, 65536])
