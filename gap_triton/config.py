@@ -198,6 +198,11 @@ class GapConfig(Stage):
         """All stages, the first one included."""
         return (Stage(self.keep, self.layer, self.score, self.coverage, self.merge), *self.then)
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no stage drops anything, of whatever prompt."""
+        return all(isinstance(stage.keep, float) and stage.keep == 1.0 for stage in self.stages)
+
     @classmethod
     def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
         """Return the configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..arguments import VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -41,7 +41,11 @@ from .supported_models import (
 )
 from .unpruned import warn_of_zeros
 
-OWN_ARGUMENTS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
+OWN_ARGUMENTS = (
+    VISUAL_MASK,
+    VISUAL_GRID,
+    VISUAL_PROMPT,
+)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:

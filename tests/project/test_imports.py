@@ -38,6 +38,8 @@ ROOMS = (
     "arguments",
     "environment",
     "plain",
+    "host",
+    "visual_prompt",
     "_requirements",
 )
 
