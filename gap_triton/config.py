@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -140,7 +138,8 @@ class Stage:
             raise self._error("keep", "how many tokens that is depends on their scores")
         if is_int(self.keep):
             return min(self.keep, visual_tokens)
-        return math.ceil(Fraction(repr(self.keep)) * visual_tokens)
+        numerator, denominator = _decimal(self.keep)
+        return -(-numerator * visual_tokens // denominator)
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,13 @@ class GapConfig(Stage):
         from .presets import preset
 
         return preset(name, model=model, **options)
+
+
+def _decimal(share: float) -> tuple[int, int]:
+    """The decimal that ``share`` prints as, numerator and denominator: `fractions` is more than torch.compile can trace."""
+    mantissa, _, exponent = repr(share).partition("e")
+    whole, _, digits = mantissa.partition(".")
+    return int(whole + digits), 10 ** (len(digits) - int(exponent or 0))
 
 
 def first_later(layer: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +16,15 @@ from torch import nn
 from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
+from .memo import Memo
 from .selection import Selection
 from .strategies.grid_positions import GridPositions
 from .vision_tower import TowerRecorder
 from .visual_prompt import PromptCounts, VisualPrompt, VisualRows
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
+@dataclass(eq=False)
+class Prompt(Memo):
     """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer after it.
 
     Attributes:
@@ -82,22 +82,30 @@ class Prompt:
         """Whether some row is padding."""
         return any(count < self.visual.shape[1] for count in self.real_counts)
 
-    @cached_property
+    @property
     def visual_index(self) -> torch.Tensor:
         """[B, V] int64, the visual rows of each sample, ascending, then -1."""
-        return self.rows.visual_index[:, : max(self.visual_counts)].contiguous()
+        width = max(self.visual_counts)
+        index: torch.Tensor = self.compute_once(
+            "visual_index", lambda: self.rows.visual_index[:, :width].contiguous()
+        )
+        return index
 
-    @cached_property
+    @property
     def text_rows(self) -> torch.Tensor:
         """[B, R] int64, the rows of `text_after`, ascending, then -1; the last row of the prompt where there are none."""
-        return self.rows.text_rows[:, : max(1, *self.text_counts)].contiguous()
+        width = max(1, *self.text_counts)
+        rows: torch.Tensor = self.compute_once(
+            "text_rows", lambda: self.rows.text_rows[:, :width].contiguous()
+        )
+        return rows
 
-    @cached_property
+    @property
     def query_rows(self) -> torch.Tensor:
         """[B, Q] bool, `real` without the rows of an answer."""
         return self.real if self.answer is None else self.real & ~self.answer
 
-    @cached_property
+    @property
     def before_answer(self) -> torch.Tensor | None:
         """[B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays.
 
@@ -246,8 +254,8 @@ class Scoring:
     scale: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class Survivors:
+@dataclass(eq=False)
+class Survivors(Memo):
     """The rows that one stage leaves.
 
     Attributes:
@@ -267,10 +275,13 @@ class Survivors:
     dense: bool
     arguments: list[tuple[Any, Any]] = field(default_factory=list)
 
-    @cached_property
+    @property
     def sources(self) -> torch.Tensor:
         """[B, L] int64, ``index`` with row 0 at filler, to gather by."""
-        return self.index if self.dense else self.index.clamp(min=0)
+        if self.dense:
+            return self.index
+        sources: torch.Tensor = self.compute_once("sources", lambda: self.index.clamp(min=0))
+        return sources
 
 
 @dataclass(eq=False)
@@ -319,14 +330,14 @@ class Prefill:
 
 
 @dataclass(eq=False)
-class Rows:
+class Rows(Memo):
     """The rows that a forward adds, as the decoder gets them.
 
     Attributes:
         batch, queries: Number of samples and of rows of each, B and Q.
         past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
         has_4d_mask: The caller gave a mask of four dimensions, which holds more than padding.
-        make_real: Makes `real`.
+        make_real: Makes `real`, which few forwards need.
     """
 
     batch: int
@@ -335,17 +346,18 @@ class Rows:
     has_4d_mask: bool
     make_real: Callable[[], torch.Tensor | None]
 
-    @cached_property
+    @property
     def real(self) -> torch.Tensor | None:
         """[B, past + Q] bool, False at padding, read from the caller's mask; None = no padding.
 
         Where ``past`` is a tensor, as wide as the mask and one column more, which stands for all positions after it.
         """
-        return self.make_real()
+        real: torch.Tensor | None = self.compute_once("real", self.make_real)
+        return real
 
 
 @dataclass(eq=False)
-class DecoderRun:
+class DecoderRun(Memo):
     """One run of the decoder in which tokens are dropped, or were before it.
 
     Attributes:
@@ -371,18 +383,11 @@ class DecoderRun:
     cache: Any = None
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def survivors(self) -> Survivors | None:
         """The rows that are left by now; None where nothing has been dropped in this run."""
         return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
-
-    def compute_once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the value of ``make()``, computed for the first later layer and shared by the others."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
 
 
 @dataclass(eq=False)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .memo import Memo
+
 
 class PromptCounts(NamedTuple):
     """Numbers by sample, known on the host, from which the plan of a prefill follows."""
@@ -30,8 +32,8 @@ class PromptCounts(NamedTuple):
         return PromptCounts(*(tuple(value for value in row for _ in range(times)) for row in self))
 
 
-@dataclass(frozen=True, eq=False)
-class VisualRows:
+@dataclass(eq=False)
+class VisualRows(Memo):
     """Where the visual tokens of a forward are, as the caller gave it.
 
     Attributes:
@@ -42,9 +44,13 @@ class VisualRows:
     tokens: torch.Tensor
     placeholders: tuple[int, ...] = ()
 
-    @functools.cached_property
+    @property
     def mask(self) -> torch.Tensor:
         """[B, Q] bool, True at visual tokens."""
+        mask: torch.Tensor = self.compute_once("mask", self._make_mask)
+        return mask
+
+    def _make_mask(self) -> torch.Tensor:
         if self.tokens.dtype == torch.bool:
             return self.tokens
         masks = [self.tokens == token for token in self.placeholders]

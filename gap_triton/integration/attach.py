@@ -21,6 +21,7 @@ from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
 from ..vision.needs import hook_tower
 from .hooks import (
+    Removal,
     after_head,
     after_owner,
     after_text,
@@ -365,9 +366,9 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
             head,
             functools.partial(before_head, owner_name=name, takes_kwargs=takes_kwargs(head)),
         )
-        handles: list[Any] = []
-        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=handles))
-        handles.append(attachment.handles[-1])
+        removal = Removal()
+        _register(attachment, "register_forward_hook", head, functools.partial(after_head, removal=removal))
+        removal.handle = attachment.handles[-1]
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:

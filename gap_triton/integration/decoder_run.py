@@ -157,7 +157,7 @@ def _read(state: ForwardState, rows: Rows, visual: VisualRows, past: int) -> tup
     mask = _mask_of(state.owner.attention_mask, rows, past)
     prompt = read_prompt(visual, mask, answer_rows(head, drafts, visual), counts)
     if past == 0:
-        rows.real = prompt.real if prompt.padded else None
+        rows.memo["real"] = prompt.real if prompt.padded else None
     return prompt, drafts
 
 

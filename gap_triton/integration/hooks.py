@@ -8,6 +8,7 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,6 +88,13 @@ def before_head(
     return args, kwargs
 
 
+@dataclass(eq=False)
+class Removal:
+    """How a hook takes itself off; in a box that torch.compile, which can't trace a handle, need not look into."""
+
+    handle: Any = None
+
+
 def after_head(
     model: PreTrainedModel,
     args: Args,
@@ -94,7 +102,7 @@ def after_head(
     output: Any = None,
     *,
     attachment: Attachment,
-    handles: list[Any],
+    removal: Removal,
 ) -> None:
     """Refuse a head that did not hand its keyword arguments on; after one that did, take this hook off.
 
@@ -106,7 +114,7 @@ def after_head(
     if not head.reached_owner:
         _refuse_lost_arguments(model, args, kwargs, head, attachment)
     elif not torch.compiler.is_compiling():
-        handles[0].remove()
+        removal.handle.remove()
 
 
 def _refuse_lost_arguments(

@@ -110,7 +110,7 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
     """
     if isinstance(mask, dict):
         return any(looks_ahead(each, real) for each in mask.values())
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or is_plain(mask, 0):
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or is_plain(mask, 1):
         return False
     columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     block = max(1, BLOCK // max(1, mask.shape[0] * mask.shape[1] * mask.shape[-1]))
@@ -151,9 +151,17 @@ def read_prompt(
     known: dict[str, Any] = {}
     if counts is not None:
         known = {"num_visual": max(counts.visual), "num_text": max(1, *counts.text), "counts": counts}
-    rows = gap_kernels.read_prompt(
-        visual.tokens, visual.placeholders, attention_mask=mask, answer=answer, **known
-    )
+    try:
+        rows = gap_kernels.read_prompt(
+            visual.tokens, visual.placeholders, attention_mask=mask, answer=answer, **known
+        )
+    except ValueError as error:
+        if counts is None:
+            raise
+        raise ValueError(
+            "visual_prompt was prepared for other tokens or other padding: call gap_triton.prepare on these inputs "
+            f"({error})"
+        ) from error
     if counts is None:
         counts = PromptCounts(*map(tuple, rows.counts.tolist()))
     return Prompt(rows, answer, counts)

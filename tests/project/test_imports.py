@@ -38,8 +38,9 @@ ROOMS = (
     "arguments",
     "environment",
     "plain",
-    "host",
     "visual_prompt",
+    "memo",
+    "host",
     "_requirements",
 )
 
