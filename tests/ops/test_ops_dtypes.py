@@ -107,6 +107,12 @@ OPERATORS: dict[str, Row] = {
         lambda d: [d, d, d, INT, INT, FLOAT],
     ),
     "prune_tokens": (pruned, lambda d: [d, d, d, INT, INT, FLOAT]),
+    "read_prompt": (
+        lambda d: gap_kernels.read_prompt(
+            torch.arange(12)[None], [3, 4], attention_mask=torch.ones(1, 12, dtype=d)
+        ),
+        lambda d: [BOOL] * 3 + [INT] * 4,
+    ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
     "topk_indices": (lambda d: gap_kernels.topk_indices(SCORES, 5), lambda d: [INT]),
     "topk_per_region": (
@@ -131,7 +137,15 @@ STRATEGIES: dict[str, Row] = {
     "text_similarity": (related(strategies.text_similarity, masked=False), lambda d: [FLOAT]),
 }
 ROWS_OF = OPERATORS | STRATEGIES
-NOT_CALLED = {"AttentionOutput", "PrunedTokens", "backend", "AggregationRule", "Coverage", "Merged"}
+NOT_CALLED = {
+    "AttentionOutput",
+    "PromptRows",
+    "PrunedTokens",
+    "backend",
+    "AggregationRule",
+    "Coverage",
+    "Merged",
+}
 
 
 def test_everything_public_is_here() -> None:

@@ -9,40 +9,10 @@ import torch
 from gap_kernels import read_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from support.naive import prompt as naive
 from torch.library import opcheck
 
 IMAGE, VIDEO, PAD = 7, 9, 0
-
-
-def naive(
-    visual: list[bool], real: list[bool], answer: list[bool], rankers: list[bool] | None
-) -> tuple[list[int], list[int], int, list[int]]:
-    """Visual rows, ranking rows, last row and counts of one sample."""
-    rows = range(len(visual))
-    visual_rows = [row for row in rows if visual[row] and real[row]]
-    prompt = [row for row in rows if real[row] and not answer[row]]
-    behind = max(visual_rows, default=-1)
-    if rankers is None:
-        text = [row for row in prompt if row > behind and not visual[row]]
-    else:
-        text = [row for row in rows if rankers[row] and real[row]]
-    last_row = max(prompt, default=0)
-    ends = [row for row in visual_rows if row == rows[-1] or answer[row + 1]]
-    counts = [len(visual_rows), sum(real), len(text), int(bool(ends)), int(real[-1])]
-    return visual_rows, text or [last_row], last_row, counts
-
-
-def filled(rows: list[int], width: int) -> list[int]:
-    return (rows + [-1] * width)[:width]
-
-
-def assert_reads(found: Any, expected: list[tuple[list[int], list[int], int, list[int]]]) -> None:
-    widths = found.visual_index.shape[1], found.text_rows.shape[1]
-    assert found.visual_index.tolist() == [filled(each[0], widths[0]) for each in expected]
-    assert found.text_rows.tolist() == [filled(each[1], widths[1]) for each in expected]
-    assert found.last_row.tolist() == [[each[2]] for each in expected]
-    assert found.counts.T.tolist() == [each[3] for each in expected]
 
 
 @st.composite
@@ -85,32 +55,16 @@ def test_against_loops(case: dict[str, Any]) -> None:
     ids = () if case["by_mask"] else (VIDEO, IMAGE)
     found = read_prompt(visual if case["by_mask"] else tokens, ids, **options)
 
-    def taken(values: Tensor, sample: int) -> list[bool]:
-        """The values of the rows that are left; False at filler."""
-        rows = range(tokens.shape[1]) if case["index"] is None else case["index"][sample]
-        return [row >= 0 and bool(values[sample, row]) for row in rows]
-
-    every = torch.ones_like(visual)
-    expected = [
-        naive(
-            taken(visual, sample),
-            taken(tokens != PAD if case["padded"] else every, sample),
-            taken(torch.zeros_like(visual) if options["answer"] is None else options["answer"], sample),
-            None if options["rankers"] is None else taken(options["rankers"], sample),
-        )
-        for sample in range(len(tokens))
-    ]
-    assert_reads(found, expected)
-    for sample, each in enumerate(expected):
-        assert found.visual[sample].nonzero().flatten().tolist() == each[0]
-        assert found.text[sample].nonzero().flatten().tolist() == (each[1] if each[3][2] else [])
-        assert int(found.real[sample].sum()) == each[3][1]
+    real = tokens != PAD if case["padded"] else torch.ones_like(visual)
+    masks = visual.tolist(), real.tolist(), case["answer"], case["rankers"]
+    expected = naive.read_each(*masks, case["index"])
+    naive.assert_reads(found, expected)
     known = read_prompt(
         visual if case["by_mask"] else tokens, ids, **options,
-        num_visual=max(each[3][0] for each in expected), num_text=max(1, *(each[3][2] for each in expected)),
+        num_visual=max(each.counts[0] for each in expected), num_text=max(1, *(each.counts[2] for each in expected)),
         counts=found.counts.tolist(),
     )  # fmt: skip
-    assert_reads(known, expected)
+    naive.assert_reads(known, expected)
 
 
 TOKENS = torch.tensor([[1, IMAGE, IMAGE, 2, 3], [PAD, 1, IMAGE, 4, IMAGE]])

@@ -76,8 +76,8 @@ def read_prompt(
     shapes.check("tokens", tokens, "B Q", (torch.int64, torch.bool))
     if tokens.shape[1] == 0:
         raise ValueError(f"tokens: expected at least one row, got {describe(tokens)}")
-    ids = list(placeholders)
-    if len(ids) > MOST_PLACEHOLDERS or not all(is_int(each) and each >= 0 for each in ids):
+    ids = list(placeholders) if isinstance(placeholders, (list, tuple)) else [-1]
+    if len(ids) > MOST_PLACEHOLDERS or not all(is_int(each) and 0 <= each < 1 << 63 for each in ids):
         raise ValueError(
             f"placeholders: expected at most {MOST_PLACEHOLDERS} ids >= 0, got {describe(placeholders)}"
         )
@@ -103,7 +103,9 @@ def read_prompt(
 
 def _listed(counts: Sequence[Sequence[int]], batch: int) -> list[int]:
     """``counts`` as one list."""
-    rows = [list(row) for row in counts]
-    if len(rows) != len(COUNTS) or any(len(row) != batch for row in rows):
+    rows = list(counts) if isinstance(counts, (list, tuple)) else []
+    if len(rows) != len(COUNTS) or not all(
+        isinstance(row, (list, tuple)) and len(row) == batch and all(map(is_int, row)) for row in rows
+    ):
         raise ValueError(f"counts: expected {len(COUNTS)} rows of {batch} ints, got {describe(counts)}")
-    return [int(each) for row in rows for each in row]
+    return [each for row in rows for each in row]
