@@ -23,6 +23,11 @@ def read_prompt(x: Inputs) -> Result:
     return rows.visual_index, rows.text_rows, rows.last_row, rows.counts
 
 
+def text_raters(x: Inputs) -> Result:
+    """Find the text that may judge the image."""
+    return (gap_kernels.text_raters(x.hidden_states, x.visual_index, x.text_rows),)
+
+
 def topk_indices(x: Inputs) -> Result:
     """Select from given scores."""
     return (gap_kernels.topk_indices(x.scores, x.keep),)
@@ -114,6 +119,7 @@ def spatial_aggregate(x: Inputs) -> Result:
 
 DECODER_CALLS: dict[str, Call] = {
     "read_prompt": read_prompt,
+    "text_raters": text_raters,
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,

@@ -11,6 +11,7 @@ from .flash_attention import AttentionOutput, attention
 from .importance import visual_importance
 from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
+from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
 from .select import topk_indices
@@ -27,6 +28,7 @@ __all__ = [
     "prune_tokens",
     "read_prompt",
     "spatial_aggregate",
+    "text_raters",
     "topk_indices",
     "topk_per_region",
     "visual_importance",

@@ -20,8 +20,7 @@ IN_THE_DECODER = Added(20, 1, 0), Added(20, 0, 0)
 LIMITS = {
     "fastv": IN_THE_DECODER,
     "pyramiddrop": IN_THE_DECODER,
-    # The raters are found by a dozen operators of PyTorch.
-    "sparsevlm": (Added(52, 1, 0), Added(52, 0, 0)),
+    "sparsevlm": IN_THE_DECODER,
     # Keys are turned back, and an even spread over the image is merged with the best, in operators of PyTorch.
     "feather": (Added(124, 5, 0), Added(124, 4, 0)),
     # Before the decoder.

@@ -107,6 +107,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "read_prompt": {
         "tokens": "B Q", "attention_mask": "B Q", "answer": "B Q", "rankers": "B Q", "index": "B S",
     },
+    "text_raters": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},

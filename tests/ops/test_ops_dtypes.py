@@ -114,6 +114,12 @@ OPERATORS: dict[str, Row] = {
         lambda d: [BOOL] * 3 + [INT] * 4,
     ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
+    "text_raters": (
+        lambda d: gap_kernels.text_raters(
+            2 * randn(2, 9, 6, dtype=d), KEPT[:2, :3] % 4, torch.tensor([[5, 6, 8]] * 2)
+        ),
+        lambda d: [BOOL],
+    ),
     "topk_indices": (lambda d: gap_kernels.topk_indices(SCORES, 5), lambda d: [INT]),
     "topk_per_region": (
         lambda d: gap_kernels.topk_per_region(SCORES, grid_neighbours(GRID)[None], 1, 5),

@@ -26,6 +26,7 @@ from .naive import attention as naive_attention
 from .naive import importance as naive_importance
 from .naive import prompt as naive_prompt
 from .naive import prune as naive_prune
+from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
 from .naive import select as naive_select
@@ -161,6 +162,19 @@ def read_prompt(source: Source) -> Call:
         "num_text": source.maybe(lambda: max((each.counts[2] for each in expected), default=0) + 1),
     }
     return Call(gap_kernels.read_prompt, arguments, lambda found: naive_prompt.assert_reads(found, expected))
+
+
+def text_raters(source: Source) -> Call:
+    batch, rows = source.size(0, 3), source.size(1, 12)
+    embeds = source.floats(batch, rows, source.size(0, 5))
+    visual_index = source.rows(batch, rows, source.size(0, rows))
+    text_rows = source.rows(batch, rows, source.size(0, rows))
+
+    def check(found: Tensor) -> None:
+        naive_raters.assert_raters(found, embeds, visual_index, text_rows)
+
+    arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
+    return Call(gap_kernels.text_raters, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -741,6 +755,7 @@ def raters(source: Source) -> Call:
 
 MAKERS: dict[str, Callable[[Source], Call]] = {
     "read_prompt": read_prompt,
+    "text_raters": text_raters,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "grid_neighbours": grid_neighbours,

@@ -23,6 +23,8 @@ from gap_kernels.prompt import reference as prompt_reference
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
 from gap_kernels.prune import reference as prune_reference
+from gap_kernels.raters import kernel as raters
+from gap_kernels.raters import reference as raters_reference
 from gap_kernels.received import kernel as received
 from gap_kernels.received import reference as received_reference
 from gap_kernels.region import grid_neighbours
@@ -69,6 +71,17 @@ def test_prompt(length: int, generator: torch.Generator) -> None:
             strict=True,
         ):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_raters(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Tiles of visual tokens, text and channels that are not full; scores so far apart that rounding decides nothing."""
+    embeds = torch.randn(2, 300, 100, generator=generator).to(DEVICE, dtype)
+    order = torch.rand(2, 300, generator=generator).argsort(1).to(DEVICE)
+    visual_index, text_rows = order[:, :70].clone(), order[:, 70:220].clone()
+    visual_index[0, 40:], text_rows[1, :30] = -1, -1
+    found = raters.text_raters(embeds, visual_index, text_rows)
+    assert torch.equal(found, raters_reference.text_raters(embeds.double(), visual_index, text_rows))
 
 
 @pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8193, 16384, 16385, 65536])
