@@ -59,6 +59,7 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`. Of a
             decoder alone, forward and `generate` take ``visual_mask`` ([B, Q] bool), which rows are visual tokens, and,
             where the configuration needs it, ``visual_grid`` ([H, W], or a list of one per image), their rows and columns.
+            Of any model they take ``visual_prompt``, from `gap_triton.prepare`.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
