@@ -17,6 +17,20 @@ RADIUS_OF_SIDE = 0.7
 """Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
 
+def read_prompt(x: Inputs) -> Result:
+    """Find the visual and the text rows, and count them."""
+    rows = gap_kernels.read_prompt(x.visual)
+    return rows.visual_index, rows.text_rows, rows.last_row, rows.counts
+
+
+def text_raters(x: Inputs) -> Result:
+    """Find the text that may judge the image."""
+    # Products of about 1, by a power of two, which every dtype scales by exactly: larger ones give each visual token to one
+    # word alone, and then whole numbers are compared with their mean, where rounding decides.
+    scale = 2.0 ** -round(math.log2(x.hidden_states.shape[2]) / 4)
+    return (gap_kernels.text_raters(x.hidden_states * scale, x.visual_index, x.text_rows).long(),)
+
+
 def topk_indices(x: Inputs) -> Result:
     """Select from given scores."""
     return (gap_kernels.topk_indices(x.scores, x.keep),)
@@ -107,6 +121,8 @@ def spatial_aggregate(x: Inputs) -> Result:
 
 
 DECODER_CALLS: dict[str, Call] = {
+    "read_prompt": read_prompt,
+    "text_raters": text_raters,
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,

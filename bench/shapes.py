@@ -116,6 +116,8 @@ class Inputs:
     cos: Tensor
     sin: Tensor
     position_ids: Tensor
+    visual: Tensor
+    """Which tokens are visual, [B, S]."""
     visual_index: Tensor
     text_rows: Tensor
     scores: Tensor
@@ -174,6 +176,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int 
         cos=rows(shape.head_dim),
         sin=rows(shape.head_dim),
         position_ids=ids.contiguous(),
+        visual=(tokens < shape.visual).repeat(batch, 1),
         visual_index=tokens[: shape.visual].repeat(batch, 1),
         text_rows=text.repeat(batch, 1),
         scores=scores,

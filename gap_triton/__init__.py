@@ -21,9 +21,11 @@ from .integration.attach import (  # noqa: E402
     refuse_continuous_batching,
 )
 from .integration.attention import register  # noqa: E402
+from .integration.prepare import prepare  # noqa: E402
 from .integration.static_cache import static_cache  # noqa: E402
 from .kv_cache.cache_methods import follow_cache_methods  # noqa: E402
 from .selection import Selection  # noqa: E402
+from .visual_prompt import VisualPrompt  # noqa: E402
 
 register()
 follow_attention_name()
@@ -39,10 +41,12 @@ __all__ = [
     "GapConfig",
     "Selection",
     "Stage",
+    "VisualPrompt",
     "attach",
     "configure",
     "detach",
     "last_selection",
+    "prepare",
     "pruning",
     "static_cache",
 ]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .attachment import Attachment, attach_lock, attachment_of
@@ -74,7 +75,8 @@ def current_config(attachment: Attachment, head: HeadArguments | None = None) ->
         attachment: What is attached to the model that runs.
         head: What its head handed on in this forward, None if it is not known.
     """
-    generation = _generation.get()
+    # What was compiled can't ask for a context variable: it reads the configuration when it is called.
+    generation = None if torch.compiler.is_compiling() else _generation.get()
     if generation is not None:
         if attachment in generation.configs:
             return generation.configs[attachment]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -140,7 +138,8 @@ class Stage:
             raise self._error("keep", "how many tokens that is depends on their scores")
         if is_int(self.keep):
             return min(self.keep, visual_tokens)
-        return math.ceil(Fraction(repr(self.keep)) * visual_tokens)
+        numerator, denominator = _decimal(self.keep)
+        return -(-numerator * visual_tokens // denominator)
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,11 @@ class GapConfig(Stage):
         """All stages, the first one included."""
         return (Stage(self.keep, self.layer, self.score, self.coverage, self.merge), *self.then)
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no stage drops anything, of whatever prompt."""
+        return all(isinstance(stage.keep, float) and stage.keep == 1.0 for stage in self.stages)
+
     @classmethod
     def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
         """Return the configuration of a published method, by name and ``budget``: see `gap_triton.presets.preset`.
@@ -207,6 +211,13 @@ class GapConfig(Stage):
         from .presets import preset
 
         return preset(name, model=model, **options)
+
+
+def _decimal(share: float) -> tuple[int, int]:
+    """The decimal that ``share`` prints as, numerator and denominator: `fractions` is more than torch.compile can trace."""
+    mantissa, _, exponent = repr(share).partition("e")
+    whole, _, digits = mantissa.partition(".")
+    return int(whole + digits), 10 ** (len(digits) - int(exponent or 0))
 
 
 def first_later(layer: int) -> int:

@@ -10,46 +10,110 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from gap_kernels import PromptRows
 from torch import nn
 
 from .attachment import Attachment
 from .config import ATTENTION_SCORES, GapConfig, Stage, first_later
 from .kv_cache.kept_tokens import KeptTokens
+from .memo import Memo
 from .selection import Selection
 from .strategies.grid_positions import GridPositions
 from .vision_tower import TowerRecorder
+from .visual_prompt import PromptCounts, VisualPrompt, VisualRows
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(eq=False)
+class Prompt(Memo):
     """The rows of a prefill, as read once before the first layer runs: a prompt, and maybe its answer after it.
 
     Attributes:
-        visual: [B, Q] bool, the visual tokens.
-        real: [B, Q] bool, False at padding.
-        query_rows: [B, Q] bool, ``real`` without the rows of an answer, which rank nothing.
-        before_answer: [B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays;
-            None where no sample has one.
-        visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
-        text_after: [B, Q] bool, the text rows of the prompt after the sample's last visual token.
-        visual_counts: Number of visual tokens, by sample; known on the host, as are the numbers that follow.
-        real_counts: Number of rows that are no padding.
-        text_counts: Number of text rows after the last visual token.
-        ends_in_image: Whether the last row of the prompt is a visual token.
-        last_is_real: Whether the last row of the forward is no padding.
+        rows: What the operator found: all rows [B, Q] of the forward.
+        answer: [B, Q] bool, the rows of an answer, which rank nothing; None = none.
+        counts: How many there are of what, by sample; known on the host.
     """
 
-    visual: torch.Tensor
-    real: torch.Tensor
-    query_rows: torch.Tensor
-    before_answer: torch.Tensor | None
-    visual_index: torch.Tensor
-    text_after: torch.Tensor
-    visual_counts: tuple[int, ...]
-    real_counts: tuple[int, ...]
-    text_counts: tuple[int, ...]
-    ends_in_image: tuple[bool, ...]
-    last_is_real: tuple[bool, ...]
+    rows: PromptRows
+    answer: torch.Tensor | None
+    counts: PromptCounts
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """[B, Q] bool, the visual tokens."""
+        return self.rows.visual
+
+    @property
+    def real(self) -> torch.Tensor:
+        """[B, Q] bool, False at padding."""
+        return self.rows.real
+
+    @property
+    def text_after(self) -> torch.Tensor:
+        """[B, Q] bool, the text rows of the prompt after the sample's last visual token."""
+        return self.rows.text
+
+    @property
+    def visual_counts(self) -> tuple[int, ...]:
+        """Number of visual tokens, by sample."""
+        return self.counts.visual
+
+    @property
+    def real_counts(self) -> tuple[int, ...]:
+        """Number of rows that are no padding, by sample."""
+        return self.counts.real
+
+    @property
+    def text_counts(self) -> tuple[int, ...]:
+        """Number of text rows after the last visual token, by sample."""
+        return self.counts.text
+
+    @property
+    def ends_in_image(self) -> tuple[bool, ...]:
+        """Whether the last row of the prompt is a visual token, by sample."""
+        return tuple(map(bool, self.counts.ends_in_image))
+
+    @property
+    def last_is_real(self) -> tuple[bool, ...]:
+        """Whether the last row of the forward is no padding, by sample."""
+        return tuple(map(bool, self.counts.last_is_real))
+
+    @property
+    def padded(self) -> bool:
+        """Whether some row is padding."""
+        return any(count < self.visual.shape[1] for count in self.real_counts)
+
+    @property
+    def visual_index(self) -> torch.Tensor:
+        """[B, V] int64, the visual rows of each sample, ascending, then -1."""
+        width = max(self.visual_counts)
+        index: torch.Tensor = self.compute_once(
+            "visual_index", lambda: self.rows.visual_index[:, :width].contiguous()
+        )
+        return index
+
+    @property
+    def text_rows(self) -> torch.Tensor:
+        """[B, R] int64, the rows of `text_after`, ascending, then -1; the last row of the prompt where there are none."""
+        width = max(1, *self.text_counts)
+        rows: torch.Tensor = self.compute_once(
+            "text_rows", lambda: self.rows.text_rows[:, :width].contiguous()
+        )
+        return rows
+
+    @property
+    def query_rows(self) -> torch.Tensor:
+        """[B, Q] bool, `real` without the rows of an answer."""
+        return self.real if self.answer is None else self.real & ~self.answer
+
+    @property
+    def before_answer(self) -> torch.Tensor | None:
+        """[B, Q] bool, the visual token that the first token of an answer is predicted from, so that it stays.
+
+        None where no sample has one.
+        """
+        if self.answer is None or not any(self.ends_in_image):
+            return None
+        return self.visual & torch.nn.functional.pad(self.answer[:, 1:], (0, 1))
 
 
 @dataclass(frozen=True)
@@ -78,7 +142,7 @@ class Drop:
         length: L, the number of rows after it.
         dense: Every row after it is a real token, in every sample.
         selection: What was chosen after the vision encoder; None where the stage is in the decoder.
-        text_rows: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
+        rankers: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
         grid_positions: Positions of visual rows in their images; None where the stage needs none, or is not in the decoder.
     """
 
@@ -88,7 +152,7 @@ class Drop:
     length: int
     dense: bool
     selection: VisionSelection | None = None
-    text_rows: torch.Tensor | None = None
+    rankers: torch.Tensor | None = None
     grid_positions: GridPositions | None = None
 
     @property
@@ -105,18 +169,20 @@ class Plan:
         visual: [B, S] bool, the visual tokens.
         real: [B, S] bool, False at padding and filler.
         visual_index: [B, V] int64, the visual rows of each sample, ascending, then -1.
-        keep: [B] int64, how many of them survive.
+        keep: How many of them survive: an int, or [B] int64 where samples differ.
         stays: [B, V] bool, those that survive whatever they score, beyond ``keep`` if need be; None = none.
         rows: [B, R] int64, the query rows whose attention ranks them, -1 = filler.
+        filled: No -1 in ``visual_index``; known on the host.
         padded: Some of the S rows may be padding or filler.
     """
 
     visual: torch.Tensor
     real: torch.Tensor
     visual_index: torch.Tensor
-    keep: torch.Tensor
+    keep: int | torch.Tensor
     stays: torch.Tensor | None
     rows: torch.Tensor
+    filled: bool
     padded: bool
 
     def to(self, device: torch.device) -> Plan:
@@ -126,7 +192,7 @@ class Plan:
             visual=self.visual.to(device),
             real=self.real.to(device),
             visual_index=self.visual_index.to(device),
-            keep=self.keep.to(device),
+            keep=self.keep if isinstance(self.keep, int) else self.keep.to(device),
             stays=None if self.stays is None else self.stays.to(device),
             rows=self.rows.to(device),
         )
@@ -188,8 +254,8 @@ class Scoring:
     scale: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class Survivors:
+@dataclass(eq=False)
+class Survivors(Memo):
     """The rows that one stage leaves.
 
     Attributes:
@@ -197,13 +263,25 @@ class Survivors:
         order: [B, L] int64, the source row of each of the later layers' hidden states: ``index``, but for
             ``ids="permuted"``.
         new_ids: [B, L] (or [A, B, L]) int64, their renumbered ids, None for ``ids="kept"``.
+        ids: [B, L] (or [A, B, L]) int64, the ids that they have without pruning.
+        dense: No -1 in ``index``; known on the host.
         arguments: Arguments of later layers, each with what is left of it for these rows.
     """
 
     index: torch.Tensor
     order: torch.Tensor
     new_ids: torch.Tensor | None
+    ids: torch.Tensor
+    dense: bool
     arguments: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def sources(self) -> torch.Tensor:
+        """[B, L] int64, ``index`` with row 0 at filler, to gather by."""
+        if self.dense:
+            return self.index
+        sources: torch.Tensor = self.compute_once("sources", lambda: self.index.clamp(min=0))
+        return sources
 
 
 @dataclass(eq=False)
@@ -215,7 +293,9 @@ class Prefill:
         drops: The stages, first to last; at least one.
         drafts: Number of last rows, of all samples, that are drafts.
         past: Number of original positions in the cache before it.
-        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning.
+        position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning; None until the layers bring
+            them, where the decoder counts by itself.
+        keeps: [stages, B] int64, how many tokens each stage keeps; None where all samples keep equally many.
         scoring: What the attention of the scoring layer recorded, until the stage has scored.
         survivors: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
@@ -226,7 +306,8 @@ class Prefill:
     drops: tuple[Drop, ...]
     drafts: int
     past: int
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    keeps: torch.Tensor | None = None
     scoring: Scoring | None = None
     survivors: list[Survivors] = field(default_factory=list)
     embeds: torch.Tensor | None = None
@@ -249,26 +330,34 @@ class Prefill:
 
 
 @dataclass(eq=False)
-class Rows:
+class Rows(Memo):
     """The rows that a forward adds, as the decoder gets them.
 
     Attributes:
         batch, queries: Number of samples and of rows of each, B and Q.
         past: Number of original positions in the cache before them. A tensor in a decode step on a static cache.
-        real: [B, past + Q] bool, False at padding, read from the caller's mask; None = no padding. Where ``past`` is a
-            tensor, as wide as the mask and one column more, which stands for all positions after it.
         has_4d_mask: The caller gave a mask of four dimensions, which holds more than padding.
+        make_real: Makes `real`, which few forwards need.
     """
 
     batch: int
     queries: int
     past: int | torch.Tensor
-    real: torch.Tensor | None
     has_4d_mask: bool
+    make_real: Callable[[], torch.Tensor | None]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[B, past + Q] bool, False at padding, read from the caller's mask; None = no padding.
+
+        Where ``past`` is a tensor, as wide as the mask and one column more, which stands for all positions after it.
+        """
+        real: torch.Tensor | None = self.compute_once("real", self.make_real)
+        return real
 
 
 @dataclass(eq=False)
-class DecoderRun:
+class DecoderRun(Memo):
     """One run of the decoder in which tokens are dropped, or were before it.
 
     Attributes:
@@ -294,18 +383,11 @@ class DecoderRun:
     cache: Any = None
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def survivors(self) -> Survivors | None:
         """The rows that are left by now; None where nothing has been dropped in this run."""
         return self.prefill.survivors[-1] if self.prefill is not None and self.prefill.survivors else None
-
-    def compute_once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the value of ``make()``, computed for the first later layer and shared by the others."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
 
 
 @dataclass(eq=False)
@@ -313,15 +395,17 @@ class OwnerArguments:
     """What the module that receives ``input_ids`` was given.
 
     Attributes:
-        visual: [B, Q] bool, the visual tokens; None where there is no prompt.
+        visual: The visual tokens; None where there is no prompt.
         attention_mask: The mask as the caller gave it, before the model makes its own of it.
         by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, by the embedding of a placeholder.
+        prepared: What `gap_triton.prepare` has read of the prompt; None where it was not called.
         kwargs: Its keyword arguments, from which the sizes of images are read; empty once the prompt is planned.
     """
 
-    visual: torch.Tensor | None = None
+    visual: VisualRows | None = None
     attention_mask: Any = None
     by_embedding: bool = False
+    prepared: VisualPrompt | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 

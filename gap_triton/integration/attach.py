@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..arguments import VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -21,6 +21,7 @@ from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
 from ..vision.needs import hook_tower
 from .hooks import (
+    Removal,
     after_head,
     after_owner,
     after_text,
@@ -41,7 +42,11 @@ from .supported_models import (
 )
 from .unpruned import warn_of_zeros
 
-OWN_ARGUMENTS = (VISUAL_MASK, VISUAL_GRID)  # arguments of forward() and generate() that attached models take
+OWN_ARGUMENTS = (
+    VISUAL_MASK,
+    VISUAL_GRID,
+    VISUAL_PROMPT,
+)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
@@ -54,6 +59,7 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`. Of a
             decoder alone, forward and `generate` take ``visual_mask`` ([B, Q] bool), which rows are visual tokens, and,
             where the configuration needs it, ``visual_grid`` ([H, W], or a list of one per image), their rows and columns.
+            Of any model they take ``visual_prompt``, from `gap_triton.prepare`.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
         config: What to prune, ``GapConfig()`` if None.
 
@@ -361,9 +367,9 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
             head,
             functools.partial(before_head, owner_name=name, takes_kwargs=takes_kwargs(head)),
         )
-        handles: list[Any] = []
-        _register(attachment, "register_forward_hook", head, functools.partial(after_head, handles=handles))
-        handles.append(attachment.handles[-1])
+        removal = Removal()
+        _register(attachment, "register_forward_hook", head, functools.partial(after_head, removal=removal))
+        removal.handle = attachment.handles[-1]
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:

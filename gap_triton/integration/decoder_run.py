@@ -21,14 +21,15 @@ from ..kv_cache.kept_tokens import (
 )
 from ..later_layers.deepstack import take_out
 from ..later_layers.outputs import refuse_router_logits
-from ..prefill.answers import answer_rows, drafts_of, follows_prompt, refuse_lost_labels
+from ..prefill.answers import answer_rows, drafts_of, follows_prompt, names_rows, refuse_lost_labels
 from ..prefill.grid_positions import grid_positions_of
-from ..prefill.plan import decide
+from ..prefill.plan import decide, keeps_of
 from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import looks_ahead, position_ids_of, read_prompt, real_positions
 from ..prefill.raters import find_raters
-from ..state import DecoderRun, Drop, ForwardState, HeadArguments, Prefill, Prompt, Rows
+from ..state import DecoderRun, Drop, ForwardState, Prefill, Prompt, Rows
 from ..vision.select import select_before_decoder
+from ..visual_prompt import VisualRows
 from .supported_models import check_layers
 from .unpruned import warn_no_placeholder
 
@@ -76,8 +77,10 @@ def run_of_prompt(
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
     verifies = past > 0 and follows_prompt(state.head, visual, inputs)
     has_image = False
-    if visual is not None and not verifies:
-        prompt, drafts = _read(state.head, run.rows, visual)
+    # A configuration that keeps everything plans nothing; only a cache that lacks tokens must know of another image.
+    plans = kept is not None or not state.config.keeps_everything
+    if visual is not None and plans and not verifies:
+        prompt, drafts = _read(state, run.rows, visual, past)
         has_image = any(prompt.visual_counts)
         if has_image:
             kwargs = _plan(state, run, prompt, drafts, past, kwargs)
@@ -110,8 +113,11 @@ def _rows_of(
     # Padding is read from the caller's mask: by now some models have made another one from it.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
     has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    real = real_positions(mask, past, queries, batch, layer_type(text.config, 0))
-    return Rows(batch, queries, past, real, has_4d_mask)
+
+    def real() -> torch.Tensor | None:
+        return real_positions(mask, past, queries, batch, layer_type(text.config, 0))
+
+    return Rows(batch, queries, past, has_4d_mask, real)
 
 
 def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:
@@ -141,10 +147,27 @@ def _real_rows(rows: Rows) -> torch.Tensor | None:
     return None if rows.real is None else rows.real[:, -rows.queries :]
 
 
-def _read(head: HeadArguments, rows: Rows, visual: torch.Tensor) -> tuple[Prompt, int]:
-    """The prompt among ``rows``, whose visual tokens are ``visual`` [B, Q] bool, and how many last rows are drafts."""
-    drafts = drafts_of(head, visual)
-    return read_prompt(visual, _real_rows(rows), answer_rows(head, drafts, visual)), drafts
+def _read(state: ForwardState, rows: Rows, visual: VisualRows, past: int) -> tuple[Prompt, int]:
+    """The prompt among ``rows``, whose visual tokens are ``visual``, and how many last rows are drafts."""
+    head, prepared, counts = state.head, state.owner.prepared, None
+    if prepared is None or names_rows(head, visual):
+        drafts = drafts_of(head, visual)
+    else:
+        counts, drafts = prepared.counts_of(rows.batch, rows.queries, past, head.drafts)
+    mask = _mask_of(state.owner.attention_mask, rows, past)
+    prompt = read_prompt(visual, mask, answer_rows(head, drafts, visual), counts)
+    if past == 0:
+        rows.memo["real"] = prompt.real if prompt.padded else None
+    return prompt, drafts
+
+
+def _mask_of(mask: Any, rows: Rows, past: int) -> torch.Tensor | None:
+    """[B, Q], nonzero where one of the rows is real; None = no padding. The caller's ``mask`` itself where it has that."""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        mask = mask[:, : past + rows.queries]
+        if mask.shape[1] >= rows.queries:
+            return mask[:, -rows.queries :].expand(rows.batch, -1)
+    return _real_rows(rows)
 
 
 def _plan(
@@ -152,6 +175,8 @@ def _plan(
 ) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     stages = state.config.stages
+    if state.config.keeps_everything:
+        return kwargs
     selection = None
     if stages[0].layer == BEFORE_THE_DECODER:
         selection, kwargs = select_before_decoder(state, prompt, stages[0], kwargs)
@@ -160,9 +185,10 @@ def _plan(
         return kwargs
     check_layers(state.config, len(run.attachment.text.layers))
     refuse_lost_labels(state.head, prompt, drops[-1].keep)
-    ids = position_ids_of(kwargs.get("position_ids"), past, run.rows.queries, prompt.visual.device)
+    given, device = kwargs.get("position_ids"), prompt.visual.device
+    ids = None if given is None else position_ids_of(given, past, run.rows.queries, device)
     drops = _with_what_ranks(state, prompt, drops, kwargs)
-    run.prefill = Prefill(prompt, drops, drafts, past, ids)
+    run.prefill = Prefill(prompt, drops, drafts, past, ids, keeps_of(drops, device))
     return kwargs
 
 
@@ -171,9 +197,9 @@ def _with_what_ranks(
 ) -> tuple[Drop, ...]:
     """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
     in_decoder = [drop.stage for drop in drops if drop.selection is None]
-    text_rows = {"text": prompt.text_after}
+    rankers = {"text": prompt.text_after}
     if any(stage.score == "raters" for stage in in_decoder):
-        text_rows["raters"] = find_raters(prompt, kwargs)
+        rankers["raters"] = find_raters(prompt, kwargs)
     positions = None
     if any(map(needs_grid, in_decoder)):
         positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)
@@ -182,7 +208,7 @@ def _with_what_ranks(
         if drop.selection is not None
         else replace(
             drop,
-            text_rows=text_rows.get(drop.stage.score),
+            rankers=rankers.get(drop.stage.score),
             grid_positions=positions if needs_grid(drop.stage) else None,
         )
         for drop in drops

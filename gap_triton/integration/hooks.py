@@ -8,12 +8,13 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, by_name, cache_of
+from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT, by_name, cache_of
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
 from ..introspect import NAME, text_model_of
@@ -30,12 +31,11 @@ from ..later_layers.inputs import shorten
 from ..later_layers.outputs import restore_rows
 from ..prefill.answers import head_arguments_of
 from ..prefill.drop import drop_tokens
-from ..prefill.prompt import (
-    find_visual_tokens,
-)
+from ..prefill.prompt import find_visual_rows
 from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
 from .decoder_run import begin_to_fill, run_of_prompt, run_of_step
+from .prepare import named_prompt
 from .supported_models import find_parts
 from .unpruned import (
     refuse_export,
@@ -88,6 +88,13 @@ def before_head(
     return args, kwargs
 
 
+@dataclass(eq=False)
+class Removal:
+    """How a hook takes itself off; in a box that torch.compile, which can't trace a handle, need not look into."""
+
+    handle: Any = None
+
+
 def after_head(
     model: PreTrainedModel,
     args: Args,
@@ -95,7 +102,7 @@ def after_head(
     output: Any = None,
     *,
     attachment: Attachment,
-    handles: list[Any],
+    removal: Removal,
 ) -> None:
     """Refuse a head that did not hand its keyword arguments on; after one that did, take this hook off.
 
@@ -107,7 +114,7 @@ def after_head(
     if not head.reached_owner:
         _refuse_lost_arguments(model, args, kwargs, head, attachment)
     elif not torch.compiler.is_compiling():
-        handles[0].remove()
+        removal.handle.remove()
 
 
 def _refuse_lost_arguments(
@@ -155,6 +162,7 @@ def before_owner(
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
+    prepared = named_prompt(kwargs.pop(VISUAL_PROMPT, None))
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
     head.reached_owner = True
     state = ForwardState(attachment.config, attachment, head, OwnerArguments())
@@ -167,13 +175,15 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
     else:
         visual = None
         if visual_mask is not None:
-            visual = named_visual_tokens(owner, visual_mask, input_ids, embeds, cache_of(kwargs), head.drafts)
+            visual = named_visual_tokens(
+                owner, visual_mask, input_ids, embeds, cache_of(kwargs), head.drafts, prepared is not None
+            )
         elif attachment.owner is not attachment.text:
-            visual = find_visual_tokens(owner, input_ids, embeds)
+            visual = find_visual_rows(owner, input_ids, embeds)
         else:
             warn_no_visual_mask(owner, embeds if input_ids is None else input_ids)
         sought = visual_mask is None and input_ids is None
-        state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought)
+        state.owner = OwnerArguments(visual, kwargs.get("attention_mask"), sought, prepared)
         if visual is not None:
             refuse_export()
             config = current_config(attachment, head)
@@ -184,7 +194,8 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         state.owner.kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         if visual_grid is not None:
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
-        start_recorder(state)
+        if not state.config.keeps_everything:
+            start_recorder(state)
     if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
         attachment.running.add(state)
         if attachment.closing:

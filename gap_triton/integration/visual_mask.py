@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..introspect import visual_token_ids
-from ..prefill.prompt import placeholders_in
+from ..visual_prompt import VisualRows
 
 
 def named_visual_tokens(
@@ -18,7 +18,8 @@ def named_visual_tokens(
     inputs_embeds: torch.Tensor | None,
     cache: Any | None,
     drafts: int,
-) -> torch.Tensor | None:
+    checked: bool,
+) -> VisualRows | None:
     """Return the visual tokens that ``mask`` names, or None for a step of decoding.
 
     `generate` hands the mask of the prompt to every step; a decode step holds no image and ignores it, and so does one that
@@ -32,9 +33,10 @@ def named_visual_tokens(
         inputs_embeds: [B, Q, C], or None.
         cache: The KV cache, None without one.
         drafts: How many of the last rows are drafts of assisted decoding, or written without a cache, which no mask covers.
+        checked: `gap_triton.prepare` has compared it with ``input_ids``.
 
     Returns:
-        [B, Q] bool.
+        The rows [B, Q].
 
     Raises:
         ValueError: ``mask`` is no bool tensor, or is of another shape or on another device; or ``input_ids`` hold image
@@ -57,9 +59,9 @@ def named_visual_tokens(
             )
         mask = mask[:, past:]
     mask = torch.nn.functional.pad(mask, (0, drafts))
-    if input_ids is not None and visual_token_ids(owner.config):
+    if input_ids is not None and visual_token_ids(owner.config) and not checked:
         _refuse_other_rows(owner, mask, input_ids)
-    return mask
+    return VisualRows(mask)
 
 
 def _refuse_no_mask(mask: Any, device: torch.device) -> None:
@@ -74,7 +76,8 @@ def _refuse_no_mask(mask: Any, device: torch.device) -> None:
 
 def _refuse_other_rows(owner: PreTrainedModel, mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Raise ValueError if ``mask`` [B, Q] names rows of ``input_ids`` [B, Q] that are no placeholder of an image."""
-    strangers = (mask & ~placeholders_in(owner, input_ids)).nonzero().tolist()
+    placeholders = VisualRows(input_ids, tuple(visual_token_ids(owner.config)))
+    strangers = (mask & ~placeholders.mask).nonzero().tolist()
     if strangers:
         raise ValueError(
             f"visual_mask names {len(strangers)} rows that hold no image placeholder in input_ids, the first at "

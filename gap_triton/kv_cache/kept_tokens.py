@@ -272,21 +272,23 @@ def extend(
     Args:
         before: What they held before; None where nothing had been dropped.
         layer: The pruning layer.
-        positions: [B, L] int64, original positions of the surviving rows, -1 = filler. Drafts are not among them: like all
-            that follows a prompt, they are held one to one.
+        positions: [B, L] int64, original positions of the surviving rows, -1 = filler or padding. Drafts are not among them:
+            like all that follows a prompt, they are held one to one.
         past: Number of original positions before the prompt.
         queries: Number of rows of the prompt.
-        real: [B, past + Q] bool, False at padding; None = no padding.
+        real: [B, past + Q] bool, False at padding, of what was before; None = no padding.
         dense: No -1 in ``positions``, known on the host.
     """
     covered = 0 if before is None else before.covered
-    between = torch.arange(covered, past, device=positions.device).expand(positions.shape[0], -1)
-    new = torch.cat([between, positions], dim=1)
-    if real is not None:
-        new = torch.where((new >= 0) & real.to(new.device).gather(1, new.clamp(min=0)), new, -1)
+    parts = [] if before is None else [before.index]
+    if covered < past:
+        between = torch.arange(covered, past, device=positions.device).expand(positions.shape[0], -1)
+        if real is not None:
+            between = torch.where(real[:, covered:past].to(between.device), between, -1)
+        parts.append(between)
     return KeptRows(
         layer=layer,
-        index=new if before is None else torch.cat([before.index, new], dim=1),
+        index=torch.cat([*parts, positions], dim=1) if parts else positions,
         covered=past + queries,
         # Of earlier tokens only the device knows whether they are padding.
         dense=dense and before is None and past == 0,

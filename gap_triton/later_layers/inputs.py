@@ -116,7 +116,7 @@ def take_survivors(rows: Rows, survivors: Survivors, name: str, value: Any) -> A
 
 def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Tensor:
     """``value`` with only the survivors on its token ``axis``, which follows the batch axis."""
-    rows = survivors.index.clamp(min=0).to(value.device)  # [B, L]
+    rows = survivors.sources.to(value.device)  # [B, L]
     shape = list(value.shape)
     shape[axis - 1] = rows.shape[0]
     value = value.expand(shape)

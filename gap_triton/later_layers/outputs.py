@@ -70,11 +70,15 @@ def _restore(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor
     if not stages:
         return short
     queries = prefill.prompt.visual.shape[1]
-    survivors = prefill.survivors[stages - 1].order.to(short.device)
+    survivors = prefill.survivors[stages - 1]
+    target = survivors.order.to(short.device)
+    if survivors.dense:
+        full = short.new_zeros(short.shape[0], queries, short.shape[2])
+        return full.scatter_(1, target[..., None].expand_as(short), short)
     # One more row at the end takes the filler and is cut off again.
-    target = torch.where(survivors < 0, queries, survivors)[..., None].expand_as(short)
+    target = torch.where(target < 0, queries, target)[..., None].expand_as(short)
     full = short.new_zeros(short.shape[0], queries + 1, short.shape[2])
-    return full.scatter(1, target, short)[:, :-1]
+    return full.scatter_(1, target, short)[:, :-1]
 
 
 def _refuse_short_output(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:

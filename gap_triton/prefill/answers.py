@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from ..host import to_device
 from ..state import HeadArguments, Prompt
+from ..visual_prompt import VisualRows
 
 IGNORED_LABEL = -100
 GENERATED = "gap_generated"  # how many tokens `generate` has generated, where it feeds them again
@@ -36,49 +38,56 @@ def head_arguments_of(kwargs: dict[str, Any]) -> HeadArguments:
     )
 
 
-def drafts_of(head: HeadArguments, visual: torch.Tensor) -> int:
+def drafts_of(head: HeadArguments, visual: VisualRows) -> int:
     """Return how many last rows of ``visual`` [B, Q] are drafts: none where the caller wants the logits of the image."""
     drafts = head.drafts
-    if not drafts or drafts >= visual.shape[1] or bool(visual[:, -drafts:].any()):
+    if not drafts or drafts >= visual.tokens.shape[1] or bool(visual.mask[:, -drafts:].any()):
         return 0
     return drafts
 
 
-def follows_prompt(head: HeadArguments, visual: torch.Tensor | None, inputs: torch.Tensor) -> bool:
+def follows_prompt(head: HeadArguments, visual: VisualRows | None, inputs: torch.Tensor) -> bool:
     """Return whether all rows but the first are answer: they go on, as decoding does, whether drafts or targets of a loss.
 
     One read where there are labels, or rows by a tensor; none in `generate`.
 
     Args:
         head: What the caller gave to the head.
-        visual: [B, Q] bool, the visual tokens; None = none.
+        visual: The visual tokens; None = none.
         inputs: [B, Q] or [B, Q, C], the rows.
     """
     if inputs.shape[1] == head.drafts + 1:
         return True
     if visual is None:
-        visual = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        visual = VisualRows(torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device))
     answer = answer_rows(head, 0, visual)
     return answer is not None and bool(answer[:, 1:].all())
 
 
-def answer_rows(head: HeadArguments, drafts: int, visual: torch.Tensor) -> torch.Tensor | None:
+def names_rows(head: HeadArguments, visual: VisualRows) -> bool:
+    """Return whether labels, or rows whose logits are needed, name the rows of an answer: only the device knows which."""
+    return head.logit_rows is not None or _labels_of(head, visual.tokens) is not None
+
+
+def answer_rows(head: HeadArguments, drafts: int, visual: VisualRows) -> torch.Tensor | None:
     """Return [B, Q] bool, the rows of each sample's answer and whatever follows it; None where no argument names any.
 
     Args:
         head: What the caller gave to the head.
         drafts: How many last rows of all samples are drafts.
-        visual: [B, Q] bool, the visual tokens.
+        visual: The visual tokens, [B, Q].
     """
-    batch, queries = visual.shape
-    labels = _labels_of(head, visual)
-    if not drafts and head.logit_rows is None and labels is None:
-        return None
-    positions = torch.arange(queries, device=visual.device)
-    last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
+    batch, queries = visual.tokens.shape
+    if not names_rows(head, visual):
+        if not drafts:
+            return None
+        return (torch.arange(queries, device=visual.tokens.device) >= queries - drafts).expand(batch, -1)
+    mask, labels = visual.mask, _labels_of(head, visual.tokens)
+    positions = torch.arange(queries, device=mask.device)
+    last_visual = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
     start = torch.full_like(last_visual, queries - drafts)
     if head.logit_rows is not None:
-        first = _first_logit_row(head.logit_rows.to(visual.device), batch, queries)
+        first = _first_logit_row(head.logit_rows.to(mask.device), batch, queries)
         start = torch.where(first >= last_visual, start.minimum(first + 1), start)
     if labels is not None:
         targets = (labels != head.ignored_label) & (positions > last_visual)
@@ -86,9 +95,9 @@ def answer_rows(head: HeadArguments, drafts: int, visual: torch.Tensor) -> torch
     return positions >= start
 
 
-def _labels_of(head: HeadArguments, visual: torch.Tensor) -> torch.Tensor | None:
+def _labels_of(head: HeadArguments, tokens: torch.Tensor) -> torch.Tensor | None:
     labels = head.labels
-    return labels.to(visual.device) if labels is not None and labels.shape == visual.shape else None
+    return labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
 
 
 def _first_logit_row(rows: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
@@ -119,7 +128,7 @@ def refuse_lost_labels(head: HeadArguments, prompt: Prompt, keep: tuple[int, ...
     if labels is None:
         return
     drops = [kept < count for kept, count in zip(keep, prompt.visual_counts, strict=True)]
-    has_no_logits = prompt.visual & torch.tensor(drops, device=prompt.visual.device)[:, None]
+    has_no_logits = prompt.visual & to_device(drops, prompt.visual.device)[:, None]
     if prompt.before_answer is not None:
         has_no_logits = has_no_logits & ~prompt.before_answer
     has_no_logits = (has_no_logits | ~prompt.real)[:, :-1] & (labels[:, 1:] != head.ignored_label)

@@ -13,9 +13,9 @@ from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
 from ..later_layers.inputs import take_survivors
 from ..selection import Selection
 from ..state import DecoderRun, Drop, Plan, Prefill, Survivors
-from ..strategies.rows import take_values
 from .plan import plan_of
 from .position_ids import ID_RULES
+from .prompt import position_ids_of
 from .scores import Attention, attention_of, scores_by_attention, scores_without_attention
 
 FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -43,23 +43,26 @@ class StageRows:
 
     Attributes:
         plan: What is to be dropped from them.
-        index: [B, S] int64, their rows in the prompt, -1 = filler; None where they are all of it.
+        earlier: What the stage before left, of which these are the rows; None where they are all of the prompt.
         tokens: Their hidden states [B, S, C], cos and sin [B, S, D], position ids [B, S] or [A, B, S], and visual rows.
         rotary: Their rotary embeddings, as the layer brings them.
         has_cos_sin: ``cos`` and ``sin`` are the layer's own, and no empty stand-ins.
     """
 
     plan: Plan
-    index: torch.Tensor | None
+    earlier: Survivors | None
     tokens: FiveTensors
     rotary: Any
     has_cos_sin: bool
 
-    def to_prompt_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows of the prompt, [B, N], from ``rows`` [B, N] among these; -1 stays -1."""
-        if self.index is None:
+    def to_prompt_rows(self, rows: torch.Tensor, dense: bool) -> torch.Tensor:
+        """Return the rows of the prompt, [B, N], from ``rows`` [B, N] among these; -1 stays -1, and ``dense`` has none."""
+        if self.earlier is None:
             return rows
-        return torch.where(rows < 0, -1, self.index.gather(1, rows.clamp(min=0)))
+        index = self.earlier.index.to(rows.device)
+        return (
+            index.gather(1, rows) if dense else torch.where(rows < 0, -1, index.gather(1, rows.clamp(min=0)))
+        )
 
 
 def drop_tokens(
@@ -75,11 +78,11 @@ def drop_tokens(
         kwargs: Keyword arguments of the first later layer.
     """
     rotary = kwargs.get("position_embeddings")
-    position_ids = _unpruned_ids(run, prefill, hidden_states.device)
+    position_ids = _unpruned_ids(run, prefill, hidden_states.device, kwargs.get("position_ids"))
     rows = _stage_rows(run, prefill, drop, hidden_states, position_ids, rotary)
     pruned = _score_and_prune(run, prefill, drop, rows)
     prefill.scoring = None
-    index = rows.to_prompt_rows(pruned.index)
+    index = rows.to_prompt_rows(pruned.index, drop.dense)
     record = _record_of(run, prefill, drop, index)
     rule = ID_RULES[run.config.ids]
     hidden, order = pruned.hidden_states, rule.order(index, rows.plan, pruned.scores)
@@ -92,21 +95,32 @@ def drop_tokens(
         new_ids, record = ids, replace(record, id_shift=shift)
 
     kept = _kept_with(run, prefill, record)
-    survivors = Survivors(index, order, new_ids)
+    survivors = Survivors(index, order, new_ids, pruned.position_ids, drop.dense)
     if rows.has_cos_sin and new_ids is None:
         survivors.arguments.append((rotary, (pruned.cos, pruned.sin)))
+    shared: torch.Tensor | None = kwargs.get("position_ids")
+    if isinstance(shared, torch.Tensor) and prefill.position_ids is shared and shared.dtype == torch.int64:
+        survivors.arguments.append((shared, pruned.position_ids))
     prefill.survivors.append(survivors)
     if drop.stage.layer == BEFORE_THE_DECODER:
         prefill.embeds = hidden_states
-    candidates = rows.to_prompt_rows(rows.plan.visual_index)
+    candidates = rows.to_prompt_rows(rows.plan.visual_index, rows.plan.filled)
     selection = _selection_of(prefill, index, ids, candidates, pruned.scores)
     return Dropped(hidden, record, kept, selection)
 
 
-def _unpruned_ids(run: DecoderRun, prefill: Prefill, device: torch.device) -> torch.Tensor:
-    """[B, Q] or [A, B, Q], the ids of all rows of the forward."""
+def _unpruned_ids(run: DecoderRun, prefill: Prefill, device: torch.device, of_layer: Any) -> torch.Tensor:
+    """[B, Q] or [A, B, Q], the ids of all rows of the forward: those ``of_layer`` where the decoder made them itself."""
+    rows = run.rows
+    if prefill.position_ids is None:
+        counted = isinstance(of_layer, torch.Tensor) and of_layer.shape in (
+            (1, rows.queries),
+            (rows.batch, rows.queries),
+        )
+        given = of_layer if counted else None
+        prefill.position_ids = position_ids_of(given, prefill.past, rows.queries, device)
     ids = prefill.position_ids.to(device)
-    return ids.expand(*ids.shape[:-2], run.rows.batch, run.rows.queries).contiguous()
+    return ids.expand(*ids.shape[:-2], rows.batch, rows.queries)
 
 
 def _stage_rows(
@@ -119,9 +133,7 @@ def _stage_rows(
 ) -> StageRows:
     """The rows that ``drop`` finds, as the operator takes them."""
     device, earlier = hidden_states.device, run.survivors
-    index = None if earlier is None else earlier.index
-    plan = plan_of(prefill.prompt, drop, index).to(device)
-    index = None if index is None else index.to(device)
+    plan = plan_of(prefill, drop, earlier).to(device)
     # The operator gathers one cos and sin of three dimensions. Others are gathered by `later_layers.inputs.shorten`, as the
     # layers bring them; here an empty pair stands in.
     cos = sin = hidden_states.new_empty(1, plan.visual.shape[1], 1)
@@ -132,24 +144,26 @@ def _stage_rows(
         cos, sin = rotary
     cos, sin = (x.to(device).expand(run.rows.batch, -1, -1) for x in (cos, sin))
     # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
-    ids = position_ids.long()
-    ids = ids if index is None else take_values(ids, index)
-    return StageRows(plan, index, (hidden_states, cos, sin, ids, plan.visual_index), rotary, has_cos_sin)
+    ids = position_ids.long() if earlier is None else earlier.ids.to(device)
+    return StageRows(plan, earlier, (hidden_states, cos, sin, ids, plan.visual_index), rotary, has_cos_sin)
 
 
 def _record_of(run: DecoderRun, prefill: Prefill, drop: Drop, index: torch.Tensor) -> KeptRows:
     """What the layers after ``drop`` hold, with the rows ``index`` [B, L] of the prompt."""
-    # A last row that is padding stays for its logits, but no row may attend to it.
-    real = prefill.prompt.real.to(index.device)
-    is_token = (index >= 0) & real.gather(1, index.clamp(min=0))
-    positions = torch.where(is_token, index + prefill.past, -1)
+    positions = index if prefill.past == 0 else index + prefill.past
+    if not all(prefill.prompt.last_is_real):
+        # A last row that is padding stays for its logits, but no row may attend to it.
+        real = prefill.prompt.real.to(index.device)
+        positions = torch.where((index >= 0) & real.gather(1, index.clamp(min=0)), positions, -1)
+    elif prefill.past and not drop.dense:
+        positions = torch.where(index >= 0, positions, -1)
     return extend(
         None if run.kept_before is None else run.kept_before.stages[prefill.done],
         drop.stage.layer,
         positions[:, : positions.shape[1] - prefill.drafts],
         past=prefill.past,
         queries=run.rows.queries - prefill.drafts,
-        real=run.rows.real,
+        real=run.rows.real if prefill.past else None,
         dense=drop.dense,
     )
 
@@ -191,7 +205,7 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
         attention = attention_of(run, prefill, stage, plan, rows.rotary)
         if attention.plain and drop.grid_positions is None and plan.stays is None:
             return _prune_fused(drop, rows, attention)
-    prompt_rows = rows.to_prompt_rows(plan.visual_index)
+    prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
     if attention is not None:
         scores = scores_by_attention(stage, plan, attention)
     else:
@@ -220,8 +234,10 @@ def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTok
     )
 
 
-def _prune_by_score(drop: Drop, rows: StageRows, scores: torch.Tensor, keep: torch.Tensor) -> PrunedTokens:
-    """Keep the ``keep`` [B] best of ``scores`` [B, V]."""
+def _prune_by_score(
+    drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor
+) -> PrunedTokens:
+    """Keep the ``keep`` best of ``scores`` [B, V], as many in all samples or [B]."""
     real = rows.plan.real if rows.plan.padded else None
     return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length)
 

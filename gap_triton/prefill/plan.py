@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from gap_kernels import PromptRows, read_prompt
 
 from ..config import Stage
-from ..state import Drop, Plan, Prompt, VisionSelection
-from ..strategies.rows import positions_first
+from ..host import to_device
+from ..state import Drop, Plan, Prefill, Prompt, Survivors, VisionSelection
 
 
 def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection | None) -> tuple[Drop, ...]:
@@ -39,44 +40,57 @@ def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection |
     return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
 
 
-def plan_of(prompt: Prompt, drop: Drop, index: torch.Tensor | None) -> Plan:
+def keeps_of(drops: Sequence[Drop], device: torch.device) -> torch.Tensor | None:
+    """Return how many tokens each stage keeps, [stages, B] int64, in one copy; None where samples keep equally many."""
+    if all(len(set(drop.keep)) == 1 for drop in drops):
+        return None
+    return to_device([drop.keep for drop in drops], device)
+
+
+def plan_of(prefill: Prefill, drop: Drop, earlier: Survivors | None) -> Plan:
     """Return what ``drop`` drops from the rows that it finds.
 
     Args:
-        prompt: The prompt.
+        prefill: The prompt.
         drop: The stage.
-        index: [B, S] int64, the rows of the prompt that are left, -1 = filler; None = all of them.
+        earlier: What the stage before left of the prompt; None = all of it.
     """
-
-    def at_rows(mask: torch.Tensor) -> torch.Tensor:
-        return mask if index is None else mask.gather(1, index.clamp(min=0)) & (index >= 0)
-
-    visual, real = at_rows(prompt.visual), at_rows(prompt.real)
-    visual_index = prompt.visual_index if index is None else positions_first(visual, max(drop.visual_counts))
+    prompt = prefill.prompt
+    rows, visual_index, text_rows = _rows_left(prompt, drop, earlier)
     stays = None
     if prompt.before_answer is not None:
-        stays = at_rows(prompt.before_answer).gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
+        stays = prompt.before_answer
+        if earlier is not None:
+            index = earlier.index.to(stays.device)
+            stays = stays.gather(1, index.clamp(min=0)) & (index >= 0)
+        stays = stays.gather(1, visual_index.clamp(min=0)) & (visual_index >= 0)
+    keep = drop.keep[0] if prefill.keeps is None else prefill.keeps[prefill.done]
     return Plan(
-        visual=visual,
-        real=real,
+        visual=rows.visual,
+        real=rows.real,
         visual_index=visual_index,
-        keep=torch.tensor(drop.keep, device=visual.device),
+        keep=keep,
         stays=stays,
-        rows=_scoring_rows(prompt, drop.text_rows, at_rows),
-        padded=index is not None or any(count < prompt.visual.shape[1] for count in prompt.real_counts),
+        rows=rows.last_row if drop.rankers is None else text_rows,
+        # A later stage may find the visual token at the end of a prompt among those that were chosen, or beside them.
+        filled=len(set(drop.visual_counts)) == 1 and not (earlier and any(prompt.ends_in_image)),
+        padded=prompt.padded if earlier is None else not earlier.dense,
     )
 
 
-def _scoring_rows(
-    prompt: Prompt, text_rows: torch.Tensor | None, at_rows: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    query_rows = at_rows(prompt.query_rows)
-    positions = torch.arange(query_rows.shape[1], device=query_rows.device)
-    last_real = torch.where(query_rows, positions, 0).amax(dim=1, keepdim=True)  # [B, 1]
-    most_text = max(prompt.text_counts)
-    if text_rows is None or most_text == 0:
-        return last_real
-    rows = positions_first(at_rows(text_rows), most_text)  # [B, R]
-    # A prompt that ends in its image has no text row after it; its last row ranks the tokens.
-    rows[:, :1] = torch.where(rows[:, :1] < 0, last_real, rows[:, :1])
-    return rows
+def _rows_left(
+    prompt: Prompt, drop: Drop, earlier: Survivors | None
+) -> tuple[PromptRows, torch.Tensor, torch.Tensor]:
+    """The rows that ``drop`` finds, the visual ones among them [B, V], and those that rank [B, R]."""
+    if earlier is None and (drop.rankers is None or drop.rankers is prompt.text_after):
+        return prompt.rows, prompt.visual_index, prompt.text_rows
+    rows = read_prompt(
+        prompt.visual,
+        attention_mask=prompt.real if prompt.padded else None,
+        answer=prompt.answer,
+        rankers=drop.rankers,
+        index=None if earlier is None else earlier.index.to(prompt.visual.device),
+        num_visual=max(drop.visual_counts),
+        num_text=max(1, *prompt.text_counts),
+    )
+    return rows, rows.visual_index, rows.text_rows

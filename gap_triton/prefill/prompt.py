@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import gap_kernels
 import torch
 from transformers import PreTrainedModel
 
 from ..introspect import visual_token_ids
-from ..later_layers.masks import visible
+from ..later_layers.masks import is_plain, visible
 from ..state import Prompt
-from ..strategies.rows import positions_first
+from ..visual_prompt import PromptCounts, VisualRows
+
+BLOCK = 1 << 20
+"""How many entries of a mask are looked at, at once."""
 
 
-def find_visual_tokens(
+def find_visual_rows(
     owner: PreTrainedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return [B, Q] bool mask of the visual tokens, or None for a single-token input (a decode step holds no image).
+) -> VisualRows | None:
+    """Return where the visual tokens are, or None for a single-token input (a decode step holds no image).
 
     With ``inputs_embeds`` alone a row counts as visual if it equals the embedding of a placeholder token, which is
     how transformers finds the rows to fill.
     """
+    placeholders = tuple(visual_token_ids(owner.config))
     if input_ids is not None:
-        return None if input_ids.shape[1] == 1 else placeholders_in(owner, input_ids)
+        return None if input_ids.shape[1] == 1 else VisualRows(input_ids, placeholders)
     if inputs_embeds is None or inputs_embeds.shape[1] == 1:
         return None
     table = owner.get_input_embeddings()
     visual = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-    for token in visual_token_ids(owner.config):
+    for token in placeholders:
         placeholder = table(torch.full((), token, dtype=torch.long, device=inputs_embeds.device))
         visual |= (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(dim=-1)
-    return visual
-
-
-def placeholders_in(owner: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return [B, Q] bool, the rows of ``input_ids`` [B, Q] int64 that are placeholders of visual tokens."""
-    visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in visual_token_ids(owner.config):
-        visual |= input_ids == token
-    return visual
+    return VisualRows(visual)
 
 
 def real_positions(
@@ -96,12 +93,16 @@ def position_ids_of(
         device: Where the ids are to lie if they are made here.
     """
     if given is None:
+        if isinstance(past, int):
+            return torch.arange(past, past + queries, device=device)[None]
         return (past + torch.arange(queries, device=device))[None]
     return given[None] if given.dim() == 1 else given
 
 
 def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
-    """Return whether a mask lets some row see a later one, as for images (Gemma 3) and prefixes (PaliGemma). One read.
+    """Return whether a mask lets some row see a later one, as for images (Gemma 3) and prefixes (PaliGemma).
+
+    One read, and none of a mask that is known to be only causal and padding.
 
     Args:
         mask: [B or 1, 1, Q, K], bool or additive; or a dict of those. Anything else does not look ahead.
@@ -109,11 +110,19 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
     """
     if isinstance(mask, dict):
         return any(looks_ahead(each, real) for each in mask.values())
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or is_plain(mask, 1):
         return False
-    allowed = visible(mask).any(dim=1)
+    columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    block = max(1, BLOCK // max(1, mask.shape[0] * mask.shape[1] * mask.shape[-1]))
+    # The last column that each row sees; in blocks, as a number for each entry is several times the mask.
+    last = torch.cat(
+        [
+            torch.where(visible(rows).any(dim=1), columns, -1).amax(dim=-1)
+            for rows in mask.split(block, dim=2)
+        ],
+        dim=1,
+    )
     # Where every row sees itself and nothing later, the last column seen moves on from row to row.
-    last = torch.where(allowed, torch.arange(mask.shape[-1], device=mask.device), -1).amax(dim=-1)
     moves_on = last[:, 1:] > last[:, :-1]
     if real is not None:
         real = real.to(mask.device)
@@ -122,39 +131,37 @@ def looks_ahead(mask: Any, real: torch.Tensor | None) -> bool:
 
 
 def read_prompt(
-    visual: torch.Tensor, real: torch.Tensor | None, answer: torch.Tensor | None = None
+    visual: VisualRows,
+    attention_mask: torch.Tensor | None,
+    answer: torch.Tensor | None = None,
+    counts: PromptCounts | None = None,
 ) -> Prompt:
-    """Count what a prompt holds, with one read from the device.
+    """Find out what a prompt holds, in one launch, and with one read from the device where its counts are not known.
 
     Args:
-        visual: [B, Q] bool.
-        real: [B, Q] bool, False at padding; None = no padding.
+        visual: Its visual tokens, [B, Q].
+        attention_mask: [B, Q] of any dtype, nonzero at real tokens; None = no padding.
         answer: [B, Q] bool, rows of an answer and what follows it, which no visual token is among; None = none.
+        counts: What it holds, where the host knows it.
+
+    Raises:
+        ValueError: On the CPU: ``counts`` are not those of the prompt.
     """
-    positions = torch.arange(visual.shape[1], device=visual.device)
-    real = torch.ones_like(visual) if real is None else real.to(visual.device)
-    visual = visual & real
-    last_visual = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)  # [B, 1]
-    query_rows, before_answer, ends_in_image = real, None, visual[:, -1]
-    if answer is not None:
-        query_rows = real & ~answer
-        before_answer = visual & torch.nn.functional.pad(answer[:, 1:], (0, 1))
-        ends_in_image = ends_in_image | before_answer.any(dim=1)
-    text_after = query_rows & ~visual & (positions > last_visual)  # [B, Q]
-    facts = torch.stack(
-        [visual.sum(1), real.sum(1), text_after.sum(1), ends_in_image.long(), real[:, -1].long()]
-    ).tolist()
-    visual_counts, real_counts, text_counts, in_image, last_is_real = map(tuple, facts)
-    return Prompt(
-        visual=visual,
-        real=real,
-        query_rows=query_rows,
-        before_answer=before_answer if any(in_image) else None,
-        visual_index=positions_first(visual, max(visual_counts)),
-        text_after=text_after,
-        visual_counts=visual_counts,
-        real_counts=real_counts,
-        text_counts=text_counts,
-        ends_in_image=tuple(map(bool, in_image)),
-        last_is_real=tuple(map(bool, last_is_real)),
-    )
+    mask = None if attention_mask is None else attention_mask.to(visual.tokens.device)
+    known: dict[str, Any] = {}
+    if counts is not None:
+        known = {"num_visual": max(counts.visual), "num_text": max(1, *counts.text), "counts": counts}
+    try:
+        rows = gap_kernels.read_prompt(
+            visual.tokens, visual.placeholders, attention_mask=mask, answer=answer, **known
+        )
+    except ValueError as error:
+        if counts is None:
+            raise
+        raise ValueError(
+            "visual_prompt was prepared for other tokens or other padding: call gap_triton.prepare on these inputs "
+            f"({error})"
+        ) from error
+    if counts is None:
+        counts = PromptCounts(*map(tuple, rows.counts.tolist()))
+    return Prompt(rows, answer, counts)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from gap_kernels import text_raters
 
 from ..state import Prompt
-from ..strategies import raters
-from ..strategies.rows import positions_first
 
 
 def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -27,21 +26,8 @@ def find_raters(prompt: Prompt, kwargs: dict[str, Any]) -> torch.Tensor:
             "score='raters': the decoder was given input_ids, which hold no image to be relevant to; pass inputs_embeds, or "
             "use score='text'"
         )
-    most_text = max(prompt.text_counts)
-    if most_text == 0:
+    if not any(prompt.text_counts):
         return prompt.text_after
-    text_rows = positions_first(prompt.text_after, most_text)
-
-    def at(rows: torch.Tensor) -> torch.Tensor:
-        source = rows.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1]).to(embeds.device)
-        return embeds.gather(1, source)
-
-    rates = raters(
-        at(prompt.visual_index),
-        (prompt.visual_index >= 0).to(embeds.device),
-        at(text_rows),
-        (text_rows >= 0).to(embeds.device),
-    ).to(text_rows.device)
-    length = prompt.visual.shape[1]
-    rater_rows = torch.zeros(prompt.visual.shape[0], length + 1, dtype=torch.bool, device=text_rows.device)
-    return rater_rows.scatter(1, torch.where(rates & (text_rows >= 0), text_rows, length), True)[:, :-1]
+    device = embeds.device
+    found = text_raters(embeds, prompt.visual_index.to(device), prompt.text_rows.to(device))
+    return found.to(prompt.visual.device)

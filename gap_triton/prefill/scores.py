@@ -10,6 +10,7 @@ from gap_kernels import visual_importance
 from torch.nn.functional import pad
 
 from ..config import Stage
+from ..host import to_device
 from ..introspect import NAME
 from ..later_layers.masks import is_plain
 from ..state import DecoderRun, Drop, Plan, Prefill
@@ -93,7 +94,7 @@ def scores_without_attention(
     if drop.stage.score == "spatial" and drop.grid_positions is not None:
         return -drop.grid_positions.rank_of(prompt_rows).float()
     random_scores = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
-    return random_scores.to(plan.visual.device).repeat(plan.visual_index.shape[0], 1)
+    return to_device(random_scores, plan.visual.device).repeat(plan.visual_index.shape[0], 1)
 
 
 def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch.Tensor:

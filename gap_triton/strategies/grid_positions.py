@@ -55,7 +55,7 @@ class GridPositions:
         scores: torch.Tensor,
         candidates: torch.Tensor,
         rows: torch.Tensor,
-        keep: torch.Tensor,
+        keep: int | torch.Tensor,
         coverage: Coverage,
         length: int,
     ) -> torch.Tensor:
@@ -65,7 +65,7 @@ class GridPositions:
             scores: [B, V] float32.
             candidates: [B, V] int64, >= 0 for a candidate, -1 = filler.
             rows: [B, V] int64, their rows in the prompt.
-            keep: [B] int64, how many to choose.
+            keep: How many to choose, as many in all samples or [B] int64.
             coverage: How.
             length: The largest of ``keep``.
         """

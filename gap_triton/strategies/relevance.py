@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
-from gap_kernels.blocks import row_blocks
 from gap_kernels.precision import without_autocast
+from gap_kernels.raters import reference
 from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker
 from torch import Tensor
 
@@ -70,17 +68,4 @@ def raters(visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor)
     shapes.check("visual_mask", visual_mask, "B V", (torch.bool,))
     shapes.check("text", text, "B T C", FLOAT_DTYPES)
     shapes.check("text_mask", text_mask, "B T", (torch.bool,))
-    dtype = accumulation_dtype(visual)
-    words = torch.where(text_mask[..., None], text.to(dtype), 0)
-    patches = torch.where(visual_mask[..., None], visual.to(dtype), 0)
-
-    def shares(block: slice) -> Tensor:  # [B, T], summed over a block of the visual tokens
-        product = patches[:, block] @ words.transpose(1, 2)
-        return product.masked_fill(~text_mask[:, None], -torch.inf).softmax(-1).sum(1)
-
-    # A sum is enough: all text tokens of a sample are divided by the same number of visual ones. What is masked is a row
-    # of zeros and adds the same to each.
-    relevance = functools.reduce(Tensor.add_, map(shares, row_blocks(patches.shape[1], text_mask.numel())))
-    mean = torch.where(text_mask, relevance, 0).sum(1) / text_mask.sum(1).clamp(min=1)
-    is_rater = text_mask & (relevance >= mean[:, None])
-    return torch.where(is_rater.any(1, keepdim=True), is_rater, text_mask)
+    return reference.raters(visual, visual_mask, text, text_mask)

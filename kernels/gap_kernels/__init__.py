@@ -9,13 +9,16 @@ from .aggregate import spatial_aggregate
 from .backends import backend
 from .flash_attention import AttentionOutput, attention
 from .importance import visual_importance
+from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
+from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
 from .select import topk_indices
 
 __all__ = [
     "AttentionOutput",
+    "PromptRows",
     "PrunedTokens",
     "attention",
     "attention_received",
@@ -23,7 +26,9 @@ __all__ = [
     "grid_neighbours",
     "prune_by_score",
     "prune_tokens",
+    "read_prompt",
     "spatial_aggregate",
+    "text_raters",
     "topk_indices",
     "topk_per_region",
     "visual_importance",

@@ -225,19 +225,19 @@ def split_count(name: str, value: object, shapes: ShapeChecker) -> tuple[int, Te
     return value, None
 
 
-def check_length(value: object, at_least: int) -> None:
-    """Check an explicit output length.
+def check_length(value: object, at_least: int, name: str = "length") -> None:
+    """Check an explicit number of columns of a result.
 
     Raises:
         ValueError: If it isn't an int, less than ``at_least``, or more than ``MAX_LENGTH``.
     """
     if not is_int(value):
-        raise ValueError(f"length: expected an int or None, got {describe(value)}")
+        raise ValueError(f"{name}: expected an int or None, got {describe(value)}")
     if value < at_least:
         raise ValueError(
-            f"length: expected at least {describe_number(at_least)}, got {describe_number(value)}"
+            f"{name}: expected at least {describe_number(at_least)}, got {describe_number(value)}"
         )
-    _check_not_absurd("length", value)
+    _check_not_absurd(name, value)
 
 
 def _check_not_absurd(name: str, value: int) -> None:

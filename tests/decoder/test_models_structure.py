@@ -20,7 +20,9 @@ import gap_triton
 from gap_triton import GapConfig, _requirements
 from gap_triton.integration import attention
 from gap_triton.integration import supported_models as models
-from gap_triton.prefill import unrotated
+from gap_triton.latency import count
+from gap_triton.later_layers.masks import causal_mask
+from gap_triton.prefill import prompt, unrotated
 from gap_triton.prefill.prompt import looks_ahead
 from gap_triton_cli.ask import check_overlay
 
@@ -301,6 +303,24 @@ def test_looks_ahead() -> None:
     assert looks_ahead(torch.where(both_ways, 0.0, -1e30), None)
     assert looks_ahead({"full_attention": causal, "sliding_attention": both_ways}, None)
     assert looks_ahead(torch.ones(1, 1, 4, 7, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_mask_that_is_known_to_be_plain_is_not_read() -> None:
+    positions = torch.arange(9)[None]
+    for window in (None, 4):
+        mask = causal_mask(positions, positions, window)
+        unmarked = mask.clone()
+        assert count(lambda mask=mask: looks_ahead(mask, None), torch.device("cpu")).launches == 0
+        assert count(lambda mask=unmarked: looks_ahead(mask, None), torch.device("cpu")).reads == 1
+
+
+def test_a_large_mask_is_looked_at_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    both_ways = causal.clone()
+    both_ways[1, 0, 20, 30] = True
+    whole = [looks_ahead(mask, None) for mask in (causal, both_ways)]
+    monkeypatch.setattr(prompt, "BLOCK", 7 * 80)
+    assert [looks_ahead(mask, None) for mask in (causal, both_ways)] == whole == [False, True]
 
 
 def test_another_turn_in_which_tokens_see_later_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -165,6 +166,11 @@ def test_unknown_field() -> None:
 )
 def test_count(keep: float | int, tokens: int, expected: int) -> None:
     assert GapConfig(keep=keep).count(tokens) == expected
+
+
+@given(st.floats(1e-12, 1.0), st.integers(0, 100_000))
+def test_a_share_is_the_decimal_that_it_prints_as(keep: float, tokens: int) -> None:
+    assert GapConfig(keep=keep).count(tokens) == math.ceil(Fraction(repr(keep)) * tokens)
 
 
 def test_is_frozen_and_hashable() -> None:

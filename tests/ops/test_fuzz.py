@@ -37,7 +37,7 @@ fuzzed = settings(
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
     database=None,
 )
-NOT_CALLED = {"AttentionOutput", "PrunedTokens", "backend", "Coverage", "Merged"}
+NOT_CALLED = {"AttentionOutput", "PromptRows", "PrunedTokens", "backend", "Coverage", "Merged"}
 
 BIG = [2**63, -(2**63) - 1, 10**30, 10**5000]
 NO_TENSOR = [None, 1, 2.5, "scores", [1.0, 2.0], numpy.ones((2, 3)), object(), torch.float32, 10**5000]
@@ -104,6 +104,10 @@ MERGE = {
     "anchors": "G K",
 }
 SHAPES: dict[str, dict[str, str]] = {
+    "read_prompt": {
+        "tokens": "B Q", "attention_mask": "B Q", "answer": "B Q", "rankers": "B Q", "index": "B S",
+    },
+    "text_raters": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},
@@ -125,7 +129,8 @@ SHAPES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Names of dimensions by argument, as documented; "!" is one that has few sizes."""
 OPTIONAL = {
-    "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns", "cu_seqlens", "pillars",
+    "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
+    "cu_seqlens", "pillars",
 }  # fmt: skip
 
 
@@ -180,6 +185,8 @@ def bad_tensors(call: Call, name: str, value: Tensor) -> list[tuple[str, Any]]:
         other_dtypes += [torch.float16] if name == "scores" else []
     else:
         other_dtypes += [torch.float32, torch.uint8]
+    if (call.function.__name__, name) == ("read_prompt", "attention_mask"):
+        other_dtypes = [torch.complex64]  # as a tokenizer makes it, or a model
     found: list[tuple[str, Any]] = [("value", value.to(dtype)) for dtype in other_dtypes]
     if call.function.__name__ != "contextual_count":
         if name != "position_ids":  # which may have one dimension more
@@ -259,7 +266,7 @@ def test_one_bad_argument(name: str) -> None:
     each()
 
 
-SAMPLES = [name for name in MAKERS if name in SHAPES]
+SAMPLES = [name for name in MAKERS if name in SHAPES and name != "read_prompt"]  # which takes no numbers
 
 
 def plain(value: Tensor) -> Tensor:

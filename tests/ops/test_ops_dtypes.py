@@ -107,7 +107,19 @@ OPERATORS: dict[str, Row] = {
         lambda d: [d, d, d, INT, INT, FLOAT],
     ),
     "prune_tokens": (pruned, lambda d: [d, d, d, INT, INT, FLOAT]),
+    "read_prompt": (
+        lambda d: gap_kernels.read_prompt(
+            torch.arange(12)[None], [3, 4], attention_mask=torch.ones(1, 12, dtype=d)
+        ),
+        lambda d: [BOOL] * 3 + [INT] * 4,
+    ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
+    "text_raters": (
+        lambda d: gap_kernels.text_raters(
+            2 * randn(2, 9, 6, dtype=d), KEPT[:2, :3] % 4, torch.tensor([[5, 6, 8]] * 2)
+        ),
+        lambda d: [BOOL],
+    ),
     "topk_indices": (lambda d: gap_kernels.topk_indices(SCORES, 5), lambda d: [INT]),
     "topk_per_region": (
         lambda d: gap_kernels.topk_per_region(SCORES, grid_neighbours(GRID)[None], 1, 5),
@@ -131,7 +143,15 @@ STRATEGIES: dict[str, Row] = {
     "text_similarity": (related(strategies.text_similarity, masked=False), lambda d: [FLOAT]),
 }
 ROWS_OF = OPERATORS | STRATEGIES
-NOT_CALLED = {"AttentionOutput", "PrunedTokens", "backend", "AggregationRule", "Coverage", "Merged"}
+NOT_CALLED = {
+    "AttentionOutput",
+    "PromptRows",
+    "PrunedTokens",
+    "backend",
+    "AggregationRule",
+    "Coverage",
+    "Merged",
+}
 
 
 def test_everything_public_is_here() -> None:

@@ -246,6 +246,11 @@ SCHEMAS = (
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     (
+        "read_prompt(Tensor tokens, SymInt[] placeholders, Tensor? attention_mask, Tensor? answer,"
+        " Tensor? rankers, Tensor? index, SymInt num_visual, SymInt num_text, SymInt[]? expected)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    (
         "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
         " float radius, Tensor? pillars, float? self_weight) -> Tensor"
     ),
@@ -253,6 +258,7 @@ SCHEMAS = (
         "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"
         " Tensor? attention_mask, SymInt num_rows, SymInt length) -> Tensor"
     ),
+    "text_raters(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
     (
         "topk_per_region(Tensor scores, Tensor neighbours, SymInt per_region, SymInt k, Tensor? counts,"

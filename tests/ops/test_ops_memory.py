@@ -23,7 +23,16 @@ LIMIT = 1 << 12
 
 REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
-    for name in ("aggregate", "flash_attention", "importance", "prune", "received", "region", "select")
+    for name in (
+        "aggregate",
+        "flash_attention",
+        "importance",
+        "prune",
+        "raters",
+        "received",
+        "region",
+        "select",
+    )
 ]
 
 

@@ -38,6 +38,9 @@ ROOMS = (
     "arguments",
     "environment",
     "plain",
+    "visual_prompt",
+    "memo",
+    "host",
     "_requirements",
 )
 

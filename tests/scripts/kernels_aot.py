@@ -28,8 +28,10 @@ from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.importance import kernel as importance
+from gap_kernels.prompt import kernel as prompt_kernel
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
+from gap_kernels.raters import kernel as raters
 from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
@@ -81,6 +83,9 @@ SYSTEM_SHARED_KIB = 1
 # Registers per thread and KiB of shared memory per program that a kernel may need at most, on NVIDIA GPUs and on gfx942,
 # within what a program can have. Some more than triton 3.7.1 needs.
 BUDGETS = {
+    "text_share_kernel": ((128, 20), (160, 12)),
+    "text_rater_kernel": ((64, 1), (64, 1)),
+    "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
     "row_lse_kernel": ((144, 50), (280, 25)),
@@ -164,6 +169,8 @@ def cases(target: str) -> Iterator[Case]:
         for name, launch in entry_cases():
             yield f"{name}, other GPUs", partial(launch_as_other_gpus, launch)
         return
+    yield from prompt_cases()
+    yield from raters_cases()
     yield from select_cases()
     yield from region_cases()
     yield from importance_cases()
@@ -180,6 +187,30 @@ def launch_as_other_gpus(launch: partial[object]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "architecture", lambda device: tiles.OTHER)
         launch()
+
+
+def prompt_cases() -> Iterator[Case]:
+    tokens = torch.zeros(2, LLAVA_15.tokens, dtype=torch.int64)
+    widths = (LLAVA_15.visual, 64)
+    yield "640 tokens", partial(prompt_kernel.read_prompt, tokens, (5,), tokens, None, None, None, *widths)
+    mask = tokens == 0
+    given = (mask, (), mask, mask, mask, tokens, *widths)
+    yield "640 rows left, every mask", partial(prompt_kernel.read_prompt, *given)
+
+
+def raters_cases() -> Iterator[Case]:
+    rows = torch.zeros(2, LLAVA_15.visual, dtype=torch.int64)
+    for dtype, channels in (
+        (torch.float16, 4096),
+        (torch.bfloat16, 4096),
+        (torch.float32, 4096),
+        (torch.bfloat16, 1000),
+    ):
+        embeds = empty(2, LLAVA_15.tokens, channels, dtype=dtype)
+        yield (
+            f"{channels:,} channels, {DTYPES[dtype]}",
+            partial(raters.text_raters, embeds, rows, rows[:, :64]),
+        )
 
 
 def select_cases() -> Iterator[Case]:

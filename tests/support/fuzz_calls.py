@@ -24,7 +24,9 @@ from gap_triton import strategies
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
 from .naive import importance as naive_importance
+from .naive import prompt as naive_prompt
 from .naive import prune as naive_prune
+from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
 from .naive import select as naive_select
@@ -133,6 +135,46 @@ def assert_index(found: Tensor, expected: list[list[int]], length: int | None, l
 
 
 # --- gap_kernels ---------------------------------------------------------------------------------------------------
+
+
+def read_prompt(source: Source) -> Call:
+    batch, rows = source.size(0, 3), source.size(1, 12)
+    tokens, real = source.ints(0, 4, batch, rows), source.bools(batch, rows)
+    ids = source.pick([[], [2], [4, 1]])
+    named = torch.isin(tokens, torch.tensor(ids, dtype=torch.int64))
+    by_mask = source.pick([False, True])
+    masks = {name: source.maybe(lambda: source.bools(batch, rows)) for name in ("answer", "rankers")}
+    index = source.maybe(lambda: source.sorted_rows(batch, rows, source.size(1, rows)))
+    padded = source.pick([False, True])
+    expected = naive_prompt.read_each(
+        named.tolist(),
+        (real if padded else torch.ones(batch, rows)).tolist(),
+        *(None if mask is None else mask.tolist() for mask in masks.values()),
+        None if index is None else index.tolist(),
+    )
+    arguments = {
+        "tokens": named if by_mask else tokens,
+        "placeholders": [] if by_mask else ids,
+        "attention_mask": (real.long() if source.pick([False, True]) else real) if padded else None,
+        **masks,
+        "index": index,
+        "num_visual": source.maybe(lambda: max((each.counts[0] for each in expected), default=0)),
+        "num_text": source.maybe(lambda: max((each.counts[2] for each in expected), default=0) + 1),
+    }
+    return Call(gap_kernels.read_prompt, arguments, lambda found: naive_prompt.assert_reads(found, expected))
+
+
+def text_raters(source: Source) -> Call:
+    batch, rows = source.size(0, 3), source.size(1, 12)
+    embeds = source.floats(batch, rows, source.size(0, 5))
+    visual_index = source.rows(batch, rows, source.size(0, rows))
+    text_rows = source.rows(batch, rows, source.size(0, rows))
+
+    def check(found: Tensor) -> None:
+        naive_raters.assert_raters(found, embeds, visual_index, text_rows)
+
+    arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
+    return Call(gap_kernels.text_raters, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -712,6 +754,8 @@ def raters(source: Source) -> Call:
 
 
 MAKERS: dict[str, Callable[[Source], Call]] = {
+    "read_prompt": read_prompt,
+    "text_raters": text_raters,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "grid_neighbours": grid_neighbours,

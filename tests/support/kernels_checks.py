@@ -23,9 +23,13 @@ from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.flash_attention import reference as attention_reference
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
+from gap_kernels.prompt import kernel as prompt
+from gap_kernels.prompt import reference as prompt_reference
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch, op
 from gap_kernels.prune import reference as prune_reference
+from gap_kernels.raters import kernel as raters
+from gap_kernels.raters import reference as raters_reference
 from gap_kernels.received import kernel as received
 from gap_kernels.received import reference as received_reference
 from gap_kernels.region import grid_neighbours
@@ -59,6 +63,38 @@ def special_scores(batch: int, n: int, generator: torch.Generator) -> Tensor:
     for value in (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45):
         scores[torch.rand(batch, n, generator=generator) < 0.03] = value
     return scores.to(DEVICE)
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1025, 3000])
+def test_prompt(length: int, generator: torch.Generator) -> None:
+    """Lengths around the block, in which images, text and padding are anywhere."""
+    tokens = torch.randint(0, 6, (3, length), generator=generator).to(DEVICE)
+    flags = [torch.rand(3, length, generator=generator).to(DEVICE) < 0.9 for _ in range(3)]
+    index = torch.arange(length, device=DEVICE).expand(3, -1)[:, :: 2 if length > 1 else 1].contiguous()
+    index[:, : length // 5] = -1
+    for arguments in (
+        (tokens, (3, 5), None, None, None, None),
+        (tokens, (3, 5), flags[0].long(), ~flags[1], None, None),
+        (tokens == 3, (), flags[0], ~flags[1], flags[2], index),
+        (tokens == 3, (), None, None, None, index),
+    ):
+        for found, expected in zip(
+            prompt.read_prompt(*arguments, length, length),
+            prompt_reference.read_prompt(*arguments, length, length),
+            strict=True,
+        ):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_raters(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Tiles of visual tokens, text and channels that are not full; scores so far apart that rounding decides nothing."""
+    embeds = torch.randn(2, 300, 100, generator=generator).to(DEVICE, dtype)
+    order = torch.rand(2, 300, generator=generator).argsort(1).to(DEVICE)
+    visual_index, text_rows = order[:, :70].clone(), order[:, 70:220].clone()
+    visual_index[0, 40:], text_rows[1, :30] = -1, -1
+    found = raters.text_raters(embeds, visual_index, text_rows)
+    assert torch.equal(found, raters_reference.text_raters(embeds.double(), visual_index, text_rows))
 
 
 @pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8193, 16384, 16385, 65536])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.integration.supported_models import find_parts
-from gap_triton.prefill.prompt import find_visual_tokens
+from gap_triton.prefill.prompt import find_visual_rows
 from gap_triton.vision.layout import Layout, _picture_of, layout_of
 from gap_triton.vision_tower import TowerOutput, TowerRecorder, check_needs, find_tower, install
 
@@ -63,21 +63,21 @@ def watched(model: PreTrainedModel, needs: frozenset[str]) -> Iterator[list[Seen
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
-        visual = find_visual_tokens(owner, ids, kwargs.get("inputs_embeds"))
-        if visual is None:
+        rows = find_visual_rows(owner, ids, kwargs.get("inputs_embeds"))
+        if rows is None:
             return
         for stale in entering:
             stale.remove()
         watch = TowerRecorder(tower, needs)
         watch.start(kwargs)
-        seen.append(Seen(visual=visual))
+        seen.append(Seen(visual=rows.mask))
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given=kwargs) -> None:
             handle.remove()
             watch.stop()
             seen[-1].door = kwargs["inputs_embeds"]
             seen[-1].output = watch.output()
-            seen[-1].layout = layout_of(owner, {"input_ids": ids, **given}, visual, *index_of(visual))
+            seen[-1].layout = layout_of(owner, {"input_ids": ids, **given}, rows.mask, *index_of(rows.mask))
 
         handle = text.register_forward_pre_hook(enter, with_kwargs=True)
         entering.append(handle)

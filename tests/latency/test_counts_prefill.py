@@ -1,0 +1,90 @@
+"""What a prefill asks of a device beyond one without pruning: launches, reads and copies that the host waits for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.embedded import MODELS, Added, added, load
+from support.methods import preset
+from support.prompts import make_prompt
+from support.tiny import build
+
+import gap_triton
+from gap_triton import GapConfig, Stage
+from gap_triton.prefill import plan
+from gap_triton.presets import PRESETS
+
+# At most so many launches; and reads and copies where the prompt was not prepared, and where it was.
+DEFAULT = Added(12, 1, 0), Added(12, 0, 0)
+IN_THE_DECODER = Added(20, 1, 0), Added(20, 0, 0)
+LIMITS = {
+    "fastv": IN_THE_DECODER,
+    "pyramiddrop": IN_THE_DECODER,
+    "sparsevlm": IN_THE_DECODER,
+    # Keys are turned back, and an even spread over the image is merged with the best, in operators of PyTorch.
+    "feather": (Added(124, 5, 0), Added(124, 4, 0)),
+    # Before the decoder.
+    "text": (Added(53, 1, 2), Added(53, 0, 2)),
+    "random": (Added(34, 1, 1), Added(34, 0, 1)),
+    "trim": (Added(97, 3, 3), Added(97, 2, 3)),
+    "spatial": (Added(46, 5, 1), Added(46, 4, 1)),
+    "cls": (Added(57, 6, 1), Added(57, 5, 1)),
+    "prumerge": (Added(160, 9, 2), Added(160, 8, 2)),
+    "prumerge+": (Added(183, 9, 2), Added(183, 8, 2)),
+    "nuwa": (Added(142, 10, 2), Added(142, 9, 2)),
+    "visionzip": (Added(150, 9, 3), Added(150, 8, 3)),
+}
+WAYS = pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
+ON_BOTH = pytest.mark.parametrize("model", MODELS)
+
+
+def assert_within(found: Added, limit: Added) -> None:
+    assert all(one <= most for one, most in zip(found, limit, strict=True)), (found, limit)
+
+
+@WAYS
+@ON_BOTH
+def test_keeping_everything_adds_nothing(model: str, prepared: bool) -> None:
+    for config in (GapConfig(1.0), GapConfig(1.0, -1, "random", then=(Stage(1.0, 2, "text"),))):
+        assert added(model, config, prepared) == (0, 0, 0)
+
+
+@WAYS
+@ON_BOTH
+def test_the_default_adds_few_launches(model: str, prepared: bool) -> None:
+    assert_within(added(model, GapConfig(0.25), prepared), DEFAULT[prepared])
+
+
+@WAYS
+@ON_BOTH
+def test_batches_that_keep_equally_many_add_few_launches(model: str, prepared: bool) -> None:
+    assert_within(added(model, GapConfig(0.25), prepared, batch=3), DEFAULT[prepared])
+
+
+def test_every_preset_has_a_limit() -> None:
+    assert set(LIMITS) == set(PRESETS)
+
+
+@WAYS
+@ON_BOTH
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_add_no_more_than_their_limit(name: str, model: str, prepared: bool) -> None:
+    loaded = load(model)
+    config = preset(name, loaded.config.get_text_config().num_hidden_layers, model == "llava")
+    assert_within(added(model, config, prepared), LIMITS[name][prepared])
+
+
+def test_a_ragged_batch_adds_one_copy_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many stages there are: how much each of them keeps of each sample goes over in one tensor."""
+    sent = []
+    monkeypatch.setattr(
+        plan, "to_device", lambda values, device: sent.append(values) or torch.tensor(values).to(device)
+    )
+    model = build("llava_next")
+    gap_triton.attach(
+        model, GapConfig(0.6, 0, "text", then=(Stage(0.5, 1, "text"), Stage(0.2, 2, "last_token")))
+    )
+    with torch.no_grad():
+        model(**make_prompt("llava_next", "ragged-images"))
+    assert len(sent) == 1
+    assert [len(set(keep)) > 1 for keep in sent[0]] == [True] * 3
