@@ -105,8 +105,40 @@ def aggregate(
     if not anchors.numel():
         return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
     anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)
+    collected = _collect(features, similarity, anchor_scores, anchors, grid, rule)
+    num_rows = features.shape[1]
+    if anchors.shape[1] >= num_rows:
+        complete = ((anchors >= 0).sum(1) == num_rows)[:, None, None]
+        collected = torch.where(complete, gather_rows(features, anchors), collected)
+    return Merged(anchors, collected)
+
+
+@without_autocast
+def aggregate_without_filler(
+    features: Tensor,
+    similarity: Tensor,
+    scores: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    *,
+    rule: AggregationRule,
+) -> Merged:
+    """Let anchors collect as `aggregate` does, unchecked: fewer than N, and no filler among them. Arguments as there."""
+    collected = _collect(features, similarity, scores.gather(1, anchors), anchors, grid, rule)
+    return Merged(anchors, collected)
+
+
+def _collect(
+    features: Tensor,
+    similarity: Tensor,
+    anchor_scores: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    rule: AggregationRule,
+) -> Tensor:
+    """What anchors [G, M] with ``anchor_scores`` [G, M], NaN at filler, collect: [G, M, C]."""
     threshold = anchor_scores.nanquantile(rule.pillar_quantile, dim=1, keepdim=True)
-    collected = spatial_aggregate(
+    return spatial_aggregate(
         features,
         similarity,
         anchors,
@@ -115,8 +147,3 @@ def aggregate(
         pillars=anchor_scores >= threshold,
         self_weight=rule.self_weight,
     )
-    num_rows = features.shape[1]
-    if anchors.shape[1] >= num_rows:
-        complete = ((anchors >= 0).sum(1) == num_rows)[:, None, None]
-        collected = torch.where(complete, gather_rows(features, anchors), collected)
-    return Merged(anchors, collected)

@@ -37,6 +37,8 @@ ROOMS = (
     "introspect",
     "arguments",
     "environment",
+    "memo",
+    "host",
     "plain",
     "_requirements",
 )
