@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import GapConfig
+from .constants import Constants
 from .introspect import NAME
-from .memo import Memo
 from .selection import Selection
 from .vision_tower import Tower
 
@@ -51,7 +51,7 @@ class Attachment:
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     records_sizes: bool = False
-    layouts: Memo = field(default_factory=lambda: Memo(LAYOUTS))
+    layouts: Constants = field(default_factory=lambda: Constants(LAYOUTS))
     projector_is_last: bool | None = None
     handles: list[Any] = field(default_factory=list)
     layer_handles: list[Any] = field(default_factory=list)

@@ -31,17 +31,17 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
         prompt.visual,
         prompt.visual_index,
         prompt.visual_counts,
-        memo=attachment.layouts,
+        layouts=attachment.layouts,
     )
     device, (batch, queries) = prompt.visual.device, prompt.visual.shape
-    positions, regions = layout.memo.get(
+    positions, regions = layout.constants.get(
         ("positions", device), device, lambda: _positions_of_tokens(layout, device)
     )
     # One more row takes the filler.
     index = prompt.visual_index
     rows = torch.where(index < 0, queries, index) if min(layout.counts) < index.shape[1] else index
     nowhere = torch.tensor([-1, 0, LAST])[:, None, None]
-    everywhere = layout.memo.get(
+    everywhere = layout.constants.get(
         ("nowhere", batch, queries, device),
         device,
         lambda: to_device(nowhere.expand(-1, batch, queries + 1).contiguous(), device),

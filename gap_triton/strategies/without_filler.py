@@ -18,29 +18,41 @@ from .nearest import COLLECT_COUNT
 from .rows import accumulation_dtype
 
 
+def best_first(scores: Tensor, count: int) -> Tensor:
+    """Return the ``count`` best of ``scores`` [G, N] float32, best first: [G, count] int64.
+
+    Ties go to the lower row, and NaN comes last. Of K + 1, the last one is the best of what is not among the K best.
+    """
+    return torch.sort(0.0 - scores, dim=1, stable=True).indices[:, :count]
+
+
+def best_of_rest(scores: Tensor, kept: Tensor) -> Tensor:
+    """Return the best-scored token of each grid that is not ``kept`` [G, K] int64: [G, 1] int64; NaN counts as -inf."""
+    ranked = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return topk_indices(ranked.scatter_(1, kept, torch.nan), 1)
+
+
 @without_autocast
-def average_of_rest(features: Tensor, scores: Tensor, kept: Tensor) -> Merged:
-    """Return the token that `average` adds.
+def average_of_rest(features: Tensor, kept: Tensor) -> Tensor:
+    """Return the features of the token that `average` adds, [G, 1, C].
 
     Args:
         features: [G, N, C].
-        scores: [G, N] float32.
         kept: [G, K] int64, distinct, K < N.
-
-    Returns:
-        One token.
     """
-    is_kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
+    is_kept = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device).scatter_(
+        1, kept, True
+    )
     # Not a product: features that are kept may be infinite or NaN.
     rest = features.masked_fill(is_kept[..., None], 0)
     total = rest.sum(1, keepdim=True, dtype=accumulation_dtype(features))
     mean = total.div_(features.shape[1] - kept.shape[1])
-    return Merged(_best_of_rest(scores, kept), mean.to(features.dtype))
+    return mean.to(features.dtype)
 
 
 @without_autocast
-def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Merged:
-    """Return the tokens of `nearest`, each kept one with what it collects, and the one that is added.
+def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
+    """Return the features of the tokens of `nearest`, each kept one with what it collects, and the one that is added.
 
     Args:
         features: [G, N, C].
@@ -49,7 +61,7 @@ def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor)
         kept: [G, K] int64, distinct, K < N - 1.
 
     Returns:
-        K + 1 tokens, the added one last.
+        [G, K + 1, C], the added one last.
     """
     num_rows, dtype = features.shape[1], accumulation_dtype(features)
     values = features.to(dtype)
@@ -69,8 +81,7 @@ def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor)
     blocks = list(row_blocks(kept.shape[1], features.shape[0] * num_rows))
     parts = list(map(collected, blocks))
     parts.append(weights.scatter(2, kept[:, None], 0.0) @ values)
-    added = _best_of_rest(scores, kept)
-    return Merged(torch.cat([kept, added], dim=1), torch.cat(parts, dim=1).to(features.dtype))
+    return torch.cat(parts, dim=1).to(features.dtype)
 
 
 @without_autocast
@@ -109,9 +120,3 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
     """Gather [G, N, C] at [G, K] int64 into [G, K, C]."""
     return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[2]))
-
-
-def _best_of_rest(scores: Tensor, kept: Tensor) -> Tensor:
-    """The best-scored token of each grid that is not kept, [G, 1]; NaN counts as -inf."""
-    ranked = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return topk_indices(ranked.scatter_(1, kept, torch.nan), 1)

@@ -14,8 +14,8 @@ from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
+from ..constants import Constants
 from ..introspect import text_model_of
-from ..memo import Memo
 from ..vision_tower import Encoded, encoder_outputs
 from ..vision_tower.finding import (
     PIXEL_FIELDS,
@@ -62,12 +62,12 @@ class Layout:
     Attributes:
         counts: Number of visual tokens of each sample.
         views: All grids, in order of appearance.
-        memo: What is made of it: index tensors on a device.
+        constants: What is made of it: index tensors on a device.
     """
 
     counts: tuple[int, ...]
     views: tuple[View, ...]
-    memo: Memo = field(default_factory=lambda: Memo(TENSORS))
+    constants: Constants = field(default_factory=lambda: Constants(TENSORS))
 
     def unplaced(self) -> Tensor:
         """Return [B, V] bool on the host, the tokens that are in no grid, such as the newlines of LLaVA-NeXT."""
@@ -103,7 +103,7 @@ def layout_of(
     counts: Sequence[int],
     *,
     recorded: Mapping[str, Encoded] | None = None,
-    memo: Memo | None = None,
+    layouts: Constants | None = None,
 ) -> Layout:
     """Find the grid of every image in a prompt.
 
@@ -118,7 +118,7 @@ def layout_of(
         visual_index: [B, V] int64, their rows, ascending, then -1.
         counts: Number of visual tokens of each sample.
         recorded: What was recorded of the encoders in this forward, by modality.
-        memo: Where layouts are kept, of this owner alone; None = nowhere.
+        layouts: Where layouts are kept, of this owner alone; None = nowhere.
 
     Raises:
         ValueError: The grids aren't known; the sentence says what is missing, and what can be done instead.
@@ -136,9 +136,9 @@ def layout_of(
         kinds = _kinds(pictures, rows.counts, videos)
         return Layout(rows.counts, tuple(_place(pictures, kinds, copies)))
 
-    if memo is None:
+    if layouts is None:
         return make()
-    return memo.get((rows.counts, copies, videos, _key(arguments)), torch.device("cpu"), make)
+    return layouts.get((rows.counts, copies, videos, _key(arguments)), torch.device("cpu"), make)
 
 
 def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:

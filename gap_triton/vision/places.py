@@ -144,7 +144,7 @@ class Places:
         return self._once(("starts", queries), lambda: to_device(starts, self.device)[:, None])
 
     def _once(self, key: Any, make: Any) -> Any:
-        return self.layout.memo.get((key, self.device), self.device, make)
+        return self.layout.constants.get((key, self.device), self.device, make)
 
     def _indices_of(self, views: tuple[int, ...]) -> tuple[Tensor, bool, TokenIndex]:
         members = [self.layout.views[number] for number in views]

@@ -30,10 +30,16 @@ from ..strategies import (
 )
 from ..strategies.aggregation import aggregate_without_filler
 from ..strategies.coverage import choose_on_grid
-from ..strategies.without_filler import average_of_rest, contextual_of_rest, nearest_of_all
+from ..strategies.without_filler import (
+    average_of_rest,
+    best_first,
+    best_of_rest,
+    contextual_of_rest,
+    nearest_of_all,
+)
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
-from .budget import budget_of
+from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
 from .places import Group, Places
 
@@ -97,20 +103,30 @@ def select_before_decoder(
         keep[view.sample] += share
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
-    if stage.coverage == "topk" and merging is None and places.one_view_each():
-        return VisionSelection(reported, None, tuple(keep)), kwargs
-
-    stays = places.stays(budget)
-    merged: list[tuple[Tensor, Tensor]] = []  # slots, embeddings
-    for group in places.groups(budget.views):
-        survivors, changed = _survivors_of(group, group.at_slots(scores.flatten()), stage, merging)
-        for index in survivors:
-            stays.view(-1)[group.slots_at(index)] = 1.0
-        if changed is not None:
-            merged.append((group.slots_at(changed.index), changed.features))
+    stays, merged = _choose(places, scores, budget, stage, merging)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, stays, tuple(keep)), kwargs
+
+
+def _choose(
+    places: Places, scores: Tensor, budget: Budget, stage: Stage, merging: Merging | None
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change."""
+    # The decoder's operator selects by itself where the best of a sample are what survives.
+    are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
+    if are_best and merging is None:
+        return None, []
+    stays = None if are_best else places.stays(budget)
+    merged: list[tuple[Tensor, Tensor]] = []
+    for group in places.groups(budget.views):
+        survivors, changed = _survivors_of(group, group.at_slots(scores.flatten()), stage, merging)
+        if stays is not None:
+            for index in survivors:
+                stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
+        if changed is not None:
+            merged.append((group.slots_at(changed.index), changed.features))
+    return stays, merged
 
 
 def _with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -146,7 +162,7 @@ def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOut
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
     """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
-    memo, counts = state.attachment.layouts, prompt.visual_counts
+    layouts, counts = state.attachment.layouts, prompt.visual_counts
     if needs_grid(stage):
         return layout_of(
             state.attachment.owner,
@@ -155,9 +171,9 @@ def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
             prompt.visual_index,
             counts,
             recorded=None if state.recorder is None else state.recorder.encoded,
-            memo=memo,
+            layouts=layouts,
         )
-    return memo.get(("no grid", counts), torch.device("cpu"), lambda: _without_grid(counts))
+    return layouts.get(("no grid", counts), torch.device("cpu"), lambda: _without_grid(counts))
 
 
 def _without_grid(counts: tuple[int, ...]) -> Layout:
@@ -214,39 +230,51 @@ def _survivors_of(
 
     ``score`` is [G, N].
     """
-
-    def best(keep: int) -> Tensor:
-        return choose_on_grid(score, keep, stage.coverage, group.grid)
-
-    if merging is None or group.keep == group.size[1]:
-        return [best(group.keep)], None
-    adds = {"average": 1, "nearest": 1, "contextual": int(contextual_count(group.keep))}.get(merging.merge, 0)
-    kept = best(group.keep - adds)
-    changed = _merge(group, merging, score, kept, adds)
+    keep = group.keep
+    if merging is None or keep == group.size[1]:
+        return [choose_on_grid(score, keep, stage.coverage, group.grid)], None
+    if merging.merge in ADDS_ONE and stage.coverage == "topk":
+        survivors = best_first(score, keep)
+    elif merging.merge in ADDS_ONE:
+        kept = choose_on_grid(score, keep - 1, stage.coverage, group.grid)
+        survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+    else:
+        count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
+        survivors = choose_on_grid(score, keep - count, stage.coverage, group.grid)
+    changed = _merge(group, merging, score, survivors)
     if merging.before_projector:
         changed = changed._replace(features=merging.tower.project(changed.features))
-    survivors = [changed.index.to(score.device)]
-    return survivors if merging.merge in ("aggregation", "nearest") else [kept, *survivors], changed
+    return [survivors, changed.index] if merging.merge == "contextual" else [survivors], changed
 
 
-def _merge(group: Group, merging: Merging, score: Tensor, kept: Tensor, adds: int) -> Merged:
-    """What ``kept`` [G, K] and ``adds`` more tokens become, of those that change."""
+def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> Merged:
+    """The tokens of each view that change, with their features.
+
+    Args:
+        group: The views.
+        merging: How.
+        score: [G, N] float32.
+        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last; contextual ones are not yet
+            among them.
+    """
     recorded: Mapping[Any, Tensor] = merging.tower.rows
     if merging.before_projector:
         features = group.at_features(recorded["features"])
     else:
         features = merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
     device = features.device
-    score, kept = score.to(device), kept.to(device)
+    score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
-        return average_of_rest(features, score, kept)
+        return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
     if merging.merge == "aggregation":
         similarity = group.at_features(recorded["similarity"]).to(device)
-        return aggregate_without_filler(features, similarity, score, kept, group.grid, rule=merging.rule)
+        merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
+        return merged._replace(index=survivors)
     keys = group.at_features(recorded["keys"]).to(device)
-    if merging.merge == "contextual":
-        return contextual_of_rest(features, keys, kept, adds)
-    return nearest_of_all(features, keys, score, kept)
+    if merging.merge == "nearest":
+        return Merged(survivors, nearest_of_all(features, keys, score, index[:, :-1]))
+    merged = contextual_of_rest(features, keys, index, group.keep - survivors.shape[1])
+    return merged._replace(index=merged.index.to(survivors.device))
 
 
 def _merging(

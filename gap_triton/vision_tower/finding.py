@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..constants import Constants
 from ..host import to_device
 from ..introspect import calls_interface, text_model_of
-from ..memo import Memo
 from .sizes import GRID_FIELDS, host_sizes
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
@@ -52,7 +52,7 @@ class Tower:
         leading: Number of tokens before each image that don't become features.
         merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
-        memo: Index tensors by the sizes of images.
+        constants: Index tensors by the sizes of images.
     """
 
     owner: PreTrainedModel
@@ -64,7 +64,7 @@ class Tower:
     leading: int
     merge: int
     window: int | None
-    memo: Memo = field(default_factory=lambda: Memo(INDICES))
+    constants: Constants = field(default_factory=lambda: Constants(INDICES))
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
         """Return the rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
@@ -117,7 +117,9 @@ class Tower:
         merge, window = self.merge, self.window
         assert window is not None
         key = ("windows", tuple(map(tuple, grids)), device)
-        return self.memo.get(key, device, lambda: to_device(_out_of_windows(grids, merge, window), device))
+        return self.constants.get(
+            key, device, lambda: to_device(_out_of_windows(grids, merge, window), device)
+        )
 
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""

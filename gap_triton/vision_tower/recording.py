@@ -139,7 +139,7 @@ class Recording:
         if "cls" in self.needs:
             if mask is not None and len(_sequences(mask)) > 2:
                 raise ValueError(f"{_HIDDEN}: use score='received'")
-            index, row = self.tower.memo.get(
+            index, row = self.tower.constants.get(
                 ("cls", batch, tokens, query.device),
                 query.device,
                 lambda: self._cls_index(batch, tokens, query.device),

@@ -12,7 +12,7 @@ from torch import Tensor
 GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 SIZE_FIELDS = (*GRID_FIELDS.values(), "image_sizes", "batch_num_images")
 HOST_SIZES = "gap_sizes"
-"""Among the arguments of a forward: what the host knows of `SIZE_FIELDS`, as tuples by name, so that nothing is read."""
+"""Among the arguments of a forward: what the host knows of `SIZE_FIELDS`, by name, so that nothing is read."""
 
 
 def host_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -22,20 +22,22 @@ def host_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
         arguments: Of a forward or of an encoder, by name. What is a tuple already stays, and so does what is no size.
 
     Returns:
-        A new dictionary. Sizes in tensors are read from the device with one read for all; those under `HOST_SIZES` are
-        taken from there.
+        A new dictionary. Sizes in tensors are read from the device with one read for all; those under `HOST_SIZES`, tuples
+        or lists, are taken from there.
     """
-    known = arguments.get(HOST_SIZES) or {}
     sizes = {name: arguments[name] for name in SIZE_FIELDS if arguments.get(name) is not None}
-    tensors = {
-        name: value for name, value in sizes.items() if isinstance(value, Tensor) and name not in known
-    }
-    found = _read(tensors)
+    found = {}
+    for name, values in (arguments.get(HOST_SIZES) or {}).items():
+        # Of what generate() has repeated, the host knows the first.
+        if name in sizes and len(values) == len(sizes[name]):
+            found[name] = _as_tuples(values)
+    tensors = {}
     for name, value in sizes.items():
-        if name in known:
-            found[name] = known[name]
-        elif not isinstance(value, (Tensor, tuple)):
-            found[name] = _as_tuples(np.asarray(value).tolist())
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif not isinstance(value, tuple):
+            found.setdefault(name, _as_tuples(np.asarray(value).tolist()))
+    found |= _read({name: value for name, value in tensors.items() if name not in found})
     return {**arguments, **found}
 
 
@@ -49,4 +51,4 @@ def _read(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _as_tuples(values: Any) -> Any:
-    return tuple(map(_as_tuples, values)) if isinstance(values, list) else values
+    return tuple(map(_as_tuples, values)) if isinstance(values, (list, tuple)) else values

@@ -37,7 +37,7 @@ ROOMS = (
     "introspect",
     "arguments",
     "environment",
-    "memo",
+    "constants",
     "host",
     "plain",
     "_requirements",

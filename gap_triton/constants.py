@@ -13,7 +13,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Memo:
+class Constants:
     """Keeps what was made for a key, the least recently used go first.
 
     What is made while operators are traced (``torch.compile``, ``torch.export``, fake tensors) is not kept, and nothing kept
@@ -29,8 +29,8 @@ class Memo:
         self._lock = threading.RLock()
         self._captured: list[object] = []
 
-    def __reduce__(self) -> tuple[type[Memo], tuple[int]]:
-        return Memo, (self.size,)
+    def __reduce__(self) -> tuple[type[Constants], tuple[int]]:
+        return Constants, (self.size,)
 
     def __len__(self) -> int:
         return len(self._kept)
