@@ -308,7 +308,8 @@ def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
 
 
 def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(dim=dim).to(rows.dtype)
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.mean(dim=dim, dtype=dtype).to(rows.dtype)
 
 
 def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:

@@ -29,18 +29,20 @@ from gap_triton.vision_tower.sizes import HOST_SIZES
 
 CPU = torch.device("cpu")
 MODELS = tuple(ARCHITECTURES)
-# At most so many launches: of choosing and merging, and added to the vision encoder, of which one is the operator that scores.
+# At most so many launches: of choosing and merging; and added to the vision encoder, the operator that scores among them.
 LIMITS = {
     "random": (0, 0),
     "spatial": (0, 0),
-    "cls": (0, 3),
+    "cls": (0, 1),
     "text": (11, 0),
-    "trim": (23, 0),
-    "prumerge": (29, 5),
-    "prumerge+": (36, 5),
-    "visionzip": (30, 5),
-    "nuwa": (24, 8),
+    "trim": (22, 0),
+    "prumerge": (26, 1),
+    "prumerge+": (34, 1),
+    "visionzip": (27, 1),
+    "nuwa": (17, 3),
 }
+# More launches for each thing recorded of a vision encoder with windows: means of patches, and their order.
+MERGED_PATCHES = 2
 
 
 @functools.cache
@@ -131,7 +133,9 @@ def test_recording_the_vision_encoder(model: str, name: str) -> None:
     recorded = model != "llava" and name not in ("random", "spatial", "text", "trim")
     assert counts.reads - plain.reads == int(recorded)
     assert counts.copies == plain.copies
-    assert counts.launches - plain.launches <= LIMITS[name][1] + 4 * recorded
+    things = recorded + (name in ("prumerge", "prumerge+", "visionzip", "nuwa"))
+    limit = LIMITS[name][1] + recorded * things * MERGED_PATCHES
+    assert counts.launches - plain.launches <= limit, counts.operators
 
 
 @pytest.mark.parametrize("name", ["cls", "visionzip", "nuwa", "spatial"])
