@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Constants:
     """Keeps what was made for a key, the least recently used go first.
 
-    What is made while operators are traced (``torch.compile``, ``torch.export``, fake tensors) is not kept, and nothing kept
-    is used there. A copy or a pickle is empty.
+    Tensors that are made while operators are traced (``torch.compile``, ``torch.export``, fake tensors) are not kept, and
+    none that are kept are used there. A copy or a pickle is empty.
 
     Args:
         size: How many values to keep.
@@ -40,8 +40,8 @@ class Constants:
         with self._lock:
             self._kept.clear()
 
-    def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """Return what ``make()`` returned for ``key``, whose tensors are to lie on ``device``.
+    def get(self, key: Hashable, device: torch.device | None, make: Callable[[], T]) -> T:
+        """Return what ``make()`` returned for ``key``, whose tensors are to lie on ``device``; None = it has no tensors.
 
         Each stream has its own, since one may not have made yet what another asks for.
 
@@ -49,6 +49,8 @@ class Constants:
             RuntimeError: A CUDA graph is captured, and nothing is kept for ``key``: copies from the host, made meanwhile,
                 would be repeated at each replay, from memory that is gone by then.
         """
+        if device is None:
+            return make() if torch.compiler.is_compiling() else self._get((key, None), make)
         probe = torch.empty(0, device=device)
         if torch.compiler.is_compiling() or type(probe) is not Tensor:
             return make()

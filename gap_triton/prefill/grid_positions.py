@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..attachment import Attachment
@@ -54,20 +55,16 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
 def _positions_of_tokens(layout: Layout, device: torch.device) -> tuple[torch.Tensor, int]:
     """[3, B, V] int64, region, cell and order of each visual token, as in `GridPositions`; and the number of regions."""
     shape = (len(layout.counts), max(layout.counts))
-    region, cell, order = (
-        torch.full(shape, -1),
-        torch.zeros(shape, dtype=torch.int64),
-        torch.full(shape, LAST),
-    )
+    region, cell, order = np.full(shape, -1), np.zeros(shape, dtype=np.int64), np.full(shape, LAST)
     regions = [0] * shape[0]
     for view in layout.views:
         height, width = view.grid
-        number = torch.arange(height * width)
+        number = np.arange(height * width)
         down, right = number // width, number % width
         wide = -(-width // REGION)
         tokens = view.sample, view.numbers
         region[tokens] = regions[view.sample] + down // REGION * wide + right // REGION
         cell[tokens] = down % REGION * REGION + right % REGION
-        order[tokens] = spatial_order(view.grid, device="cpu") * LAST // (height * width)
+        order[tokens] = spatial_order(view.grid, device="cpu").numpy() * LAST // (height * width)
         regions[view.sample] += -(-height // REGION) * wide
-    return to_device(torch.stack([region, cell, order]), device), max(regions)
+    return to_device(torch.from_numpy(np.stack([region, cell, order])), device), max(regions)

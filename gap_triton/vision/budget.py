@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..config import Stage
 from ..strategies import spatial_order
@@ -67,13 +66,13 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
     return Budget(tuple(shares), newlines, unplaced)
 
 
-def newlines_that_stay(unplaced: Tensor, budget: Budget) -> Tensor:
+def newlines_that_stay(unplaced: np.ndarray, budget: Budget) -> np.ndarray:
     """Return [B, V] bool, which of ``unplaced`` [B, V] bool, the tokens in no view, ``budget`` keeps: evenly spread ones."""
     if budget.newlines == budget.unplaced:
         return unplaced
-    stays = torch.zeros_like(unplaced)
+    stays = np.zeros_like(unplaced)
     for sample, (count, kept) in enumerate(zip(budget.unplaced, budget.newlines, strict=True)):
         if count:
-            spread = spatial_order((count, 1), device="cpu") < kept
-            stays[sample, unplaced[sample].nonzero()[:, 0][spread]] = True
+            spread = (spatial_order((count, 1), device="cpu") < kept).numpy()
+            stays[sample, np.flatnonzero(unplaced[sample])[spread]] = True
     return stays

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -43,21 +44,23 @@ class View:
     Attributes:
         sample: Row of the batch.
         image: Number of the image or video in the batch, in order of appearance; its views share it.
-        numbers: [N] int64 on the host, its tokens by their number among the visual ones of the sample, in raster order.
+        numbers: [N] int64, its tokens by their number among the visual ones of the sample, in raster order.
         grid: (H, W), H * W == N.
-        features: [N] int64 on the host, the rows of `TowerOutput` that they come from.
+        features: [N] int64, the rows of `TowerOutput` that they come from.
     """
 
     sample: int
     image: int
-    numbers: Tensor
+    numbers: np.ndarray
     grid: tuple[int, int]
-    features: Tensor
+    features: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The positions of a prompt's visual tokens in their images. It depends on their numbers and on sizes alone.
+
+    It is on the host, in arrays of numpy, which are real also while operators are traced.
 
     Attributes:
         counts: Number of visual tokens of each sample.
@@ -69,10 +72,9 @@ class Layout:
     views: tuple[View, ...]
     constants: Constants = field(default_factory=lambda: Constants(TENSORS))
 
-    def unplaced(self) -> Tensor:
-        """Return [B, V] bool on the host, the tokens that are in no grid, such as the newlines of LLaVA-NeXT."""
-        number = torch.arange(max(self.counts, default=0))
-        unplaced = number < torch.tensor(self.counts)[:, None]
+    def unplaced(self) -> np.ndarray:
+        """Return [B, V] bool, the tokens that are in no grid, such as the newlines of LLaVA-NeXT."""
+        unplaced: np.ndarray = np.arange(max(self.counts, default=0)) < np.array(self.counts)[:, None]
         for view in self.views:
             unplaced[view.sample, view.numbers] = False
         return unplaced
@@ -83,8 +85,8 @@ class _Grid:
     """A grid among the tokens of one image: its size, and by cell the number of its token in the image and its feature."""
 
     size: tuple[int, int]
-    index: Tensor
-    features: Tensor
+    index: np.ndarray
+    features: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def layout_of(
 
     if layouts is None:
         return make()
-    return layouts.get((rows.counts, copies, videos, _key(arguments)), torch.device("cpu"), make)
+    return layouts.get((rows.counts, copies, videos, _key(arguments)), None, make)
 
 
 def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -173,10 +175,10 @@ class _Rows:
 
 # --------------------------------------------------------------------------------------------- placing
 def _place(
-    pictures: dict[str, list[_Picture]], kinds: list[dict[str, Tensor]], copies: int
+    pictures: dict[str, list[_Picture]], kinds: list[dict[str, np.ndarray]], copies: int
 ) -> Iterator[View]:
     """Assign the tokens of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
-    pieces: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first token, picture, tokens
+    pieces: list[tuple[int, int, _Picture, np.ndarray]] = []  # sample, first token, picture, tokens
     for kind, queue in pictures.items():
         cursor = 0
         for first in range(0, len(kinds), copies):
@@ -262,13 +264,13 @@ def _videos(
 
 def _kinds(
     pictures: dict[str, list[_Picture]], counts: Sequence[int], videos: tuple[bytes, ...] | None
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, np.ndarray]]:
     """The visual tokens of each sample, by their number, of images and of videos."""
     if videos is None:
         (only,) = pictures
-        return [{only: torch.arange(count)} for count in counts]
-    shows_video = [torch.tensor(list(each), dtype=torch.bool) for each in videos]
-    return [{"image": (~each).nonzero()[:, 0], "video": each.nonzero()[:, 0]} for each in shows_video]
+        return [{only: np.arange(count)} for count in counts]
+    shows_video = [np.frombuffer(each, dtype=bool) for each in videos]
+    return [{"image": np.flatnonzero(~each), "video": np.flatnonzero(each)} for each in shows_video]
 
 
 # --------------------------------------------------------------------------------------------- sizes
@@ -399,7 +401,7 @@ def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -
         pictures[kind] = []
         for frames, height, width in sizes:
             size = (height // merge, width // merge)
-            cells = torch.arange(size[0] * size[1])
+            cells = np.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
             views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
             pictures[kind].append(_Picture(frames * len(cells), views))
@@ -444,7 +446,8 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
         image_newline=torch.tensor([NEWLINE, NEWLINE**2], dtype=torch.float64),
         **_options(owner, arguments),
     )
-    return [_picture_of(image[:, 0], image[:, 1], side) for image in packed]
+    arrays = (image.numpy() for image in packed)
+    return [_picture_of(image[:, 0], image[:, 1], side) for image in arrays]
 
 
 def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -468,17 +471,16 @@ def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> 
     return tiles
 
 
-def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
-    if not torch.equal(numbers.square(), squares):
+def _picture_of(numbers: np.ndarray, squares: np.ndarray, side: int) -> _Picture:
+    if not np.array_equal(np.square(numbers), squares):
         raise ValueError(
             "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
             f"visual tokens are not those of the tower: pass a smaller image, or {ALTERNATIVE}"
         )
-    features = numbers.round().long()
-    grids = [_Grid((side, side), torch.arange(side * side), features[: side * side])]
+    features = numbers.round().astype(np.int64)
+    grids = [_Grid((side, side), np.arange(side * side), features[: side * side])]
     details = features[side * side :]
-    newlines = (details == NEWLINE).nonzero().flatten()
-    index = (details != NEWLINE).nonzero().flatten()
+    newlines, index = np.flatnonzero(details == NEWLINE), np.flatnonzero(details != NEWLINE)
     if len(index):
         grids.append(_Grid((len(newlines), len(index) // len(newlines)), index + side * side, details[index]))
     return _Picture(len(features), tuple(grids))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,7 +115,7 @@ class Places:
         """Return [B, V] float32: inf at the newlines that ``budget`` keeps, else -inf."""
         return self._once(
             ("unplaced", budget.newlines),
-            lambda: to_device(torch.where(self._stays(budget), torch.inf, -torch.inf), self.device),
+            lambda: self._on_device(np.where(self._stays(budget), np.float32(np.inf), np.float32(-np.inf))),
         )
 
     def stays(self, budget: Budget) -> Tensor:
@@ -122,7 +123,7 @@ class Places:
         if not any(budget.newlines):
             return torch.zeros(self.shape, device=self.device)
         kept = self._once(
-            ("stays", budget.newlines), lambda: to_device(self._stays(budget).float(), self.device)
+            ("stays", budget.newlines), lambda: self._on_device(self._stays(budget).astype(np.float32))
         )
         return kept.clone()
 
@@ -146,18 +147,21 @@ class Places:
     def _once(self, key: Any, make: Any) -> Any:
         return self.layout.constants.get((key, self.device), self.device, make)
 
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(values), self.device)
+
     def _indices_of(self, views: tuple[int, ...]) -> tuple[Tensor, bool, TokenIndex]:
         members = [self.layout.views[number] for number in views]
-        slots = torch.stack([view.numbers + view.sample * self.shape[1] for view in members])
-        features = torch.stack([view.features for view in members])
-        are_all = slots.numel() == self.shape[0] * self.shape[1] and _in_order(slots)
-        return to_device(slots, self.device), are_all, self._unless_in_order(features)
+        slots = np.stack([view.numbers + view.sample * self.shape[1] for view in members])
+        features = np.stack([view.features for view in members])
+        are_all = slots.size == self.shape[0] * self.shape[1] and _in_order(slots)
+        return self._on_device(slots), are_all, self._unless_in_order(features)
 
-    def _unless_in_order(self, index: Tensor) -> TokenIndex:
-        return None if _in_order(index) else to_device(index, self.device)
+    def _unless_in_order(self, index: np.ndarray) -> TokenIndex:
+        return None if _in_order(index) else self._on_device(index)
 
     def _features_of_slots(self) -> TokenIndex:
-        features = torch.zeros(self.shape, dtype=torch.int64)
+        features = np.zeros(self.shape, dtype=np.int64)
         for view in self.layout.views:
             features[view.sample, view.numbers] = view.features
         return self._unless_in_order(features)
@@ -165,20 +169,22 @@ class Places:
     def _placed(self) -> Tensor | None:
         if not self.has_newlines() and min(self.layout.counts) == self.shape[1]:
             return None
-        placed = torch.zeros(self.shape, dtype=torch.bool)
+        placed = np.zeros(self.shape, dtype=bool)
         for view in self.layout.views:
             placed[view.sample, view.numbers] = True
-        return to_device(placed, self.device)
+        return self._on_device(placed)
 
-    def _stays(self, budget: Budget) -> Tensor:
+    def _stays(self, budget: Budget) -> np.ndarray:
         return newlines_that_stay(self.layout.unplaced(), budget)
 
     def _spread(self) -> Tensor:
         score = torch.zeros(self.shape)
         for view in self.layout.views:
-            score[view.sample, view.numbers] = -spatial_order(view.grid, device="cpu").float()
+            score[view.sample, torch.from_numpy(view.numbers)] = -spatial_order(
+                view.grid, device="cpu"
+            ).float()
         return to_device(score, self.device)
 
 
-def _in_order(index: Tensor) -> bool:
-    return torch.equal(index.flatten(), torch.arange(index.numel()))
+def _in_order(index: np.ndarray) -> bool:
+    return bool((index.ravel() == np.arange(index.size)).all())

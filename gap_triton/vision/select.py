@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -173,11 +174,11 @@ def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
             recorded=None if state.recorder is None else state.recorder.encoded,
             layouts=layouts,
         )
-    return layouts.get(("no grid", counts), torch.device("cpu"), lambda: _without_grid(counts))
+    return layouts.get(("no grid", counts), None, lambda: _without_grid(counts))
 
 
 def _without_grid(counts: tuple[int, ...]) -> Layout:
-    numbers = [torch.arange(count) for count in counts]
+    numbers = [np.arange(count) for count in counts]
     return Layout(counts, tuple(View(b, b, n, (1, len(n)), n) for b, n in enumerate(numbers) if len(n)))
 
 
@@ -304,7 +305,7 @@ def _projector_is_last(places: Places, rows: Tensor, tower: TowerOutput, embeds:
     if not views:
         return None
     slots = torch.tensor([view.sample * places.shape[1] + int(view.numbers[0]) for view in views])
-    features = torch.stack([view.features[0] for view in views])
+    features = torch.tensor([int(view.features[0]) for view in views])
     entering = tower.rows["features"]
     mapped = tower.project(entering[features.to(entering.device)]).float()
     first = rows[slots.to(rows.device)].to(embeds.device)

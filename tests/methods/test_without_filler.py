@@ -10,6 +10,7 @@ from gap_kernels import grid_neighbours
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gap_triton.strategies import (
     LLAVA,
@@ -26,6 +27,7 @@ from gap_triton.strategies import (
 from gap_triton.strategies import without_filler as few
 from gap_triton.strategies.aggregation import _least_ranks, aggregate_without_filler
 from gap_triton.strategies.coverage import choose_on_grid
+from gap_triton.strategies.draw import draw
 
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
 SCORE = st.one_of(
@@ -135,3 +137,10 @@ def test_ranks_of_quantiles() -> None:
     assert _least_ranks(21, 0.55)[21] == 11  # 0.55 * 20 is above 11 in floats
     assert _least_ranks(3, 1.0) == [0, 0, 1, 2]
     assert _least_ranks(3, 0) == [0, 0, 0, 0]
+
+
+def test_a_draw_is_a_constant_of_a_graph() -> None:
+    """The same at every replay, and what it is without a graph."""
+    graph = make_fx(lambda x: x + draw(3, 1, 6), tracing_mode="fake")(torch.zeros(6))
+    for _ in range(2):
+        assert torch.equal(graph(torch.zeros(6)), draw(3, 1, 6))

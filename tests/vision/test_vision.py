@@ -77,12 +77,18 @@ def layout_of(
 ) -> Layout:
     layout = layout_in_tokens(owner, given, visual, index, counts)
     views = [
-        Placed(view.sample, view.image, index[view.sample, view.numbers], view.grid, view.features)
+        Placed(
+            view.sample,
+            view.image,
+            index[view.sample, torch.from_numpy(view.numbers)],
+            view.grid,
+            torch.from_numpy(view.features),
+        )
         for view in layout.views
     ]
     unplaced = torch.zeros_like(visual)
     for sample, tokens in enumerate(layout.unplaced()):
-        unplaced[sample, index[sample, tokens]] = True
+        unplaced[sample, index[sample, torch.from_numpy(tokens)]] = True
     return Layout(tuple(views), unplaced)
 
 
@@ -773,8 +779,11 @@ def test_an_average_of_features_is_none_of_them() -> None:
     numbers = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, -1.0])
     squares = numbers.square() + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     with pytest.raises(ValueError, match="interpolates"):
-        _picture_of(numbers, squares, 2)
-    assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
+        _picture_of(numbers.numpy(), squares.numpy(), 2)
+    assert [grid.size for grid in _picture_of(numbers.numpy(), numbers.square().numpy(), 2).grids] == [
+        (2, 2),
+        (1, 1),
+    ]
 
 
 def test_features_from_elsewhere_are_of_the_towers_size() -> None:
