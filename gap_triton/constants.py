@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Constants:
     """Keeps what was made for a key, the least recently used go first.
 
-    Tensors that are made while operators are traced (``torch.compile``, ``torch.export``, fake tensors) are not kept, and
-    none that are kept are used there. A copy or a pickle is empty.
+    Tensors that are made while operators are traced (``torch.compile``, fake tensors) are not kept, and none that are kept are
+    used with fake ones. A copy or a pickle is empty.
 
     Args:
         size: How many values to keep.
@@ -49,21 +49,30 @@ class Constants:
             RuntimeError: A CUDA graph is captured, and nothing is kept for ``key``: copies from the host, made meanwhile,
                 would be repeated at each replay, from memory that is gone by then.
         """
+        if torch.compiler.is_compiling():  # which can't trace a lock
+            found = self._of_any_stream(key)
+            return make() if found is None else found  # type: ignore[return-value]
         if device is None:
-            return make() if torch.compiler.is_compiling() else self._get((key, None), make)
+            return self._get((key, None), make)
         probe = torch.empty(0, device=device)
-        if torch.compiler.is_compiling() or type(probe) is not Tensor:
+        if type(probe) is not Tensor:
             return make()
         if not probe.is_cuda:
             return self._get((key, None), make)
         if not torch.cuda.is_current_stream_capturing():
             return self._get((key, torch.cuda.current_stream(device).cuda_stream), make)
         with self._lock:
-            value = next((each for (known, _), each in self._kept.items() if known == key), None)
+            value = self._of_any_stream(key)
         if value is None:
             raise RuntimeError("run a prompt of the same sizes once before a CUDA graph is captured")
         self._captured.append(value)  # a graph reads its memory for as long as it is replayed
         return value  # type: ignore[return-value]
+
+    def _of_any_stream(self, key: Hashable) -> object | None:
+        for (known, _), value in self._kept.items():
+            if known == key:
+                return value
+        return None
 
     def _get(self, key: tuple[Hashable, int | None], make: Callable[[], T]) -> T:
         with self._lock:

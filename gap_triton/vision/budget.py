@@ -44,13 +44,11 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
     """
     in_views = [0] * len(layout.counts)
     for view in layout.views:
-        in_views[view.sample] += len(view.numbers)
+        in_views[view.sample] += view.size
     unplaced = tuple(count - inside for count, inside in zip(layout.counts, in_views, strict=True))
     if outliers is not None:
         more = int(stage.merge in ADDS_ONE)
-        kept = (
-            min(count + more, len(view.numbers)) for count, view in zip(outliers, layout.views, strict=True)
-        )
+        kept = (min(count + more, view.size) for count, view in zip(outliers, layout.views, strict=True))
         return Budget(tuple(kept), unplaced, unplaced)
     totals = list(map(stage.count, layout.counts))
     newlines = tuple(
@@ -60,7 +58,7 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
     shares, before = [], [0] * len(layout.counts)
     for view in layout.views:
         size, start = in_views[view.sample], before[view.sample]
-        end = before[view.sample] = start + len(view.numbers)
+        end = before[view.sample] = start + view.size
         total = totals[view.sample] - newlines[view.sample]
         shares.append(total * end // size - total * start // size)
     return Budget(tuple(shares), newlines, unplaced)

@@ -55,6 +55,11 @@ class View:
     grid: tuple[int, int]
     features: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:

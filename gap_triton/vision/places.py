@@ -104,7 +104,7 @@ class Places:
 
     def has_newlines(self) -> bool:
         """Return whether some token is in no view."""
-        return sum(len(view.numbers) for view in self.layout.views) < sum(self.layout.counts)
+        return sum(view.size for view in self.layout.views) < sum(self.layout.counts)
 
     def one_view_each(self) -> bool:
         """Return whether each sample's visual tokens are those of one view at most."""

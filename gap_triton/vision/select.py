@@ -153,7 +153,7 @@ def _embeds_of(stage: Stage, kwargs: Kwargs) -> Tensor:
 def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOutput) -> None:
     """Raise ValueError if the images that were encoded are not those of the prompt."""
     if tower.tokens and not packs(owner):
-        in_views = sum(len(view.numbers) for view in layout.views)
+        in_views = sum(view.size for view in layout.views)
         if in_views % tower.tokens:  # a multiple where generate() has repeated the prompt
             raise ValueError(
                 f"the prompt has {in_views} visual tokens, and the vision encoder made {tower.tokens}: pass the images "
