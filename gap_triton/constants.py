@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Constants:
     """Keeps what was made for a key, the least recently used go first.
 
-    Tensors that are made while operators are traced (``torch.compile``, fake tensors) are not kept, and none that are kept are
-    used with fake ones. A copy or a pickle is empty.
+    Tensors that are made while operators are traced (``torch.compile``, fake tensors) are not kept, and none that are kept
+    are used with fake ones. A copy or a pickle is empty.
 
     Args:
         size: How many values to keep.

@@ -23,6 +23,7 @@ from gap_triton.strategies import (
     contextual,
     nearest,
     spatial_order,
+    text_similarity,
 )
 from gap_triton.strategies import without_filler as few
 from gap_triton.strategies.aggregation import _least_ranks, aggregate_without_filler
@@ -144,3 +145,10 @@ def test_a_draw_is_a_constant_of_a_graph() -> None:
     graph = make_fx(lambda x: x + draw(3, 1, 6), tracing_mode="fake")(torch.zeros(6))
     for _ in range(2):
         assert torch.equal(graph(torch.zeros(6)), draw(3, 1, 6))
+
+
+def test_text_without_a_mask_is_all_real() -> None:
+    source = torch.Generator().manual_seed(3)
+    visual, text = torch.randn(2, 7, 3, generator=source), torch.randn(2, 5, 3, generator=source)
+    every = torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(text_similarity(visual, text), text_similarity(visual, text, every))
