@@ -11,11 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import GapConfig
+from .constants import Constants
 from .introspect import NAME
 from .selection import Selection
 from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+LAYOUTS = 32
+"""How many layouts stay in memory, each for prompts with other numbers of visual tokens or sizes of images."""
 
 attach_lock = threading.RLock()  # held while hooks are put on a model or taken off
 
@@ -32,6 +35,7 @@ class Attachment:
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
         records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
+        layouts: Where the visual tokens of prompts stand, by what decides that; of the tower that is there.
         projector_is_last: The decoder gets the output of the tower's projector unchanged; None until a prompt has shown it.
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
@@ -47,6 +51,7 @@ class Attachment:
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     records_sizes: bool = False
+    layouts: Constants = field(default_factory=lambda: Constants(LAYOUTS))
     projector_is_last: bool | None = None
     handles: list[Any] = field(default_factory=list)
     layer_handles: list[Any] = field(default_factory=list)

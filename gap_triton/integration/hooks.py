@@ -34,6 +34,7 @@ from ..prefill.drop import drop_tokens
 from ..prefill.prompt import find_visual_rows
 from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
+from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, run_of_prompt, run_of_step
 from .prepare import named_prompt
 from .supported_models import find_parts
@@ -194,6 +195,8 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         state.owner.kwargs = {**kwargs, "input_ids": input_ids}  # some models hand it on by position
         if visual_grid is not None:
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
+        if prepared is not None:
+            state.owner.kwargs[HOST_SIZES] = prepared.sizes
         if not state.config.keeps_everything:
             start_recorder(state)
     if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`

@@ -12,7 +12,7 @@ from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, needs_text
 from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
 from ..later_layers.inputs import take_survivors
 from ..selection import Selection
-from ..state import DecoderRun, Drop, Plan, Prefill, Survivors
+from ..state import DecoderRun, Drop, Plan, Prefill, Survivors, VisionSelection
 from .plan import plan_of
 from .position_ids import ID_RULES
 from .prompt import position_ids_of
@@ -198,8 +198,7 @@ def _selection_of(
 
 def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageRows) -> PrunedTokens:
     if drop.selection is not None:
-        device = rows.tokens[0].device
-        return _prune_chosen(drop, rows, drop.selection.score.to(device), drop.selection.stays.to(device))
+        return _prune_selected(drop, rows, drop.selection)
     plan, stage, attention = rows.plan, drop.stage, None
     if stage.score in ATTENTION_SCORES:
         attention = attention_of(run, prefill, stage, plan, rows.rotary)
@@ -214,10 +213,17 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
         selected = drop.grid_positions.mask_of_chosen(
             scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep)
         )
-        return _prune_chosen(drop, rows, scores, selected > 0)
-    if plan.stays is not None:
-        return _prune_chosen(drop, rows, scores, _best(scores, plan, max(drop.keep)))
-    return _prune_by_score(drop, rows, scores, plan.keep)
+        return _prune_chosen(drop, rows, scores, selected)
+    return _prune_best(drop, rows, scores)
+
+
+def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> PrunedTokens:
+    """Keep what was selected before the decoder."""
+    device = rows.tokens[0].device
+    scores = selection.score.to(device)
+    if selection.stays is None:
+        return _prune_best(drop, rows, scores)
+    return _prune_chosen(drop, rows, scores, selection.stays.to(device))
 
 
 def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTokens:
@@ -234,6 +240,13 @@ def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTok
     )
 
 
+def _prune_best(drop: Drop, rows: StageRows, scores: torch.Tensor) -> PrunedTokens:
+    """Keep as many as the stage says of the best of ``scores`` [B, V], and what stays in any case."""
+    if rows.plan.stays is not None:
+        return _prune_chosen(drop, rows, scores, _best(scores, rows.plan, max(drop.keep)))
+    return _prune_by_score(drop, rows, scores, rows.plan.keep)
+
+
 def _prune_by_score(
     drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor
 ) -> PrunedTokens:
@@ -243,17 +256,17 @@ def _prune_by_score(
 
 
 def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: torch.Tensor) -> PrunedTokens:
-    """Keep what is ``chosen``, [B, V] bool, and what stays in any case; report ``scores`` [B, V]."""
+    """Keep what is ``selected``, 1 in [B, V] float32, and what stays in any case; report ``scores`` [B, V]."""
     plan, keep = rows.plan, rows.plan.keep
     if plan.stays is not None:
-        selected = selected | plan.stays
-        keep = selected.sum(dim=1)
-    return _prune_by_score(drop, rows, selected.float(), keep)._replace(scores=scores)
+        is_kept = (selected > 0) | plan.stays
+        selected, keep = is_kept.float(), is_kept.sum(dim=1)
+    return _prune_by_score(drop, rows, selected, keep)._replace(scores=scores)
 
 
 def _best(scores: torch.Tensor, plan: Plan, most: int) -> torch.Tensor:
-    """[B, V] bool, the ``plan.keep`` best of each sample, by the operator's own rule."""
+    """[B, V] float32, 1 at the ``plan.keep`` best of each sample, by the operator's own rule, else 0."""
     scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
     index = topk_indices(scores, plan.keep, length=most)
-    selected = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-    return selected.scatter(1, torch.where(index < 0, scores.shape[1], index), True)[:, :-1]
+    selected = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
+    return selected.scatter_(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]

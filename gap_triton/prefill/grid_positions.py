@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..attachment import Attachment
+from ..host import to_device
 from ..state import Prompt
 from ..strategies import spatial_order
 from ..strategies.grid_positions import LAST, REGION, GridPositions
-from ..vision.layout import View, layout_of
+from ..vision.layout import Layout, layout_of
 
 
 def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> GridPositions:
@@ -25,25 +26,45 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
     Raises:
         ValueError: The positions are not known.
     """
-    layout = layout_of(attachment.owner, kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts)
-    return place_views(layout.views, prompt.visual)
+    layout = layout_of(
+        attachment.owner,
+        kwargs,
+        prompt.visual,
+        prompt.visual_index,
+        prompt.visual_counts,
+        layouts=attachment.layouts,
+    )
+    device, (batch, queries) = prompt.visual.device, prompt.visual.shape
+    positions, regions = layout.constants.get(
+        ("positions", device), device, lambda: _positions_of_tokens(layout, device)
+    )
+    # One more row takes the filler.
+    index = prompt.visual_index
+    rows = torch.where(index < 0, queries, index) if min(layout.counts) < index.shape[1] else index
+    nowhere = torch.tensor([-1, 0, LAST])[:, None, None]
+    everywhere = layout.constants.get(
+        ("nowhere", batch, queries, device),
+        device,
+        lambda: to_device(nowhere.expand(-1, batch, queries + 1).contiguous(), device),
+    )
+    by_row = everywhere.scatter(2, rows.expand(3, -1, -1), positions)[..., :-1]
+    region, cell, order = by_row
+    return GridPositions(region, cell, order, regions)
 
 
-def place_views(views: Sequence[View], visual: torch.Tensor) -> GridPositions:
-    """Return the positions of the rows of ``visual`` [B, Q] that are in ``views``."""
-    region = torch.full(visual.shape, -1, device=visual.device)
-    cell = torch.zeros_like(region)
-    order = torch.full_like(region, LAST)
-    regions = [0] * visual.shape[0]
-    for view in views:
+def _positions_of_tokens(layout: Layout, device: torch.device) -> tuple[torch.Tensor, int]:
+    """[3, B, V] int64, region, cell and order of each visual token, as in `GridPositions`; and the number of regions."""
+    shape = (len(layout.counts), max(layout.counts))
+    region, cell, order = np.full(shape, -1), np.zeros(shape, dtype=np.int64), np.full(shape, LAST)
+    regions = [0] * shape[0]
+    for view in layout.views:
         height, width = view.grid
-        number = torch.arange(height * width, device=visual.device)
+        number = np.arange(height * width)
         down, right = number // width, number % width
         wide = -(-width // REGION)
-        rows = view.rows.to(visual.device)
-        region[view.sample, rows] = regions[view.sample] + down // REGION * wide + right // REGION
-        cell[view.sample, rows] = down % REGION * REGION + right % REGION
-        spread = spatial_order(view.grid).to(visual.device)
-        order[view.sample, rows] = spread * LAST // (height * width)
+        tokens = view.sample, view.numbers
+        region[tokens] = regions[view.sample] + down // REGION * wide + right // REGION
+        cell[tokens] = down % REGION * REGION + right % REGION
+        order[tokens] = spatial_order(view.grid, device="cpu").numpy() * LAST // (height * width)
         regions[view.sample] += -(-height // REGION) * wide
-    return GridPositions(region, cell, order, max(regions))
+    return to_device(torch.from_numpy(np.stack([region, cell, order])), device), max(regions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from gap_kernels import spatial_aggregate
@@ -12,8 +13,12 @@ from gap_kernels.precision import without_autocast
 from gap_kernels.validation import check_grid, describe, is_number
 from torch import Tensor
 
+from ..constants import Constants
+from ..host import to_device
 from .merged import Merged, check_merge
 from .rows import gather_rows
+
+_RANKS = Constants(64)
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,66 @@ def aggregate(
     if not anchors.numel():
         return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
     anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)
-    threshold = anchor_scores.nanquantile(rule.pillar_quantile, dim=1, keepdim=True)
-    collected = spatial_aggregate(
-        features,
-        similarity,
-        anchors,
-        grid,
-        radius=rule.radius_of(grid),
-        pillars=anchor_scores >= threshold,
-        self_weight=rule.self_weight,
-    )
+    collected = _collect(features, similarity, anchor_scores, anchors, grid, rule)
     num_rows = features.shape[1]
     if anchors.shape[1] >= num_rows:
         complete = ((anchors >= 0).sum(1) == num_rows)[:, None, None]
         collected = torch.where(complete, gather_rows(features, anchors), collected)
     return Merged(anchors, collected)
+
+
+@without_autocast
+def aggregate_without_filler(
+    features: Tensor,
+    similarity: Tensor,
+    scores: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    *,
+    rule: AggregationRule,
+) -> Merged:
+    """Let anchors collect as `aggregate` does, unchecked: fewer than N, and no filler among them. Arguments as there."""
+    collected = _collect(features, similarity, scores.gather(1, anchors), anchors, grid, rule)
+    return Merged(anchors, collected)
+
+
+def _collect(
+    features: Tensor,
+    similarity: Tensor,
+    anchor_scores: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    rule: AggregationRule,
+) -> Tensor:
+    """What anchors [G, M] with ``anchor_scores`` [G, M], NaN at filler, collect: [G, M, C]."""
+    return spatial_aggregate(
+        features,
+        similarity,
+        anchors,
+        grid,
+        radius=rule.radius_of(grid),
+        pillars=_at_or_above(anchor_scores, rule.pillar_quantile),
+        self_weight=rule.self_weight,
+    )
+
+
+def _at_or_above(scores: Tensor, quantile: float) -> Tensor:
+    """Return [G, M] bool, which of ``scores`` [G, M] are at or above a quantile of their row, NaN left out.
+
+    A quantile between two of them lies above the lower one, so the upper one is the least that counts. No number has to be
+    interpolated.
+    """
+    ranks = _RANKS.get(
+        (scores.shape[1], quantile, scores.device),
+        scores.device,
+        lambda: to_device(_least_ranks(scores.shape[1], quantile), scores.device),
+    )
+    real = (scores == scores).sum(1, keepdim=True)
+    least = scores.sort(dim=1).values.gather(1, ranks[real])  # NaN is sorted to the end
+    return scores >= least
+
+
+def _least_ranks(most: int, quantile: float) -> list[int]:
+    """Return by n in 0..``most`` the rank, among n ascending numbers, of the least at or above their quantile."""
+    over, under = Fraction(repr(float(quantile))).as_integer_ratio()
+    return [max(-(-over * (number - 1) // under), 0) for number in range(most + 1)]

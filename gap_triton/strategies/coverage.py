@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
-from gap_kernels import topk_indices, topk_per_region
+from gap_kernels import grid_neighbours, topk_indices, topk_per_region
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
     ShapeChecker,
@@ -20,8 +20,11 @@ from gap_kernels.validation import (
 from torch import Tensor
 
 from .rows import best_of, last_where, members
+from .spatial import spatial_order
 
 Coverage = Literal["topk", "region", "stride"]
+
+REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
 STRIDE_SHARE = Fraction(3, 10)
 """Share of the budget that ``coverage="stride"`` spends on the uniform sample.
@@ -87,6 +90,33 @@ def choose(
     if coverage == "region":
         return _by_region(scores, neighbours, per_region, keep, length)
     return _by_stride(scores, order, keep, length)
+
+
+def choose_on_grid(scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int]) -> Tensor:
+    """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
+
+    Args:
+        scores: [G, N] float32, none of them -inf beside NaN.
+        keep: How many to choose, 0..N.
+        coverage: How.
+        grid: (H, W), H * W = N.
+
+    Returns:
+        [G, keep] int64, ascending.
+    """
+    if coverage == "topk":
+        return topk_indices(scores, keep)
+    if coverage == "region":
+        neighbours = grid_neighbours(grid, device=scores.device)
+        regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
+        return topk_per_region(scores, neighbours[None], max(-(-keep // regions), 1), keep)
+    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    # The lattice is chosen first: no score is above the largest number but its infinity.
+    scores = torch.nan_to_num(
+        scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
+    )
+    in_lattice = spatial_order(grid, device=scores.device) < lattice
+    return topk_indices(scores.masked_fill_(in_lattice, torch.inf), keep)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:

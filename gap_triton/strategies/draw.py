@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def draw(seed: int, stage: int, tokens: int) -> torch.Tensor:
@@ -16,5 +17,8 @@ def draw(seed: int, stage: int, tokens: int) -> torch.Tensor:
         stage: Number of the stage that draws, 0 for the first.
         tokens: Number of visual tokens of the sample with the most.
     """
-    generator = torch.Generator().manual_seed(seed + stage)
-    return torch.rand(tokens, generator=generator, dtype=torch.float32)
+    # Real numbers also while operators are traced: a graph would draw anew at each replay.
+    with _disable_current_modes():
+        generator = torch.Generator().manual_seed(seed + stage)
+        drawn = torch.rand(tokens, generator=generator, dtype=torch.float32).numpy()
+    return torch.from_numpy(drawn)

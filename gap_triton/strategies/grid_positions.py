@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .coverage import Coverage, choose
+from .coverage import REGION, Coverage, choose
 
-REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 CELLS = REGION * REGION
 LAST = 2**30  # `GridPositions.order` of a row that an even spread reaches last, or never
 

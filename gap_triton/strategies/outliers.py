@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from gap_kernels.validation import MAX_LENGTH, ShapeChecker, describe
 from torch import Tensor
+
+from ..constants import Constants
+from ..host import to_device
+
+_RANKS = Constants(64)
 
 
 def outlier_count(scores: Tensor) -> Tensor:
@@ -26,9 +32,36 @@ def outlier_count(scores: Tensor) -> Tensor:
     ShapeChecker().check("scores", scores, "G N", (torch.float32,))
     if not scores.shape[1]:
         raise ValueError(f"scores: expected N >= 1, got {describe(scores)}")
-    if scores.shape[1] > MAX_LENGTH:  # of more, PyTorch finds no quantile
+    if scores.shape[1] > MAX_LENGTH:  # more than any image has
         raise ValueError(f"scores: expected N <= {MAX_LENGTH}, got {describe(scores)}")
     if not scores.shape[0]:  # quantiles of nothing are an error
         return scores.new_empty(0, dtype=torch.int64)
-    first, third = scores.nanquantile(scores.new_tensor([0.25, 0.75]), dim=1)
+    first, third = _quartiles(scores)
     return (scores > (third + 1.5 * (third - first))[:, None]).sum(1).clamp(min=1)
+
+
+def _quartiles(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the third quartile [G] of ``scores`` [G, N], NaN left out; NaN where there is nothing else.
+
+    As ``nanquantile`` does, in a third of its operations and without a copy of the quantiles to the device.
+    """
+    device, most = scores.device, scores.shape[1]
+    ranks, parts = _RANKS.get(
+        (most, device), device, lambda: tuple(to_device(torch.from_numpy(x), device) for x in _ranks(most))
+    )
+    real = (scores == scores).sum(1)
+    near = scores.sort(dim=1).values.gather(1, ranks[real])  # NaN is sorted to the end
+    first, third = torch.lerp(near[:, :2], near[:, 2:], parts[real]).unbind(1)
+    return first, third
+
+
+def _ranks(most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return by n in 0..``most`` where the quartiles of n ascending numbers lie.
+
+    Returns:
+        [most + 1, 4] int64, the ranks below the first and the third quartile and the ranks above them; and [most + 1, 2]
+        float32, how far they lie between the two.
+    """
+    quarters = np.maximum(np.arange(most + 1) - 1, 0)[:, None] * np.array([1, 3])
+    below, rest = quarters // 4, quarters % 4
+    return np.concatenate([below, below + (rest > 0)], axis=1), (rest / 4).astype(np.float32)

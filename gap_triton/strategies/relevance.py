@@ -13,7 +13,7 @@ from .rows import accumulation_dtype
 
 
 @without_autocast
-def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
     """Return the cosine of each visual token to the mean text embedding.
 
     This is TRIM's score (arXiv 2409.10994) for towers that have no text side: TRIM takes the projected output of CLIP's
@@ -23,7 +23,7 @@ def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     Args:
         visual: [G, N, C] float32, float16, bfloat16 or float64.
         text: [G, T, C], any of those dtypes.
-        text_mask: [G, T] bool, True = a real token. What is masked is never used, not even if it is NaN.
+        text_mask: [G, T] bool, True = a real token. What is masked is never used, not even if it is NaN. None: all are real.
 
     Returns:
         [G, N] float32. Without text, all are 0.
@@ -34,10 +34,12 @@ def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     shapes = ShapeChecker()
     shapes.check("visual", visual, "G N C", FLOAT_DTYPES)
     shapes.check("text", text, "G T C", FLOAT_DTYPES)
-    shapes.check("text_mask", text_mask, "G T", (torch.bool,))
+    if text_mask is not None:
+        shapes.check("text_mask", text_mask, "G T", (torch.bool,))
+        text = torch.where(text_mask[..., None], text, 0)
     dtype = accumulation_dtype(visual)
     # The sum has the direction of the mean.
-    direction = torch.where(text_mask[..., None], text.to(dtype), 0).sum(1)
+    direction = text.sum(1, dtype=dtype)
     unit = F.normalize(direction, dim=-1)[..., None]  # [G, C, 1]
     return (F.normalize(visual.to(dtype), dim=-1) @ unit)[..., 0].float()
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from ..arguments import VISUAL_GRID
+from ..constants import Constants
 from ..introspect import text_model_of
-from ..vision_tower import encoder_outputs
+from ..vision_tower import Encoded, encoder_outputs
 from ..vision_tower.finding import (
-    GRID_FIELDS,
     PIXEL_FIELDS,
     image_shape,
     packs,
@@ -23,8 +26,12 @@ from ..vision_tower.finding import (
     pooling_of,
     resamples,
 )
+from ..vision_tower.sizes import GRID_FIELDS, SIZE_FIELDS, host_sizes
 
 NEWLINE = -1.0
+OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio")  # of `pack_image_features`
+TENSORS = 16
+"""How many index tensors, or groups of them, stay in memory for each layout."""
 ALTERNATIVE = (
     "choose a score and a coverage that don't ask where visual tokens stand, as presets 'text' and 'fastv' do"
 )
@@ -37,29 +44,45 @@ class View:
     Attributes:
         sample: Row of the batch.
         image: Number of the image or video in the batch, in order of appearance; its views share it.
-        rows: [N] int64, rows of the prompt that hold its tokens, in raster order.
+        numbers: [N] int64, its tokens by their number among the visual ones of the sample, in raster order.
         grid: (H, W), H * W == N.
         features: [N] int64, the rows of `TowerOutput` that they come from.
     """
 
     sample: int
     image: int
-    rows: Tensor
+    numbers: np.ndarray
     grid: tuple[int, int]
-    features: Tensor
+    features: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of a prompt's visual tokens in their images.
+    """The positions of a prompt's visual tokens in their images. It depends on their numbers and on sizes alone.
+
+    It is on the host, in arrays of numpy, which are real also while operators are traced.
 
     Attributes:
+        counts: Number of visual tokens of each sample.
         views: All grids, in order of appearance.
-        unplaced: [B, Q] bool, visual rows that are in no grid, such as the newlines of LLaVA-NeXT.
+        constants: What is made of it: index tensors on a device.
     """
 
+    counts: tuple[int, ...]
     views: tuple[View, ...]
-    unplaced: Tensor
+    constants: Constants = field(default_factory=lambda: Constants(TENSORS))
+
+    def unplaced(self) -> np.ndarray:
+        """Return [B, V] bool, the tokens that are in no grid, such as the newlines of LLaVA-NeXT."""
+        unplaced: np.ndarray = np.arange(max(self.counts, default=0)) < np.array(self.counts)[:, None]
+        for view in self.views:
+            unplaced[view.sample, view.numbers] = False
+        return unplaced
 
 
 @dataclass(frozen=True)
@@ -67,8 +90,8 @@ class _Grid:
     """A grid among the tokens of one image: its size, and by cell the number of its token in the image and its feature."""
 
     size: tuple[int, int]
-    index: Tensor
-    features: Tensor
+    index: np.ndarray
+    features: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,8 +108,15 @@ def layout_of(
     visual: Tensor,
     visual_index: Tensor,
     counts: Sequence[int],
+    *,
+    recorded: Mapping[str, Encoded] | None = None,
+    layouts: Constants | None = None,
 ) -> Layout:
-    """Find the grid of every image in a prompt. Reads the visual rows from the device once.
+    """Find the grid of every image in a prompt.
+
+    Reads nothing from the device but sizes of images, with one read, and these only where the host does not know them
+    (`host_sizes`). The rows of visual tokens are read for the first prompt of its kind, and where they decide: for images
+    beside videos, and for copies of samples.
 
     Args:
         owner: The module that receives ``input_ids``.
@@ -94,58 +124,80 @@ def layout_of(
         visual: [B, Q] bool, the visual tokens.
         visual_index: [B, V] int64, their rows, ascending, then -1.
         counts: Number of visual tokens of each sample.
+        recorded: What was recorded of the encoders in this forward, by modality.
+        layouts: Where layouts are kept, of this owner alone; None = nowhere.
 
     Raises:
         ValueError: The grids aren't known; the sentence says what is missing, and what can be done instead.
     """
-    arguments = dict(kwargs)
-    for encoded in encoder_outputs(kwargs).values():
+    arguments, ahead = dict(kwargs), encoder_outputs(kwargs)
+    for encoded in {**ahead, **(recorded or {})}.values():
         arguments |= {name: value for name, value in encoded.arguments.items() if value is not None}
-    samples = [rows[:count] for rows, count in zip(visual_index.cpu(), counts, strict=True)]
-    copies = _copies(kwargs, arguments, samples)
-    pictures = _pictures(owner, arguments, samples[::copies])
-    kinds = _kinds(owner, arguments, pictures, samples, visual.shape[1])
-    grid_views = _assign_rows(pictures, samples, kinds, copies)
+    arguments = host_sizes(arguments)
+    rows = _Rows(visual_index, tuple(counts))
+    copies = _copies(ahead, arguments, rows)
+    videos = _videos(owner, arguments, rows, visual.shape[1])
 
-    unplaced = visual.clone()
-    if not grid_views:
-        return Layout((), unplaced)
-    # One copy to the device for all of them.
-    sizes = [len(view.rows) for view in grid_views]
-    samples_of = torch.repeat_interleave(
-        torch.tensor([view.sample for view in grid_views]), torch.tensor(sizes)
-    )
-    rows, features = (
-        torch.cat([view.rows for view in grid_views]),
-        torch.cat([view.features for view in grid_views]),
-    )
-    samples_of, rows, features = torch.stack([samples_of, rows, features]).to(visual.device)
-    unplaced[samples_of, rows] = False
-    pieces = zip(grid_views, rows.split(sizes), features.split(sizes), strict=True)
-    views = (replace(view, rows=rows, features=features) for view, rows, features in pieces)
-    return Layout(tuple(views), unplaced)
+    def make() -> Layout:
+        pictures = _pictures(owner, arguments, rows, copies)
+        kinds = _kinds(pictures, rows.counts, videos)
+        return Layout(rows.counts, tuple(_place(pictures, kinds, copies)))
+
+    if layouts is None:
+        return make()
+    return layouts.get((rows.counts, copies, videos, _key(arguments)), None, make)
+
+
+def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What of ``arguments`` decides about a layout, to be looked up."""
+    found = []
+    for name in (*SIZE_FIELDS, *PIXEL_FIELDS, *OPTIONS, VISUAL_GRID):
+        value = arguments.get(name)
+        if name in PIXEL_FIELDS and value is not None:
+            value = getattr(value, "shape", value)
+            value = value if isinstance(value, torch.Size) else "given"
+        found.append(tuple(value) if isinstance(value, list) else value)
+    return tuple(found)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The rows of the visual tokens of each sample.
+
+    Attributes:
+        index: [B, V] int64, ascending, then -1.
+        counts: How many, by sample.
+    """
+
+    index: Tensor
+    counts: tuple[int, ...]
+
+    @functools.cached_property
+    def on_host(self) -> list[Tensor]:
+        """Those of each sample, [count] int64. One read."""
+        return [rows[:count] for rows, count in zip(self.index.cpu(), self.counts, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------- placing
-def _assign_rows(
-    pictures: dict[str, list[_Picture]], samples: list[Tensor], kinds: list[dict[str, Tensor]], copies: int
-) -> list[View]:
-    """Assign the rows of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
-    pieces: list[tuple[int, int, _Picture, Tensor]] = []  # sample, first row, picture, rows
+def _place(
+    pictures: dict[str, list[_Picture]], kinds: list[dict[str, np.ndarray]], copies: int
+) -> Iterator[View]:
+    """Assign the tokens of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
+    pieces: list[tuple[int, int, _Picture, np.ndarray]] = []  # sample, first token, picture, tokens
     for kind, queue in pictures.items():
         cursor = 0
-        for first in range(0, len(samples), copies):
+        for first in range(0, len(kinds), copies):
             number = cursor
             for sample in range(first, first + copies):
-                number, rows, start = cursor, kinds[sample][kind], 0
-                while start < len(rows):
-                    if number == len(queue) or start + queue[number].tokens > len(rows):
+                number, tokens, start = cursor, kinds[sample][kind], 0
+                while start < len(tokens):
+                    if number == len(queue) or start + queue[number].tokens > len(tokens):
                         raise ValueError(
-                            f"sample {sample} has {len(rows)} visual tokens of its {kind}s, which the sizes of the "
+                            f"sample {sample} has {len(tokens)} visual tokens of its {kind}s, which the sizes of the "
                             f"{len(queue)} {kind}s given with the prompt don't add up to: pass them in the order of the "
                             f"prompt, or {ALTERNATIVE}"
                         )
-                    piece = rows[start : start + queue[number].tokens]
+                    piece = tokens[start : start + queue[number].tokens]
                     pieces.append((sample, int(piece[0]), queue[number], piece))
                     start, number = start + len(piece), number + 1
             cursor = number
@@ -155,36 +207,34 @@ def _assign_rows(
                 f"the prompt only, or {ALTERNATIVE}"
             )
     pieces.sort(key=lambda piece: piece[:2])
-    return [
-        View(sample, image, rows[grid.index], grid.size, grid.features)
-        for image, (sample, _, picture, rows) in enumerate(pieces)
-        for grid in picture.grids
-    ]
+    for image, (sample, _, picture, tokens) in enumerate(pieces):
+        for grid in picture.grids:
+            yield View(sample, image, tokens[grid.index], grid.size, grid.features)
 
 
-def _copies(kwargs: dict[str, Any], arguments: dict[str, Any], samples: list[Tensor]) -> int:
+def _copies(ahead: dict[str, Encoded], arguments: dict[str, Any], rows: _Rows) -> int:
     """How many copies of each sample follow each other: ``generate()`` repeats prompts, but not their images."""
-    encoded, visual_grid = encoder_outputs(kwargs), arguments.get(VISUAL_GRID)
-    if encoded:
-        recorded = sum(each.tokens for each in encoded.values())
+    visual_grid = arguments.get(VISUAL_GRID)
+    if ahead:
+        recorded = sum(each.tokens for each in ahead.values())
     elif isinstance(visual_grid, list):
         recorded = sum(height * width for height, width in visual_grid)
     else:
         return 1
-    visual = sum(map(len, samples))
+    visual, samples = sum(rows.counts), len(rows.counts)
     if recorded in (0, visual):
         return 1
     copies = visual // recorded
-    same = (
-        all(torch.equal(rows, samples[i - i % copies]) for i, rows in enumerate(samples)) if copies else False
+    right = copies > 0 and copies * recorded == visual and samples % copies == 0
+    right = right and all(
+        torch.equal(each, rows.on_host[i - i % copies]) for i, each in enumerate(rows.on_host)
     )
-    right = copies * recorded == visual and len(samples) % copies == 0 and same
-    if encoded and not right:
+    if ahead and not right:
         raise ValueError(
             f"the prompt has {visual} visual tokens, and {recorded} were encoded ahead of it: pass the whole prompt at "
             f"once, without prefill_chunk_size, or {ALTERNATIVE}"
         )
-    return copies if right and (encoded or _repeat(arguments, copies)) else 1
+    return copies if right and (ahead or _repeat(arguments, copies)) else 1
 
 
 def _repeat(arguments: dict[str, Any], copies: int) -> bool:
@@ -195,38 +245,42 @@ def _repeat(arguments: dict[str, Any], copies: int) -> bool:
     return bool(same.all())
 
 
-def _kinds(
-    owner: PreTrainedModel,
-    arguments: dict[str, Any],
-    pictures: dict[str, list[_Picture]],
-    samples: list[Tensor],
-    queries: int,
-) -> list[dict[str, Tensor]]:
-    """The visual rows of each sample, of images and of videos."""
-    if len(pictures) == 1:
-        ((only, _),) = pictures.items()
-        return [{only: rows} for rows in samples]
+def _videos(
+    owner: PreTrainedModel, arguments: dict[str, Any], rows: _Rows, queries: int
+) -> tuple[bytes, ...] | None:
+    """Which visual tokens of each sample are of videos, a byte each; None where all are of one kind. One read."""
+    if any(arguments.get(name) is None for name in GRID_FIELDS.values()):
+        return None
     types, ids = arguments.get("mm_token_type_ids"), arguments.get("input_ids")
     video = getattr(owner.config, "video_token_id", None)
     if types is not None:
-        shows_video = (types == 2).cpu()
+        shows_video = types == 2
     elif ids is not None and video is not None:
-        shows_video = (ids == video).cpu()
+        shows_video = ids == video
     else:
         raise ValueError(
             "images and videos in one prompt are told apart by mm_token_type_ids, or by the ids of their placeholders: pass "
             f"mm_token_type_ids or input_ids, or {ALTERNATIVE}"
         )
-    shows_video = shows_video[:, -queries:]
-    return [
-        {"image": rows[~shows_video[i, rows]], "video": rows[shows_video[i, rows]]}
-        for i, rows in enumerate(samples)
-    ]
+    index = rows.index.to(shows_video.device).clamp(min=0)
+    of_tokens = shows_video[:, -queries:].gather(1, index).cpu().numpy()
+    return tuple(of_tokens[i, :count].tobytes() for i, count in enumerate(rows.counts))
+
+
+def _kinds(
+    pictures: dict[str, list[_Picture]], counts: Sequence[int], videos: tuple[bytes, ...] | None
+) -> list[dict[str, np.ndarray]]:
+    """The visual tokens of each sample, by their number, of images and of videos."""
+    if videos is None:
+        (only,) = pictures
+        return [{only: np.arange(count)} for count in counts]
+    shows_video = [np.frombuffer(each, dtype=bool) for each in videos]
+    return [{"image": np.flatnonzero(~each), "video": np.flatnonzero(each)} for each in shows_video]
 
 
 # --------------------------------------------------------------------------------------------- sizes
 def _pictures(
-    owner: PreTrainedModel, arguments: dict[str, Any], samples: list[Tensor]
+    owner: PreTrainedModel, arguments: dict[str, Any], rows: _Rows, copies: int
 ) -> dict[str, list[_Picture]]:
     """All images and videos of a prompt, in the order of their features."""
     pictures = _by_the_model(owner, arguments)
@@ -238,8 +292,8 @@ def _pictures(
             )
         return pictures
     if visual_grid is None:
-        visual_grid = _by_patches(owner, arguments, _runs(samples))
-    visual, shape = sum(map(len, samples)), image_shape(arguments)
+        visual_grid = _by_patches(owner, arguments, rows, copies)
+    visual, shape = sum(rows.counts[::copies]), image_shape(arguments)
     grids = (
         visual_grid
         if isinstance(visual_grid, list)
@@ -251,14 +305,14 @@ def _pictures(
             f"visual_grid={visual_grid!r} makes {len(grids)} images of {visual} visual tokens, and pixel_values hold "
             f"{images}: expected the rows and columns of visual tokens of each of them"
         )
-    return _by_grids({"image": [[1, height, width] for height, width in grids]}, 1)
+    return _by_grids({"image": [(1, height, width) for height, width in grids]}, 1)
 
 
 def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[_Picture]] | None:
     """The images and videos of a prompt where the model gets, or sets, the size of each; else None."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
-        return _by_grids({kind: sizes.tolist() for kind, sizes in grids.items()}, _merge_size(owner))
+        return _by_grids(grids, _merge_size(owner))
     if GRID_FIELDS["image"] in _parameters(owner) and arguments.get(VISUAL_GRID) is None:
         raise ValueError(
             f"{type(owner).__name__} was not given {' or '.join(GRID_FIELDS.values())}, so where its visual tokens stand is "
@@ -275,19 +329,18 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
         return {"image": _packed(owner, arguments)}
     patch = patch_size_of(getattr(owner.config, "vision_config", None))
     if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner) and patch is not None:
-        sizes = [
-            [1, height // patch[0], width // patch[1]]
-            for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
-        ]
+        sizes = [(1, height // patch[0], width // patch[1]) for height, width in arguments["image_sizes"]]
         return _by_grids({"image": sizes}, pooling_of(owner))
     return None
 
 
-def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[int]) -> tuple[int, int]:
+def _by_patches(
+    owner: PreTrainedModel, arguments: dict[str, Any], rows: _Rows, copies: int
+) -> tuple[int, int]:
     """Rows and columns of visual tokens of each image where all are of one size: LLaVA and most others.
 
     They are those of the tower's patches, or of squares of them as the config says. That is checked by their number,
-    which does not suffice alone: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8.
+    which does not suffice alone: 256 tokens may be 16 x 16 or, as in MiniGPT-v2, 32 x 8. One read.
     """
     name = type(owner).__name__
     alternative = f"pass visual_grid=[H, W], or a list of one [H, W] per image, or {ALTERNATIVE}"
@@ -298,16 +351,23 @@ def _by_patches(owner: PreTrainedModel, arguments: dict[str, Any], runs: list[in
         )
     pool, shape = pooling_of(owner), image_shape(arguments)
     grid = (size[0] // pool, size[1] // pool)
-    tokens, visual = grid[0] * grid[1], sum(runs)
-    whole = tokens * pool**2 == size[0] * size[1] > 0
+    tokens, visual = grid[0] * grid[1], sum(rows.counts[::copies])
+    right = tokens * pool**2 == size[0] * size[1] > 0
     images = None if shape is None else shape[0]
-    if not whole or any(run % tokens for run in runs) or (images is not None and images * tokens != visual):
+    right = right and (images is None or images * tokens == visual)
+    # Of a prompt that is traced the numbers must do.
+    runs = rows.counts if _is_traced(rows.index) or not right else _runs(rows.on_host[::copies])
+    if not right or any(run % tokens for run in runs):
         each = "an image" if images is None else f"each of {images} images"
         raise ValueError(
             f"{name} has {visual} visual tokens, and {each} of {size[0]} x {size[1]} patches makes {grid[0]} x {grid[1]} "
             f"by its config, so how many rows and columns they make is not known: {alternative}"
         )
     return grid
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def _patches_of(owner: PreTrainedModel, arguments: dict[str, Any]) -> tuple[int, int] | None:
@@ -338,7 +398,7 @@ def _has_learned(tower: nn.Module, cells: int) -> bool:
     return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
-def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_Picture]]:
+def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -> dict[str, list[_Picture]]:
     """Pictures of given sizes (frames, rows and columns of patches); squares become a token, and each frame a grid."""
     pictures: dict[str, list[_Picture]] = {}
     feature = 0
@@ -346,7 +406,7 @@ def _by_grids(grids: dict[str, list[list[int]]], merge: int) -> dict[str, list[_
         pictures[kind] = []
         for frames, height, width in sizes:
             size = (height // merge, width // merge)
-            cells = torch.arange(size[0] * size[1])
+            cells = np.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
             views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
             pictures[kind].append(_Picture(frames * len(cells), views))
@@ -379,7 +439,7 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
             f"{type(owner).__name__} was not given image_sizes, so how it has cut its images into tiles is not known: pass "
             f"image_sizes with the prompt, as the processor makes it, or {ALTERNATIVE}"
         )
-    sizes = sizes.cpu() if isinstance(sizes, Tensor) else torch.tensor(sizes)
+    sizes = torch.tensor(sizes)
     side = _tower_side(owner)
     tiles = _tiles(owner, arguments, sizes)
     numbers = torch.arange(sum(tiles) * side * side, dtype=torch.float64).unflatten(0, (-1, side * side))
@@ -391,12 +451,13 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
         image_newline=torch.tensor([NEWLINE, NEWLINE**2], dtype=torch.float64),
         **_options(owner, arguments),
     )
-    return [_picture_of(image[:, 0], image[:, 1], side) for image in packed]
+    arrays = (image.numpy() for image in packed)
+    return [_picture_of(image[:, 0], image[:, 1], side) for image in arrays]
 
 
 def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(owner.pack_image_features).parameters
-    names = [name for name in ("vision_feature_select_strategy", "vision_aspect_ratio") if name in parameters]
+    names = [name for name in OPTIONS if name in parameters]
     given = {name: arguments.get(name) for name in names}
     return {name: getattr(owner.config, name) if value is None else value for name, value in given.items()}
 
@@ -415,17 +476,16 @@ def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> 
     return tiles
 
 
-def _picture_of(numbers: Tensor, squares: Tensor, side: int) -> _Picture:
-    if not torch.equal(numbers.square(), squares):
+def _picture_of(numbers: np.ndarray, squares: np.ndarray, side: int) -> _Picture:
+    if not np.array_equal(np.square(numbers), squares):
         raise ValueError(
             "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
             f"visual tokens are not those of the tower: pass a smaller image, or {ALTERNATIVE}"
         )
-    features = numbers.round().long()
-    grids = [_Grid((side, side), torch.arange(side * side), features[: side * side])]
+    features = numbers.round().astype(np.int64)
+    grids = [_Grid((side, side), np.arange(side * side), features[: side * side])]
     details = features[side * side :]
-    newlines = (details == NEWLINE).nonzero().flatten()
-    index = (details != NEWLINE).nonzero().flatten()
+    newlines, index = np.flatnonzero(details == NEWLINE), np.flatnonzero(details != NEWLINE)
     if len(index):
         grids.append(_Grid((len(newlines), len(index) // len(newlines)), index + side * side, details[index]))
     return _Picture(len(features), tuple(grids))

@@ -42,6 +42,7 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
         attachment.records_sizes = True
         attachment.tower_handles += record_sizes(attachment.owner)
     attachment.projector_is_last = None  # the model may have been changed since
+    attachment.layouts.clear()
     if not needs_of(config):
         return
     tower = attachment.tower or find_tower(attachment.owner)

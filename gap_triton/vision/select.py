@@ -7,12 +7,13 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from gap_kernels import grid_neighbours
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attachment import Attachment
@@ -24,21 +25,24 @@ from ..strategies import (
     QWEN,
     AggregationRule,
     Merged,
-    aggregate,
-    average,
-    choose,
-    contextual,
     contextual_count,
-    nearest,
-    spatial_order,
+    outlier_count,
     text_similarity,
 )
-from ..strategies.draw import draw
-from ..strategies.rows import positions_first
-from ..vision_tower import Need, TowerOutput
+from ..strategies.aggregation import aggregate_without_filler
+from ..strategies.coverage import choose_on_grid
+from ..strategies.without_filler import (
+    average_of_rest,
+    best_first,
+    best_of_rest,
+    contextual_of_rest,
+    nearest_of_all,
+)
+from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
-from .budget import budget_of, newlines_that_stay
+from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
+from .places import Group, Places
 
 Kwargs = dict[str, Any]
 
@@ -47,37 +51,13 @@ TOLERANCE = 1e-2  # relative; a model that changes the output of its projector c
 
 
 @dataclass(frozen=True)
-class Grids:
-    """G views of one size, of which equally many tokens are kept.
-
-    Attributes:
-        grid: (H, W).
-        keep: How many tokens of each view survive.
-        sample: Row of the batch of each.
-        rows: [G, N] int64, rows of the prompt.
-        features: [G, N] int64, rows of the tower's output.
-        score: [G, N] float32.
-    """
-
-    grid: tuple[int, int]
-    keep: int
-    sample: tuple[int, ...]
-    rows: torch.Tensor
-    features: torch.Tensor
-    score: torch.Tensor
-
-    def samples_on(self, device: torch.device) -> torch.Tensor:
-        """Return [G, 1] int64 on ``device``, `sample`."""
-        return torch.tensor(self.sample, device=device)[:, None]
-
-
-@dataclass(frozen=True)
 class Merging:
     """How tokens that are not chosen are merged into those that are.
 
     Attributes:
         merge: The method.
-        embeds: [B, Q, C], what the decoder gets without it.
+        embeds: [B * Q, C], what the decoder gets without it.
+        rows: [B * V] int64, the row of each slot among these.
         tower: What the vision tower computed.
         before_projector: Tokens are merged as they enter the projector, which then maps what they make; else as the decoder
             gets them.
@@ -85,7 +65,8 @@ class Merging:
     """
 
     merge: Merge
-    embeds: torch.Tensor
+    embeds: Tensor
+    rows: Tensor
     tower: TowerOutput
     before_projector: bool
     rule: AggregationRule
@@ -108,45 +89,57 @@ def select_before_decoder(
     Raises:
         ValueError: The score or the merge needs something that this prompt or this model does not have.
     """
-    layout = _layout(state, prompt, stage)
+    places = Places(_layout(state, prompt, stage), prompt.visual.device)
+    layout = places.layout
     tower = TowerOutput() if state.recorder is None else state.recorder.output()
-    merging = None if stage.merge == "none" else _merging(state.attachment, stage, layout, tower, kwargs)
+    merging = (
+        None if stage.merge == "none" else _merging(state.attachment, stage, prompt, places, tower, kwargs)
+    )
     _refuse_other_images(state.attachment.owner, layout, tower)
-    scores = _scores(state, prompt, stage, layout.views, tower, kwargs)
-    budget = budget_of(layout.views, scores, stage, prompt.visual_counts)
-    stays = newlines_that_stay(layout.unplaced, budget)
-    by_row = torch.where(stays, torch.inf, -torch.inf).to(torch.float32)
-    for view, score in zip(layout.views, scores, strict=True):
-        by_row[view.sample, view.rows] = score
+    scores = _scores(state, prompt, stage, places, tower, kwargs)  # [B, V]
+    outliers = _outliers(places, scores) if stage.keep == "outliers" else None
+    budget = budget_of(layout, stage, outliers)
     keep = list(budget.newlines)
-    merged: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # samples, rows, embeddings
-    for grids in _grouped(layout.views, scores, budget.views):
-        samples = grids.samples_on(prompt.visual.device)
-        index, embeds = _survivors_of(grids, stage, merging)
-        rows = grids.rows.gather(1, index)
-        stays[samples, rows] = True
-        if embeds is not None:
-            merged.append((samples, rows, embeds))
-        for sample in grids.sample:
-            keep[sample] += grids.keep
-    if merged:
-        kwargs = {**kwargs, "inputs_embeds": _with_merged(kwargs["inputs_embeds"], merged)}
-    rows, real = prompt.visual_index.clamp(min=0), prompt.visual_index >= 0
-    score = torch.where(real, by_row.gather(1, rows), -torch.inf)
-    return VisionSelection(score, stays.gather(1, rows) & real, tuple(keep)), kwargs
+    for view, share in zip(layout.views, budget.views, strict=True):
+        keep[view.sample] += share
+    placed = places.is_placed()
+    reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
+    stays, merged = _choose(places, scores, budget, stage, merging)
+    if merging is not None and merged:
+        kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
+    return VisionSelection(reported, stays, tuple(keep)), kwargs
 
 
-def _with_merged(
-    embeds: torch.Tensor, merged: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """A copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their samples [G, 1] and rows [G, K]."""
+def _choose(
+    places: Places, scores: Tensor, budget: Budget, stage: Stage, merging: Merging | None
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change."""
+    # The decoder's operator selects by itself where the best of a sample are what survives.
+    are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
+    if are_best and merging is None:
+        return None, []
+    stays = None if are_best else places.stays(budget)
+    merged: list[tuple[Tensor, Tensor]] = []
+    for group in places.groups(budget.views):
+        survivors, changed = _survivors_of(group, group.at_slots(scores.flatten()), stage, merging)
+        if stays is not None:
+            for index in survivors:
+                stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
+        if changed is not None:
+            merged.append((group.slots_at(changed.index), changed.features))
+    return stays, merged
+
+
+def _with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """A copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
     embeds = embeds.clone()
-    for samples, rows, features in merged:
-        embeds[samples.to(embeds.device), rows.to(embeds.device)] = features.to(embeds.device, embeds.dtype)
+    rows = embeds.view(-1, embeds.shape[2])
+    for slots, features in merged:
+        rows[merging.rows[slots].to(embeds.device)] = features.to(embeds.device, embeds.dtype)
     return embeds
 
 
-def _embeds_of(stage: Stage, kwargs: Kwargs) -> torch.Tensor:
+def _embeds_of(stage: Stage, kwargs: Kwargs) -> Tensor:
     """The decoder's ``inputs_embeds``; ValueError if there are none, though ``stage`` needs them."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
@@ -160,7 +153,7 @@ def _embeds_of(stage: Stage, kwargs: Kwargs) -> torch.Tensor:
 def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOutput) -> None:
     """Raise ValueError if the images that were encoded are not those of the prompt."""
     if tower.tokens and not packs(owner):
-        in_views = sum(len(view.rows) for view in layout.views)
+        in_views = sum(view.size for view in layout.views)
         if in_views % tower.tokens:  # a multiple where generate() has repeated the prompt
             raise ValueError(
                 f"the prompt has {in_views} visual tokens, and the vision encoder made {tower.tokens}: pass the images "
@@ -170,126 +163,132 @@ def _refuse_other_images(owner: PreTrainedModel, layout: Layout, tower: TowerOut
 
 def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
     """Where the visual tokens stand; where nothing depends on that, all of a sample in one row, whatever the model."""
-    if not needs_grid(stage):
-        rows = [index[:count] for index, count in zip(prompt.visual_index, prompt.visual_counts, strict=True)]
-        views = [View(b, b, row, (1, len(row)), row) for b, row in enumerate(rows) if len(row)]
-        return Layout(tuple(views), torch.zeros_like(prompt.visual))
-    return layout_of(
-        state.attachment.owner, state.owner.kwargs, prompt.visual, prompt.visual_index, prompt.visual_counts
-    )
+    layouts, counts = state.attachment.layouts, prompt.visual_counts
+    if needs_grid(stage):
+        return layout_of(
+            state.attachment.owner,
+            state.owner.kwargs,
+            prompt.visual,
+            prompt.visual_index,
+            counts,
+            recorded=None if state.recorder is None else state.recorder.encoded,
+            layouts=layouts,
+        )
+    return layouts.get(("no grid", counts), None, lambda: _without_grid(counts))
+
+
+def _without_grid(counts: tuple[int, ...]) -> Layout:
+    numbers = [np.arange(count) for count in counts]
+    return Layout(counts, tuple(View(b, b, n, (1, len(n)), n) for b, n in enumerate(numbers) if len(n)))
 
 
 def _scores(
     state: ForwardState,
     prompt: Prompt,
     stage: Stage,
-    views: Sequence[View],
+    places: Places,
     tower: TowerOutput,
     kwargs: Kwargs,
-) -> list[torch.Tensor]:
-    """Score of each view's tokens, [N] float32."""
-    device = prompt.visual.device
+) -> Tensor:
+    """Score of each visual token, [B, V] float32; any at newlines and filler."""
     if stage.score == "random":
-        random_scores = draw(state.config.seed, 0, max(prompt.visual_counts)).to(device)
-        number = prompt.visual.cumsum(dim=1) - 1  # of a row among the visual rows of its sample
-        return [random_scores[number[view.sample, view.rows]] for view in views]
+        return places.random(state.config.seed)
     if stage.score == "spatial":
-        return [-spatial_order(view.grid).to(device).float() for view in views]
+        return places.spatial()
     if stage.score == "text_similarity":
-        return _text_similarities(prompt, views, _embeds_of(stage, kwargs))
-    by_feature: torch.Tensor = getattr(tower, stage.score)
-    return [by_feature[view.features.to(by_feature.device)].to(device) for view in views]
+        return _text_similarities(prompt, _embeds_of(stage, kwargs)).to(places.device)
+    by_feature: Tensor = getattr(tower, stage.score)
+    return places.at_features(by_feature).to(places.device)
 
 
-def _text_similarities(prompt: Prompt, views: Sequence[View], embeds: torch.Tensor) -> list[torch.Tensor]:
-    """Cosine to the mean embedding of the text after the image; where there is none, of all text."""
-    all_text = [real - visual for real, visual in zip(prompt.real_counts, prompt.visual_counts, strict=True)]
-    ends_in_image = torch.tensor([count == 0 for count in prompt.text_counts], device=prompt.visual.device)
-    text = torch.where(ends_in_image[:, None], prompt.query_rows & ~prompt.visual, prompt.text_after)
-    rows = positions_first(
-        text, max(after or whole for after, whole in zip(prompt.text_counts, all_text, strict=True))
-    )
-    similarities = []
-    for view in views:
-        text_rows = rows[view.sample].to(embeds.device)
-        visual = embeds[view.sample, view.rows.to(embeds.device)]
-        words = embeds[view.sample, text_rows.clamp(min=0)]
-        similarity = text_similarity(visual[None], words[None], (text_rows >= 0)[None])
-        similarities.append(similarity[0].to(prompt.visual.device))
-    return similarities
+def _text_similarities(prompt: Prompt, embeds: Tensor) -> Tensor:
+    """Cosine to the mean embedding of the text after the image; where there is none, of all text. [B, V] float32."""
+    visual = _rows_of(embeds, prompt.visual_index, prompt.visual_counts)
+    if not all(prompt.text_counts):
+        text = prompt.text_after
+        text = torch.where(text.any(dim=1, keepdim=True), text, prompt.query_rows & ~prompt.visual)
+        return text_similarity(visual, embeds, text.to(embeds.device))
+    mask = None
+    if min(prompt.text_counts) < prompt.text_rows.shape[1]:
+        mask = (prompt.text_rows >= 0).to(embeds.device)
+    return text_similarity(visual, _rows_of(embeds, prompt.text_rows, prompt.text_counts), mask)
 
 
-def _grouped(views: Sequence[View], scores: list[torch.Tensor], shares: Sequence[int]) -> list[Grids]:
-    """Views of one size that keep equally many, together."""
-    groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for number, keep in enumerate(shares):
-        if keep:
-            groups.setdefault((views[number].grid, keep), []).append(number)
-    return [
-        Grids(
-            grid=grid,
-            keep=keep,
-            sample=tuple(views[i].sample for i in members),
-            rows=torch.stack([views[i].rows for i in members]),
-            features=torch.stack([views[i].features for i in members]),
-            score=torch.stack([scores[i] for i in members]),
-        )
-        for (grid, keep), members in groups.items()
-    ]
+def _rows_of(embeds: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """[B, N, C], the rows ``index`` [B, N] of ``embeds`` [B, Q, C]; row 0 in the place of -1, of which ``counts`` tells."""
+    index = index.to(embeds.device)
+    if min(counts) < index.shape[1]:
+        index = index.clamp(min=0)
+    return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[2]))
+
+
+def _outliers(places: Places, scores: Tensor) -> list[int]:
+    """How many tokens stand out in each view. One read for all."""
+    views = places.layout.views
+    if not views:
+        return []
+    groups = places.groups([1] * len(views))
+    counts = torch.cat([outlier_count(group.at_slots(scores.flatten())) for group in groups]).tolist()
+    by_view = dict(zip((number for group in groups for number in group.views), counts, strict=True))
+    return [by_view[number] for number in range(len(views))]
 
 
 def _survivors_of(
-    grids: Grids, stage: Stage, merging: Merging | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The survivors of each view, [G, K] ascending, and their embeddings [G, K, C] where others were merged into them."""
+    group: Group, score: Tensor, stage: Stage, merging: Merging | None
+) -> tuple[list[Tensor], Merged | None]:
+    """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
 
-    def cover(keep: int) -> torch.Tensor:
-        device, by = grids.score.device, stage.coverage
-        neighbours = grid_neighbours(grids.grid, device=device)[None] if by == "region" else None
-        order = spatial_order(grids.grid, device=device)[None] if by == "stride" else None
-        return choose(grids.score, keep, by, neighbours=neighbours, order=order)
-
-    if merging is None or grids.keep == grids.rows.shape[1]:
-        return cover(grids.keep), None
-    if not merging.before_projector:
-        embeds = merging.embeds
-        features = embeds[grids.samples_on(embeds.device), grids.rows.to(embeds.device)]
-        return _merge(grids, merging, cover, features)
-    features = _of_tower(merging.tower, "features", grids)
-    merged = _merge(grids, merging, cover, features)
-    return merged.index, merging.tower.project(merged.features.to(features.dtype))
-
-
-def _of_tower(tower: TowerOutput, need: Need, grids: Grids) -> torch.Tensor:
-    """[G, N, ...], what ``tower`` computed of each token."""
-    rows = tower.rows[need]
-    return rows[grids.features.to(rows.device)]
+    ``score`` is [G, N].
+    """
+    keep = group.keep
+    if merging is None or keep == group.size[1]:
+        return [choose_on_grid(score, keep, stage.coverage, group.grid)], None
+    if merging.merge in ADDS_ONE and stage.coverage == "topk":
+        survivors = best_first(score, keep)
+    elif merging.merge in ADDS_ONE:
+        kept = choose_on_grid(score, keep - 1, stage.coverage, group.grid)
+        survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+    else:
+        count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
+        survivors = choose_on_grid(score, keep - count, stage.coverage, group.grid)
+    changed = _merge(group, merging, score, survivors)
+    if merging.before_projector:
+        changed = changed._replace(features=merging.tower.project(changed.features))
+    return [survivors, changed.index] if merging.merge == "contextual" else [survivors], changed
 
 
-def _merge(
-    grids: Grids, merging: Merging, cover: Callable[[int], torch.Tensor], features: torch.Tensor
-) -> Merged:
-    """Survivors of each view with their features, [G, K, C], of which ``features`` [G, N, C] are those of all tokens."""
-    device, keep = features.device, grids.keep
-    score = grids.score.to(device)
+def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> Merged:
+    """The tokens of each view that change, with their features.
 
-    def kept(count: int) -> torch.Tensor:
-        return cover(count).to(device)
-
+    Args:
+        group: The views.
+        merging: How.
+        score: [G, N] float32.
+        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last; contextual ones are not yet
+            among them.
+    """
+    recorded: Mapping[Any, Tensor] = merging.tower.rows
+    if merging.before_projector:
+        features = group.at_features(recorded["features"])
+    else:
+        features = merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
+    device = features.device
+    score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
-        return average(features, score, kept(keep - 1))
+        return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
     if merging.merge == "aggregation":
-        similarity = _of_tower(merging.tower, "similarity", grids).to(device)
-        return aggregate(features, similarity, score, kept(keep), grids.grid, rule=merging.rule)
-    keys = _of_tower(merging.tower, "keys", grids).to(device)
-    if merging.merge == "contextual":
-        count = int(contextual_count(keep))
-        return contextual(features, keys, kept(keep - count), count)
-    return nearest(features, keys, score, kept(keep - 1))
+        similarity = group.at_features(recorded["similarity"]).to(device)
+        merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
+        return merged._replace(index=survivors)
+    keys = group.at_features(recorded["keys"]).to(device)
+    if merging.merge == "nearest":
+        return Merged(survivors, nearest_of_all(features, keys, score, index[:, :-1]))
+    merged = contextual_of_rest(features, keys, index, group.keep - survivors.shape[1])
+    return merged._replace(index=merged.index.to(survivors.device))
 
 
 def _merging(
-    attachment: Attachment, stage: Stage, layout: Layout, tower: TowerOutput, kwargs: Kwargs
+    attachment: Attachment, stage: Stage, prompt: Prompt, places: Places, tower: TowerOutput, kwargs: Kwargs
 ) -> Merging:
     """How ``stage`` merges.
 
@@ -297,24 +296,29 @@ def _merging(
     property of the model, found once per configuration, by the first prompt that shows it.
     """
     embeds, before_projector = _embeds_of(stage, kwargs), False
+    rows = prompt.visual_index
+    if len(rows) > 1:
+        rows = rows + places.sample_starts(embeds.shape[1])
+    rows = rows.flatten()
     if "features" in tower.rows:
         if attachment.projector_is_last is None:
-            attachment.projector_is_last = _projector_is_last(layout, tower, embeds)
+            attachment.projector_is_last = _projector_is_last(places, rows, tower, embeds)
         before_projector = attachment.projector_is_last is not False
-    return Merging(stage.merge, embeds, tower, before_projector, _rule_of(attachment.owner, before_projector))
+    rule = _rule_of(attachment.owner, before_projector)
+    return Merging(stage.merge, embeds.flatten(0, 1), rows, tower, before_projector, rule)
 
 
-def _projector_is_last(layout: Layout, tower: TowerOutput, embeds: torch.Tensor) -> bool | None:
+def _projector_is_last(places: Places, rows: Tensor, tower: TowerOutput, embeds: Tensor) -> bool | None:
     """Whether the decoder gets what the projector puts out, by a token of each image; None where none shows it. One read."""
-    if not layout.views:
+    views = places.layout.views
+    if not views:
         return None
-    sample = torch.tensor([view.sample for view in layout.views])
-    rows, features = (
-        torch.stack([getattr(view, name)[0] for view in layout.views]) for name in ("rows", "features")
-    )
+    slots = torch.tensor([view.sample * places.shape[1] + int(view.numbers[0]) for view in views])
+    features = torch.tensor([int(view.features[0]) for view in views])
     entering = tower.rows["features"]
     mapped = tower.project(entering[features.to(entering.device)]).float()
-    decoder_input = embeds[sample.to(embeds.device), rows.to(embeds.device)].float().to(mapped.device)
+    first = rows[slots.to(rows.device)].to(embeds.device)
+    decoder_input = embeds.flatten(0, 1)[first].float().to(mapped.device)
     size = decoder_input.abs().amax(dim=-1, keepdim=True)
     # An image of nothing but NaN, or of zeros, shows nothing.
     shows = (mapped.isfinite() & decoder_input.isfinite()).all(dim=-1) & (size[:, 0] > 0)

@@ -2,9 +2,10 @@
 
 from .finding import Tower, find_tower
 from .hooks import TowerRecorder, check_needs, encoder_outputs, install, record_sizes
-from .recording import Need, Needs, TowerOutput
+from .recording import Encoded, Need, Needs, TowerOutput
 
 __all__ = [
+    "Encoded",
     "Need",
     "Needs",
     "Tower",

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..constants import Constants
+from ..host import to_device
 from ..introspect import calls_interface, text_model_of
+from .sizes import GRID_FIELDS, host_sizes
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
-# Arguments with the number of frames, rows and columns of patches.
-GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
 POOLING_FIELDS = (
     "spatial_merge_size",
@@ -30,6 +32,8 @@ POOLING_FIELDS = (
 )
 ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
+INDICES = 64
+"""How many index tensors of a tower stay in memory, each for images of other sizes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,7 @@ class Tower:
         leading: Number of tokens before each image that don't become features.
         merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
+        constants: Index tensors by the sizes of images.
     """
 
     owner: PreTrainedModel
@@ -59,6 +64,7 @@ class Tower:
     leading: int
     merge: int
     window: int | None
+    constants: Constants = field(default_factory=lambda: Constants(INDICES))
 
     def to_features(self, rows: Tensor, arguments: dict[str, Any], tokens: int | None) -> Tensor:
         """Return the rows of the features from rows of the tower's patches: raster order, the patches of a token averaged.
@@ -73,9 +79,9 @@ class Tower:
         """
         if self.merge > 1:
             rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
-            if self.window is not None:
-                rows = rows[_out_of_windows(_grids_of(arguments), self.merge, self.window).to(rows.device)]
-            return rows
+            return (
+                rows if self.window is None else rows[self._out_of_windows(_grids_of(arguments), rows.device)]
+            )
         if not tokens or len(rows) <= tokens:
             return rows
         pool = pooling_of(self.owner)
@@ -103,6 +109,18 @@ class Tower:
         )
         return same and current.layers == self.layers
 
+    def asks_for_sizes(self) -> bool:
+        """Return whether `to_features` may ask for the sizes of images."""
+        return self.window is not None or (self.merge == 1 and pooling_of(self.owner) > 1)
+
+    def _out_of_windows(self, grids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+        merge, window = self.merge, self.window
+        assert window is not None
+        key = ("windows", tuple(map(tuple, grids)), device)
+        return self.constants.get(
+            key, device, lambda: to_device(_out_of_windows(grids, merge, window), device)
+        )
+
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
         if any(name in arguments for name in GRID_FIELDS.values()):
@@ -113,7 +131,7 @@ class Tower:
         if arguments.get("image_sizes") is not None:
             return [
                 (height // patch[0], width // patch[1])
-                for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()
+                for height, width in host_sizes(arguments)["image_sizes"]
             ]
         size = (images[1] // patch[0], images[2] // patch[1])
         return [size] * (patches // (size[0] * size[1])) if all(size) else []
@@ -153,12 +171,13 @@ def find_tower(owner: PreTrainedModel) -> Tower:
 def image_shape(arguments: dict[str, Any]) -> tuple[int | None, int, int] | None:
     """Return the number of images, or tiles, and their height and width in pixels; None where they aren't of one size.
 
-    The number is None where samples with fewer images than others are filled up.
+    The number is None where samples with fewer images than others are filled up. Pixels may be given by their shape alone.
     """
     pixels = arguments.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.dim() < 4:
+    shape = pixels.shape if isinstance(pixels, Tensor) else pixels
+    if not isinstance(shape, torch.Size) or len(shape) < 4:
         return None
-    return len(pixels) if pixels.dim() == 4 else None, pixels.shape[-2], pixels.shape[-1]
+    return shape[0] if len(shape) == 4 else None, shape[-2], shape[-1]
 
 
 def patch_size_of(config: Any) -> tuple[int, int] | None:
@@ -289,15 +308,20 @@ def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
 
 
 def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(dim=dim).to(rows.dtype)
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.mean(dim=dim, dtype=dtype).to(rows.dtype)
 
 
-def _grids_of(arguments: dict[str, Any]) -> list[list[int]]:
+def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
     """Frames, rows and columns of patches of each image or video among an encoder's arguments."""
-    return next(arguments[name] for name in GRID_FIELDS.values() if name in arguments).tolist()
+    sizes = host_sizes(arguments)
+    grids: tuple[tuple[int, int, int], ...] = next(
+        sizes[name] for name in GRID_FIELDS.values() if name in sizes
+    )
+    return grids
 
 
-def _out_of_windows(grids: list[list[int]], merge: int, window: int) -> Tensor:
+def _out_of_windows(grids: Sequence[Sequence[int]], merge: int, window: int) -> Tensor:
     """[F] int64: by feature in raster order, its row in a tower that takes each frame window by window."""
     orders, start = [], 0
     for frames, height, width in grids:

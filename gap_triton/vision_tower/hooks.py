@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..introspect import NAME, SCORES
 from .finding import ALTERNATIVE, ENCODERS, PIXEL_FIELDS, Tower, packs
 from .recording import Encoded, Needs, Recording, TowerOutput, current_recording
+from .sizes import HOST_SIZES, host_sizes
 
 ENCODER_OUTPUTS = "mm_encoder_outputs"  # by modality, what generate() encoded before the forward
 ENCODED_ATTRIBUTE = "_gap_encoded"
@@ -52,15 +53,18 @@ class TowerRecorder:
     def __init__(self, tower: Tower, needs: Needs):
         self.tower, self.needs = tower, frozenset(needs)
         self.encoded: dict[str, Encoded] = {}
+        self.sizes: Any = None
         self._token: Any = None
 
     def start(self, kwargs: dict[str, Any] | None = None) -> None:
         """Record the encoders that run in this thread until `stop`.
 
         Args:
-            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` passes what it has encoded.
+            kwargs: The keyword arguments of the owner's forward, among which ``generate()`` passes what it has encoded, and
+                under `HOST_SIZES` may be what the host knows of the sizes of images.
         """
         self.encoded = encoder_outputs(kwargs or {})
+        self.sizes = (kwargs or {}).get(HOST_SIZES)
         self._token = _current_recorder.set(weakref.ref(self))
 
     def stop(self) -> None:
@@ -168,8 +172,10 @@ def _encode(
         output = encoder(*args, **kwargs)
     finally:
         current_recording.reset(token)
-    bound = inspect.signature(encoder).bind(*args, **kwargs).arguments
+    bound = dict(inspect.signature(encoder).bind(*args, **kwargs).arguments)
     _refuse_other_features(tower.owner, bound)
+    if tower.asks_for_sizes():  # read here, they are known to all who ask later
+        bound = host_sizes({**bound, HOST_SIZES: None if recorder is None else recorder.sizes})
     tokens = _count(output)
     recorded = recording.output(bound, None if packs(tower.owner) else tokens)
     encoded = Encoded(_without_pixels(bound), all_needs, tokens, recorded)
@@ -198,9 +204,9 @@ def _refuse_other_features(owner: PreTrainedModel, arguments: dict[str, Any]) ->
 
 
 def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with pixels of the same shape that take no memory, as they are kept for a whole generation."""
+    """``arguments`` with the shape of pixels in their place, as they are kept for a whole generation."""
     return {
-        name: value.to("meta") if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
+        name: value.shape if name in PIXEL_FIELDS and isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
 

@@ -16,6 +16,7 @@ import torch
 from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
+from ..host import to_device
 from .finding import ALTERNATIVE, Tower
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
@@ -138,8 +139,11 @@ class Recording:
         if "cls" in self.needs:
             if mask is not None and len(_sequences(mask)) > 2:
                 raise ValueError(f"{_HIDDEN}: use score='received'")
-            index = torch.arange(first, tokens, device=query.device).expand(batch, -1)
-            row = index.new_zeros(batch, 1)
+            index, row = self.tower.constants.get(
+                ("cls", batch, tokens, query.device),
+                query.device,
+                lambda: self._cls_index(batch, tokens, query.device),
+            )
             score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
             self._parts["cls"].append(score.flatten().float())
         if "received" in self.needs:
@@ -154,13 +158,18 @@ class Recording:
             if "keys" in self.needs:
                 self._parts["keys"].append(rows)
 
+    def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""
+        index = torch.arange(self.tower.leading, tokens).expand(batch, -1).contiguous()
+        return to_device(index, device), torch.zeros(batch, 1, dtype=torch.int64, device=device)
+
     def record_hidden_states(self, hidden_states: Tensor) -> None:
         """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
-        state = hidden_states.detach()
-        if state.dim() == 3:
-            state = state[:, self.tower.leading :].flatten(0, 1)
-        parts = self._parts["similarity"]
-        parts[:] = [parts[0] + state.float() if parts else state.float()]
+        state, parts = hidden_states.detach(), self._parts["similarity"]
+        if self._states < 2:  # the first one is the model's own
+            parts[:] = [parts[0].float() + state if parts else state]
+        else:
+            parts[0] += state
         self._states += 1
 
     def record_features(self, features: Tensor) -> None:
@@ -185,10 +194,10 @@ class Recording:
                     f"{type(self.tower.module).__name__} ran without reporting {need!r} of its scoring layer, "
                     f"{type(self.tower.attention).__name__}: its implementation of attention must be 'gap_triton' meanwhile"
                 )
-            rows = torch.cat(parts)
             if need == "similarity":
                 self._check_states()
-                rows = rows / self._states
+                parts = [self._mean_state(parts[0])]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
             collected[need] = rows if need == "features" else self.tower.to_features(rows, arguments, tokens)
             if tokens is not None and collected[need].shape[0] != tokens:
                 raise ValueError(
@@ -196,6 +205,11 @@ class Recording:
                     f"{need!r}, so its visual tokens can't be told apart by what the vision tower says: {ALTERNATIVE}"
                 )
         return TowerOutput(**collected, projector=self.tower.projector)
+
+    def _mean_state(self, total: Tensor) -> Tensor:
+        """[F, E] float32 of the sum of the hidden states, [B, S, E] or [S, E]."""
+        mean = total.float() / self._states
+        return mean[:, self.tower.leading :].flatten(0, 1) if mean.dim() == 3 else mean
 
     def _refuse_if_replaced(self) -> None:
         if not self.tower.is_current():

@@ -37,6 +37,8 @@ ROOMS = (
     "introspect",
     "arguments",
     "environment",
+    "constants",
+    "host",
     "plain",
     "visual_prompt",
     "memo",

@@ -23,7 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill.prompt import find_visual_rows
-from gap_triton.vision.layout import Layout, _picture_of, layout_of
+from gap_triton.vision.layout import _picture_of
+from gap_triton.vision.layout import layout_of as layout_in_tokens
 from gap_triton.vision_tower import TowerOutput, TowerRecorder, check_needs, find_tower, install
 
 ALL = frozenset({"received", "key_norm", "keys", "similarity"})
@@ -50,6 +51,45 @@ def index_of(visual: Tensor) -> tuple[Tensor, list[int]]:
     for sample, count in enumerate(counts):
         index[sample, :count] = visual[sample].nonzero().flatten()
     return index, counts
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A view, with the rows of the prompt that hold its tokens."""
+
+    sample: int
+    image: int
+    rows: Tensor
+    grid: tuple[int, int]
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `layout_in_tokens` gives, in rows of the prompt."""
+
+    views: tuple[Placed, ...]
+    unplaced: Tensor
+
+
+def layout_of(
+    owner: PreTrainedModel, given: dict[str, Any], visual: Tensor, index: Tensor, counts: list[int]
+) -> Layout:
+    layout = layout_in_tokens(owner, given, visual, index, counts)
+    views = [
+        Placed(
+            view.sample,
+            view.image,
+            index[view.sample, torch.from_numpy(view.numbers)],
+            view.grid,
+            torch.from_numpy(view.features),
+        )
+        for view in layout.views
+    ]
+    unplaced = torch.zeros_like(visual)
+    for sample, tokens in enumerate(layout.unplaced()):
+        unplaced[sample, index[sample, torch.from_numpy(tokens)]] = True
+    return Layout(tuple(views), unplaced)
 
 
 @contextlib.contextmanager
@@ -739,8 +779,11 @@ def test_an_average_of_features_is_none_of_them() -> None:
     numbers = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, -1.0])
     squares = numbers.square() + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     with pytest.raises(ValueError, match="interpolates"):
-        _picture_of(numbers, squares, 2)
-    assert [grid.size for grid in _picture_of(numbers, numbers.square(), 2).grids] == [(2, 2), (1, 1)]
+        _picture_of(numbers.numpy(), squares.numpy(), 2)
+    assert [grid.size for grid in _picture_of(numbers.numpy(), numbers.square().numpy(), 2).grids] == [
+        (2, 2),
+        (1, 1),
+    ]
 
 
 def test_features_from_elsewhere_are_of_the_towers_size() -> None:
