@@ -29,6 +29,7 @@ class Attachment:
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack.
         layers: Its layers that carry the hooks; the model may have other layers by now.
+        windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
         records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
@@ -44,6 +45,7 @@ class Attachment:
     owner: PreTrainedModel
     text: PreTrainedModel
     layers: tuple[nn.Module, ...] = ()
+    windows: tuple[int | None, ...] = ()
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     records_sizes: bool = False
