@@ -31,6 +31,7 @@ MORE_THAN_DENSE = {
     "softcap": "soft-capped attention logits",
     "position_bias": "a position bias",
 }
+NAMES_OF_MORE = frozenset(MORE_THAN_DENSE)
 FLASH_HEAD_DIM_LIMIT = 256
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -68,7 +69,7 @@ def gap_attention_forward(
     Returns:
         Attention output [B, Q, Hq, D], and None in place of attention weights.
     """
-    if not MORE_THAN_DENSE.keys().isdisjoint(kwargs):
+    if not NAMES_OF_MORE.isdisjoint(kwargs):
         _refuse_more_than_dense(module, kwargs)
     # Read past nn.Module, which looks for what is missing among parameters and submodules, and raises, in every layer.
     if SCORES in module.__dict__:

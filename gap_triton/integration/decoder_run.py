@@ -44,8 +44,8 @@ def step_of(
 ) -> DecodeStep | None:
     """Return the decode step of one row on a cache that lacks tokens; None where it is not so simple.
 
-    It is simple where every layer attends to everything, and ids are those without pruning: later layers can take their mask from
-    the one that the model makes for its first layer.
+    It is simple where every layer attends to everything, and ids are those without pruning: later layers can take their mask
+    from the one that the model makes for its first layer.
 
     Args:
         state: The running forward.

@@ -40,17 +40,16 @@ def later_mask(step: DecodeStep, stage: int, mask: torch.Tensor | None) -> torch
     """
     columns = _columns_of(step)
     assert columns is not None
-    start = columns.starts[stage]
-    if columns.stops is None:
-        places = stop = step.places
+    if mask is not None:
+        masks = step.compute_once(mask, None, lambda: _take(mask, columns, step))
+    elif columns.real is not None and not step.kept.stages[stage].dense:
+        masks = columns.real
     else:
-        places, stop = columns.positions.shape[3], columns.stops[stage]
-    if mask is None:
-        if columns.real is None or step.kept.stages[stage].dense:
-            return None
-        return columns.real[:, :, stage : stage + 1, start:stop]
-    masks = step.compute_once(mask, None, lambda: _take(mask, columns, places))
-    return masks if len(columns.starts) == 1 else masks[:, :, stage : stage + 1, start:stop]
+        return None
+    start, stop = columns.starts[stage], step.places if columns.stops is None else columns.stops[stage]
+    if masks.shape[2] == 1 and start == 0 and stop == masks.shape[3]:
+        return masks
+    return step.compute_once(masks, stage, lambda: masks[:, :, stage : stage + 1, start:stop])
 
 
 def later_cache_position(step: DecodeStep, stage: int, cache_position: torch.Tensor) -> torch.Tensor:
@@ -69,13 +68,18 @@ def _columns_of(step: DecodeStep) -> Columns | None:
     return None if torch.compiler.is_compiling() else growing_columns_of(step.kept, step.tokens)
 
 
-def _take(mask: torch.Tensor, columns: Columns, places: int) -> torch.Tensor:
-    """[B, H or 1, S, places], the columns of every stage of ``mask``."""
-    positions = columns.positions[..., :places].to(mask.device)
-    batch, _, stages, _ = positions.shape
+def _take(mask: torch.Tensor, columns: Columns, step: DecodeStep) -> torch.Tensor:
+    """[B, H or 1, S, N], the columns of every stage of ``mask``."""
+    positions, real = columns.positions, columns.real
+    if columns.stops is None:
+        positions, real = positions[..., : step.places], None if real is None else real[..., : step.places]
+    if positions.device != mask.device:
+        positions, real = positions.to(mask.device), None if real is None else real.to(mask.device)
+    batch, _, stages, places = positions.shape
     heads = mask.shape[1]
-    taken = mask.expand(batch, heads, stages, -1).gather(3, positions.expand(batch, heads, stages, places))
-    if columns.real is None:
+    if mask.shape[0] != batch or stages > 1:
+        mask = mask.expand(batch, heads, stages, -1)
+    taken = mask.gather(3, positions if heads == 1 else positions.expand(batch, heads, stages, places))
+    if real is None:
         return taken
-    real = columns.real[..., :places].to(mask.device)
     return taken & real if mask.dtype == torch.bool else taken.where(real, torch.finfo(mask.dtype).min)
