@@ -81,7 +81,7 @@ def before_head(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
-    args, kwargs = by_name(model, args, dict(kwargs))
+    args, kwargs = by_name(model, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     head = _head_arguments_of(kwargs, attachment)
     if not takes_kwargs:
         _refuse_lost_arguments(model, args, kwargs, head, attachment)
@@ -156,7 +156,7 @@ def before_owner(
 
 
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
-    args, kwargs = by_name(owner, args, dict(kwargs))
+    args, kwargs = by_name(owner, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
     head.reached_owner = True
