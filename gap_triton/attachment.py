@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import GapConfig
-from .introspect import NAME
+from .introspect import NAME, attention_name
 from .selection import Selection
 from .vision_tower import Tower
 
@@ -66,7 +66,7 @@ class Attachment:
 
     def prunes(self, module: nn.Module) -> bool:
         """Return whether a forward of ``module`` prunes: neither in training mode nor under another attention."""
-        return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
+        return attention_name(self.text.config) == NAME and not (module.training or self.text.training)
 
     def close(self) -> None:
         """Take everything off, at once or, if calls are running, when the last one ends."""

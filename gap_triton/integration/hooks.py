@@ -364,6 +364,7 @@ def after_text(
         return None
     if state.without_owner:
         _end(state)
+    state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles
     run = state.run
     if run is None or output is None:
         return None
