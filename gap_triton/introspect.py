@@ -17,7 +17,7 @@ TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "vid
 
 
 def attention_name(config: Any) -> str | None:
-    """Return ``config._attn_implementation``, past the slow look-up of a config where it is stored under the name known here."""
+    """Return ``config._attn_implementation``, past the slow look-up of configs where it is stored as this release does."""
     if torch.compiler.is_compiling():
         name: str | None = config._attn_implementation
         return name
