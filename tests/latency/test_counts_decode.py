@@ -1,4 +1,4 @@
-"""What pruning adds to a decode step: launches, reads, copies, nodes of a compiled graph, and calls of Python's functions."""
+"""What pruning adds to a decode step: launches, reads, copies, nodes of a compiled graph, and calls of Python functions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 PAD, WORD = 0, 5
 LAUNCHES = 3  # of a step on a static cache, or behind prompts of several lengths; none elsewhere
 NODES = 5
-# Calls of Python's functions, by one whose hooks do nothing: by layer three of torch's to call a hook, the hook, the attention
-# function and one that it asks; and for the three modules around the layers.
+# Calls of Python functions: by layer three of torch's that call a hook, the hook, the attention function and one that it asks;
+# for the three modules around the layers; and for the cache's record.
 CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 6, 37, 16
 
 
