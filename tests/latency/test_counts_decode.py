@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 PAD, WORD = 0, 5
 LAUNCHES = 3  # of a step on a static cache, or behind prompts of several lengths; none elsewhere
 NODES = 5
-# Calls of Python functions: by layer three of torch's that call a hook, the hook, the attention function and one that it asks;
+# Calls of Python functions: by layer three of torch's that call a hook, the hook, the attention function, one that it asks;
 # for the three modules around the layers; and for the cache's record.
 CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 6, 37, 16
 
