@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import GapConfig
 from .constants import Constants
-from .introspect import NAME
+from .introspect import NAME, attention_name
 from .selection import Selection
 from .vision_tower import Tower
 
@@ -32,6 +32,7 @@ class Attachment:
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack.
         layers: Its layers that carry the hooks; the model may have other layers by now.
+        windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
         records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
@@ -48,6 +49,7 @@ class Attachment:
     owner: PreTrainedModel
     text: PreTrainedModel
     layers: tuple[nn.Module, ...] = ()
+    windows: tuple[int | None, ...] = ()
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     records_sizes: bool = False
@@ -69,7 +71,7 @@ class Attachment:
 
     def prunes(self, module: nn.Module) -> bool:
         """Return whether a forward of ``module`` prunes: neither in training mode nor under another attention."""
-        return self.text.config._attn_implementation == NAME and not (module.training or self.text.training)
+        return attention_name(self.text.config) == NAME and not (module.training or self.text.training)
 
     def close(self) -> None:
         """Take everything off, at once or, if calls are running, when the last one ends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +14,15 @@ SCORES = "_gap_scores"  # marks the attention of a vision tower's scoring layer
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 TEXT_MODEL_NAMES = ("language_model", "text_model")
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def attention_name(config: Any) -> str | None:
+    """Return ``config._attn_implementation``, past the slow look-up of configs where it is stored as this release does."""
+    if torch.compiler.is_compiling():
+        name: str | None = config._attn_implementation
+        return name
+    stored = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+    return config._attn_implementation if stored is None else stored
 
 
 def visual_token_ids(config: Any) -> list[int]:

@@ -391,6 +391,46 @@ class DecoderRun(Memo):
 
 
 @dataclass(eq=False)
+class DecodeStep:
+    """A step of one token whose later layers need nothing but a mask, and no mask either where there is nothing to hide.
+
+    Attributes:
+        kept: What all layers hold.
+        cache: The KV cache.
+        tokens: Number of tokens that the cache stands for after the step; None for a static cache.
+        needs_mask: Later layers need one even where the model has none for the others.
+        begin_run: Begins the run of the decoder as for any rows, where the model's mask turns out to be none that is known;
+            takes how many tokens were there before.
+        memo: Tensors that several later layers share, by what they were made from, and the stage where it matters.
+    """
+
+    kept: KeptTokens
+    cache: Any
+    tokens: int | None
+    needs_mask: bool
+    begin_run: Callable[[int | torch.Tensor], DecoderRun]
+    memo: list[tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def places(self) -> int:
+        """Number of columns of the first stage's layers, in a cache that grows; with filler, of those that hold the most."""
+        assert self.tokens is not None
+        return self.tokens - self.kept.covered + max(stage.index.shape[1] for stage in self.kept.stages)
+
+    def compute_once(
+        self, source: torch.Tensor, stage: int | None, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the value of ``make()``, shared by the layers that are handed the same ``source``."""
+        # Found by identity, and not by id(), which torch.compile can't carry over a graph break.
+        for known, of_stage, value in self.memo:
+            if known is source and of_stage == stage:
+                return value
+        value = make()
+        self.memo.append((source, stage, value))
+        return value
+
+
+@dataclass(eq=False)
 class OwnerArguments:
     """What the module that receives ``input_ids`` was given.
 
@@ -423,6 +463,7 @@ class ForwardState:
         without_owner: The decoder was called without the module that receives ``input_ids``, with ``visual_mask``.
         recorder: What records the vision encoder; None where nothing of it is needed.
         run: The run of the decoder; None until it begins, and where nothing is or was dropped.
+        step: In place of that, a decode step whose later layers need a mask at most.
     """
 
     config: GapConfig
@@ -434,6 +475,7 @@ class ForwardState:
     without_owner: bool = False
     recorder: TowerRecorder | None = None
     run: DecoderRun | None = None
+    step: DecodeStep | None = None
 
     def record_attention(
         self,

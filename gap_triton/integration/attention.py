@@ -31,6 +31,7 @@ MORE_THAN_DENSE = {
     "softcap": "soft-capped attention logits",
     "position_bias": "a position bias",
 }
+NAMES_OF_MORE = frozenset(MORE_THAN_DENSE)
 FLASH_HEAD_DIM_LIMIT = 256
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -68,18 +69,16 @@ def gap_attention_forward(
     Returns:
         Attention output [B, Q, Hq, D], and None in place of attention weights.
     """
-    for keyword, what in MORE_THAN_DENSE.items():
-        if kwargs.get(keyword) is not None:
-            raise ValueError(
-                f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
-                "load the model with attn_implementation='eager'"
-            )
-    if getattr(module, SCORES, False):
+    if not NAMES_OF_MORE.isdisjoint(kwargs):
+        _refuse_more_than_dense(module, kwargs)
+    # Read past nn.Module, which looks for what is missing among parameters and submodules, and raises, in every layer.
+    if SCORES in module.__dict__:
         recording = current_recording.get()
         if recording is not None:
             recording.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif gap_state is not None:
-        gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
+        if gap_state.run is not None:
+            gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
     elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
         logger.warning_once(
             f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
@@ -89,6 +88,15 @@ def gap_attention_forward(
     if flash is not None:
         return _flash_attention(flash, module, query, key, value, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _refuse_more_than_dense(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for keyword, what in MORE_THAN_DENSE.items():
+        if kwargs.get(keyword) is not None:
+            raise ValueError(
+                f'attn_implementation="{NAME}" is plain dense attention, and {type(module).__name__} needs {what}: '
+                "load the model with attn_implementation='eager'"
+            )
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,10 @@ from ..config import BEFORE_THE_DECODER, needs_grid
 from ..introspect import layer_type
 from ..kv_cache.kept_tokens import (
     KeptTokens,
+    dynamic_length,
+    is_static,
     length_in_step,
+    make_fixed_columns,
     mark_unfinished,
     original_length,
     refuse_continuation,
@@ -27,7 +31,7 @@ from ..prefill.plan import decide, keeps_of
 from ..prefill.position_ids import ID_RULES
 from ..prefill.prompt import looks_ahead, position_ids_of, read_prompt, real_positions
 from ..prefill.raters import find_raters
-from ..state import DecoderRun, Drop, ForwardState, Prefill, Prompt, Rows
+from ..state import DecoderRun, DecodeStep, Drop, ForwardState, Prefill, Prompt, Rows
 from ..vision.select import select_before_decoder
 from ..visual_prompt import VisualRows
 from .supported_models import check_layers
@@ -36,8 +40,49 @@ from .unpruned import warn_no_placeholder
 Kwargs = dict[str, Any]
 
 
-def run_of_step(
+def step_of(
     state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, kept: KeptTokens, kwargs: Kwargs
+) -> DecodeStep | None:
+    """Return the decode step of one row on a cache that lacks tokens; None where it is not so simple.
+
+    It is simple where every layer attends to everything, and ids are those without pruning: later layers can take their mask
+    from the one that the model makes for its first layer.
+
+    Args:
+        state: The running forward.
+        text: The decoder.
+        inputs: [B, 1] or [B, 1, C], the row.
+        kept: What its layers hold.
+        kwargs: Keyword arguments of the decoder.
+    """
+    if kept.renumbered or any(state.attachment.windows):
+        return None
+    cache = cache_of(kwargs)
+    begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)
+    if not is_static(cache, kept.stages[0].first_later):
+        return DecodeStep(kept, cache, dynamic_length(cache, kept) + 1, not kept.dense, begin_run)
+    if kept.columns is None or kept.columns.width is None:
+        if torch.compiler.is_compiling():
+            return None
+        make_fixed_columns(cache, kept)
+    return DecodeStep(kept, cache, None, True, begin_run)
+
+
+def length_before(step: DecodeStep, layer: int) -> int | torch.Tensor:
+    """Return how many tokens were there before ``step``, as ``layer`` knows it, which has not run yet."""
+    if step.tokens is not None:
+        return step.tokens - 1
+    length: int | torch.Tensor = step.cache.layers[layer].get_seq_length() + step.kept.dropped_at(layer)
+    return length
+
+
+def run_of_step(
+    state: ForwardState,
+    text: PreTrainedModel,
+    inputs: torch.Tensor,
+    kept: KeptTokens,
+    kwargs: Kwargs,
+    past: int | torch.Tensor | None = None,
 ) -> DecoderRun:
     """Return the run of a decode step, of one row, on a cache that lacks tokens.
 
@@ -47,8 +92,10 @@ def run_of_step(
         inputs: [B, 1] or [B, 1, C], the row.
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
+        past: Number of original positions in the cache before it; None: as the cache says before its first layer runs.
     """
-    past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
+    if past is None:
+        past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     return run

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT, by_name, cache_of
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
-from ..introspect import NAME, text_model_of
+from ..introspect import NAME, sliding_window, text_model_of
 from ..kv_cache.kept_tokens import (
     KeptRows,
+    is_static,
     kept_tokens_of,
+    make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
     store,
@@ -29,13 +31,14 @@ from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_features
 from ..later_layers.inputs import shorten
 from ..later_layers.outputs import restore_rows
+from ..later_layers.steps import later_cache_position, later_mask, later_mask_known
 from ..prefill.answers import head_arguments_of
 from ..prefill.drop import drop_tokens
 from ..prefill.prompt import find_visual_rows
-from ..state import DecoderRun, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
+from ..state import DecoderRun, DecodeStep, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
 from ..vision_tower.sizes import HOST_SIZES
-from .decoder_run import begin_to_fill, run_of_prompt, run_of_step
+from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
 from .prepare import named_prompt
 from .supported_models import find_parts
 from .unpruned import (
@@ -79,7 +82,7 @@ def before_head(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
-    args, kwargs = by_name(model, args, dict(kwargs))
+    args, kwargs = by_name(model, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     head = _head_arguments_of(kwargs, attachment)
     if not takes_kwargs:
         _refuse_lost_arguments(model, args, kwargs, head, attachment)
@@ -161,7 +164,7 @@ def before_owner(
 
 
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
-    args, kwargs = by_name(owner, args, dict(kwargs))
+    args, kwargs = by_name(owner, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
     prepared = named_prompt(kwargs.pop(VISUAL_PROMPT, None))
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
@@ -221,6 +224,8 @@ def hook_layers(attachment: Attachment) -> None:
     """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
     text = attachment.text
     with attach_lock:
+        # Kept, because transformers' configs look attributes up slowly, and every layer asks in every step.
+        attachment.windows = tuple(sliding_window(text.config, index) for index in range(len(text.layers)))
         if attachment.layers == tuple(text.layers):
             return
         for handle in attachment.layer_handles:
@@ -268,7 +273,8 @@ def before_text(
         refuse_pruned_cache(cache_of(by_name(text, args, kwargs)[1]))
         return None
     state.reached_decoder = True
-    args, kwargs = by_name(text, args, kwargs)
+    if len(args) > 1:
+        args, kwargs = by_name(text, args, kwargs)
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -276,6 +282,11 @@ def before_text(
     if inputs.shape[1] > 1:
         run, kwargs = run_of_prompt(state, text, inputs, kept, kwargs)
     elif kept is not None:
+        state.step = step_of(state, text, inputs, kept, kwargs)
+        if state.step is not None:
+            kept.complete = True
+            _follow_layers(attachment, text)
+            return args, kwargs
         run = run_of_step(state, text, inputs, kept, kwargs)
     else:
         fit(cache_of(kwargs), {})
@@ -293,18 +304,26 @@ def before_text(
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
     """Hand a later layer its shortened inputs; the first of them drops."""
     state: ForwardState | None = kwargs.get(STATE_KEY)
-    run = None if state is None else state.run
+    if state is None:
+        return None
+    step = state.step
+    if step is not None:
+        if not step.needs_mask and kwargs.get("attention_mask") is None:
+            return None
+        stage = step.kept.stage_at(index)
+        if stage is None:
+            return None
+        if later_mask_known(step, kwargs.get("attention_mask")):
+            return _hand_mask(step, stage, layer, args, kwargs)
+        state.step, state.run = None, step.begin_run(length_before(step, index))
+    run = state.run
     if run is None:
         return None
     kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
     drop = None if run.prefill is None else run.prefill.drop_before(index)
     if kept is None and drop is None:
         return None
-    if len(args) > 1:
-        raise RuntimeError(
-            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which "
-            "gap_triton can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
-        )
+    _refuse_positional(layer, args)
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
     hidden_states = add_features(run, hidden_states, index - 1)
@@ -313,6 +332,25 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     if kept is not None:
         shorten(run, kept, hidden_states, kwargs, index)
     return (hidden_states,), kwargs
+
+
+def _hand_mask(step: DecodeStep, stage: int, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Hand a layer behind a stage its mask in a decode step."""
+    _refuse_positional(layer, args)
+    kwargs = {**kwargs, "attention_mask": later_mask(step, stage, kwargs.get("attention_mask"))}
+    cache_position = kwargs.get("cache_position")
+    if step.tokens is None and cache_position is not None:
+        # Static caches of releases that have this argument write there: it must count from the layer's own length.
+        kwargs["cache_position"] = later_cache_position(step, stage, cache_position)
+    return args, kwargs
+
+
+def _refuse_positional(layer: Any, args: Args) -> None:
+    if len(args) > 1:
+        raise RuntimeError(
+            f"{type(layer).__name__} was handed {len(args) - 1} positional arguments besides hidden_states, which "
+            "gap_triton can't tell apart: load the model with attn_implementation='sdpa' to run it unpruned"
+        )
 
 
 def _drop(
@@ -340,6 +378,7 @@ def after_text(
         return None
     if state.without_owner:
         _end(state)
+    state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles
     run = state.run
     if run is None or output is None:
         return None
@@ -347,6 +386,7 @@ def after_text(
     prefill = run.prefill
     if prefill is None:
         return None
+    _prepare_steps(run)
     if prefill.next_drop is not None:
         raise RuntimeError(
             f"{type(text).__name__} does not hand its keyword arguments to its layers, so nothing was dropped: load the "
@@ -355,6 +395,19 @@ def after_text(
     if prefill.selection is not None:
         remember_selection(run.attachment, prefill.selection)
     return restore_rows(run, prefill, output)
+
+
+def _prepare_steps(run: DecoderRun) -> None:
+    """Make what steps on a static cache share, which a compiled step would make anew each time."""
+    kept, windows = run.kept, run.attachment.windows
+    if (
+        kept is None
+        or kept.renumbered
+        or any(windows)
+        or not is_static(run.cache, kept.stages[0].first_later)
+    ):
+        return
+    make_fixed_columns(run.cache, kept)
 
 
 def after_owner(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER, GapConfig, first_later
+from .columns import Columns, fixed_columns, growing_columns
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
 UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has begun to fill
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
+
+ROOM = 256  # tokens that `Columns` of a cache that grows are made for at once
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,23 @@ class KeptTokens:
         text_independent: Text that follows can't change the choice: no score looks at text, and the rows so far don't end in
             an image.
         complete: Generated tokens follow the pruned prompt, so it was complete.
+        dense: No -1 in any record.
+        renumbered: Later tokens have smaller ids in later layers.
+        columns: Where the columns of later layers stand in the mask of a decode step; None until a step, or a static cache,
+            needs it.
     """
 
     stages: tuple[KeptRows, ...]
     ids: str
     text_independent: bool = False
     complete: bool = False
+    dense: bool = field(init=False)
+    renumbered: bool = field(init=False)
+    columns: Columns | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.dense = all(stage.dense for stage in self.stages)
+        self.renumbered = any(stage.id_shift is not None for stage in self.stages)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -75,14 +89,17 @@ class KeptTokens:
         """Number of original positions that the records account for."""
         return self.stages[0].covered
 
-    @property
-    def renumbered(self) -> bool:
-        """Whether later tokens have smaller ids in later layers."""
-        return any(stage.id_shift is not None for stage in self.stages)
+    def stage_at(self, layer: int) -> int | None:
+        """Return the number of the last stage before decoder layer ``layer``; None where that holds everything."""
+        for number in range(len(self.stages) - 1, -1, -1):
+            if self.stages[number].layer < layer:
+                return number
+        return None
 
     def at(self, layer: int) -> KeptRows | None:
         """Return what decoder layer ``layer`` holds; None where it holds everything."""
-        return next((stage for stage in reversed(self.stages) if stage.first_later <= layer), None)
+        number = self.stage_at(layer)
+        return None if number is None else self.stages[number]
 
     def dropped_at(self, layer: int) -> int:
         """Return how many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
@@ -139,7 +156,7 @@ def length_in_step(
         return 0
     if is_static(cache, kept.stages[0].first_later):
         return _static_length(cache, kept, cache_position)
-    return _dynamic_length(cache, kept)
+    return dynamic_length(cache, kept)
 
 
 def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: torch.Tensor | None) -> int:
@@ -159,25 +176,40 @@ def original_length(cache: Any | None, kept: KeptTokens | None, cache_position: 
         return int(cache.get_seq_length())
     if is_static(cache, kept.stages[0].first_later):
         return int(_static_length(cache, kept, cache_position))
-    return _dynamic_length(cache, kept)
+    return dynamic_length(cache, kept)
 
 
-def _dynamic_length(cache: Any, kept: KeptTokens) -> int:
+def dynamic_length(cache: Any, kept: KeptTokens) -> int:
+    """Return the number of tokens that a cache that grows stands for, dropped ones included.
+
+    Raises:
+        ValueError: Its layers disagree, because the cache was changed by other means than its methods.
+    """
+    length = -1
+    if kept.stages[0].layer != BEFORE_THE_DECODER:
+        length = int(cache.layers[0].get_seq_length())
+    for stage in kept.stages:
+        held = int(cache.layers[stage.first_later].get_seq_length())
+        stands_for = held + stage.dropped
+        if held < stage.index.shape[1] or length not in (-1, stands_for):
+            raise _changed_from_outside(cache, kept)
+        length = stands_for
+    return length
+
+
+def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
     columns = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
     lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.layers[0].get_seq_length()))
-    too_short = any(length < stage.index.shape[1] for length, stage in zip(columns, kept.stages, strict=True))
-    if too_short or len(set(lengths)) > 1:
-        by_layer = ", ".join(
-            f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
-        )
-        raise ValueError(
-            f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
-            f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
-            "which knows what was dropped, or start a new cache"
-        )
-    return lengths[0]
+    by_layer = ", ".join(
+        f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
+    )
+    return ValueError(
+        f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
+        f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
+        "which knows what was dropped, or start a new cache"
+    )
 
 
 def is_static(cache: Any | None, layer: int) -> bool:
@@ -198,6 +230,24 @@ def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | 
             break
     # Where positions are passed, static layers guess their length from their contents.
     return length if isinstance(length, int) or cache_position is None else cache_position[0]
+
+
+def growing_columns_of(kept: KeptTokens, tokens: int) -> Columns:
+    """Make, and keep in ``kept``, the columns of a cache that will stand for ``tokens`` tokens, and soon for more."""
+    following = tokens - kept.covered + ROOM
+    indices = [stage.index for stage in kept.stages]
+    kept.columns = growing_columns(indices, kept.covered, kept.dense, following)
+    return kept.columns
+
+
+def make_fixed_columns(cache: Any, kept: KeptTokens) -> None:
+    """Make, and keep in ``kept``, the columns of a static cache all of whose layers attend to everything."""
+    width = getattr(cache, LENGTH_ATTRIBUTE, None)
+    if width is None:
+        width = cache.layers[0].max_cache_len + kept.dropped_at(0)
+    indices = [stage.index for stage in kept.stages]
+    lengths = [cache.layers[stage.first_later].max_cache_len for stage in kept.stages]
+    kept.columns = fixed_columns(indices, kept.covered, kept.dense, lengths, width)
 
 
 def _refuse_unfinished_cache(cache: Any | None) -> None:

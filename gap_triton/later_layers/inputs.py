@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
-from ..introspect import sliding_window
 from ..kv_cache.kept_tokens import KeptRows
 from ..state import DecoderRun, Rows, Survivors
 from .masks import causal_mask, column_positions, take_from_mask, with_reach_of
@@ -37,7 +36,7 @@ def shorten(
     """
     survivors, cache = run.survivors, cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
-    window = sliding_window(run.attachment.text.config, index)
+    window = run.attachment.windows[index]
     mask = kwargs.get("attention_mask")
     # Layers of one window and one stage share one mask of the model.
     kwargs["attention_mask"] = run.compute_once(
