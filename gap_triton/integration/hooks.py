@@ -166,7 +166,9 @@ def before_owner(
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
-    prepared = named_prompt(kwargs.pop(VISUAL_PROMPT, None))
+    prepared = kwargs.pop(VISUAL_PROMPT, None)
+    if prepared is not None:
+        prepared = named_prompt(prepared)
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
     head.reached_owner = True
     state = ForwardState(attachment.config, attachment, head, OwnerArguments())

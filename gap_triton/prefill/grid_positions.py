@@ -10,8 +10,8 @@ import torch
 from ..attachment import Attachment
 from ..host import to_device
 from ..state import Prompt
-from ..strategies import spatial_order
 from ..strategies.grid_positions import LAST, REGION, GridPositions
+from ..strategies.spatial import spatial_order_on_host
 from ..vision.layout import Layout, layout_of
 
 
@@ -65,6 +65,6 @@ def _positions_of_tokens(layout: Layout, device: torch.device) -> tuple[torch.Te
         tokens = view.sample, view.numbers
         region[tokens] = regions[view.sample] + down // REGION * wide + right // REGION
         cell[tokens] = down % REGION * REGION + right % REGION
-        order[tokens] = spatial_order(view.grid, device="cpu").numpy() * LAST // (height * width)
+        order[tokens] = spatial_order_on_host(view.grid) * LAST // (height * width)
         regions[view.sample] += -(-height // REGION) * wide
     return to_device(torch.from_numpy(np.stack([region, cell, order])), device), max(regions)

@@ -25,11 +25,12 @@ def find_visual_rows(
     With ``inputs_embeds`` alone a row counts as visual if it equals the embedding of a placeholder token, which is
     how transformers finds the rows to fill.
     """
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or given.shape[1] == 1:
+        return None  # before the config is asked for the placeholders, which takes long for a decode step
     placeholders = tuple(visual_token_ids(owner.config))
-    if input_ids is not None:
-        return None if input_ids.shape[1] == 1 else VisualRows(input_ids, placeholders)
-    if inputs_embeds is None or inputs_embeds.shape[1] == 1:
-        return None
+    if inputs_embeds is None or input_ids is not None:
+        return VisualRows(given, placeholders)
     table = owner.get_input_embeddings()
     visual = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
     for token in placeholders:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from gap_kernels.validation import check_grid, probe_of
 from torch import Tensor
@@ -41,21 +43,38 @@ def spatial_order(grid: tuple[int, int], device: torch.device | str | None = Non
     return _kept_ranks(*grid, probe.device)
 
 
+def spatial_order_on_host(grid: tuple[int, int]) -> np.ndarray:
+    """Rank the cells of a grid as `spatial_order` does, without PyTorch: [H*W] int64, not to be written to."""
+    check_grid("grid", grid)
+    return _ranks_on_host(*grid)
+
+
+@lru_cache(CACHED_GRIDS)
+def _ranks_on_host(height: int, width: int) -> np.ndarray:
+    return (
+        _thresholds(np.arange(height)[:, None], np.arange(width), (height, width)).ravel().argsort().argsort()
+    )
+
+
 @lru_cache(CACHED_GRIDS)
 def _kept_ranks(height: int, width: int, device: torch.device) -> Tensor:
     # Copied from the CPU, for which the host waits: any stream may use the result then.
     with torch.inference_mode(False):
-        return _ranks(height, width, torch.device("cpu")).to(device)
+        return torch.from_numpy(_ranks_on_host(height, width)).clone().to(device)
 
 
 def _ranks(height: int, width: int, device: torch.device) -> Tensor:
-    row = torch.arange(height, device=device)[:, None]
-    column = torch.arange(width, device=device)
-    threshold = torch.zeros(height, width, dtype=torch.int64, device=device)
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    # A permutation sorted is its inverse: the rank of each cell.
+    return _thresholds(row, column, (height, width)).flatten().argsort().argsort()
+
+
+def _thresholds(row: Any, column: Any, grid: tuple[int, int]) -> Any:
+    """[H, W], the Bayer matrix, from the row [H, 1] and the column [W] of the cells, as arrays or tensors."""
+    threshold = row * 0 + column * 0
     # The last bit of the coordinates is the first digit of the threshold: neighbours differ the most.
-    for bit in range((max(height, width) - 1).bit_length()):
+    for bit in range((max(grid) - 1).bit_length()):
         down, right = row >> bit & 1, column >> bit & 1
         # 0 and 1 for the corners on the diagonal of a block, 2 and 3 for the others.
         threshold = 4 * threshold + 2 * (down ^ right) + down
-    # A permutation sorted is its inverse: the rank of each cell.
-    return threshold.flatten().argsort().argsort()
+    return threshold

@@ -42,7 +42,6 @@ ROOMS = (
     "plain",
     "visual_prompt",
     "memo",
-    "host",
     "_requirements",
 )
 
