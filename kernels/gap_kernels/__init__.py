@@ -8,6 +8,7 @@ if find_spec("torch") is None:
 from .aggregate import spatial_aggregate
 from .backends import backend
 from .flash_attention import AttentionOutput, attention
+from .greedy import greedy_indices
 from .importance import visual_importance
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .received import attention_received
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "attention_received",
     "backend",
+    "greedy_indices",
     "grid_neighbours",
     "prune_by_score",
     "prune_tokens",

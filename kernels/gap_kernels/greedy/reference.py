@@ -1,0 +1,174 @@
+"""Greedy, similarity-aware selection in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import blocks
+from ..select.reference import first_ascending
+
+NORM_EPSILON = 1e-12
+"""A vector that isn't longer counts as one of zeros."""
+DEPENDENT = 1e-5
+"""A token of which at most this part isn't spanned by the chosen ones counts as spanned: float32 can't tell less from 0."""
+NOTHING = 1e-6
+"""A distance or a gain that isn't larger counts as 0, for the same reason."""
+TIE = 1e-5
+"""Values that are smaller than the largest by at most this part of it count as equal. Two tokens that are each other's
+nearest, or would cover each other and nothing else, have one value that is rounded in two ways."""
+MAX_WEIGHT = 2.0**100
+"""Larger weights count as this, so that a sum of 2^24 times one is finite in float32."""
+NEVER, LAST, CANDIDATE, CHOSEN = range(4)
+"""States of a token: hidden by the mask, spoiled (chosen behind all candidates), not chosen yet, chosen."""
+
+
+def greedy_indices(
+    features: Tensor,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    rule: str,
+    exponent: float,
+    k: int,
+    counts: Tensor | None,
+    length: int,
+) -> Tensor:
+    """Choose ``counts[b]`` (or ``k``) tokens of each sample, one after another; float64 features make it the oracle.
+
+    No tensor has more elements than the largest of ``blocks.BLOCK_ELEMENTS`` (or one row of cosines, B * N), the
+    features and, by determinant, B * length * N.
+
+    Args:
+        features: [B, N, C].
+        scores: [B, N] float32 or None.
+        mask: [B, N] bool or None.
+        rule: "max_min", "determinant" or "coverage".
+        exponent: Of the scores.
+        k: How many to choose in every sample; unused where ``counts`` is given.
+        counts: [B] int64 or None.
+        length: Columns of the result.
+
+    Returns:
+        [B, length] int64, ascending in each row, filled with -1 on the left.
+    """
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    values = features.to(dtype)
+    squares = values.square().sum(-1)
+    state = states(squares, scores, mask)
+    scale = inverse_norms(squares, state)
+    # `where`, not a product: what isn't a candidate may be NaN.
+    unit = torch.where((state == CANDIDATE)[:, :, None], values * scale[:, :, None], 0.0)
+    weight = None if scores is None else weights(scores, exponent)
+    choose = {"max_min": _MaxMin, "determinant": _Determinant, "coverage": _Coverage}[rule]
+    batch, num_tokens = state.shape
+    steps = min(length, num_tokens)
+    chooser = choose(unit, scale, steps)
+    order = torch.full((batch, num_tokens), -1, device=features.device)
+    for step in range(steps):
+        value = chooser.values(state)
+        value = torch.where(value > NOTHING, value, 0.0)
+        value = value if weight is None else value * weight
+        key = torch.where(state == CANDIDATE, value, torch.where(state == LAST, -1.0, -math.inf))
+        largest = key.amax(-1, keepdim=True)
+        best = (key >= largest - TIE * largest.abs()).int().argmax(-1, keepdim=True)  # the first of equal ones
+        there = largest > -math.inf
+        order[:, step, None] = torch.where(there, best, -1)
+        state.scatter_(1, best, torch.where(there, CHOSEN, NEVER).to(state.dtype))
+        pivot = unit.gather(1, best[:, :, None].expand(-1, -1, unit.shape[2]))  # [B, 1, C]
+        chooser.choose(step, best, (unit @ pivot.transpose(1, 2))[:, :, 0])
+    return first_ascending(order, k, counts, length)
+
+
+def states(squares: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the state of each token before any is chosen, [B, N] int32, from sums of squares [B, N]."""
+    fine = squares.isfinite()
+    if scores is not None:
+        fine &= ~scores.isnan()
+    state = torch.where(fine, CANDIDATE, LAST)
+    return (state if mask is None else torch.where(mask, state, NEVER)).int()
+
+
+def inverse_norms(squares: Tensor, state: Tensor) -> Tensor:
+    """Return what vectors are multiplied by to have length 1, [B, N]; 0 for those of zeros and what is no candidate."""
+    norms = squares.sqrt()
+    return torch.where((state == CANDIDATE) & (norms > NORM_EPSILON), 1 / norms, 0.0)
+
+
+def weights(scores: Tensor, exponent: float) -> Tensor:
+    """Return the weights [B, N] float32 of scores, none of which is NaN, infinite or negative."""
+    return scores.nan_to_num(0.0).clamp(0.0, MAX_WEIGHT).pow(exponent).clamp(max=MAX_WEIGHT)
+
+
+class _MaxMin:
+    """The distance to the nearest of the chosen tokens; before there is one, to the nearest of the others."""
+
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
+        self.unit = unit
+        self.distance: Tensor | None = None
+
+    def values(self, state: Tensor) -> Tensor:
+        if self.distance is not None:
+            return self.distance
+        batch, num_tokens = state.shape
+        nearest = self.unit.new_empty((batch, num_tokens))
+        token = torch.arange(num_tokens, device=state.device)
+        hidden = (state != CANDIDATE)[:, None, :]
+        for block in blocks.row_blocks(num_tokens, batch * num_tokens):
+            cosine = self.unit[:, block] @ self.unit.transpose(1, 2)
+            cosine.masked_fill_(hidden | (token[block, None] == token), -math.inf)
+            nearest[:, block] = cosine.amax(-1)
+        return (1 - nearest).clamp(max=2)  # 2 where there is no other
+
+    def choose(self, step: int, best: Tensor, cosine: Tensor) -> None:
+        distance = 1 - cosine
+        self.distance = distance if self.distance is None else torch.minimum(self.distance, distance)
+
+
+class _Determinant:
+    """The root of what the determinant of the chosen tokens' cosines is multiplied by, or 0 where that is rounding.
+
+    Row t of ``history`` is that of the Cholesky factor for the t-th chosen token, over all tokens.
+    """
+
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
+        self.residual = (scale > 0).to(unit.dtype)  # not the square of a unit vector, which is 1 but for rounding
+        self.history = unit.new_zeros((unit.shape[0], steps, unit.shape[1]))
+
+    def values(self, state: Tensor) -> Tensor:
+        return self.residual.sqrt()
+
+    def choose(self, step: int, best: Tensor, cosine: Tensor) -> None:
+        before = self.history[:, :step]
+        own = before.gather(2, best[:, None, :].expand(-1, step, -1))  # [B, step, 1]
+        residual = self.residual.gather(1, best)
+        row = (cosine - (own.transpose(1, 2) @ before)[:, 0]) * torch.where(residual > 0, residual.rsqrt(), 0.0)
+        self.history[:, step] = row
+        left = self.residual - row.square()
+        self.residual = torch.where(left > DEPENDENT, left, 0.0)
+
+
+class _Coverage:
+    """How much better all candidates would be covered: a token is covered by its largest cosine to a chosen one."""
+
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
+        self.unit = unit
+        self.covered = unit.new_zeros(unit.shape[:2])
+        batch, num_tokens, _ = unit.shape
+        fits = batch * num_tokens * num_tokens <= blocks.BLOCK_ELEMENTS
+        self.cosine = unit @ unit.transpose(1, 2) if fits else None
+
+    def values(self, state: Tensor) -> Tensor:
+        batch, num_tokens = state.shape
+        # What isn't a candidate needs no more covering.
+        covered = torch.where(state == CANDIDATE, self.covered, math.inf)[:, None, :]
+        gain = self.unit.new_empty((batch, num_tokens))
+        for block in blocks.row_blocks(num_tokens, batch * num_tokens):
+            kept = self.cosine is not None
+            cosine = self.cosine[:, block] if kept else self.unit[:, block] @ self.unit.transpose(1, 2)
+            gain[:, block] = (cosine - covered).clamp_(min=0).sum(-1)
+        return gain
+
+    def choose(self, step: int, best: Tensor, cosine: Tensor) -> None:
+        self.covered = torch.maximum(self.covered, cosine)
