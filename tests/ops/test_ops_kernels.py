@@ -35,7 +35,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of Triton before 3.7 can't loop to a scalar with numpy 2.4 or later")
-    operators = ("select", "region", "importance", "prune", "attention", "received", "aggregate")
+    operators = ("select", "region", "importance", "prune", "attention", "received", "aggregate", "greedy")
     files = [*(f"ops/test_ops_{name}.py" for name in operators), "support/kernels_checks.py"]
     run_pytest(
         ["-p", "support.kernels_interpreter", *files],

@@ -23,7 +23,7 @@ LIMIT = 1 << 12
 
 REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
-    for name in ("aggregate", "flash_attention", "importance", "prune", "received", "region", "select")
+    for name in ("aggregate", "flash_attention", "greedy", "importance", "prune", "received", "region", "select")
 ]
 
 
@@ -107,6 +107,10 @@ def aggregated(patches: int) -> Tensor:
     return spatial_aggregate(features, similarity, anchors, grid, radius=3.0)
 
 
+def greedy(patches: int, rule: str) -> Tensor:
+    return gap_kernels.greedy_indices(torch.randn(1, patches, 6), 10, rule).float()
+
+
 def contextual(patches: int) -> Tensor:
     features, keys, _ = grids(patches)
     kept = torch.arange(0, patches, 4)[None]
@@ -147,6 +151,9 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "attention": attended,
     "attention_received": received,
     "spatial_aggregate": aggregated,
+    "greedy_indices, max-min": lambda patches: greedy(patches, "max_min"),
+    "greedy_indices, determinant": lambda patches: greedy(patches, "determinant"),
+    "greedy_indices, coverage": lambda patches: greedy(patches, "coverage"),
     "contextual": contextual,
     "nearest": nearest,
     "average": average,

@@ -83,6 +83,9 @@ BUDGETS = {
     "received_mass_kernel": ((128, 72), (256, 48)),
     "received_mean_kernel": ((40, 1), (32, 2)),
     "spatial_aggregate_kernel": ((168, 24), (192, 24)),
+    "squares_kernel": ((64, 1), (64, 1)),
+    "pairs_kernel": ((168, 16), (272, 16)),
+    "choose_kernel": ((128, 2), (128, 2)),
 }
 
 

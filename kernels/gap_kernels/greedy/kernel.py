@@ -325,6 +325,7 @@ def greedy_indices(
                 "BLOCK_WRITE": WRITE_BLOCK,
             },
             num_warps=8,
+            maxnreg=128,  # as below
         )
     return index
 
