@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import gap_kernels
 from torch import Tensor
@@ -90,7 +91,7 @@ def topk_per_region(x: Inputs) -> Result:
     return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
 
 
-def greedy_indices(x: Inputs, rule: str) -> Result:
+def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage"]) -> Result:
     """Choose a few patches one after another; of many, two choices come to be as near as their rounding."""
     features = aggregated(x)[0]
     return (gap_kernels.greedy_indices(features, min(x.keep, GREEDY_STEPS), rule),)

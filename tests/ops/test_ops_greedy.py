@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gap_kernels import greedy_indices
+from gap_kernels import blocks, greedy_indices
+from gap_kernels.greedy import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.naive.greedy import CLEAR, oracle
@@ -33,14 +34,20 @@ def fill(row: list[int], length: int) -> list[int]:
 
 def inputs(batch: int = 2, tokens: int = 9, channels: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, tokens, channels, generator=generator), torch.rand(batch, tokens, generator=generator)
+    return torch.randn(batch, tokens, channels, generator=generator), torch.rand(
+        batch, tokens, generator=generator
+    )
 
 
 @settings(deadline=None)
 @given(st.data())
 def test_what_a_loop_chooses(data: st.DataObject) -> None:
     """With duplicates, NaN and infinities, scores of both signs, a mask, more to choose than there is, a count each."""
-    batch, tokens, channels = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 9)), data.draw(st.integers(0, 6))
+    batch, tokens, channels = (
+        data.draw(st.integers(1, 2)),
+        data.draw(st.integers(1, 9)),
+        data.draw(st.integers(0, 6)),
+    )
     rule, dtype = data.draw(st.sampled_from(RULES)), data.draw(st.sampled_from(DTYPES))
     features, scores = inputs(batch, tokens, channels, data.draw(st.integers(0, 999)))
     features = features.to(dtype)
@@ -76,7 +83,12 @@ def test_what_a_loop_chooses(data: st.DataObject) -> None:
     assert found.tolist() == [fill(row, length) for row in expected]
     found = greedy_indices(features, torch.tensor(counts), rule, **options, length=length + 2)
     assert found.tolist() == [fill(row, length + 2) for row in expected]
-    found = greedy_indices(features[:1], counts[0], rule, **{k: v[:1] if isinstance(v, Tensor) else v for k, v in options.items()})
+    found = greedy_indices(
+        features[:1],
+        counts[0],
+        rule,
+        **{k: v[:1] if isinstance(v, Tensor) else v for k, v in options.items()},
+    )
     assert found.tolist() == [fill(expected[0], min(counts[0], tokens))]
 
 
@@ -144,7 +156,26 @@ def test_strides_and_lengths_of_vectors(rule: str) -> None:
     assert torch.equal(greedy_indices(transposed, 5, rule), expected)
     longer = torch.nn.functional.pad(features, (0, 0, 1, 0), value=NAN)[:, 1:]
     assert torch.equal(greedy_indices(longer, 5, rule), expected)
-    assert torch.equal(greedy_indices(features * torch.tensor(2.0).pow(torch.arange(8.0))[:, None], 5, rule), expected)
+    assert torch.equal(
+        greedy_indices(features * torch.tensor(2.0).pow(torch.arange(8.0))[:, None], 5, rule), expected
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("elements", [1, 300, 3000])
+def test_gains_that_are_not_computed_again(seed: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens the reference looks only at those that may be the best: it chooses what a look at all does."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = int(torch.randint(20, 90, (), generator=generator))
+    features, scores = inputs(2, tokens, (6, 40)[seed % 2], seed)
+    features[:, tokens // 2] = features[:, 0]
+    features[0, tokens // 3] = NAN
+    mask = torch.rand(2, tokens, generator=generator) < 0.9
+    weight = scores.round(decimals=1) if seed % 3 else None
+    given_all = (features, weight, mask, "coverage", 1.0, tokens // 2, None, tokens // 2)
+    expected = reference.greedy_indices(*given_all)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    assert torch.equal(reference.greedy_indices(*given_all), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -201,7 +232,11 @@ FEATURES, SCORES = torch.zeros(2, 6, 3), torch.zeros(2, 6)
         ((FEATURES, 2, "coverage"), {"exponent": NAN}, "exponent: expected a finite float >= 0, got nan"),
         ((FEATURES, -1, "coverage"), {}, "k: expected a count >= 0, got -1"),
         ((FEATURES, torch.tensor([1, -2]), "coverage"), {}, "k: expected counts >= 0, got -2"),
-        ((FEATURES, torch.tensor([1, 9]), "coverage"), {"length": 5}, r"length: expected at least the largest min\(k, N\), 6, got 5"),
+        (
+            (FEATURES, torch.tensor([1, 9]), "coverage"),
+            {"length": 5},
+            r"length: expected at least the largest min\(k, N\), 6, got 5",
+        ),
         ((FEATURES, 3, "coverage"), {"length": 2}, "length: expected at least 3, got 2"),
     ],
 )  # fmt: skip

@@ -23,7 +23,16 @@ LIMIT = 1 << 12
 
 REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
-    for name in ("aggregate", "flash_attention", "greedy", "importance", "prune", "received", "region", "select")
+    for name in (
+        "aggregate",
+        "flash_attention",
+        "greedy",
+        "importance",
+        "prune",
+        "received",
+        "region",
+        "select",
+    )
 ]
 
 
@@ -197,3 +206,12 @@ def test_text_of_thousands_of_tokens(largest: Largest) -> None:
     assert 8064 * 100 <= largest.elements <= blocks.BLOCK_ELEMENTS
     attended = attention(query, key, key, importance_rows=text, importance_columns=visual)
     torch.testing.assert_close(scores, attended.importance)
+
+
+@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage"])
+def test_greedy_selection_of_thousands_of_tokens(rule: str, largest: Largest) -> None:
+    """At the size of the blocks that is shipped, 4,096 tokens have four times as many pairs."""
+    features = torch.randn(1, 4096, 8)
+    with largest:
+        gap_kernels.greedy_indices(features, 3, rule)
+    assert 4096 * 8 <= largest.elements <= blocks.BLOCK_ELEMENTS

@@ -760,12 +760,12 @@ def test_greedy(rule: str, dtype: torch.dtype, generator: torch.Generator) -> No
     mask = (torch.rand(2, tokens, generator=generator) < 0.9).to(DEVICE)
     scores = None if rule == "max_min" else torch.rand(2, tokens, generator=generator).to(DEVICE)
     counts = torch.tensor([k, k // 2], device=DEVICE)
-    for given in (
+    for arguments in (
         (features, scores, None, rule, 1.0, 4, None, 4),
         (features, scores, mask, rule, 0.5, 0, counts, k + 2),
     ):
-        expected = greedy_reference.greedy_indices(features.double(), *given[1:])
-        assert torch.equal(greedy.greedy_indices(*given), expected)
+        expected = greedy_reference.greedy_indices(features.double(), *arguments[1:])
+        assert torch.equal(greedy.greedy_indices(*arguments), expected)
 
 
 def test_greedy_beyond_what_can_be_chosen() -> None:

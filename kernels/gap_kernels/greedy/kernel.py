@@ -186,7 +186,8 @@ def choose_kernel(
     """Choose for steps ``first..last`` of ``steps`` in one sample; the last one writes index [B, length]. Grid (B).
 
     ``value`` [B, N] is by max-min the distance to the chosen, before the first step to the nearest other; by determinant
-    what isn't spanned; by coverage the gain, while ``covered`` [B, N] holds the largest cosines. ``history`` is [B, steps, N].
+    what isn't spanned; by coverage the gain, while ``covered`` [B, N] holds the largest cosines. ``history`` [B, steps, N]
+    is the factor.
     ``counts`` [B] or None takes precedence over k.
     """
     sample = tl.program_id(0).to(tl.int64)
@@ -233,7 +234,9 @@ def choose_kernel(
                     tl.store(value + token, distance, mask=usable)
                 elif RULE == DETERMINANT:
                     row = cosine - spanned_by_chosen(history, token, usable, best, step, n, BLOCK_N)
-                    row = tl.where(residual > 0.0, row / tl.sqrt(tl.where(residual > 0.0, residual, 1.0)), 0.0)
+                    row = tl.where(
+                        residual > 0.0, row / tl.sqrt(tl.where(residual > 0.0, residual, 1.0)), 0.0
+                    )
                     tl.store(history + tl.cast(step, tl.int64) * n + token, row, mask=usable)
                     left = tl.load(value + token, mask=usable, other=0.0) - row * row
                     tl.store(value + token, tl.where(left > DEPENDENT, left, 0.0), mask=usable)

@@ -10,7 +10,7 @@ from ..library import fake, operator
 from ..validation import FLOAT_DTYPES, ShapeChecker, describe, is_finite
 from . import reference
 
-RULES = ("max_min", "determinant", "coverage")
+RULES = tuple(reference.CHOOSERS)
 
 
 @operator("greedy_indices")

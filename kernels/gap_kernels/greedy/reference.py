@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ TIE = 1e-5
 nearest, or would cover each other and nothing else, have one value that is rounded in two ways."""
 MAX_WEIGHT = 2.0**100
 """Larger weights count as this, so that a sum of 2^24 times one is finite in float32."""
+AT_ONCE = 64
+"""Tokens whose gain is computed again at a time."""
 NEVER, LAST, CANDIDATE, CHOSEN = range(4)
 """States of a token: hidden by the mask, spoiled (chosen behind all candidates), not chosen yet, chosen."""
 
@@ -38,7 +41,7 @@ def greedy_indices(
     """Choose ``counts[b]`` (or ``k``) tokens of each sample, one after another; float64 features make it the oracle.
 
     No tensor has more elements than the largest of ``blocks.BLOCK_ELEMENTS`` (or one row of cosines, B * N), the
-    features and, by determinant, B * length * N.
+    features and, by determinant, B * length * N. By coverage of more pairs than that, the CPU's path depends on values.
 
     Args:
         features: [B, N, C].
@@ -61,10 +64,9 @@ def greedy_indices(
     # `where`, not a product: what isn't a candidate may be NaN.
     unit = torch.where((state == CANDIDATE)[:, :, None], values * scale[:, :, None], 0.0)
     weight = None if scores is None else weights(scores, exponent)
-    choose = {"max_min": _MaxMin, "determinant": _Determinant, "coverage": _Coverage}[rule]
     batch, num_tokens = state.shape
     steps = min(length, num_tokens)
-    chooser = choose(unit, scale, steps)
+    chooser = CHOOSERS[rule](unit, scale, steps, weight)
     order = torch.full((batch, num_tokens), -1, device=features.device)
     for step in range(steps):
         value = chooser.values(state)
@@ -72,7 +74,9 @@ def greedy_indices(
         value = value if weight is None else value * weight
         key = torch.where(state == CANDIDATE, value, torch.where(state == LAST, -1.0, -math.inf))
         largest = key.amax(-1, keepdim=True)
-        best = (key >= largest - TIE * largest.abs()).int().argmax(-1, keepdim=True)  # the first of equal ones
+        best = (
+            (key >= largest - TIE * largest.abs()).int().argmax(-1, keepdim=True)
+        )  # the first of equal ones
         there = largest > -math.inf
         order[:, step, None] = torch.where(there, best, -1)
         state.scatter_(1, best, torch.where(there, CHOSEN, NEVER).to(state.dtype))
@@ -101,10 +105,23 @@ def weights(scores: Tensor, exponent: float) -> Tensor:
     return scores.nan_to_num(0.0).clamp(0.0, MAX_WEIGHT).pow(exponent).clamp(max=MAX_WEIGHT)
 
 
-class _MaxMin:
+class _Chooser(Protocol):
+    """What a rule knows while tokens are chosen."""
+
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int, weight: Tensor | None) -> None:
+        """Prepare for ``steps`` choices among vectors ``unit`` [B, N, C] of length 1, or 0 where they are no candidates."""
+
+    def values(self, state: Tensor) -> Tensor:
+        """Return what each candidate adds, [B, N], without its weight."""
+
+    def choose(self, step: int, best: Tensor, cosine: Tensor) -> None:
+        """Take in that ``best`` [B, 1] is chosen, from its cosines [B, N] to all."""
+
+
+class _MaxMin(_Chooser):
     """The distance to the nearest of the chosen tokens; before there is one, to the nearest of the others."""
 
-    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int, weight: Tensor | None) -> None:
         self.unit = unit
         self.distance: Tensor | None = None
 
@@ -126,14 +143,16 @@ class _MaxMin:
         self.distance = distance if self.distance is None else torch.minimum(self.distance, distance)
 
 
-class _Determinant:
+class _Determinant(_Chooser):
     """The root of what the determinant of the chosen tokens' cosines is multiplied by, or 0 where that is rounding.
 
     Row t of ``history`` is that of the Cholesky factor for the t-th chosen token, over all tokens.
     """
 
-    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
-        self.residual = (scale > 0).to(unit.dtype)  # not the square of a unit vector, which is 1 but for rounding
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int, weight: Tensor | None) -> None:
+        self.residual = (scale > 0).to(
+            unit.dtype
+        )  # not the square of a unit vector, which is 1 but for rounding
         self.history = unit.new_zeros((unit.shape[0], steps, unit.shape[1]))
 
     def values(self, state: Tensor) -> Tensor:
@@ -143,32 +162,69 @@ class _Determinant:
         before = self.history[:, :step]
         own = before.gather(2, best[:, None, :].expand(-1, step, -1))  # [B, step, 1]
         residual = self.residual.gather(1, best)
-        row = (cosine - (own.transpose(1, 2) @ before)[:, 0]) * torch.where(residual > 0, residual.rsqrt(), 0.0)
+        row = (cosine - (own.transpose(1, 2) @ before)[:, 0]) * torch.where(
+            residual > 0, residual.rsqrt(), 0.0
+        )
         self.history[:, step] = row
         left = self.residual - row.square()
         self.residual = torch.where(left > DEPENDENT, left, 0.0)
 
 
-class _Coverage:
-    """How much better all candidates would be covered: a token is covered by its largest cosine to a chosen one."""
+class _Coverage(_Chooser):
+    """How much better all candidates would be covered: a token is covered by its largest cosine to a chosen one.
 
-    def __init__(self, unit: Tensor, scale: Tensor, steps: int) -> None:
+    Cosines of all pairs are kept where they are few, and computed again in every step where they are many. On the CPU that
+    is only for tokens whose gain may be the largest: it never grows, so that the one of an earlier step is a bound.
+    """
+
+    def __init__(self, unit: Tensor, scale: Tensor, steps: int, weight: Tensor | None) -> None:
         self.unit = unit
+        self.weight = 1.0 if weight is None else weight
         self.covered = unit.new_zeros(unit.shape[:2])
         batch, num_tokens, _ = unit.shape
         fits = batch * num_tokens * num_tokens <= blocks.BLOCK_ELEMENTS
         self.cosine = unit @ unit.transpose(1, 2) if fits else None
+        self.gain = unit.new_full((batch, num_tokens), num_tokens + 1.0)
 
     def values(self, state: Tensor) -> Tensor:
-        batch, num_tokens = state.shape
         # What isn't a candidate needs no more covering.
         covered = torch.where(state == CANDIDATE, self.covered, math.inf)[:, None, :]
-        gain = self.unit.new_empty((batch, num_tokens))
+        if self.cosine is None and self.unit.is_cpu:
+            self._renew(state == CANDIDATE, covered)
+            return self.gain
+        batch, num_tokens = state.shape
         for block in blocks.row_blocks(num_tokens, batch * num_tokens):
-            kept = self.cosine is not None
-            cosine = self.cosine[:, block] if kept else self.unit[:, block] @ self.unit.transpose(1, 2)
-            gain[:, block] = (cosine - covered).clamp_(min=0).sum(-1)
-        return gain
+            known = None if self.cosine is None else self.cosine[:, block]
+            self.gain[:, block] = self._gain_of(self.unit[:, block], covered, known)
+        return self.gain
+
+    def _gain_of(self, unit: Tensor, covered: Tensor, cosine: Tensor | None = None) -> Tensor:
+        """Return the gain [B, m] of some tokens, rows of ``unit`` [B, m, C]."""
+        cosine = unit @ self.unit.transpose(1, 2) if cosine is None else cosine
+        return (cosine - covered).clamp_(min=0).sum(-1)
+
+    def _renew(self, candidate: Tensor, covered: Tensor) -> None:
+        """Compute gains again until no other may be as large as the largest of these."""
+        batch, num_tokens = candidate.shape
+        at_once = min(num_tokens, AT_ONCE, max(1, blocks.BLOCK_ELEMENTS // (batch * num_tokens)))
+        old = candidate
+        while True:
+            key = torch.where(candidate, self.gain * self.weight, -1.0)
+            largest = torch.where(old, -1.0, key).amax(-1, keepdim=True)
+            key = torch.where(old & (key >= largest * (1 - 2 * TIE)), key, -1.0)
+            if bool((key < 0).all()):
+                return
+            row = key.topk(at_once, dim=-1).indices
+            unit = self.unit.gather(1, row[:, :, None].expand(-1, -1, self.unit.shape[2]))
+            self.gain.scatter_(1, row, self._gain_of(unit, covered))
+            old = old.scatter(1, row, False)
 
     def choose(self, step: int, best: Tensor, cosine: Tensor) -> None:
         self.covered = torch.maximum(self.covered, cosine)
+
+
+CHOOSERS: dict[str, type[_Chooser]] = {
+    "max_min": _MaxMin,
+    "determinant": _Determinant,
+    "coverage": _Coverage,
+}

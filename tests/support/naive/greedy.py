@@ -22,7 +22,9 @@ def cosine(a: list[float], b: list[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / (lengths[0] * lengths[1])
 
 
-def gain(rule: str, token: int, chosen: list[int], candidates: list[int], cosines: list[list[float]]) -> float:
+def gain(
+    rule: str, token: int, chosen: list[int], candidates: list[int], cosines: list[list[float]]
+) -> float:
     """What a token adds, without its weight."""
     if rule == "max_min":
         others = chosen or [other for other in candidates if other != token]
@@ -65,12 +67,16 @@ def oracle(
     rows = features.double().tolist()
     real = [i for i in range(len(rows)) if mask is None or mask[i]]
     fine = [
-        i
-        for i in real
-        if all(map(math.isfinite, rows[i])) and (scores is None or not math.isnan(scores[i]))
+        i for i in real if all(map(math.isfinite, rows[i])) and (scores is None or not math.isnan(scores[i]))
     ]
-    cosines = [[cosine(a, b) if i in fine and j in fine else 0.0 for j, b in enumerate(rows)] for i, a in enumerate(rows)]
-    weight = [1.0 if scores is None else min(max(0.0, s), 2.0**100) ** exponent if s == s else 0.0 for s in scores or rows]
+    cosines = [
+        [cosine(a, b) if i in fine and j in fine else 0.0 for j, b in enumerate(rows)]
+        for i, a in enumerate(rows)
+    ]
+    weight = [
+        1.0 if scores is None else min(max(0.0, s), 2.0**100) ** exponent if s == s else 0.0
+        for s in scores or rows
+    ]
     chosen: list[int] = []
     clear = 1.0
     while fine and len(chosen) < k:
