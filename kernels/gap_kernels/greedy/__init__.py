@@ -36,12 +36,14 @@ def greedy_indices(
       token in S, at least 0: SCOPE (arXiv 2510.24214), where w is the attention of the CLS token. Its code has an
       ``exponent`` of 1.
 
-    Values within 1e-5 of the largest, relative to it, count as equal and go to the lower index, as rounding differs from
-    device to device; for the same reason distances and gains up to 1e-6 count as 0. A token with NaN or infinity among its features (or a
-    sum of squares that float32 can't hold), or with NaN as its score, comes after all others, by index, and counts
-    nowhere before. One of zeros has cosine 0 to everything, itself included, and so a determinant of 0. By determinant,
-    a token counts as spanned by S when 1e-5 or less of it is not; where all that is left is, or nothing is left to gain,
-    the lowest indices are chosen. Memory: cosines of all pairs are kept only where they are few, see ``docs/operators.md``.
+    As rounding differs from device to device, values within 1e-5 of the largest, relative to it, count as equal, and go to
+    the lower index; and distances, and terms of the sum, up to 1e-6 count as 0, as does, by determinant, what is left of a token of
+    which at most 1e-5 isn't spanned by S. Where all is 0, the lowest indices are chosen.
+
+    A token with NaN or infinity among its features (or a sum of squares that float32 can't hold), or with NaN as its score,
+    comes after all others, by index, and counts nowhere before. One of zeros has cosine 0 to everything, itself included.
+
+    Memory grows with N, not with its square: ``docs/operators.md`` says by how much.
 
     Args:
         features: [B, N, C] float32, float16, bfloat16 or float64, normalised here; any strides. B, N and C may be 0.

@@ -105,7 +105,8 @@ def pairs_kernel(
         cosine = products * own_scale[:, None] * tl.load(scale + column, mask=usable, other=0.0)[None, :]
         if covered is not None:
             least = tl.load(covered + batch * n + column, mask=usable, other=0.0)
-            gained += tl.sum(tl.where(usable[None, :], tl.maximum(cosine - least[None, :], 0.0), 0.0), 1)
+            more = cosine - least[None, :]
+            gained += tl.sum(tl.where(usable[None, :] & (more > NOTHING), more, 0.0), 1)
         else:
             apart = usable[None, :] & (column[None, :] != token[:, None])
             nearest = tl.maximum(nearest, tl.max(tl.where(apart, cosine, -float("inf")), 1))

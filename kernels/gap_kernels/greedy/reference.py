@@ -6,6 +6,7 @@ import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import blocks
@@ -16,7 +17,7 @@ NORM_EPSILON = 1e-12
 DEPENDENT = 1e-5
 """A token of which at most this part isn't spanned by the chosen ones counts as spanned: float32 can't tell less from 0."""
 NOTHING = 1e-6
-"""A distance or a gain that isn't larger counts as 0, for the same reason."""
+"""A distance, or what a token would be covered more, counts as 0 unless it is larger, for the same reason."""
 TIE = 1e-5
 """Values that are smaller than the largest by at most this part of it count as equal. Two tokens that are each other's
 nearest, or would cover each other and nothing else, have one value that is rounded in two ways."""
@@ -201,7 +202,7 @@ class _Coverage(_Chooser):
     def _gain_of(self, unit: Tensor, covered: Tensor, cosine: Tensor | None = None) -> Tensor:
         """Return the gain [B, m] of some tokens, rows of ``unit`` [B, m, C]."""
         cosine = unit @ self.unit.transpose(1, 2) if cosine is None else cosine
-        return (cosine - covered).clamp_(min=0).sum(-1)
+        return F.threshold_(cosine - covered, NOTHING, 0.0).sum(-1)
 
     def _renew(self, candidate: Tensor, covered: Tensor) -> None:
         """Compute gains again until no other may be as large as the largest of these."""

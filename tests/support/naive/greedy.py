@@ -31,7 +31,8 @@ def gain(
         return min((1 - cosines[token][other] for other in others), default=2.0)
     if rule == "coverage":
         covered = {j: max([0.0, *(cosines[j][other] for other in chosen)]) for j in candidates}
-        return math.fsum(max(0.0, cosines[token][j] - covered[j]) for j in candidates)
+        more = [cosines[token][j] - covered[j] for j in candidates]
+        return math.fsum(term for term in more if term > NOTHING)
     independent: list[int] = []
     for other in [*chosen, token]:
         left = ratio(cosines, independent, other)
