@@ -37,8 +37,8 @@ def greedy_indices(
       ``exponent`` of 1.
 
     As rounding differs from device to device, values within 1e-5 of the largest, relative to it, count as equal, and go to
-    the lower index; and distances, and terms of the sum, up to 1e-6 count as 0, as does, by determinant, what is left of a token of
-    which at most 1e-5 isn't spanned by S. Where all is 0, the lowest indices are chosen.
+    the lower index; and as 0 count distances and terms of the sum up to 1e-6 and, by determinant, what is left of a token
+    of which at most 1e-5 isn't spanned by S. Where all is 0, the lowest indices are chosen.
 
     A token with NaN or infinity among its features (or a sum of squares that float32 can't hold), or with NaN as its score,
     comes after all others, by index, and counts nowhere before. One of zeros has cosine 0 to everything, itself included.
