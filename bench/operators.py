@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import gap_kernels
 from torch import Tensor
@@ -13,6 +15,7 @@ from bench.shapes import Inputs
 Result = tuple[Tensor, ...]
 Call = Callable[[Inputs], Result]
 
+GREEDY_STEPS = 16
 RADIUS_OF_SIDE = 0.7
 """Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
@@ -102,6 +105,12 @@ def topk_per_region(x: Inputs) -> Result:
     return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
 
 
+def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage"]) -> Result:
+    """Choose a few patches one after another; of many, two choices come to be as near as their rounding."""
+    features = aggregated(x)[0]
+    return (gap_kernels.greedy_indices(features, min(x.keep, GREEDY_STEPS), rule),)
+
+
 def aggregated(x: Inputs) -> tuple[Tensor, Tensor, int, float]:
     """Features of the patches, by rows, what they are compared by, the side of their square and the radius."""
     patches = x.neighbours.shape[1]
@@ -138,4 +147,7 @@ TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
     "topk_per_region": topk_per_region,
     "spatial_aggregate": spatial_aggregate,
+    "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
+    "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
+    "greedy_indices, coverage": partial(greedy_indices, rule="coverage"),
 }

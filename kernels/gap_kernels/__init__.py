@@ -8,6 +8,7 @@ if find_spec("torch") is None:
 from .aggregate import spatial_aggregate
 from .backends import backend
 from .flash_attention import AttentionOutput, attention
+from .greedy import greedy_indices
 from .importance import visual_importance
 from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "attention_received",
     "backend",
+    "greedy_indices",
     "grid_neighbours",
     "prune_by_score",
     "prune_tokens",

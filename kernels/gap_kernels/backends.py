@@ -27,8 +27,8 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"``, the default: Triton for CUDA tensors where Triton is installed, the reference elsewhere;
             ``"reference"``: PyTorch everywhere; ``"triton"``: Triton everywhere, or an error. CPU tensors then need
-            Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported). Scores of float64 queries
-            and aggregation in float64 always come from the reference.
+            Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported). Scores of float64 queries,
+            and aggregation and greedy selection in float64, always come from the reference.
 
     Raises:
         ValueError: If the name is none of these.

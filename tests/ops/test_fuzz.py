@@ -71,10 +71,11 @@ BAD: dict[str, list[Any]] = {
     "causal": NO_BOOL,
     "head_reduction": NO_CHOICE,
     "coverage": NO_CHOICE,
+    "exponent": [*NO_NUMBER, None, -0.5, math.inf, 1e39],
     "grid": NO_GRID,
     "region": [*NO_GRID, (2, 5), (10, 1)],
     "device": NO_DEVICE,
-    "rule": [None, "llava", {}, strategies.AggregationRule],
+    "rule": [None, "llava", {}, strategies.AggregationRule, *NO_CHOICE],
     "per_region": [*NO_INT, 0, -1, -(10**30)],
     "length": [*NO_INT, -1, MAX_LENGTH + 1, *BIG, torch.tensor(3)],
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
@@ -109,6 +110,7 @@ SHAPES: dict[str, dict[str, str]] = {
     },
     "text_raters": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
+    "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},
     "attention": {**ATTENTION, "value": "B Hkv S D", "importance_rows": "B R", "importance_columns": "B V"},
@@ -130,7 +132,7 @@ SHAPES: dict[str, dict[str, str]] = {
 """Names of dimensions by argument, as documented; "!" is one that has few sizes."""
 OPTIONAL = {
     "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
-    "cu_seqlens", "pillars",
+    "cu_seqlens", "pillars", "mask",
 }  # fmt: skip
 
 
@@ -156,6 +158,7 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
         return found
     if name not in ("keep", "count", "k"):
         needed = name not in OPTIONAL or (function, name) == ("attention", "value")
+        needed &= (function, name) != ("greedy_indices", "scores")
         if function == "choose" and name != "scores":
             needed = name == {"region": "neighbours", "stride": "order"}.get(call.arguments["coverage"])
         found += [("value", bad) for bad in NO_TENSOR if needed or bad is not None]

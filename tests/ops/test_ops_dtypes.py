@@ -66,6 +66,13 @@ def aggregated(dtype: torch.dtype) -> Any:
     return gap_kernels.spatial_aggregate(features, similarity, KEPT, GRID, radius=2.5)
 
 
+def greedy(dtype: torch.dtype) -> Any:
+    return [
+        gap_kernels.greedy_indices(features_and_keys(dtype)[0], 5, rule)
+        for rule in ("max_min", "determinant", "coverage")
+    ]
+
+
 def features_and_keys(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return randn(BATCH, PATCHES, 6, dtype=dtype), randn(BATCH, PATCHES, 5, dtype=dtype)
 
@@ -101,6 +108,7 @@ OPERATORS: dict[str, Row] = {
         lambda d: gap_kernels.attention_received(*attention_inputs(d)),
         lambda d: [wide(d)],
     ),
+    "greedy_indices": (greedy, lambda d: [INT] * 3),
     "grid_neighbours": (lambda d: grid_neighbours((3, 4)), lambda d: [SHORT]),
     "prune_by_score": (
         lambda d: gap_kernels.prune_by_score(SCORES, *prompt(d), VISUAL, 7),

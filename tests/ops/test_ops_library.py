@@ -240,6 +240,10 @@ SCHEMAS = (
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     (
+        "greedy_indices(Tensor features, Tensor? scores, Tensor? mask, str rule, float exponent, SymInt k,"
+        " Tensor? counts, SymInt length) -> Tensor"
+    ),
+    (
         "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin,"
         " Tensor position_ids, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows,"
         " Tensor? attention_mask, Tensor? lse, float? scale, SymInt length)"

@@ -26,6 +26,7 @@ REFERENCES = [
     for name in (
         "aggregate",
         "flash_attention",
+        "greedy",
         "importance",
         "prune",
         "raters",
@@ -131,6 +132,10 @@ def aggregated(patches: int) -> Tensor:
     return spatial_aggregate(features, similarity, anchors, grid, radius=3.0)
 
 
+def greedy(patches: int, rule: str) -> Tensor:
+    return gap_kernels.greedy_indices(torch.randn(1, patches, 6), 10, rule).float()
+
+
 def contextual(patches: int) -> Tensor:
     features, keys, _ = grids(patches)
     kept = torch.arange(0, patches, 4)[None]
@@ -171,6 +176,9 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "attention": attended,
     "attention_received": received,
     "spatial_aggregate": aggregated,
+    "greedy_indices, max-min": lambda patches: greedy(patches, "max_min"),
+    "greedy_indices, determinant": lambda patches: greedy(patches, "determinant"),
+    "greedy_indices, coverage": lambda patches: greedy(patches, "coverage"),
     "contextual": contextual,
     "nearest": nearest,
     "average": average,
@@ -265,3 +273,12 @@ def test_grids_of_thousands_of_patches(name: str, largest: Largest) -> None:
     with largest:
         WORK[name](6144)
     assert largest.elements <= blocks.BLOCK_ELEMENTS
+
+
+@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage"])
+def test_greedy_selection_of_thousands_of_tokens(rule: str, largest: Largest) -> None:
+    """At the size of the blocks that is shipped, 4,096 tokens have four times as many pairs."""
+    features = torch.randn(1, 4096, 8)
+    with largest:
+        gap_kernels.greedy_indices(features, 3, rule)
+    assert 4096 * 8 <= largest.elements <= blocks.BLOCK_ELEMENTS

@@ -27,6 +27,7 @@ from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.flash_attention import kernel as attention
+from gap_kernels.greedy import kernel as greedy
 from gap_kernels.importance import kernel as importance
 from gap_kernels.prompt import kernel as prompt_kernel
 from gap_kernels.prune import kernel as prune
@@ -101,6 +102,9 @@ BUDGETS = {
     "received_mean_kernel": ((40, 1), (32, 2)),
     "spatial_weights_kernel": ((168, 48), (192, 48)),
     "spatial_aggregate_kernel": ((96, 48), (160, 48)),
+    "squares_kernel": ((64, 1), (64, 1)),
+    "pairs_kernel": ((168, 16), (272, 16)),
+    "choose_kernel": ((128, 2), (128, 2)),
 }
 
 
@@ -180,6 +184,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from attention_cases()
     yield from received_cases()
     yield from aggregate_cases()
+    yield from greedy_cases()
 
 
 def launch_as_other_gpus(launch: partial[object]) -> None:
@@ -434,6 +439,22 @@ def aggregate_cases() -> Iterator[Case]:
         name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
         given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
         yield name, partial(aggregate.spatial_aggregate, *given)
+
+
+def greedy_cases() -> Iterator[Case]:
+    for rule, channels, dtype, with_scores in (
+        ("max_min", 1024, torch.float16, False),
+        ("determinant", 1024, torch.bfloat16, True),
+        ("coverage", 1024, torch.bfloat16, True),
+        ("coverage", 75, torch.float16, False),
+        ("determinant", 1024, torch.float32, False),
+        ("max_min", 75, torch.float32, False),
+    ):
+        features, scores = empty(1, 576, channels, dtype=dtype), empty(1, 576) if with_scores else None
+        name = f"{rule}, {channels:,} channels, {DTYPES[dtype]}{', scores' if with_scores else ''}"
+        # Of coverage, two steps are what many are: launches of the same kernels.
+        given = (features, scores, None, rule, 1.0, 2, torch.tensor([2]) if with_scores else None, 2)
+        yield name, partial(greedy.greedy_indices, *given)
 
 
 class OfflineDriver:

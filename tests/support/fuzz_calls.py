@@ -23,6 +23,7 @@ from gap_triton import strategies
 
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
+from .naive import greedy as naive_greedy
 from .naive import importance as naive_importance
 from .naive import prompt as naive_prompt
 from .naive import prune as naive_prune
@@ -189,6 +190,45 @@ def topk_indices(source: Source) -> Call:
         assert_index(found, wanted, length, most)
 
     return Call(gap_kernels.topk_indices, {"scores": scores, "k": k, "length": length}, check)
+
+
+def greedy_indices(source: Source) -> Call:
+    batch, tokens, channels = source.size(0, 2), source.size(0, 7), source.size(0, 6)
+    features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
+    rule = source.pick(["max_min", "determinant", "coverage"])
+    scores = None if rule == "max_min" else source.maybe(lambda: source.scores(batch, tokens))
+    mask = source.maybe(lambda: source.bools(batch, tokens))
+    exponent = source.pick([1, 1.0, 0.5, 0])
+    k = source.pick([source.counts(batch, tokens + 3), 2**62, 10**30])
+    counts = [min(count, tokens) for count in listed(k, batch)]
+    most = max(counts, default=0) if isinstance(k, Tensor) else min(k, tokens)
+    length = source.length(most)
+
+    def check(found: Tensor) -> None:
+        wanted = []
+        for sample, count in enumerate(counts):
+            row, clear = naive_greedy.oracle(
+                features[sample].detach(),
+                count,
+                rule,
+                None if scores is None else scores[sample].tolist(),
+                exponent,
+                None if mask is None else mask[sample].tolist(),
+            )
+            assume(clear > naive_greedy.CLEAR)
+            wanted.append(row)
+        assert_index(found, wanted, length, most)
+
+    arguments = {
+        "features": features,
+        "k": k,
+        "rule": rule,
+        "scores": scores,
+        "exponent": exponent,
+        "mask": mask,
+        "length": length,
+    }
+    return Call(gap_kernels.greedy_indices, arguments, check)
 
 
 def neighbours_of(source: Source, groups: int, entries: int) -> Tensor:
@@ -758,6 +798,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "text_raters": text_raters,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
+    "greedy_indices": greedy_indices,
     "grid_neighbours": grid_neighbours,
     "visual_importance": visual_importance,
     "attention": attention,

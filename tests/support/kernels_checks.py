@@ -21,6 +21,8 @@ from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.flash_attention import reference as attention_reference
+from gap_kernels.greedy import kernel as greedy
+from gap_kernels.greedy import reference as greedy_reference
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
 from gap_kernels.prompt import kernel as prompt
@@ -984,3 +986,34 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
     monkeypatch.setattr(aggregate, "launch", noted)
     return launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage"])
+def test_greedy(rule: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Several tiles of tokens, more than one part of each vector, NaN, zeros and duplicates, a count each."""
+    tokens, channels, k = 67, 150, 6 if rule == "coverage" else 19  # rows of the factor: 16 at a time
+    features = torch.randn(2, tokens + 1, channels, generator=generator).to(DEVICE, dtype)[:, 1:]
+    features[0, 7, 149], features[0, 66, 3], features[1, 5] = math.nan, math.inf, 0.0
+    features[1, 60:] = features[1, :7]
+    mask = (torch.rand(2, tokens, generator=generator) < 0.9).to(DEVICE)
+    scores = None if rule == "max_min" else torch.rand(2, tokens, generator=generator).to(DEVICE)
+    counts = torch.tensor([k, k // 2], device=DEVICE)
+    for arguments in (
+        (features, scores, None, rule, 1.0, 4, None, 4),
+        (features, scores, mask, rule, 0.5, 0, counts, k + 2),
+    ):
+        expected = greedy_reference.greedy_indices(features.double(), *arguments[1:])
+        assert torch.equal(greedy.greedy_indices(*arguments), expected)
+
+
+def test_greedy_beyond_what_can_be_chosen() -> None:
+    """Counts that only the CPU checks: a GPU clamps them. NaN comes last, in a tile of its own too."""
+    features = torch.eye(3, device=DEVICE).repeat(5, 1, 1)
+    features[:, 0] = math.nan
+    counts = torch.tensor([9, -2, 3, 2**40, -(2**40)], device=DEVICE)
+    index = greedy.greedy_indices(features, None, None, "determinant", 1.0, 0, counts, 2)
+    assert index.tolist() == [[1, 2], [-1, -1], [1, 2], [1, 2], [-1, -1]]
+    index = greedy.greedy_indices(features, None, None, "max_min", 1.0, 0, counts, 4)
+    every = [-1, 0, 1, 2]
+    assert index.tolist() == [every, [-1] * 4, every, every, [-1] * 4]
