@@ -202,7 +202,7 @@ class _Coverage(_Chooser):
     def _gain_of(self, unit: Tensor, covered: Tensor, cosine: Tensor | None = None) -> Tensor:
         """Return the gain [B, m] of some tokens, rows of ``unit`` [B, m, C]."""
         cosine = unit @ self.unit.transpose(1, 2) if cosine is None else cosine
-        return F.threshold_(cosine - covered, NOTHING, 0.0).sum(-1)
+        return F.threshold(cosine - covered, NOTHING, 0.0, inplace=True).sum(-1)
 
     def _renew(self, candidate: Tensor, covered: Tensor) -> None:
         """Compute gains again until no other may be as large as the largest of these."""
