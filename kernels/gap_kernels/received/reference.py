@@ -73,7 +73,9 @@ def _separate_spans(num_tokens: int, cu_seqlens: Tensor | None) -> list[tuple[in
     """Return spans of tokens that see nothing beyond their own: each sequence, where to read them waits for no GPU."""
     if cu_seqlens is None or not cu_seqlens.is_cpu:
         return [(0, num_tokens)]
-    return list(pairwise(cu_seqlens.tolist()))
+    # The operator checks the values; the definition itself, which kernels are held against, takes any, as they do.
+    bounds = [min(max(bound, 0), num_tokens) for bound in cu_seqlens.tolist()]
+    return [(first, after) for first, after in pairwise(bounds) if first < after]
 
 
 def _hidden(
