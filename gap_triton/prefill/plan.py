@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from gap_kernels import PromptRows, read_prompt
@@ -84,6 +85,10 @@ def _rows_left(
     """The rows that ``drop`` finds, the visual ones among them [B, V], and those that rank [B, R]."""
     if earlier is None and (drop.rankers is None or drop.rankers is prompt.text_after):
         return prompt.rows, prompt.visual_index, prompt.text_rows
+    # Where no image token after the first image is left, all text behind that follows the last visual token.
+    text_counts: Iterable[int] = prompt.text_counts
+    if drop.rankers is None:
+        text_counts = map(operator.sub, prompt.real_counts, prompt.visual_counts)
     rows = read_prompt(
         prompt.visual,
         attention_mask=prompt.real if prompt.padded else None,
@@ -91,6 +96,6 @@ def _rows_left(
         rankers=drop.rankers,
         index=None if earlier is None else earlier.index.to(prompt.visual.device),
         num_visual=max(drop.visual_counts),
-        num_text=max(1, *prompt.text_counts),
+        num_text=max(1, *text_counts),
     )
     return rows, rows.visual_index, rows.text_rows

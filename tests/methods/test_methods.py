@@ -37,6 +37,15 @@ def test_methods(model: str, name: str, batch: str) -> None:
         assert kept == [stage.count(count) for count in visual]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_later_image_may_be_dropped_whole(seed: int) -> None:
+    """Then the text between the images is behind the last visual token that a later stage finds."""
+    config = GapConfig(1, -1, "random", seed=seed, then=(Stage(1, 1, "last_token"),))
+    inputs = ways.make("llava", "ragged-images")
+    (first, _) = compare("llava", inputs, config)
+    assert first.visual_index.shape[1] == 1
+
+
 @pytest.mark.parametrize("batch", [b for b in BATCHES if b not in ("left-padded", "ragged-images")])
 @pytest.mark.parametrize("name", ["nuwa", "pyramiddrop", "sparsevlm", "visionzip", "feather", "trim"])
 @pytest.mark.parametrize("model", ways.MODELS)
