@@ -121,7 +121,7 @@ class Places:
     def stays(self, budget: Budget) -> Tensor:
         """Return [B, V] float32, a new tensor: 1 at the newlines that ``budget`` keeps, else 0."""
         if not any(budget.newlines):
-            return torch.zeros(self.shape, device=self.device)
+            return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         kept = self._once(
             ("stays", budget.newlines), lambda: self._on_device(self._stays(budget).astype(np.float32))
         )
@@ -178,7 +178,7 @@ class Places:
         return newlines_that_stay(self.layout.unplaced(), budget)
 
     def _spread(self) -> Tensor:
-        score = torch.zeros(self.shape)
+        score = torch.zeros(self.shape, dtype=torch.float32)
         for view in self.layout.views:
             score[view.sample, torch.from_numpy(view.numbers)] = -spatial_order(
                 view.grid, device="cpu"

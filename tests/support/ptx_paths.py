@@ -14,7 +14,9 @@ class Program:
 
     def __init__(self, ptx: str) -> None:
         body = ptx[ptx.index(".entry") :]
-        body = body[body.index("\n{") : body.index("\n}")]
+        # Blocks inside of it end in the first column, too; sections that follow it have none.
+        body = body.split(".section")[0]
+        body = body[body.index("\n{") : body.rindex("\n}")]
         self.lines: list[str] = []
         labels: dict[str, int] = {}
         for line in (line.strip() for line in body.splitlines()):
