@@ -7,8 +7,8 @@ import numpy
 import torch
 import triton
 from gap_kernels.backends import triton_is_interpreted
-from gap_kernels.library import NAMESPACE
 from gap_kernels.prune import one_launch
+from gap_kernels.prune.op import prune_in_several_launches
 from torch import Tensor
 
 from bench.operators import Result
@@ -62,9 +62,8 @@ def in_one_launch(x: Inputs, rows: Tensor | None = None, ticket: bool = True) ->
 
 def in_several_launches(x: Inputs, rows: Tensor | None = None) -> Result:
     """Scoring, selection and gather by an operator each."""
-    library = getattr(torch.ops, NAMESPACE)
     with gap_kernels.backend("triton"):
-        scores = library.visual_importance(x.query, x.key, x.visual_index, rows, None, None, None).float()
-        index = library.surviving_rows(scores, x.visual_index, x.keep, None, None, x.query.shape[2], x.length)
-        gathered = library.gather_rows(x.hidden_states, x.cos, x.sin, x.position_ids, index)
-    return *gathered, index, scores
+        return prune_in_several_launches(
+            x.query, x.key, x.hidden_states, x.cos, x.sin, x.position_ids, x.visual_index, x.keep, None, rows, None, None,
+            None, x.length,
+        )  # fmt: skip
