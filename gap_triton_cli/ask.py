@@ -1,186 +1,206 @@
-"""One question about one image, for ``gap-triton run``."""
+"""Questions about images and videos to one model, for ``gap-triton run``."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from rich.table import Table
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.demo.architecture import Architecture
-from gap_triton.demo.architectures import LLAVA, QWEN2_5_VL
-from gap_triton.demo.scenes import IMAGE_SIZE
-from gap_triton.environment import default_device
+from gap_triton.introspect import visual_token_ids
+from gap_triton.latency.report import bytes_in_words
 
-EMBEDDED: dict[str, Architecture] = {"embedded": LLAVA, "embedded-mrope": QWEN2_5_VL}
-OVERLAY_TYPES = ("llava", "llava_next", "llava_onevision")
+from .generate import Answer, Sampling, generate
+from .loading import Source, torch_device
+from .overlay import check_overlay, save_kept_tokens
+from .prompts import inputs_of, with_images
+from .questions import Question
+
+WARM_UP = Sampling(max_new_tokens=2)
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is shown of an answer.
+
+    Attributes:
+        compare: Whether the model answers without pruning too, first.
+        as_json: Whether an object a line is printed, and nothing else.
+        overlay: Where to write a picture of the kept tokens, None = nowhere.
+    """
+
+    compare: bool = False
+    as_json: bool = False
+    overlay: Path | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a prompt had and what pruning left of it.
+
+    Attributes:
+        visual_tokens: Visual tokens of the prompt.
+        stages: Of each stage the layer behind which it drops, -1 before the decoder, and how many it left; empty where
+            nothing was dropped.
+        ids: Position ids of the survivors.
+    """
+
+    visual_tokens: int
+    stages: tuple[tuple[int, int], ...]
+    ids: str
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return f"nothing dropped of {self.visual_tokens} visual tokens"
+        places = ["before the decoder" if layer < 0 else f"after layer {layer}" for layer, _ in self.stages]
+        counts = [str(count) for _, count in self.stages]
+        counts[0] += f" of {self.visual_tokens} visual tokens"
+        kept = ", ".join(f"{count} {place}" for count, place in zip(counts, places, strict=True))
+        return f"kept {kept}, ids {self.ids}"
 
 
 def ask(
-    model_path: str,
-    images: Sequence[Image.Image],
-    prompt: str,
+    source: Source,
+    questions: Sequence[Question],
     config_for: Callable[[Any], GapConfig],
-    max_new_tokens: int,
-    overlay: Path | None,
+    sampling: Sampling,
+    show: Show,
     console: Console,
-) -> str:
-    """Load a model by path or hub id, answer one prompt about images with pruning, and print what was kept.
+) -> None:
+    """Load a model, answer each question with pruning, and print what was kept and what it took.
 
     Args:
-        model_path: Folder or hub id of a supported model, or one of `EMBEDDED`.
-        images: RGB images, in the order of their tokens in the prompt.
-        prompt: The question; the processor's image tokens are put in front where they are missing, through the chat
+        source: Which model, and how it is loaded.
+        questions: What to ask, each on its own. Image tokens are put in front where they are missing, through the chat
             template where the processor has one.
         config_for: What to prune in a model that has been loaded.
-        max_new_tokens: Length of the answer at most.
-        overlay: Where to write a picture of the kept tokens, None = nowhere.
+        sampling: How tokens are chosen.
+        show: What to print and write.
         console: Where to print.
 
-    Returns:
-        The answer.
-
     Raises:
-        ValueError: There is no such model, it can't be loaded or pruned, the prompt has image tokens for another number of
-            images, or ``overlay`` is given and its tokens can't be drawn.
+        ValueError: There is no such model or device, it can't be loaded or pruned, a prompt has image tokens for another
+            number of images, or ``show.overlay`` is given and its tokens can't be drawn.
         ImportError: Its processor needs a package that is not installed.
     """
-    embedded = EMBEDDED.get(model_path)
-    path = model_path if embedded is None else str(embedded.folder)
-    # Weights are loaded last: they take longest.
-    with naming_the_model(model_path):
-        loaded_config = AutoConfig.from_pretrained(path)
-        processor = (
-            AutoProcessor.from_pretrained(path) if embedded is None else embedded.load_processor(Path(path))
-        )
-    if overlay is not None:
-        check_overlay(loaded_config)
-    if embedded is not None:
-        images = [image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for image in images]
-    image_text = None if embedded is None else embedded.image_text
-    text = with_images(processor, prompt, len(images), image_text)
-    device = default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with naming_the_model(model_path):
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="gap_triton"
-        ).to(device)
-    config = config_for(model)
-    gap_triton.configure(model, config)
-    inputs = processor(images=list(images), text=text, return_tensors="pt").to(device, dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
-        0
-    ].strip()
-    console.print(answer, markup=False, highlight=False, soft_wrap=True)
-
-    selection = gap_triton.last_selection(model)
-    if selection is None:
-        console.print("nothing dropped", style="dim")
-        return answer
-    stages: list[gap_triton.Selection] = []
-    stage: gap_triton.Selection | None = selection
-    while stage is not None:
-        stages.insert(0, stage)
-        stage = stage.before
-    locations = [
-        "before the decoder" if stage.layer < 0 else f"after layer {stage.layer}" for stage in config.stages
+    torch_device(source.device)
+    config, processor = source.load_processor()
+    if show.overlay is not None:
+        check_overlay(config)
+    image_text = None if source.embedded is None else source.embedded.image_text
+    texts = [
+        with_images(processor, each.prompt, len(each.images), image_text, len(each.videos))
+        for each in questions
     ]
-    counts = [str(each.visual_index.shape[1]) for each in stages]
-    counts[0] += f" of {int(selection.visual.sum())} visual tokens"
-    kept = ", ".join(f"{count} {location}" for count, location in zip(counts, locations, strict=True))
-    console.print(f"kept {kept}, ids {config.ids}", style="dim")
-    if overlay is not None:
-        save_kept_tokens(model, processor, inputs, selection, answer, overlay)
-        console.print(f"wrote {overlay}", highlight=False, soft_wrap=True)
-    return answer
+    model = source.load_model("gap_triton")
+    pruning = config_for(model)
+    for number, (question, text) in enumerate(zip(questions, texts, strict=True)):
+        inputs = inputs_of(processor, text, question.open_images(), question.open_videos(), source.embedded)
+        inputs = inputs.to(model.device, model.dtype)
+        if show.compare and not number:
+            for variant in (None, pruning):  # what a first call compiles and allocates is not timed
+                answer_with(variant, model, processor, inputs, WARM_UP, streamed=False)
+        if len(questions) > 1 and not show.as_json:
+            named = ", ".join(path.name for path in (*question.images, *question.videos))
+            console.print(f"{named}: {question.prompt}", style="dim", markup=False, highlight=False)
+        streamed = not show.as_json
+        unpruned = answer_with(None, model, processor, inputs, sampling, streamed) if show.compare else None
+        answer = answer_with(pruning, model, processor, inputs, sampling, streamed)
+        kept = what_was_kept(model, inputs, pruning)
+        if show.as_json:
+            print(json.dumps(as_fields(question, pruning, kept, answer, unpruned)), flush=True)
+        else:
+            console.print(f"{kept}", style="dim", highlight=False)
+            console.print(table_of(unpruned, answer) if unpruned else in_words(answer), style="dim")
+        if show.overlay is not None:
+            selection = gap_triton.last_selection(model)
+            if selection is None:
+                raise ValueError(
+                    f"overlay: nothing was dropped at keep={pruning.keep}; leave the overlay out"
+                )
+            save_kept_tokens(model, processor, inputs, selection, answer.text, show.overlay)
+            if not show.as_json:
+                console.print(f"wrote {show.overlay}", highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def naming_the_model(model_path: str) -> Iterator[None]:
-    """Make any error inside a ValueError that names the model; that a package is missing stays what it is.
-
-    A model's files are others', and so is the code that reads them: there is no saying what it raises.
-    """
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ValueError(f"model {model_path!r} can't be loaded: {kind}{error}") from error
+def answer_with(
+    config: GapConfig | None, model: Any, processor: Any, inputs: Any, sampling: Sampling, streamed: bool
+) -> Answer:
+    """Answer with this pruning, or by the model as it is without `gap_triton`: None."""
+    model.set_attn_implementation("sdpa" if config is None else "gap_triton")
+    if config is not None:
+        gap_triton.configure(model, config)  # switching back brings the default
+    return generate(model, processor, inputs, sampling, streamed)
 
 
-def check_overlay(config: Any) -> None:
-    """Raise ValueError unless the visual tokens of such a model begin with one square grid over the whole image."""
-    if config.model_type not in OVERLAY_TYPES:
-        raise ValueError(
-            f"overlay: kept tokens can be drawn for {', '.join(OVERLAY_TYPES)}, whose visual tokens begin with a square "
-            f"grid over the whole image, and this is a model_type={config.model_type!r}; leave the overlay out"
-        )
+def what_was_kept(model: Any, inputs: Any, config: GapConfig) -> Kept:
+    """What the last answer of a model was made from."""
+    placeholders = torch.tensor(visual_token_ids(model.config), device=inputs["input_ids"].device)
+    visual = int(torch.isin(inputs["input_ids"], placeholders).sum())
+    counts: list[int] = []
+    stage = gap_triton.last_selection(model)
+    while stage is not None:
+        counts.insert(0, stage.visual_index.shape[1])
+        stage = stage.before
+    layers = [each.layer for each in config.stages][: len(counts)]
+    return Kept(visual, tuple(zip(layers, counts, strict=True)), config.ids)
 
 
-def with_images(processor: Any, prompt: str, images: int, image_text: str | None = None) -> str:
-    """Put ``images`` images in front of ``prompt``, unless it has their tokens.
-
-    Each is what the chat template makes of it; where the processor has none, ``image_text``, or its image token alone.
-
-    Raises:
-        ValueError: It has them for another number of images, or ``processor`` has no such token.
-    """
-    token = getattr(processor, "image_token", None)
-    if token is None:
-        raise ValueError(
-            f"{type(processor).__name__} of this model has no image token, so it can't take an image"
-        )
-    count = prompt.count(token)
-    if count not in (0, images):
-        raise ValueError(
-            f"prompt has {token} {count} times, and {images} images are given: "
-            "have one for each, or leave them out to have them put in front"
-        )
-    if count:
-        return prompt
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    return f"{(image_text or token) * images} {prompt}"
+def as_fields(
+    question: Question, config: GapConfig, kept: Kept, answer: Answer, unpruned: Answer | None
+) -> dict[str, Any]:
+    """What ``--json`` prints of one answer; times in seconds."""
+    fields: dict[str, Any] = {
+        **question.fields,
+        "prompt": question.prompt,
+        "image": [str(path) for path in question.images],
+        "video": [str(path) for path in question.videos],
+        "answer": answer.text,
+        "visual_tokens": kept.visual_tokens,
+        "kept": [{"layer": layer, "visual_tokens": count} for layer, count in kept.stages],
+        "ids": config.ids,
+        **took(answer),
+    }
+    if unpruned is not None:
+        fields["unpruned"] = {"answer": unpruned.text, **took(unpruned)}
+    return fields
 
 
-def save_kept_tokens(
-    model: Any, processor: Any, inputs: Any, selection: gap_triton.Selection, answer: str, path: Path
-) -> None:
-    """Write the image as the model sees it, patches of dropped tokens dimmed.
+def took(answer: Answer) -> dict[str, int | float | None]:
+    """What an answer took, by name."""
+    return {name: value for name, value in vars(answer).items() if name != "text"}
 
-    A model that cuts the image into tiles puts an overview of the whole image first; that overview is what is drawn.
-    """
-    from gap_triton.demo.grounding import boxes_from_tokens
-    from gap_triton.demo.pictures import Example, kept_grid, save_overlay
 
-    vision = model.config.vision_config
-    clip_row = int(
-        model.config.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
+def in_words(answer: Answer) -> str:
+    """What an answer took, in a line."""
+    return (
+        f"{answer.new_tokens} tokens behind a prompt of {answer.prompt_tokens}: first token in "
+        f"{1000 * answer.first_token_s:.0f} ms, all in {1000 * answer.total_s:.0f} ms"
     )
-    side = vision.image_size // vision.patch_size
-    pixels = inputs["pixel_values"][0].float().cpu()
-    while pixels.dim() > 3:  # [tiles, 3, H, W]: the overview comes first
-        pixels = pixels[0]
-    scaling = processor.image_processor
-    mean, spread = (torch.tensor(x).view(3, 1, 1) for x in (scaling.image_mean, scaling.image_std))
-    image = ((pixels * spread + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    box = boxes_from_tokens([answer])[0]
-    boxes = {} if math.isnan(float(box[0])) else {"kept": box}
-    shown = answer if len(answer) <= 60 else answer[:57] + "..."
-    save_overlay(
-        [Example(image, shown, kept_grid(selection, 0, side, clip_row), boxes)], "kept visual tokens", path
+
+
+def table_of(unpruned: Answer, pruned: Answer) -> Table:
+    """What two answers to one prompt took, side by side."""
+    table = Table("", "no pruning", "pruned")
+    pair = (unpruned, pruned)
+    table.add_row("first token, ms", *(f"{1000 * each.first_token_s:.0f}" for each in pair))
+    table.add_row("next tokens, ms each", *(next_tokens(each) for each in pair))
+    table.add_row("tokens written", *(str(each.new_tokens) for each in pair))
+    table.add_row(
+        "KV cache", *("" if each.kv_bytes is None else bytes_in_words(each.kv_bytes) for each in pair)
     )
+    return table
+
+
+def next_tokens(answer: Answer) -> str:
+    """Milliseconds of a token behind the first one."""
+    if answer.new_tokens < 2:
+        return ""
+    return f"{1000 * (answer.total_s - answer.first_token_s) / (answer.new_tokens - 1):.1f}"
