@@ -26,7 +26,7 @@ from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.environment import installed_versions
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
+FOLDERS = ("autoload", "bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
 FILES = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
     *("constraints.txt", "pyproject.toml", "setup.py"),
@@ -126,7 +126,11 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
 
 def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
-    assert "gap-triton = gap_triton_cli:app" in wheel.read(name).decode()
+    entry_points = wheel.read(name).decode()
+    assert "gap-triton = gap_triton_cli:app" in entry_points
+    assert (
+        "torch.backends" not in entry_points
+    )  # that touches every process with torch; `autoload/` is who wants it
 
 
 def test_what_the_metadata_says(metadata: Message) -> None:
