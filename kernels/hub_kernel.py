@@ -26,8 +26,8 @@ tags:
 
 # gap-kernels
 
-Operators in Triton for visual token pruning in vision-language models, each with its definition in PyTorch, which is what runs
-on a CPU: exact ordered top-k, attention-based importance, both with the gather in one launch, and more.
+Operators in Triton for visual token pruning in vision-language models, each with its definition in PyTorch, which is what
+runs on a CPU: exact ordered top-k, attention-based importance, both with the gather in one launch, and more.
 
 ```python
 from kernels import get_kernel

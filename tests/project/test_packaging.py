@@ -28,8 +28,17 @@ from gap_triton.environment import installed_versions
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("autoload", "bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
 FILES = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
-    *("constraints.txt", "pyproject.toml", "setup.py"),
+    *(
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "README.md",
+        "SECURITY.md",
+    ),
+    *("constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 )
 MADE = shutil.ignore_patterns("__pycache__", "*.egg-info", "gpu-check-cpu-*", ".*")  # not by hand
 
@@ -162,7 +171,7 @@ def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> No
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "torchvision", "flash", "hub", "bench", "test", "dev"}
+    assert extras == {"demo", "torchvision", "flash", "hub", "bench", "docs", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:
