@@ -90,6 +90,15 @@ def test_json_is_all_that_is_printed(scene: Path) -> None:
     assert "unpruned" not in found
 
 
+def test_a_picture_of_nothing_dropped_is_refused(scene: Path) -> None:
+    refuses(
+        "overlay: nothing was dropped at keep=1.0; leave the overlay out",
+        *("run", "--model", "embedded", "--image", str(scene), "--prompt", QUESTION, "--keep", "1.0"),
+        *("--overlay", str(scene.with_name("kept.png"))),
+    )
+    assert "nothing dropped of 64 visual tokens" in said(run(scene, "--keep", "1.0"))
+
+
 def test_stages_are_told_apart(scene: Path) -> None:
     result = run(scene, "--method", "pyramiddrop", "--keep", "0.5")
     config = GapConfig.preset("pyramiddrop", budget=0.5, layers=6)
@@ -106,7 +115,10 @@ def test_compare_answers_without_pruning_too(scene: Path) -> None:
     result = run(scene, "--compare", "--keep", "0.125", "--layer", "0")
     unpruned, pruned = (answer_of(held_out(1), config) for config in (None, GapConfig(keep=0.125, layer=0)))
     assert unpruned != pruned
-    assert [line.strip() for line in result.stdout.splitlines()[:2]] == [unpruned, pruned]
+    assert [line.strip() for line in result.stdout.splitlines()[:2]] == [
+        f"no pruning: {unpruned}",
+        f"pruned: {pruned}",
+    ]
     assert "no pruning" in result.output
     (found,) = objects(run(scene, "--compare", "--keep", "0.125", "--layer", "0", "--json"))
     assert (found["unpruned"]["answer"], found["answer"]) == (unpruned, pruned)
