@@ -316,7 +316,7 @@ def test_keep_and_method_have_two_names_each_and_a_method_its_own_budget(
 def test_methods_are_listed_with_what_their_docstrings_say() -> None:
     listed = json.loads(cli("methods", "--json").stdout)
     assert [each["method"] for each in listed] == list(PRESETS)
-    assert all(each["keeps"].startswith("Keep ") and "arXiv" in each["source"] for each in listed)
+    assert all(each["keeps"].startswith("Keep") and "arXiv" in each["source"] for each in listed)
     (nuwa,) = (each for each in listed if each["method"] == "nuwa")
     assert nuwa["budget"] == 64
     table = said(cli("methods"))

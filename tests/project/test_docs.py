@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import transformers
@@ -17,6 +19,7 @@ from support.command_line import cli
 from support.imports import imported
 
 import gap_triton
+from gap_triton.config import Coverage, Ids, Merge, Score
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,12 +89,21 @@ def test_python_in_a_document_parses_and_names_what_exists(path: str) -> None:
 
 def test_options_in_a_document_are_those_of_the_command() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-    commands = re.findall(r"gap-triton (run|bench|methods|info) ([^`\n#]*)", text)
+    commands = re.findall(r"gap-triton (run|eval|bench|methods|info) ([^`\n#]*)", text)
     assert len(commands) > 10
     helps = {name: command_line.said(cli(name, "--help")) for name, _ in commands}
     for name, options in commands:
         for option in re.findall(r"--[a-z-]+", options):
             assert option in helps[name], f"gap-triton {name} has no {option}"
+
+
+def test_the_table_of_the_configuration_has_every_field_and_value() -> None:
+    text = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*)$", text, re.MULTILINE))
+    fields = {each.name for each in dataclasses.fields(gap_triton.GapConfig)}
+    assert fields <= set(rows)
+    for field, values in (("score", Score), ("coverage", Coverage), ("merge", Merge), ("ids", Ids)):
+        assert not [value for value in get_args(values) if f'"{value}"' not in rows[field]], field
 
 
 def test_the_readme_is_short() -> None:
