@@ -33,15 +33,16 @@ class Sampling:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``generate``."""
+        """Arguments of ``generate``; no beams, whose words can't be streamed."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": 1}
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            return options | {"do_sample": False}
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            **{name: value for name, value in drawn.items() if value is not None},
-        }
+        return (
+            options
+            | {"do_sample": True}
+            | {name: value for name, value in drawn.items() if value is not None}
+        )
 
 
 @dataclass(frozen=True)

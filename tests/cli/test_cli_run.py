@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from support.command_line import cli, refuses, said
-from transformers import BatchFeature, TextStreamer
+from transformers import BatchFeature, GenerationConfig, TextStreamer
 
 import gap_triton
 from gap_triton import GapConfig
@@ -270,6 +271,18 @@ def test_revision_and_trust_reach_everything_that_is_loaded(monkeypatch, scene: 
 
 
 # --------------------------------------------------------------------------------------------- sampling and words
+def test_a_model_whose_own_settings_are_beams_is_streamed_all_the_same(scene: Path, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(loading.EMBEDDED["embedded"].folder, folder)
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.num_beams = 3
+    settings.save_pretrained(folder)
+    named = ("run", "--model", str(folder), "--image", str(scene), "--prompt", QUESTION)
+    result = cli(*named)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "<loc" in result.output
+
+
 def test_draws_follow_the_seed(scene: Path) -> None:
     options = ("--json", "--temperature", "50", "--top-p", "1", "--top-k", "1000", "--max-new-tokens", "8")
     first, again, other = (
