@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table clean
+.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table hub-kernel docs clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -27,6 +27,8 @@ help:
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
 	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
+	@echo "make docs   the documents as a site in build/site/, strictly, with the API reference; and run the notebook"
+	@echo "make hub-kernel  the operators as a kernel of the Hugging Face Hub, in build/hub-kernel/, loaded once by the library kernels"
 	@echo "make clean  remove .venv, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
@@ -66,6 +68,13 @@ kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/scripts/kernels_aot.py
 	PYTHONPATH=tests:. $(BIN)/python -m scripts.critical_path
 	$(BIN)/python docs/tables.py
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tests/scripts/notebook.py
+
+hub-kernel: $(VENV)/.installed-hub
+	$(BIN)/python kernels/hub_kernel.py --check $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

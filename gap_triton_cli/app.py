@@ -1,4 +1,4 @@
-"""The command line: ``gap-triton demo | run | eval | bench | info``, a file for each command."""
+"""The command line: ``gap-triton demo | run | methods | eval | bench | info``, a file for each command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
+from .methods import methods
 from .refuse import Commands
 from .run import run
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(run)
+app.command()(methods)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(info)

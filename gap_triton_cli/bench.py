@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from .choices import LAYER, SCORE, Score
+from .choices import Dtype
 from .console import console
-from .parse import open_image, parse_keep
+from .options import Keep, Layer, Method, Revision, ScoreName, TrustRemoteCode, pruning_of
+from .parse import open_image
 from .refuse import told_as_option
 
 Device = Literal["cuda", "cpu"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 CacheKind = Literal["dynamic", "static"]
 Config = Literal["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "smol"]
 
@@ -38,25 +38,10 @@ def bench(
     visual_tokens: Annotated[
         int | None, typer.Option(min=1, help="With --config: visual tokens of a sample, a square number.")
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method", "--preset", help="Published method by name, such as fastv; --keep is its budget."
-        ),
-    ] = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            "--keep", "--budget", help="Visual tokens to keep: a share such as 0.25, or a count such as 64."
-        ),
-    ] = "0.25",
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Decoder layer whose attention scores; -1: after the vision encoder. Default: {LAYER}"
-        ),
-    ] = None,
-    score: Annotated[Score | None, typer.Option(help=f"What ranks a visual token. Default: {SCORE}")] = None,
+    method: Method = None,
+    keep: Keep = None,
+    layer: Layer = None,
+    score: ScoreName = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Samples at a time, all with the same image and question.")
     ] = 1,
@@ -72,6 +57,8 @@ def bench(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights. Default: bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: PyTorch's.")] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="File for all numbers.")] = None,
 ) -> None:
@@ -97,10 +84,7 @@ def bench(
         raise typer.BadParameter(
             "--compile needs --cache static: a cache that grows is compiled anew at each step"
         )
-    budget = parse_keep(keep)
-    axes = {name: value for name, value in (("layer", layer), ("score", score)) if value is not None}
-    if method is not None and axes:
-        raise typer.BadParameter(f"--{next(iter(axes))} is part of a method: leave it out, or --method")
+    pruning = pruning_of(method, keep, layer, score)
     if json is not None and not json.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json {str(json)!r}: expected a file in a folder that exists")
     picture = None if image is None else open_image(image)
@@ -108,21 +92,14 @@ def bench(
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "1"
     )  # else PyTorch's profiler prints lines of its own; read as torch loads
-    from gap_triton import GapConfig
-
     from .measure import Run, run
 
-    def config_for(loaded: Any) -> GapConfig:
-        if method is None:
-            return GapConfig(keep=budget, **axes)  # type: ignore[arg-type]
-        return GapConfig.preset(method, budget=budget, model=loaded)
-
     with told_as_option():
-        config_for(None)  # what is wrong for any model is refused before one is loaded
+        pruning.config_for(None)  # what is wrong for any model is refused before one is loaded
         run(
             Run(
-                model, config, picture, prompt, visual_tokens, config_for, batch, cache == "static", compile, output_len,
-                rounds, device, dtype, threads, json,
+                model, config, picture, prompt, visual_tokens, pruning.config_for, batch, cache == "static", compile,
+                output_len, rounds, device, dtype, revision, trust_remote_code, threads, json,
             ),
             console,
         )  # fmt: skip

@@ -17,8 +17,11 @@ Score = Literal[
     "spatial",
 ]
 Ids = Literal["kept", "compacted", "permuted"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOrSaved = Literal["float32", "bfloat16", "float16", "auto"]
 
 # The defaults of `GapConfig`.
+KEEP = 0.5
 LAYER = 2
 SCORE: Score = "text"
 

@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from gap_triton import GapConfig
-from gap_triton.demo.scenes import IMAGE_SIZE
-from gap_triton.environment import default_device, device_name, environment
+from gap_triton.environment import device_name, environment
 from gap_triton.introspect import visual_token_ids
 from gap_triton.latency import Subject, measure, random_subject, variants_of
 from gap_triton.latency.measure import check_against_oracle, clock_of
 from gap_triton.latency.report import bytes_in_words, ratios_of, rows_of, table_of, verdict
 
-from .ask import EMBEDDED, naming_the_model, with_images
+from .loading import Source, torch_device
+from .prompts import inputs_of, with_images
 
 NOISE_SIZE = 336
 
@@ -44,6 +43,8 @@ class Run:
     rounds: int
     device: str | None
     dtype: str | None
+    revision: str | None
+    trust_remote_code: bool
     threads: int | None
     json: Path | None
 
@@ -59,24 +60,15 @@ def load(run: Run, device: torch.device, dtype: torch.dtype) -> Subject:
             run.config, visual_tokens=run.visual_tokens, batch=run.batch, device=device, dtype=dtype
         )
     assert run.model is not None
-    embedded = EMBEDDED.get(run.model)
-    path = run.model if embedded is None else str(embedded.folder)
-    with naming_the_model(run.model):
-        AutoConfig.from_pretrained(path)
-        processor = (
-            AutoProcessor.from_pretrained(path) if embedded is None else embedded.load_processor(Path(path))
-        )
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    size = NOISE_SIZE if embedded is None else IMAGE_SIZE
-    image = run.image or Image.effect_noise((size, size), 64).convert("RGB")
-    if embedded is not None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    source = Source(run.model, run.dtype, run.device, run.revision, run.trust_remote_code)
+    _, processor = source.load_processor()
+    model = source.load_model("sdpa")
+    embedded = source.embedded
+    image = run.image or Image.effect_noise((NOISE_SIZE, NOISE_SIZE), 64).convert("RGB")
     text = with_images(processor, run.prompt, 1, None if embedded is None else embedded.image_text)
-    inputs = processor(images=[image] * run.batch, text=[text] * run.batch, return_tensors="pt").to(
-        device, dtype
-    )
+    inputs = inputs_of(processor, [text] * run.batch, [image] * run.batch, [], embedded).to(device, dtype)
     visual = torch.isin(inputs["input_ids"][0], torch.tensor(visual_token_ids(model.config), device=device))
-    return Subject(run.model, model.eval().to(device), dict(inputs), int(visual.sum()))
+    return Subject(source.name, model, dict(inputs), int(visual.sum()))
 
 
 def run(run: Run, console: Console) -> None:
@@ -85,9 +77,7 @@ def run(run: Run, console: Console) -> None:
     Raises:
         ValueError: What was asked for can't be measured, or the pruned logits are wrong.
     """
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch finds no GPU here; leave it out, or say cpu")
-    device = default_device() if run.device is None else torch.device(run.device)
+    device = torch_device(run.device)
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, run.dtype or usual)
     if run.threads is not None:

@@ -48,12 +48,12 @@ def split_names(option: str, text: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def open_image(path: Path) -> Image:
-    """Read ``--image`` to its last pixel, turned as its EXIF data says, as RGB."""
+def open_image(path: Path, option: str = "--image") -> Image:
+    """Read the image of ``option`` to its last pixel, turned as its EXIF data says, as RGB."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # whatever the reader of that format makes of broken bytes, or of a bomb
-        raise typer.BadParameter(f"--image {str(path)!r} can't be read: {error}") from error
+        raise typer.BadParameter(f"{option} {str(path)!r} can't be read: {error}") from error

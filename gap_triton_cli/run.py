@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .choices import LAYER, SCORE, Ids, Score
+from .choices import DtypeOrSaved, Ids
 from .console import console
-from .parse import open_image, parse_keep
+from .options import Keep, Layer, Method, Revision, ScoreName, TrustRemoteCode, pruning_of
+from .questions import Question, read_questions
 from .refuse import told_as_option
-
-if TYPE_CHECKING:
-    from gap_triton import GapConfig
-
-Keep = Annotated[
-    str,
-    typer.Option(help="Visual tokens to keep: a share such as 0.25, or a count per sample such as 64."),
-]
 
 
 def run(
@@ -31,65 +23,132 @@ def run(
         ),
     ],
     image: Annotated[
-        list[Path], typer.Option(exists=True, dir_okay=False, help="Image file; repeat it for more images.")
-    ],
-    prompt: Annotated[
-        str, typer.Option(help="What to ask. The image tokens are put in front where they are missing.")
-    ],
-    keep: Keep = "0.5",
-    method: Annotated[
-        str | None,
-        typer.Option(help="Published method by name, such as fastv or nuwa; --keep is its budget."),
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Image file; repeat it for more images."),
     ] = None,
-    layer: Annotated[
-        int | None,
+    video: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="Decoder layer whose attention scores; dropped before the next. -1: after the vision encoder. "
-            f"Default: {LAYER}"
+            exists=True,
+            help="Video file (needs torchcodec), or a folder of frames; repeat it for more. For models that read videos.",
         ),
     ] = None,
-    score: Annotated[Score | None, typer.Option(help=f"What ranks a visual token. Default: {SCORE}")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What to ask. The image tokens are put in front where they are missing."),
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Many questions: a JSON object a line, with image or video (a file or a list) and prompt. Other fields go "
+            "to the answer.",
+        ),
+    ] = None,
+    keep: Keep = None,
+    method: Method = None,
+    layer: Layer = None,
+    score: ScoreName = None,
     ids: Annotated[Ids, typer.Option(help="Position ids of the survivors; 'kept' is GAP.")] = "kept",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most, in tokens.")] = 64,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Answer without pruning too, and show both answers and what they took."
+        ),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object a line for each answer, and nothing else.")
+    ] = False,
     overlay: Annotated[
         Path | None, typer.Option(help="PNG to write: the image as the model sees it, kept tokens lit.")
     ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most, in tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the draws of tokens; 0: the likeliest each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from this share of the probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws, those of --score random too.")] = 0,
+    dtype: Annotated[
+        DtypeOrSaved | None,
+        typer.Option(
+            help="Of the weights; auto: as saved. Default: bfloat16 on a GPU, float32 on a CPU.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, or auto: spread over all GPUs (needs accelerate). Default: the first GPU, else the CPU."
+        ),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Ask any supported model about an image, pruned, and show what was kept.
+    """Ask any supported model about images or videos, pruned, and show what was kept and what it took.
 
     Example: gap-triton run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "Where is the cat?" --keep 0.25
 
-    With a published method: gap-triton run ... --method nuwa --keep 64
+    With a published method, against no pruning: gap-triton run ... --method nuwa --keep 64 --compare
+
+    Many questions: gap-triton run --model ... --input questions.jsonl --json > answers.jsonl
     """
-    budget = parse_keep(keep)
-    options = {"layer": layer, "score": score}
-    given = {name: value for name, value in options.items() if value is not None}
-    if method is not None and given:
-        raise typer.BadParameter(f"--{next(iter(given))} is part of a method: leave it out, or --method")
-    if not prompt.strip():
-        raise typer.BadParameter(f"--prompt {prompt!r}: expected a question or a request, in words")
+    pruning = pruning_of(method, keep, layer, score, ids=ids, seed=seed)
+    if temperature == 0:
+        for option, value in (("--top-p", top_p), ("--top-k", top_k)):
+            if value is not None:
+                raise typer.BadParameter(f"{option} is for draws: give --temperature above 0 with it")
+    questions = questions_of(image or [], video or [], prompt, input)
     if overlay is not None:
-        check_overlay_file(overlay, len(image))
-    images = [open_image(path) for path in image]
+        check_overlay_file(overlay, questions)
+    for question in questions:
+        question.check()
 
-    from gap_triton import GapConfig
-
-    from .ask import ask
-
-    def config_for(loaded: Any) -> GapConfig:
-        if method is None:
-            return GapConfig(keep=budget, ids=ids, **given)  # type: ignore[arg-type]
-        return replace(GapConfig.preset(method, budget=budget, model=loaded), ids=ids)
+    from .ask import Show, ask
+    from .generate import Sampling
+    from .loading import Source
 
     with told_as_option():
-        config_for(None)  # what is wrong for any model is refused before one is loaded
-        ask(model, images, prompt, config_for, max_new_tokens, overlay, console)
+        pruning.config_for(None)  # what is wrong for any model is refused before one is loaded
+        ask(
+            Source(model, dtype, device, revision, trust_remote_code),
+            questions,
+            pruning.config_for,
+            Sampling(max_new_tokens, temperature, top_p, top_k, seed),
+            Show(compare, json, overlay),
+            console,
+        )
 
 
-def check_overlay_file(overlay: Path, images: int) -> None:
+def questions_of(
+    images: list[Path], videos: list[Path], prompt: str | None, file: Path | None
+) -> list[Question]:
+    """The questions that the options name.
+
+    Raises:
+        BadParameter: They name none, or in two ways.
+    """
+    if file is not None:
+        if images or videos:
+            option = "--image" if images else "--video"
+            raise typer.BadParameter(f"{option} and --input both say what to look at: leave one of them out")
+        return read_questions(file, prompt)
+    if prompt is None:
+        raise typer.BadParameter("give --prompt, to say what to ask, or --input for many questions")
+    return [Question(prompt, tuple(images), tuple(videos))]
+
+
+def check_overlay_file(overlay: Path, questions: list[Question]) -> None:
     """Refuse what can't be drawn, or not there, before anything is loaded."""
     if overlay.suffix.lower() != ".png" or overlay.is_dir() or not overlay.absolute().parent.is_dir():
         raise typer.BadParameter(f"--overlay {str(overlay)!r}: expected a .png file in a folder that exists")
-    if images > 1:
-        raise typer.BadParameter(f"--overlay draws one image, and {images} are given; leave it out")
+    images = sum(len(each.images) for each in questions)
+    if images != 1 or any(each.videos for each in questions):
+        raise typer.BadParameter(
+            f"--overlay draws one image, and {images} are given"
+            + (" with videos" if any(each.videos for each in questions) else "")
+            + "; leave it out"
+        )
     import matplotlib  # noqa: F401

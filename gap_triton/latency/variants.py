@@ -83,8 +83,13 @@ class Variant:
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values in the cache, as allocated."""
-        tensors = (each for layer in self.cache.layers for each in (layer.keys, layer.values))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return bytes_of_cache(self.cache)
+
+
+def bytes_of_cache(cache: Any) -> int:
+    """Bytes of keys and values in a KV cache, as allocated."""
+    tensors = (each for layer in cache.layers for each in (layer.keys, layer.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @contextmanager

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from support import families
-from support.command_line import cli
-from typer.testing import Result
+from support.command_line import cli, refuses, said
 
 import gap_triton
 import gap_triton.demo.evaluation
@@ -28,23 +27,11 @@ from gap_triton.demo.run import load_embedded_model, run_demo
 from gap_triton.demo.scenes import held_out
 from gap_triton_cli import ask as single
 from gap_triton_cli import choices
+from gap_triton_cli.loading import EMBEDDED
+from gap_triton_cli.prompts import with_images
 from gap_triton_cli.refuse import missing
 
 OPTIONS_OF_RUN = ("--model", "embedded", "--prompt", "where is the red triangle?")
-
-
-def said(result: Result) -> str:
-    """What was printed, out of its frame."""
-    return " ".join(result.output.replace("│", " ").split())
-
-
-def refuses(sentence: str, *arguments: str) -> None:
-    """The command ends with status 2 and ``sentence``, and not with a traceback."""
-    result = cli(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit)
-    assert sentence in said(result)
-    assert "Traceback" not in result.output
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -111,14 +98,14 @@ def test_as_a_module() -> None:
 def test_choices_and_defaults_are_those_of_the_library() -> None:
     assert get_args(choices.Score) == get_args(config.Score)
     assert get_args(choices.Ids) == get_args(config.Ids)
-    assert (GapConfig.layer, GapConfig.score) == (choices.LAYER, choices.SCORE)
+    assert (GapConfig.keep, GapConfig.layer, GapConfig.score) == (choices.KEEP, choices.LAYER, choices.SCORE)
     assert tuple(ARCHITECTURES) == choices.ARCHITECTURES
     help_of_run = said(cli("run", "--help"))
-    assert all(f"'{name}'" in help_of_run for name in single.EMBEDDED)
+    assert all(f"'{name}'" in help_of_run for name in EMBEDDED)
 
 
 # --------------------------------------------------------------------------------------------- run
-@pytest.mark.parametrize(("model", "architecture"), single.EMBEDDED.items())
+@pytest.mark.parametrize(("model", "architecture"), EMBEDDED.items())
 def test_run_answers_as_the_demo_does(tmp_path, model: str, architecture) -> None:
     scenes = held_out(4)
     pruned, processor = load_embedded_model(name=architecture.name)
@@ -138,7 +125,7 @@ def test_run_answers_as_the_demo_does(tmp_path, model: str, architecture) -> Non
 def test_an_image_of_any_size_is_stretched_for_both_embedded_models(tmp_path) -> None:
     path = tmp_path / "wide.png"
     held_out(1).image(0).resize((331, 257)).save(path)
-    for model in single.EMBEDDED:
+    for model in EMBEDDED:
         result = cli("run", "--model", model, "--image", str(path), "--prompt", held_out(1).question(0))
         assert result.exit_code == 0, (result.output, result.exception)
         assert "<loc" in result.output
@@ -157,7 +144,9 @@ def test_images_keep_their_order(monkeypatch, scene: Path, tmp_path) -> None:
     Image.new("RGB", (8, 8)).save(dark)
     sizes = []
     monkeypatch.setattr(
-        single, "ask", lambda model, images, *others: sizes.extend(each.size for each in images)
+        single,
+        "ask",
+        lambda source, questions, *others: sizes.extend(each.size for each in questions[0].open_images()),
     )
     assert cli("run", *OPTIONS_OF_RUN, "--image", str(dark), "--image", str(scene)).exit_code == 0
     assert sizes == [(8, 8), (64, 64)]
@@ -170,7 +159,9 @@ def test_an_image_is_turned_as_its_camera_was(monkeypatch, tmp_path) -> None:
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     image.save(path, exif=exif)
     seen = []
-    monkeypatch.setattr(single, "ask", lambda model, images, *others: seen.extend(images))
+    monkeypatch.setattr(
+        single, "ask", lambda source, questions, *others: seen.extend(questions[0].open_images())
+    )
     assert cli("run", *OPTIONS_OF_RUN, "--image", str(path)).exit_code == 0
     assert [each.size for each in seen] == [(4, 8)]
 
@@ -186,14 +177,14 @@ class Processor:
 
 def test_image_tokens_are_put_in_front_where_they_are_missing() -> None:
     processor = Processor()
-    assert single.with_images(processor, "where?", 2) == "<image><image> where?"
-    assert single.with_images(processor, "where?", 2, "<a><image><b>") == "<a><image><b><a><image><b> where?"
-    assert single.with_images(processor, "<image>, then <image>", 2) == "<image>, then <image>"
+    assert with_images(processor, "where?", 2) == "<image><image> where?"
+    assert with_images(processor, "where?", 2, "<a><image><b>") == "<a><image><b><a><image><b> where?"
+    assert with_images(processor, "<image>, then <image>", 2) == "<image>, then <image>"
     with pytest.raises(ValueError, match=r"prompt has <image> 1 times, and 2 images are given"):
-        single.with_images(processor, "<image> where?", 2)
+        with_images(processor, "<image> where?", 2)
     processor.chat_template = "any"  # type: ignore[assignment]
-    assert single.with_images(processor, "where?", 2) == '["image", "image", "text"]'
-    assert single.with_images(processor, "<image> where?", 1) == "<image> where?"
+    assert with_images(processor, "where?", 2) == '["image", "image", "text"]'
+    assert with_images(processor, "<image> where?", 1) == "<image> where?"
 
 
 # --------------------------------------------------------------------------------------------- refusals

@@ -24,7 +24,7 @@ from gap_triton.latency import count
 from gap_triton.later_layers.masks import causal_mask
 from gap_triton.prefill import prompt, unrotated
 from gap_triton.prefill.prompt import looks_ahead
-from gap_triton_cli.ask import check_overlay
+from gap_triton_cli.overlay import check_overlay
 
 
 def test_a_type_that_nobody_has_named_runs_if_its_structure_is_safe() -> None:

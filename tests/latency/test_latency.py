@@ -277,7 +277,7 @@ def test_the_command_measures_the_embedded_model(tmp_path: Path) -> None:
             ("--config", "smol", "--json", "no/such/r.json"),
             "--json 'no/such/r.json': expected a file in a folder",
         ),
-        (("--config", "smol", "--device", "cuda"), "device cuda: PyTorch finds no GPU here"),
+        (("--config", "smol", "--device", "cuda"), "device 'cuda': PyTorch finds no GPU here"),
         (("--model", "no/such"), "model 'no/such' can't be loaded"),
     ],
 )

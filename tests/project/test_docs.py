@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import transformers
+import yaml
 from scripts import compat
-from support import model_types
+from support import command_line, model_types
+from support.command_line import cli
 from support.imports import imported
 
 import gap_triton
+from gap_triton.config import Coverage, Ids, Merge, Score
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +68,11 @@ def test_links_between_documents_lead_somewhere(path: str) -> None:
             assert (document.parent / target).exists(), f"{path} links to {target}"
 
 
-def test_python_in_the_readme_parses_and_names_what_exists() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize(
+    "path", ["README.md", *(f"docs/{name}.md" for name in ("quick-start", "choosing", "operators"))]
+)
+def test_python_in_a_document_parses_and_names_what_exists(path: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
@@ -77,6 +85,105 @@ def test_python_in_the_readme_parses_and_names_what_exists() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "gap_kernels":
                 module = importlib.import_module("gap_kernels")
                 assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_options_in_a_document_are_those_of_the_command() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    commands = re.findall(r"gap-triton (run|eval|bench|methods|info) ([^`\n#]*)", text)
+    assert len(commands) > 10
+    helps = {name: command_line.said(cli(name, "--help")) for name, _ in commands}
+    for name, options in commands:
+        for option in re.findall(r"--[a-z-]+", options):
+            assert option in helps[name], f"gap-triton {name} has no {option}"
+
+
+def test_the_table_of_the_configuration_has_every_field_and_value() -> None:
+    text = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*)$", text, re.MULTILINE))
+    fields = {each.name for each in dataclasses.fields(gap_triton.GapConfig)}
+    assert fields <= set(rows)
+    for field, values in (("score", Score), ("coverage", Coverage), ("merge", Merge), ("ids", Ids)):
+        assert not [value for value in get_args(values) if f'"{value}"' not in rows[field]], field
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_every_document_has_its_place_in_the_site() -> None:
+    """And every place its document: lines for `serving.md` and `evaluation.md` wait in mkdocs.yml as comments."""
+
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [page for value in values for page in pages(value)]  # type: ignore[attr-defined]
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(named) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[fastv.py](../gap_triton/presets/fastv.py)", "`gap_triton/presets/fastv.py`"),
+        ("[README](../README.md#limits)", "README (`README.md`)"),
+        ("[latency](latency.md#x)", "[latency](latency.md#x)"),
+        ("[a](https://b.c/../d)", "[a](https://b.c/../d)"),
+    ],
+)
+def test_links_out_of_the_site_become_words(link: str, expected: str) -> None:
+    assert script("mkdocs_hooks").on_page_markdown(f"See {link}.", page=None) == f"See {expected}."
+
+
+def strings_of_the_code() -> str:
+    """All texts of the packages, as they are shown: what is filled in is an ellipsis."""
+
+    def shown(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(shown(part) for part in node.values)
+        return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+    return "\n".join(
+        shown(node)
+        for package in ("gap_triton", "gap_triton_cli")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.JoinedStr, ast.Constant))
+    )
+
+
+def test_messages_that_are_explained_are_in_the_code() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    assert len(messages) == text.count("\n### ") > 15
+    code = strings_of_the_code()
+    missing = [
+        (message, part) for message in messages for part in message.split("…") if part.strip() not in code
+    ]
+    assert not missing
+
+
+def test_what_the_text_says_of_keep_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))["rows"]
+    kept = [row for row in rows if row["ids"] == "kept" and row["keep"] < 1]
+    unpruned = next(row for row in rows if row["keep"] == 1)
+    text = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())
+    accuracies = [f"{row['accuracy']:.3f}" for row in kept]
+    assert (
+        f"accuracy goes from {unpruned['accuracy']:.3f} to {accuracies[0]} at 50%, {accuracies[1]} at 25% and "
+        f"{accuracies[2]} at 12.5%"
+    ) in text
+    times = [f"{row['prefill_ratio']:.2f}" for row in kept]
+    assert f"prefill time to {times[0]}, {times[1]} and {times[2]} of that without pruning" in text
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == gap_triton.__version__
+    assert citation["references"][0]["title"] in " ".join(
+        (ROOT / "docs" / "citation.md").read_text(encoding="utf-8").split()
+    )
 
 
 def test_kernels_is_a_plain_folder() -> None:

@@ -26,10 +26,19 @@ from gap_triton.demo.architectures import ARCHITECTURES
 from gap_triton.environment import installed_versions
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
+FOLDERS = ("autoload", "bench", "docs", "gap_triton", "gap_triton_cli", "kernels", "tests", "training")
 FILES = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
-    *("constraints.txt", "pyproject.toml", "setup.py"),
+    *(
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "README.md",
+        "SECURITY.md",
+    ),
+    *("constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 )
 MADE = shutil.ignore_patterns("__pycache__", "*.egg-info", "gpu-check-cpu-*", ".*")  # not by hand
 
@@ -126,7 +135,11 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
 
 def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
-    assert "gap-triton = gap_triton_cli:app" in wheel.read(name).decode()
+    entry_points = wheel.read(name).decode()
+    assert "gap-triton = gap_triton_cli:app" in entry_points
+    assert (
+        "torch.backends" not in entry_points
+    )  # that touches every process with torch; `autoload/` is who wants it
 
 
 def test_what_the_metadata_says(metadata: Message) -> None:
@@ -158,7 +171,7 @@ def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> No
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "torchvision", "flash", "bench", "test", "dev"}
+    assert extras == {"demo", "torchvision", "flash", "hub", "bench", "docs", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:
