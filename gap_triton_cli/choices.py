@@ -24,3 +24,9 @@ SCORE: Score = "text"
 
 # The embedded models.
 ARCHITECTURES = ("llava", "qwen2_5_vl")
+
+# Data sets of `gap-triton eval --dataset`.
+SYNTHETIC, VQA = "synthetic", "vqa"
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "vqa", "synthetic"]
+Device = Literal["cuda", "cpu"]
+Dtype = Literal["float32", "bfloat16", "float16"]

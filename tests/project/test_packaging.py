@@ -153,12 +153,12 @@ def test_requirements_are_those_that_are_checked_at_import(metadata: Message) ->
 
 def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> None:
     # The index has it for CUDA alone, which fails beside a CPU torch.
-    for extra in ("demo", "test", "bench", "dev"):
+    for extra in ("demo", "eval", "test", "bench", "dev"):
         for each in map(Requirement, metadata.get_all("Requires-Dist", [])):
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "torchvision", "flash", "bench", "test", "dev"}
+    assert extras == {"demo", "eval", "torchvision", "flash", "bench", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:

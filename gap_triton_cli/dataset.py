@@ -1,0 +1,155 @@
+"""A user's own model on a data set, for ``gap-triton eval --dataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from gap_triton.demo.architecture import Architecture
+from gap_triton.environment import default_device
+from gap_triton.evaluation.asking import Asker
+from gap_triton.evaluation.boxes import FORMATS, BoxFormat, find_format
+from gap_triton.evaluation.question import Question
+from gap_triton.evaluation.refcoco import read_refcoco
+from gap_triton.evaluation.reported import reported_for
+from gap_triton.evaluation.run import Evaluation
+from gap_triton.evaluation.synthetic import write_refcoco
+from gap_triton.evaluation.vqa import PROMPT, read_vqa
+from gap_triton.evaluation.ways import Way
+
+from .ask import EMBEDDED, naming_the_model
+from .choices import SYNTHETIC, VQA
+
+SCENES = 512  # of the synthetic set, where no limit is given
+
+
+@dataclass(frozen=True)
+class DatasetRun:
+    """What to evaluate, as the options say it."""
+
+    dataset: str
+    split: str
+    data: Path | None
+    limit: int | None
+    model: str
+    ways_for: Callable[[Any], list[Way]]
+    format: str | None
+    question: str | None
+    batch_size: int
+    max_new_tokens: int
+    device: str | None
+    dtype: str | None
+    revision: str | None
+    trust_remote_code: bool
+    output: Path
+
+    @property
+    def embedded(self) -> Architecture | None:
+        """The embedded model that this is, if it is one."""
+        return EMBEDDED.get(self.model)
+
+    @property
+    def path(self) -> str:
+        """Folder or hub id."""
+        return self.model if self.embedded is None else str(self.embedded.folder)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is told of the model's origin, no more than what differs from its defaults."""
+        told: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+        return told | ({"trust_remote_code": True} if self.trust_remote_code else {})
+
+
+def evaluate_dataset(run: DatasetRun, console: Console) -> None:
+    """Read the questions, load the model, and evaluate it.
+
+    Raises:
+        ValueError: Data are missing, or the model can't be loaded or pruned so.
+        ImportError: A package is missing.
+    """
+    questions = read(run)
+    with naming_the_model(run.model):
+        config = AutoConfig.from_pretrained(run.path, **run.hub)
+    box_format = format_of(run, config.model_type)
+    with console.status("loading the model"), naming_the_model(run.model):
+        processor, model = load(run)
+    settings = {
+        "data": run.dataset,
+        "split": run.split,
+        "folder": None if run.data is None else str(run.data.absolute()),
+        "model": run.model,
+        "revision": run.revision,
+        "format": box_format.name,
+        "question": box_format.question if questions[0].box is not None else PROMPT,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_new_tokens": run.max_new_tokens,
+    }
+    asker = Asker(model, processor, box_format, embedded=run.embedded, max_new_tokens=run.max_new_tokens)
+    Evaluation(
+        asker,
+        questions,
+        run.ways_for(model),
+        settings,
+        run.output,
+        [] if run.embedded is not None else reported_for(run.dataset, run.split, config.model_type),
+        run.batch_size,
+    ).run(console)
+
+
+def load(run: DatasetRun) -> tuple[Any, Any]:
+    """Load processor and model, under ``"gap_triton"``."""
+    if run.embedded is None:
+        processor = AutoProcessor.from_pretrained(run.path, **run.hub)
+    else:
+        processor = run.embedded.load_processor(Path(run.path))
+    device = default_device() if run.device is None else torch.device(run.device)
+    dtype = getattr(torch, run.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        run.path, dtype=dtype, attn_implementation="gap_triton", **run.hub
+    )
+    return processor, model.eval().to(device)
+
+
+def read(run: DatasetRun) -> list[Question]:
+    """Return the questions, the first ``limit`` of them.
+
+    Raises:
+        ValueError: There are none; the message says what to download.
+    """
+    if run.dataset == SYNTHETIC:
+        # Scenes are a prefix of more of them, so answers stay valid when the limit is raised.
+        file = write_refcoco(run.output / SYNTHETIC, run.limit or SCENES, run.split)
+        return read_refcoco("refcoco", run.split, file)
+    data = Path("data", run.dataset) if run.data is None else run.data
+    questions = read_vqa(data) if run.dataset == VQA else read_refcoco(run.dataset, run.split, data)
+    if not questions:
+        raise ValueError(f"no questions in {str(data)!r}")
+    return questions[: run.limit]
+
+
+def format_of(run: DatasetRun, model_type: str) -> BoxFormat:
+    """Return how the model is asked for a box.
+
+    Raises:
+        ValueError: Nothing is known of such a model, or the question has no place for the expression.
+    """
+    if run.dataset == VQA:  # no box is asked for, but the image is prepared as for one
+        name = run.format or ("embedded" if run.embedded is not None else None)
+        try:
+            return find_format(name, model_type)
+        except ValueError:
+            if run.format is not None:
+                raise
+            return FORMATS["shares"]
+    found = find_format("embedded" if run.embedded is not None else run.format, model_type)
+    if run.question is None:
+        return found
+    if "{}" not in run.question:
+        raise ValueError(f"question {run.question!r}: expected a place for the expression, {{}}")
+    return replace(found, question=run.question)
