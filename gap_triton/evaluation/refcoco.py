@@ -17,7 +17,11 @@ from PIL import Image
 
 from .question import Question
 
-HUB = {"refcoco": "lmms-lab/RefCOCO", "refcoco+": "lmms-lab/RefCOCOplus", "refcocog": "lmms-lab/RefCOCOg"}
+HUB = {
+    "refcoco": "lmms-lab-encoder/RefCOCO",
+    "refcoco+": "lmms-lab-encoder/RefCOCOplus",
+    "refcocog": "lmms-lab-encoder/RefCOCOg",
+}
 # Who made the splits, in the name of the file of references; umd before google, whose split of RefCOCOg has no test.
 SPLIT_BY = {"refcoco": ("unc",), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
 SPLITS = {
@@ -77,7 +81,7 @@ COLUMNS, IMAGE = ("question_id", "answer", "bbox"), "image"
 
 
 def read_parquet(files: list[Path]) -> list[Question]:
-    """Return the questions of parquet files as lmms-lab/RefCOCO has them.
+    """Return the questions of parquet files as lmms-lab-encoder/RefCOCO has them.
 
     Columns are ``question_id``, ``image`` (encoded), ``answer`` (expressions) and ``bbox`` (x, y, width and height in
     pixels). Only a group of rows is in memory at a time.

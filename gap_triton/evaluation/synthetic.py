@@ -16,7 +16,7 @@ LISTS = {"answer": "string", "segmentation": "float32", "bbox": "float32"}
 
 
 def write_refcoco(folder: Path, count: int, split: str = "val") -> Path:
-    """Write held-out scenes as a parquet file with the columns of lmms-lab/RefCOCO.
+    """Write held-out scenes as a parquet file with the columns of lmms-lab-encoder/RefCOCO.
 
     Args:
         folder: Becomes the folder of the data set; made if missing.

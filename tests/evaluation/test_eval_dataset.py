@@ -321,7 +321,7 @@ def test_figures_of_papers_stand_where_they_belong() -> None:
         ),
         (
             ["--dataset", "refcocog"],
-            "hf download lmms-lab/RefCOCOg --repo-type dataset --local-dir data/refcocog",
+            "hf download lmms-lab-encoder/RefCOCOg --repo-type dataset --local-dir data/refcocog",
         ),
         (["--dataset", "refcoco", "--method", "nuva"], "--methods 'nuva': expected all, or of prumerge"),
         (["--dataset", "refcoco", "--method", "nuwa", "--layer", "1"], "--layer is part of a method"),

@@ -16,6 +16,7 @@ PACKAGE = "gap_triton"
 # package itself.
 ROOMS = (
     "__main__",
+    "lmms",
     "evaluation",
     "latency",
     "demo",

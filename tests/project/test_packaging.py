@@ -158,7 +158,7 @@ def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> No
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "eval", "torchvision", "flash", "bench", "test", "dev"}
+    assert extras == {"demo", "eval", "lmms", "torchvision", "flash", "bench", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:
