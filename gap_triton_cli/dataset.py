@@ -139,15 +139,15 @@ def format_of(run: DatasetRun, model_type: str) -> BoxFormat:
     Raises:
         ValueError: Nothing is known of such a model, or the question has no place for the expression.
     """
+    name = run.format or ("embedded" if run.embedded is not None else None)
     if run.dataset == VQA:  # no box is asked for, but the image is prepared as for one
-        name = run.format or ("embedded" if run.embedded is not None else None)
         try:
             return find_format(name, model_type)
         except ValueError:
             if run.format is not None:
                 raise
             return FORMATS["shares"]
-    found = find_format("embedded" if run.embedded is not None else run.format, model_type)
+    found = find_format(name, model_type)
     if run.question is None:
         return found
     if "{}" not in run.question:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .choices import ARCHITECTURES, VQA, Dataset, Device, Dtype, Score
+from .choices import ARCHITECTURES, SYNTHETIC, VQA, Dataset, Device, Dtype, Score
 from .console import console
 from .parse import parse_keep, parse_layers, split, split_names
 from .refuse import told_as_option
@@ -56,12 +56,13 @@ def evaluate(
         ),
     ] = None,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             rich_help_panel=BOTH,
-            help="With --dataset: folder or hub id, 'embedded' or 'embedded-mrope'. Without: llava, qwen2_5_vl, or all.",
+            help="With --dataset: folder or hub id, 'embedded' or 'embedded-mrope'. Without: llava (the default), "
+            "qwen2_5_vl, or all.",
         ),
-    ] = "llava",
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -178,22 +179,28 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure what pruning costs in accuracy: your model on RefCOCO or on your questions, or the embedded models.
+    """Measure what pruning costs in accuracy: of your model on RefCOCO or on
+    your own questions, or of the embedded models.
 
-    With --dataset, one model is loaded and answers every question unpruned first, then with each method and budget, ids kept
-    (GAP) and compacted. Accuracy at IoU 0.5 with paired intervals, answers without a box, visual tokens, time to the first
-    token and KV cache come as a table, results.json, results.md and cases.png, beside the figures of papers. Answers are
-    saved as they come, in answers.jsonl: the same command goes on where it stopped.
+    With --dataset, one model is loaded. It answers every question unpruned
+    first, then with each method and budget, ids kept (GAP) and compacted.
+    Accuracy at IoU 0.5 with paired intervals, answers without a box, visual
+    tokens, time to the first token and KV cache come as a table, results.json,
+    results.md and cases.png, beside the figures of papers. Answers are saved
+    as they come, in answers.jsonl: the same command goes on where it stopped.
 
-    Example: gap-triton eval --dataset refcoco --split val --model llava-hf/llava-1.5-7b-hf --method nuwa --budget 64
+    Your model: gap-triton eval --dataset refcoco --split val
+    --model llava-hf/llava-1.5-7b-hf --method nuwa --budget 64
 
-    Without a download: gap-triton eval --dataset synthetic --model embedded --layer 1 --limit 64
+    Without a download: gap-triton eval --dataset synthetic --model embedded
+    --layer 1 --limit 64
 
-    Without --dataset, the tables of the docs. --methods writes methods.json, .md and .png: each preset at each budget, ids
-    kept and compacted. --coverage writes coverage.json, .md and .png. Without either, layers x scores x budgets x ids are
-    swept: eval.json and eval.md.
+    Without --dataset, the tables of the docs. --methods writes methods.json,
+    .md and .png: each preset at each budget, ids kept and compacted. --coverage
+    writes coverage.json, .md and .png. Without either, layers x scores x
+    budgets x ids are swept: eval.json and eval.md.
 
-    Example: gap-triton eval --methods all --coverage --model all
+    The docs: gap-triton eval --methods all --coverage --model all
     """
     own = {
         "--data": data, "--limit": limit, "--layer": layer, "--score": score, "--batch-size": batch_size,
@@ -215,10 +222,17 @@ def evaluate(
         )
     if dataset is None:
         _evaluate_embedded(
-            model, methods, coverage, {**swept, "--ids": ids}, BUDGETS if budgets is None else budgets,
+            "llava" if model is None else model, methods, coverage, {**swept, "--ids": ids},
+            BUDGETS if budgets is None else budgets,
             samples or SAMPLES, output or Path(OUTPUT),
         )  # fmt: skip
         return
+    if model is None:
+        raise typer.BadParameter(
+            "--model is missing: with --dataset it is a folder or a hub id, or 'embedded'"
+        )
+    if dataset == SYNTHETIC and data is not None:
+        raise typer.BadParameter("--data does not go with --dataset synthetic, which is made in --output")
     if dataset == VQA:
         if question is not None:
             raise typer.BadParameter("--question does not go with --dataset vqa, which has its own questions")

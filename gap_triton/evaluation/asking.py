@@ -57,6 +57,9 @@ class Asker:
         box_format: How it is asked for a box.
         embedded: Its architecture, where it is one of the embedded models.
         max_new_tokens: Length of an answer at most.
+
+    Raises:
+        ValueError: Boxes are pixels of the resized image, and the processor does not tell its size.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Asker:
         red, green, blue = (int(255 * each) for each in mean)
         self._background = (red, green, blue)
         self._patch_size = getattr(image_processor, "patch_size", None)
+        if box_format.frame == "resized" and self._patch_size is None:
+            raise ValueError(
+                f"format {box_format.name!r} writes pixels of the resized image, and {type(processor).__name__} tells no "
+                "patch size, by which to find its size: expected the processor of a Qwen-VL"
+            )
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.padding_side = "left"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .question import Question
 
@@ -198,14 +198,14 @@ def _folder_of_images(data: Path, first: str) -> Path:
     )
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """Read an image file, as RGB.
+def open_rgb(path: Path, *, upright: bool = False) -> Image.Image:
+    """Read an image file, as RGB; ``upright``: turned as its EXIF data says, which boxes in pixels do not count with.
 
     Raises:
         ValueError: It can't be read.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # whatever the reader of that format makes of broken bytes
         raise ValueError(f"image {str(path)!r} can't be read: {error}") from error

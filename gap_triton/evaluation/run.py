@@ -63,7 +63,8 @@ class Evaluation:
         """Ask what is not answered yet, measure costs, print the table and write all files.
 
         Raises:
-            ValueError: A way can't be run on the model, or the folder holds answers of another evaluation.
+            ValueError: A way can't be run on the model, the folder holds answers of another evaluation, an image can't be
+                read, or the memory is too small for a batch.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         for way in self.ways:  # what is refused is refused before anything is asked
@@ -97,7 +98,13 @@ class Evaluation:
         gap_triton.configure(self.asker.model, way.config)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            answers = self.asker.ask(batch, way.config)
+            try:
+                answers = self.asker.ask(batch, way.config)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"batch_size={self.batch_size}: {way.name} does not fit into the memory ({error}); what was answered is "
+                    "saved, go on with a smaller one"
+                ) from error
             file.add(way, [self._judge(way, *pair) for pair in zip(batch, answers, strict=True)])
             bar.update(task, advance=len(batch), accuracy=_accuracy(known.values()))
         bar.update(task, accuracy=_accuracy(known.values()))

@@ -46,7 +46,7 @@ def read_vqa(data: Path) -> list[Question]:
                 Question(
                     str(values.get("id", number)),
                     values["question"],
-                    functools.partial(open_rgb, path.parent / values["image"]),
+                    functools.partial(open_rgb, path.parent / values["image"], upright=True),
                     answers=(answers,) if isinstance(answers, str) else tuple(map(str, answers)),
                 )
             )

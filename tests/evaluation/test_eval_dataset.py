@@ -24,10 +24,11 @@ from gap_triton.evaluation.asking import Asker
 from gap_triton.evaluation.boxes import FORMATS
 from gap_triton.evaluation.question import Question
 from gap_triton.evaluation.records import Record
-from gap_triton.evaluation.refcoco import read_refcoco
+from gap_triton.evaluation.refcoco import open_rgb, read_refcoco
 from gap_triton.evaluation.reported import REPORTED, reported_for
 from gap_triton.evaluation.summary import notes_of, row_of
 from gap_triton.evaluation.synthetic import write_refcoco
+from gap_triton.evaluation.vqa import read_vqa
 from gap_triton.evaluation.ways import UNPRUNED, Way, ways_of
 from gap_triton_cli.ask import EMBEDDED
 
@@ -230,7 +231,48 @@ def test_a_method_that_prunes_otherwise_now_is_refused(tmp_path: Path) -> None:
     assert "is no file of answers" in said(cli(*SYNTHETIC, "--output", str(tmp_path), "--limit", "2"))
 
 
+def test_a_batch_that_does_not_fit_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Asker.ask
+
+    def fill(self, questions, config):
+        if len(questions) > 1 and config.keep != 1.0:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return ask(self, questions, config)
+
+    monkeypatch.setattr(Asker, "ask", fill)
+    options = ("--output", str(tmp_path), "--limit", "2", "--ids", "kept")
+    result = cli(*SYNTHETIC, *options)
+    assert result.exit_code == 2
+    assert "batch_size=8: text, layer 1, 50%, ids kept does not fit into the memory" in said(result)
+    assert len(answers_of(tmp_path)) == 2
+    assert cli(*SYNTHETIC, *options, "--batch-size", "1").exit_code == 0
+
+
 # --------------------------------------------------------------------------------------------- other data, other models
+def test_a_model_trained_on_padded_images_sees_them() -> None:
+    image = Image.effect_noise((90, 40), 64).convert("RGB")
+    model, processor = load_embedded_model(CPU)
+    asker = Asker(model, processor, FORMATS["llava"])
+    batch = asker.prepare([Question("", "it", lambda: image, box=(1, 2, 3, 4))])
+    square = Image.new("RGB", (90, 90), (127, 127, 127))  # the mean of this processor
+    square.paste(image, (0, 25))
+    expected = processor(images=[square], text=["<image>"], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch.inputs["pixel_values"], expected)
+    assert (batch.views[0].width, batch.views[0].height) == (90, 40)
+
+
+def test_a_photo_is_turned_as_its_camera_was_for_words_alone(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    image.save(tmp_path / "1.jpg", exif=exif)
+    assert open_rgb(tmp_path / "1.jpg").size == (8, 4)
+    (tmp_path / "questions.jsonl").write_text('{"image": "1.jpg", "question": "What?", "answer": "a"}')
+    assert read_vqa(tmp_path)[0].load().size == (4, 8)
+
+
 def test_questions_in_words_are_right_by_their_words(tmp_path: Path) -> None:
     scenes = held_out(3)
     for i in range(3):
@@ -311,10 +353,19 @@ def test_figures_of_papers_stand_where_they_belong() -> None:
             ["--dataset", "refcoco", "--coverage"],
             "--coverage does not go with --dataset: it measures the embedded",
         ),
-        (["--dataset", "refcoco", "--layers", "1"], "--layers does not go with --dataset: use --layer"),
-        (["--dataset", "refcoco", "--samples", "1"], "--samples does not go with --dataset: use --limit"),
+        (
+            ["--dataset", "refcoco", "--layers", "1"],
+            "--layers does not go with --dataset: use --layer",
+        ),
+        (
+            ["--dataset", "refcoco", "--samples", "1"],
+            "--samples does not go with --dataset: use --limit",
+        ),
         (["--dataset", "coco"], "'coco' is not one of 'refcoco'"),
-        (["--dataset", "refcoco", "--split", "train"], "split 'train' of refcoco: expected one of val, test"),
+        (
+            ["--dataset", "refcoco", "--split", "train"],
+            "split 'train' of refcoco: expected one of val, test",
+        ),
         (
             ["--dataset", "refcoco", "--data", "nowhere"],
             "no refcoco val in 'nowhere': expected val-*.parquet",
@@ -323,11 +374,29 @@ def test_figures_of_papers_stand_where_they_belong() -> None:
             ["--dataset", "refcocog"],
             "hf download lmms-lab-encoder/RefCOCOg --repo-type dataset --local-dir data/refcocog",
         ),
-        (["--dataset", "refcoco", "--method", "nuva"], "--methods 'nuva': expected all, or of prumerge"),
-        (["--dataset", "refcoco", "--method", "nuwa", "--layer", "1"], "--layer is part of a method"),
+        (
+            ["--dataset", "refcoco", "--method", "nuva"],
+            "--methods 'nuva': expected all, or of prumerge",
+        ),
+        (
+            ["--dataset", "refcoco", "--method", "nuwa", "--layer", "1"],
+            "--layer is part of a method",
+        ),
         (["--dataset", "refcoco", "--budget", "1.0"], "--budgets 1.0 drops nothing"),
         (["--dataset", "refcoco", "--ids", "shifted"], "GapConfig.ids='shifted'"),
-        (["--dataset", "vqa", "--question", "{}"], "--question does not go with --dataset vqa"),
+        (["--dataset", "refcoco"], "--model is missing: with --dataset it is a folder or a hub id"),
+        (
+            ["--dataset", "synthetic", "--model", "embedded", "--data", "x"],
+            "--data does not go with --dataset synth",
+        ),
+        (
+            ["--dataset", "synthetic", "--model", "embedded", "--limit", "1", "--format", "qwen2.5-vl"],
+            "LlavaProcessor tells no patch size",
+        ),
+        (
+            ["--dataset", "vqa", "--question", "{}"],
+            "--question does not go with --dataset vqa",
+        ),
         (
             ["--dataset", "vqa", "--data", "nowhere"],
             "no questions in 'nowhere': expected questions.jsonl there",
@@ -350,7 +419,8 @@ def test_what_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = cli("eval", *options)
+    needs_a_model = "--dataset" in options and "--model" not in (*options, sentence.split()[0])
+    result = cli("eval", *options, *(("--model", "x") if needs_a_model else ()))
     assert result.exit_code == 2, (result.output, result.exception)
     assert sentence in said(result)
     assert "Traceback" not in result.output
