@@ -48,6 +48,12 @@ class Batch:
     views: list[View]
 
 
+def background_of(image_processor: Any) -> tuple[int, int, int]:
+    """Return the colour that padding has: the mean that the processor subtracts, as LLaVA's ``expand2square`` takes it."""
+    red, green, blue = (int(255 * each) for each in getattr(image_processor, "image_mean", None) or GREY)
+    return red, green, blue
+
+
 class Asker:
     """Puts questions to one model.
 
@@ -74,9 +80,7 @@ class Asker:
         self.model, self.processor, self.format = model, processor, box_format
         self.embedded, self.max_new_tokens = embedded, max_new_tokens
         image_processor = getattr(processor, "image_processor", None)
-        mean = getattr(image_processor, "image_mean", None) or GREY
-        red, green, blue = (int(255 * each) for each in mean)
-        self._background = (red, green, blue)
+        self._background = background_of(image_processor)
         self._patch_size = getattr(image_processor, "patch_size", None)
         if box_format.frame == "resized" and self._patch_size is None:
             raise ValueError(
@@ -87,10 +91,13 @@ class Asker:
         if tokenizer is not None:
             tokenizer.padding_side = "left"
 
+    def text(self, question: Question) -> str:
+        """Return what is asked, in the words that the model was trained on."""
+        return (PROMPT if question.box is None else self.format.question).replace("{}", question.text)
+
     def prompt(self, question: Question) -> str:
-        """Return the text for the processor: one image, then the question, as the model was trained on."""
-        template = PROMPT if question.box is None else self.format.question
-        text = template.replace("{}", question.text)
+        """Return the text for the processor: one image, then what is asked."""
+        text = self.text(question)
         if self.embedded is not None:
             return self.embedded.prompt(text)
         if getattr(self.processor, "chat_template", None):
@@ -125,14 +132,26 @@ class Asker:
             return_dict_in_generate=True,
         )
 
+    def new_tokens(self, batch: Batch, output: Any) -> torch.Tensor:
+        """Return what was generated, [B, L] int64, without the prompts."""
+        return output.sequences[:, batch.inputs["input_ids"].shape[1] :]
+
+    def visual_tokens(self, batch: Batch) -> list[int]:
+        """Return how many visual tokens each prompt has."""
+        ids = batch.inputs["input_ids"]
+        return (
+            torch.isin(ids, torch.tensor(visual_token_ids(self.model.config), device=ids.device))
+            .sum(1)
+            .tolist()
+        )
+
     def ask(self, questions: Sequence[Question], config: GapConfig) -> list[Answer]:
         """Return the answers to questions in one batch, pruned as ``config``, for which the model was configured, says."""
         batch = self.prepare(questions)
         before = gap_triton.last_selection(self.model)
-        tokens = self.generate(batch).sequences[:, batch.inputs["input_ids"].shape[1] :]
+        tokens = self.new_tokens(batch, self.generate(batch))
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        ids = torch.tensor(visual_token_ids(self.model.config), device=tokens.device)
-        visual = torch.isin(batch.inputs["input_ids"], ids).sum(1).tolist()
+        visual = self.visual_tokens(batch)
         after = gap_triton.last_selection(self.model)
         # The selection of another batch is still there where nothing was dropped from this one.
         kept = [float(count) for count in visual] if after is before else self._kept(after, config, visual)

@@ -13,9 +13,8 @@ from typing import Any
 from lmms_eval.tasks.refcoco import utils_rec
 from PIL import Image
 
+from ..evaluation.asking import background_of
 from ..evaluation.boxes import BoxFormat, View, resized_by
-
-GREY = (0.5, 0.5, 0.5)  # where a processor has no mean
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ def current() -> Asked:
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """Return the image as the model is to see it."""
     asked = current()
-    mean = getattr(asked.image_processor, "image_mean", None) or GREY
-    red, green, blue = (int(255 * each) for each in mean)
-    return [asked.format.prepare(doc["image"].convert("RGB"), (red, green, blue))]
+    return [asked.format.prepare(doc["image"].convert("RGB"), background_of(asked.image_processor))]
 
 
 def doc_to_text(doc: dict[str, Any]) -> str:
