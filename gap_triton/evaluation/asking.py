@@ -156,7 +156,8 @@ class Asker:
         # The selection of another batch is still there where nothing was dropped from this one.
         kept = [float(count) for count in visual] if after is before else self._kept(after, config, visual)
         return [
-            Answer(text.strip(), *each) for text, *each in zip(texts, batch.views, visual, kept, strict=True)
+            Answer(text.strip(), view, count, of_layers)
+            for text, view, count, of_layers in zip(texts, batch.views, visual, kept, strict=True)
         ]
 
     def _as_seen(self, image: Image.Image) -> Image.Image:

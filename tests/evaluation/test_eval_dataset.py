@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -340,6 +341,19 @@ def test_figures_of_papers_stand_where_they_belong() -> None:
     assert {each.accuracy for each in reported_for("refcoco", "val", "llava")} == {56.14, 15.34, 51.42}
     assert not reported_for("refcoco", "test", "qwen2_5_vl")
     assert len(REPORTED) == 3 + 16
+
+
+def test_the_recipe_of_the_document_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    recipe, other = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "shikra_asker" in other  # the decoder tests run it
+    write_refcoco(tmp_path, 2)
+    names = {"path": ARCHITECTURES["llava"].folder, "data": tmp_path, "output": tmp_path / "output"}
+    exec(compile(recipe, "docs/evaluation.md", "exec"), names)
+    # It is asked as a LLaVA-1.5 here, and answers in its own way.
+    assert [row.failures for row in names["rows"]] == [2] * 5
+    tokens = [row.kept_tokens for row in names["rows"]]
+    assert (tokens[0], tokens[-1]) == (64.0, 16.0)
 
 
 # --------------------------------------------------------------------------------------------- refusals
