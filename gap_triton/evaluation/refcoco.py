@@ -135,7 +135,11 @@ def _questions_of(path: Path, before: int) -> tuple[list[Question], int]:
 
 
 def _decoded(images_of: Callable[[int], list[Any]], group: int, row: int) -> Image.Image:
-    with Image.open(io.BytesIO(images_of(group)[row]["bytes"])) as image:
+    stored = images_of(group)[row]
+    content = stored.get("bytes") if isinstance(stored, dict) else stored
+    if not isinstance(content, bytes):
+        raise ValueError(f"row {row} of group {group} has no image within the file: expected its bytes")
+    with Image.open(io.BytesIO(content)) as image:
         return image.convert("RGB")
 
 

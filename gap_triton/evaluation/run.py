@@ -68,7 +68,10 @@ class Evaluation:
         """
         self.output.mkdir(parents=True, exist_ok=True)
         for way in self.ways:  # what is refused is refused before anything is asked
-            gap_triton.configure(self.asker.model, way.config)
+            try:
+                gap_triton.configure(self.asker.model, way.config)
+            except ValueError as error:
+                raise ValueError(f"{way.name}: {error}") from error
         file = RecordFile(self.output / ANSWERS, self.settings)
         for way in self.ways:
             file.of(way)

@@ -60,7 +60,11 @@ def ways_of(
         if method is None:
             config = GapConfig(keep=budget, ids=rule, **axes)  # type: ignore[arg-type]
         else:
-            config = replace(GapConfig.preset(method, budget=budget, model=model), ids=rule)  # type: ignore[arg-type]
+            try:
+                preset = GapConfig.preset(method, budget=budget, model=model)
+            except ValueError as error:
+                raise ValueError(f"{method}: {error}") from error
+            config = replace(preset, ids=rule)  # type: ignore[arg-type]
         name = method or method_name(config)
         ways.append(Way(f"{name}, {budget_name(budget)}, ids {rule}", name, budget, config))
     return ways

@@ -396,6 +396,10 @@ def test_the_recipe_of_the_document_runs(tmp_path: Path) -> None:
             ["--dataset", "refcoco", "--method", "nuwa", "--layer", "1"],
             "--layer is part of a method",
         ),
+        (
+            ["--dataset", "refcoco", "--method", "feather", "--budget", "16"],
+            "feather: budget=16: expected a share",
+        ),
         (["--dataset", "refcoco", "--budget", "1.0"], "--budgets 1.0 drops nothing"),
         (["--dataset", "refcoco", "--ids", "shifted"], "GapConfig.ids='shifted'"),
         (["--dataset", "refcoco"], "--model is missing: with --dataset it is a folder or a hub id"),

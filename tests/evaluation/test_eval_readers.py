@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
+from support.command_line import cli
 
 from gap_triton.demo.scenes import held_out
 from gap_triton.evaluation.refcoco import HUB, SPLITS, read_refcoco
@@ -106,6 +108,28 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         ValueError, match="has no column bbox, image: expected question_id, image, answer and bbox"
     ):
         read_refcoco("refcoco", "val", path)
+
+
+def test_an_image_that_is_only_a_path_is_refused(tmp_path: Path) -> None:
+    row = {
+        "question_id": "1",
+        "image": {"bytes": None, "path": "1.jpg"},
+        "answer": ["a"],
+        "bbox": [0, 0, 1, 1],
+    }
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "val.parquet")
+    (question,) = read_refcoco("refcoco", "val", tmp_path)
+    with pytest.raises(ValueError, match="row 0 of group 0 has no image within the file"):
+        question.load()
+
+
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_refcoco(tmp_path, 1)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    options = ("--dataset", "refcoco", "--data", str(tmp_path), "--model", "x", "--output", str(tmp_path))
+    result = cli("eval", *options)
+    assert result.exit_code == 2
+    assert "eval needs pyarrow for this, and it is not installed: pip install pyarrow" in result.output
 
 
 # --------------------------------------------------------------------------------------------- refs and instances
