@@ -26,12 +26,13 @@ SHOWN = 4  # of each
 COLUMN = 2.7  # inches
 UNPRUNED, KEPT, COMPACTED, TRUTH = "unpruned", "ids kept (GAP)", "ids compacted", "true box"
 Line = Literal["-", "--"]
-STYLES: dict[str, tuple[str, Line, float]] = {  # drawn in this order
+STYLES: dict[str, tuple[str, Line, float]] = {
     UNPRUNED: ("#CC79A7", "-", 1.6),
     COMPACTED: (COLOURS["compacted"], "-", 1.8),
     KEPT: (COLOURS["kept"], "-", 2.6),
     TRUTH: ("#FFFFFF", "--", 1.4),
 }
+OTHER_IDS: tuple[str, Line, float] = (COLOURS["permuted"], "-", 2.6)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Case:
     Attributes:
         image: As the data have it.
         text: The expression.
-        boxes: Label of `STYLES` to box in pixels; None = none was answered.
+        boxes: Label to box in pixels, in the order of drawing; None = none was answered.
         words: What stands above the image, below the expression: the IoUs.
     """
 
@@ -62,10 +63,12 @@ def lines_of(
         records: The answers of each way, in the order of the questions.
     """
     way = ways[1]
-    at = {UNPRUNED: 0, KEPT if way.config.ids == "kept" else COMPACTED: 1}
+    label = KEPT if way.config.ids == "kept" else f"ids {way.config.ids}"
+    at = {UNPRUNED: 0}
     for place, each in enumerate(ways):
         if (each.method, each.budget, each.config.ids) == (way.method, way.budget, "compacted"):
             at[COMPACTED] = place
+    at[label] = 1
 
     def gain(question: int, other: int) -> float:
         return (records[1][question].iou or 0.0) - (records[other][question].iou or 0.0)
@@ -75,7 +78,7 @@ def lines_of(
             Case(
                 questions[i].load(),
                 questions[i].text,
-                {TRUTH: questions[i].box, **{label: records[place][i].box for label, place in at.items()}},
+                {**{label: records[place][i].box for label, place in at.items()}, TRUTH: questions[i].box},
                 "\n".join(f"{label}: {_iou(records[place][i])}" for label, place in at.items()),
             )
             for i in chosen
@@ -113,13 +116,13 @@ def save_cases(lines: Sequence[tuple[str, Sequence[Case]]], title: str, path: Pa
             axes.set_axis_off()
         for axes, case in zip(grid, cases, strict=False):
             _draw(axes, case)
-    labels = [label for label in STYLES if any(label in case.boxes for _, cases in lines for case in cases)]
+    labels = list(dict.fromkeys(label for _, cases in lines for case in cases for label in case.boxes))
     handles = [
         Patch(
             fill=False,
             # White on paper would be invisible.
-            edgecolor="#777777" if label == TRUTH else STYLES[label][0],
-            linestyle=STYLES[label][1],
+            edgecolor="#777777" if label == TRUTH else STYLES.get(label, OTHER_IDS)[0],
+            linestyle=STYLES.get(label, OTHER_IDS)[1],
             linewidth=2,
             label=label,
         )
@@ -133,10 +136,10 @@ def save_cases(lines: Sequence[tuple[str, Sequence[Case]]], title: str, path: Pa
 
 def _draw(axes: Axes, case: Case) -> None:
     axes.imshow(case.image, interpolation="nearest")
-    for label, (colour, line, width) in STYLES.items():
-        box = case.boxes.get(label)
+    for label, box in case.boxes.items():
         if box is None:
             continue
+        colour, line, width = STYLES.get(label, OTHER_IDS)
         x0, y0, x1, y1 = box
         axes.add_patch(
             Rectangle(

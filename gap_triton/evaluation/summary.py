@@ -28,6 +28,7 @@ class Row:
         method: A preset's name, or score and layer.
         budget: Visual tokens to keep, a share or a count; None = all.
         ids: Position ids of the survivors.
+        config: The whole configuration, field by field.
         questions: How many were asked.
         accuracy: Share of right answers: IoU of the box >= 0.5, or words that are right.
         accuracy_low: Lower end of its 95% interval (Wilson).
@@ -47,6 +48,7 @@ class Row:
     method: str
     budget: float | int | None
     ids: str
+    config: dict[str, Any]
     questions: int
     accuracy: float
     accuracy_low: float
@@ -111,6 +113,7 @@ def row_of(way: Way, records: Sequence[Record], cost: Cost, reported: Sequence[R
         method=way.method,
         budget=way.budget,
         ids=way.config.ids,
+        config=asdict(way.config),
         questions=len(records),
         accuracy=hits / len(records),
         accuracy_low=low,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,14 +24,16 @@ from gap_triton.evaluation import costs
 from gap_triton.evaluation import run as whole
 from gap_triton.evaluation.asking import Asker
 from gap_triton.evaluation.boxes import FORMATS
+from gap_triton.evaluation.cases import lines_of as lines_of_cases
 from gap_triton.evaluation.question import Question
 from gap_triton.evaluation.records import Record
-from gap_triton.evaluation.refcoco import open_rgb, read_refcoco
+from gap_triton.evaluation.refcoco import HUB, open_rgb, read_refcoco
 from gap_triton.evaluation.reported import REPORTED, reported_for
 from gap_triton.evaluation.summary import notes_of, row_of
 from gap_triton.evaluation.synthetic import write_refcoco
 from gap_triton.evaluation.vqa import read_vqa
 from gap_triton.evaluation.ways import UNPRUNED, Way, ways_of
+from gap_triton_cli import choices
 from gap_triton_cli.ask import EMBEDDED
 
 SYNTHETIC = ("eval", "--dataset", "synthetic", "--model", "embedded", "--layer", "1", "--budget", "0.5")
@@ -354,6 +357,35 @@ def test_the_recipe_of_the_document_runs(tmp_path: Path) -> None:
     assert [row.failures for row in names["rows"]] == [2] * 5
     tokens = [row.kept_tokens for row in names["rows"]]
     assert (tokens[0], tokens[-1]) == (64.0, 16.0)
+
+
+def test_cases_are_the_largest_losses_and_gains() -> None:
+    ious = {"unpruned": [0.9, 0.8, 0.9, 0.1, 0.9, 0.9], "permuted": [0.1, 0.8, 0.5, 0.9, 0.9, 0.0]}
+    ious["compacted"] = [0.0, 0.0, 0.5, 0.1, 0.2, 0.0]
+    ways = [UNPRUNED, *ways_of(None, [None], [0.5], ids=("permuted", "compacted"), layer=1)[1:]]
+    questions = [
+        Question(str(i), f"thing {i}", lambda: Image.new("RGB", (9, 9)), box=(0, 0, 9, 9)) for i in range(6)
+    ]
+    records = [
+        [
+            Record("", str(i), "", iou >= 0.5, not iou, (0, 0, 9, 9 * iou), iou, 4, 2.0)
+            for i, iou in enumerate(of_way)
+        ]
+        for of_way in ious.values()
+    ]
+    (worst_heading, worst), (best_heading, best) = lines_of_cases(questions, ways, records)
+    assert "loss of IoU against unpruned" in worst_heading
+    assert "gain of IoU against ids compacted" in best_heading
+    assert [case.text for case in worst] == ["thing 5", "thing 0", "thing 2", "thing 1"]
+    assert [case.text for case in best] == ["thing 1", "thing 3", "thing 4", "thing 0"]
+    assert list(worst[0].boxes) == ["unpruned", "ids compacted", "ids permuted", "true box"]
+    assert worst[0].words == "unpruned: IoU 0.90\nids compacted: no box\nids permuted: no box"
+
+
+def test_the_help_names_what_there_is() -> None:
+    text = said(cli("eval", "--help"))
+    assert all(name in text for name in FORMATS if name != "embedded")
+    assert get_args(choices.Dataset) == (*HUB, choices.VQA, choices.SYNTHETIC)
 
 
 # --------------------------------------------------------------------------------------------- refusals
