@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from lmms_eval.api.model import lmms
@@ -24,7 +24,9 @@ from ..environment import default_device
 from ..evaluation.boxes import BY_MODEL_TYPE, find_format
 from .answers import Asked, remember
 
-AXES = ("keep", "layer", "score", "coverage", "merge", "ids", "seed")
+AXES = tuple(
+    field.name for field in fields(GapConfig) if field.name != "then"
+)  # stages are no value of an argument
 OURS = ("base", "method", "budget", "format", *AXES)
 # The model of lmms-eval for a type of transformers; others are named by base=.
 BASES = {
