@@ -124,9 +124,10 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
         assert weights.as_posix() in found
 
 
-def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
+def test_the_command_and_the_plug_in_are_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
     assert "gap-triton = gap_triton_cli:app" in wheel.read(name).decode()
+    assert "[lmms_eval.models]\ngap_triton = gap_triton.lmms:manifests" in wheel.read(name).decode()
 
 
 def test_what_the_metadata_says(metadata: Message) -> None:
