@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table hub-kernel docs clean
+.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance lmms kernel-table hub-kernel docs clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -26,10 +26,11 @@ help:
 	@echo "make compat  kernel tests on an older and the newest torch and Triton, core tests on three versions of transformers"
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
+	@echo "make lmms   the plug-in for lmms-eval, through its own evaluator, in an environment of its own (5 minutes)"
 	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make docs   the documents as a site in build/site/, strictly, with the API reference; and run the notebook"
 	@echo "make hub-kernel  the operators as a kernel of the Hugging Face Hub, in build/hub-kernel/, loaded once by the library kernels"
-	@echo "make clean  remove .venv, .venv-compat-* and what was built"
+	@echo "make clean  remove .venv, .venv-compat-*, .venv-lmms and what was built"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
@@ -64,6 +65,15 @@ compat-%:
 endurance: $(VENV)/.installed-test
 	$(BIN)/python tests/scripts/endurance.py $(ARGS)
 
+# Lmms-eval itself without what it asks for: forty packages, among them torchvision, whose build must match that of torch, and
+# the index has only the one for CUDA. What its RefCOCO tasks and llava_hf import is in tests/scripts/lmms.txt.
+lmms:
+	test -d .venv-lmms || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+		--requirement tests/scripts/lmms.txt
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	.venv-lmms/bin/python -m pytest -q tests/evaluation/test_lmms.py $(ARGS)
+
 kernel-table: $(VENV)/.installed-test
 	$(BIN)/python tests/scripts/kernels_aot.py
 	PYTHONPATH=tests:. $(BIN)/python -m scripts.critical_path
@@ -84,4 +94,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python $(INPUTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* build demo-output *.egg-info
+	rm -rf $(VENV) .venv-compat-* .venv-lmms build demo-output *.egg-info

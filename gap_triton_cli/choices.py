@@ -27,3 +27,7 @@ SCORE: Score = "text"
 
 # The embedded models.
 ARCHITECTURES = ("llava", "qwen2_5_vl")
+
+# Data sets of `gap-triton eval --dataset`.
+SYNTHETIC, VQA = "synthetic", "vqa"
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "vqa", "synthetic"]

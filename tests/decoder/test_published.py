@@ -22,6 +22,8 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, 
 
 import gap_triton
 from gap_triton import GapConfig
+from gap_triton.evaluation.decoders import minigpt_v2_asker, shikra_asker
+from gap_triton.evaluation.question import Question
 from gap_triton.models import minigpt_v2, shikra
 from gap_triton.models.visual_decoder import IMAGE_TOKEN, VisualDecoder
 from gap_triton.strategies import spatial_order
@@ -613,6 +615,41 @@ def test_the_recipes_of_the_document_run(name: str, tmp_path: Path) -> None:
     assert answer.shape[1] <= 32
     kept = gap_triton.last_selection(decoder).visual_index
     assert kept.shape[1] == {"visual_mask": 5, "shikra": 9, "minigpt_v2": 3}[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_evaluation_asks_them_in_batches(name: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    whole = Case(tmp_path, name, attn_implementation="gap_triton").model
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ask, tokens = {"shikra": (shikra_asker, 36), "minigpt_v2": (minigpt_v2_asker, 9)}[name]
+    processor = transformers.CLIPImageProcessor(size=size, do_center_crop=False)
+    asker = ask(whole, tokenizer(), processor, visual_tokens=tokens, max_new_tokens=6)
+    images = [Image.effect_noise((50, 20 + 10 * i), 64).convert("RGB") for i in range(3)]
+    questions = [
+        Question(str(i), " ".join(["the", "cat"] * (i + 1)), lambda i=i: images[i], box=(0, 0, 1, 1))
+        for i in range(3)
+    ]
+    config = GapConfig(0.25, 1, "text")
+    gap_triton.configure(asker.model, config)
+    batch = asker.prepare(questions)
+    assert [(view.width, view.height) for view in batch.views] == [(50, 20), (50, 30), (50, 40)]
+    answers = asker.ask(questions, config)
+    assert [each.text for each in answers] == [asker.ask([one], config)[0].text for one in questions]
+    assert len({each.text for each in answers}) > 1
+    kept = -(-tokens // 4)
+    for each in answers:
+        assert each.visual_tokens == tokens
+        assert each.kept_tokens == pytest.approx((2 * tokens + (LAYERS - 2) * kept) / LAYERS)
+    # Shikra sees the image padded to a square.
+    padded = Image.new("RGB", (50, 50), tuple(int(255 * mean) for mean in processor.image_mean))
+    padded.paste(images[0], (0, 15))
+    seen = padded if name == "shikra" else images[0]
+    pixels = processor(images=[seen], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch.inputs["pixel_values"][:1], pixels)
+    prompt = asker.prompt(questions[0])
+    assert prompt.count("<image>") + prompt.count("<ImageHere>") == 1
 
 
 def test_the_older_name() -> None:

@@ -16,6 +16,8 @@ PACKAGE = "gap_triton"
 # package itself.
 ROOMS = (
     "__main__",
+    "lmms",
+    "evaluation",
     "latency",
     "demo",
     "published",
@@ -50,6 +52,7 @@ LAZY = {
     ("config", "presets"): "GapConfig.preset gives a preset by its name, and presets are made of GapConfig",
     ("demo.evaluation", "demo.charts"): "charts need matplotlib, which is optional",
     ("demo.run", "demo.pictures"): "pictures need matplotlib, which is optional",
+    ("evaluation.run", "evaluation.cases"): "pictures need matplotlib, which is optional",
 }
 
 LINES = 60  # of a function, its docstring included

@@ -133,10 +133,11 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
         assert weights.as_posix() in found
 
 
-def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
+def test_the_command_and_the_plug_in_are_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
     entry_points = wheel.read(name).decode()
     assert "gap-triton = gap_triton_cli:app" in entry_points
+    assert "[lmms_eval.models]\ngap_triton = gap_triton.lmms:manifests" in entry_points
     assert (
         "torch.backends" not in entry_points
     )  # that touches every process with torch; `autoload/` is who wants it
@@ -166,12 +167,12 @@ def test_requirements_are_those_that_are_checked_at_import(metadata: Message) ->
 
 def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> None:
     # The index has it for CUDA alone, which fails beside a CPU torch.
-    for extra in ("demo", "test", "bench", "dev"):
+    for extra in ("demo", "eval", "test", "bench", "dev"):
         for each in map(Requirement, metadata.get_all("Requires-Dist", [])):
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "torchvision", "flash", "hub", "bench", "docs", "test", "dev"}
+    assert extras == {"demo", "eval", "lmms", "torchvision", "flash", "hub", "bench", "docs", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:
