@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from .plain import is_int, plain, shown
 from .strategies import Coverage
+from .strategies.by_features import BY_FEATURES
 
 Score = Literal[
     "last_token",
@@ -30,6 +31,8 @@ BEFORE_THE_DECODER = -1
 # What can rank a token depends on where it is ranked.
 DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
+# Coverages that depend on the position of a token in its image.
+GRID_COVERAGES = ("region", "stride")
 # Scores from a decoder layer's query and key; the others need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
 # Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
@@ -62,7 +65,13 @@ class Stage:
             token's keys; ``"random"``, drawn from ``seed``; ``"spatial"``, evenly spread over the image.
         coverage: How the scores choose. ``"topk"``, the best; ``"region"``, the best of those that are among the best of
             their 2 x 2 tokens (Nüwa, arXiv 2602.02951, section 3.1); ``"stride"``, a part evenly spread over the image, the
-            rest by score (FEATHER).
+            rest by score (FEATHER). Others compare tokens by their features, which are in a decoder layer its hidden states,
+            and after the vision encoder what the decoder gets: ``"max_min"``, as far from each other as can be, whatever
+            their scores (DivPrune, arXiv 2503.02175); ``"determinant"``, unlike each other and well scored (CDPruner, arXiv
+            2506.10967); ``"coverage_gain"``, those that stand for most of the others, times the score (SCOPE, arXiv
+            2510.24214); ``"least_similar"``, least like the 4 best (DART, arXiv 2502.11494); ``"distinct"``, after the
+            vision encoder only, a half by score, and of the others those that are like none (VisPruner, arXiv 2412.01818).
+            Where the vision encoder ranks, ``"coverage_gain"`` and ``"distinct"`` compare what enters the projector.
         merge: What becomes of the rest, after the vision encoder only: ``"none"``, nothing; ``"aggregation"`` (Nüwa),
             ``"contextual"`` (VisionZip, arXiv 2412.04467), ``"nearest"`` (PruMerge) or ``"average"`` (TRIM) add it to
             survivors. `gap_triton.strategies` has the formulas.
@@ -98,6 +107,11 @@ class Stage:
         if self.score not in allowed:
             raise self._error(
                 "score", f"{location} it is one of {_joined(allowed)}", f" with layer={shown(self.layer)}"
+            )
+        if not in_vision and self.coverage == "distinct":
+            raise self._error(
+                "coverage",
+                "duplicates are removed after the vision encoder only; use layer=-1, or coverage='least_similar'",
             )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
@@ -227,12 +241,14 @@ def first_later(layer: int) -> int:
 
 def needs_text(stage: Stage) -> bool:
     """Return whether what ``stage`` keeps depends on the text of the prompt."""
-    return stage.score in TEXT_SCORES
+    # Where visual tokens attend to the text behind them, so do their hidden states.
+    by_hidden_states = stage.layer != BEFORE_THE_DECODER and stage.coverage in BY_FEATURES
+    return stage.score in TEXT_SCORES or by_hidden_states
 
 
 def needs_grid(stage: Stage) -> bool:
     """Return whether ``stage`` needs the position of each visual token in its image."""
-    spreads = stage.coverage != "topk" or stage.score == "spatial"
+    spreads = stage.coverage in GRID_COVERAGES or stage.score == "spatial"
     if stage.layer != BEFORE_THE_DECODER:
         return spreads
     return (

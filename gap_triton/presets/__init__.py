@@ -16,7 +16,11 @@ from ..integration.supported_models import find_parts
 from ..plain import shown
 from ..vision_tower import find_tower
 from . import (
+    cdpruner,
     cls,
+    dart,
+    divprune,
+    fastervlm,
     fastv,
     feather,
     nuwa,
@@ -24,11 +28,14 @@ from . import (
     prumerge_plus,
     pyramiddrop,
     random,
+    scope,
     sparsevlm,
     spatial,
+    swiftvlm,
     text,
     trim,
     visionzip,
+    vispruner,
 )
 
 PRESETS: dict[str, Callable[..., GapConfig]] = {
@@ -45,6 +52,13 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
     "sparsevlm": sparsevlm.configure,
     "visionzip": visionzip.configure,
     "feather": feather.configure,
+    "divprune": divprune.configure,
+    "cdpruner": cdpruner.configure,
+    "scope": scope.configure,
+    "fastervlm": fastervlm.configure,
+    "swiftvlm": swiftvlm.configure,
+    "dart": dart.configure,
+    "vispruner": vispruner.configure,
 }
 
 
@@ -54,7 +68,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     Args:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
-            ``"visionzip"``, ``"feather"``.
+            ``"visionzip"``, ``"feather"``, ``"divprune"``, ``"cdpruner"``, ``"scope"``, ``"fastervlm"``, ``"swiftvlm"``,
+            ``"dart"``, ``"vispruner"``.
         model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,

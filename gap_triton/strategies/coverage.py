@@ -1,4 +1,4 @@
-"""Which visual tokens are kept, given their scores: the best anywhere, the best of each region, or some everywhere."""
+"""Which visual tokens are kept, given their scores: the best anywhere, of each region, some everywhere, or by features."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from gap_kernels import grid_neighbours, topk_indices, topk_per_region
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
+    FLOAT_DTYPES,
     ShapeChecker,
     check_range,
     describe,
@@ -19,10 +21,20 @@ from gap_kernels.validation import (
 )
 from torch import Tensor
 
+from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
 
-Coverage = Literal["topk", "region", "stride"]
+Coverage = Literal[
+    "topk",
+    "region",
+    "stride",
+    "max_min",
+    "determinant",
+    "coverage_gain",
+    "least_similar",
+    "distinct",
+]
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
@@ -42,6 +54,8 @@ def choose(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    features: Tensor | None = None,
+    mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
     """Choose the visual tokens that are kept.
@@ -53,20 +67,31 @@ def choose(
       (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
       how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
       best-scored fill the budget.
+    - ``"max_min"`` (DivPrune, arXiv 2503.02175), ``"determinant"`` (CDPruner, arXiv 2506.10967) and ``"coverage_gain"``
+      (SCOPE, arXiv 2510.24214): one after another, by what each adds to those chosen before; see
+      `gap_kernels.greedy_indices`. Scores play no part in the first; the second scales those of each row to 0..1, as
+      CDPruner does; in the third, a row with scores below 0 is moved so that its least is 0.
+    - ``"least_similar"`` (DART, arXiv 2502.11494): the 4 best-scored, and for each of these in turn the tokens that are
+      least like it.
+    - ``"distinct"`` (VisPruner, arXiv 2412.01818): the best-scored half of ``keep``, rounded down; from the others, those
+      most like another are removed until as many are left as are wanted.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
-    its row: score -inf, neighbours -1, order -1. Filler is not chosen while ``keep`` is at most the number of tokens.
+    its row: score -inf, neighbours -1, order -1, mask False. Filler is not chosen while ``keep`` is at most the number of
+    tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
-        keep: How many to choose, 0..N: an int, or [G] int64.
-        coverage: ``"topk"``, ``"region"`` or ``"stride"``.
+        keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
+        coverage: One of the above.
         neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
             form a token that is alone in its region and scored -inf or NaN counts as filler.
         per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
         order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
             each may have its own; equal ranks go to the lower row.
+        features: For those that compare tokens: [G, N, C], of any float dtype.
+        mask: For the same but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
@@ -84,6 +109,9 @@ def choose(
             f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
         )
     _check_grids(scores, shapes, neighbours, per_region, order)
+    _check_features(shapes, coverage, features, mask, keep)
+    if features is not None and coverage in BY_FEATURES:
+        return _by_features(scores, features, keep, coverage, mask, length)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -92,7 +120,9 @@ def choose(
     return _by_stride(scores, order, keep, length)
 
 
-def choose_on_grid(scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int]) -> Tensor:
+def choose_on_grid(
+    scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int], features: Tensor | None = None
+) -> Tensor:
     """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
 
     Args:
@@ -100,12 +130,15 @@ def choose_on_grid(scores: Tensor, keep: int, coverage: Coverage, grid: tuple[in
         keep: How many to choose, 0..N.
         coverage: How.
         grid: (H, W), H * W = N.
+        features: [G, N, C], for a coverage that compares tokens.
 
     Returns:
         [G, keep] int64, ascending.
     """
-    if coverage == "topk":
+    if coverage == "topk" or keep == scores.shape[1]:
         return topk_indices(scores, keep)
+    if features is not None and coverage in BY_FEATURES:
+        return _by_features(scores, features, keep, coverage, None, keep)
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
@@ -149,6 +182,49 @@ def _check_grids(
             raise ValueError(
                 f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
             )
+
+
+def _check_features(
+    shapes: ShapeChecker,
+    coverage: Coverage,
+    features: Tensor | None,
+    mask: Tensor | None,
+    keep: int | Tensor,
+) -> None:
+    if features is not None:
+        shapes.check("features", features, "B N C", FLOAT_DTYPES)
+    if mask is not None:
+        shapes.check("mask", mask, "B N", (torch.bool,))
+    if coverage not in BY_FEATURES:
+        return
+    if features is None:
+        raise ValueError(
+            f"features: coverage={coverage!r} compares tokens by their features, [G, N, C], got None"
+        )
+    if coverage == "distinct" and isinstance(keep, Tensor):
+        raise ValueError(
+            f"keep: coverage='distinct' takes an int, the same for all rows, got {describe(keep)}"
+        )
+    if coverage == "distinct" and mask is not None:
+        raise ValueError(f"mask: coverage='distinct' takes rows without filler, got {describe(mask)}")
+
+
+def _by_features(
+    scores: Tensor,
+    features: Tensor,
+    keep: int | Tensor,
+    coverage: Coverage,
+    mask: Tensor | None,
+    length: int,
+) -> Tensor:
+    if coverage in GREEDY:
+        return choose_greedily(scores, features, keep, coverage, mask=mask, length=length)
+    if coverage == "least_similar":
+        return least_similar(scores, features, keep, mask=mask, length=length)
+    assert not isinstance(keep, Tensor)
+    scores = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    index = distinct(scores, features, keep)
+    return index if length == keep else F.pad(index, (length - keep, 0), value=-1)
 
 
 def _by_region(

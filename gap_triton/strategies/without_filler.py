@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .merged import Merged
 from .nearest import COLLECT_COUNT
-from .rows import accumulation_dtype
+from .rows import accumulation_dtype, rows_at
 
 
 def best_first(scores: Tensor, count: int) -> Tensor:
@@ -72,11 +72,11 @@ def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor)
     def collected(block: slice) -> Tensor:
         rows = kept[:, block]
         # A token does not collect itself, nor what it has no cosine to: both are NaN, which comes last.
-        cosine = (_rows(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
+        cosine = (rows_at(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
         best = topk_indices(cosine.flatten(0, 1), most).view(*rows.shape, most)
         near = torch.zeros_like(cosine, dtype=torch.bool).scatter_(2, best, True)
         shares = near.logical_and_(cosine == cosine) * weights
-        return torch.baddbmm(_rows(values, rows), shares, values)
+        return torch.baddbmm(rows_at(values, rows), shares, values)
 
     blocks = list(row_blocks(kept.shape[1], features.shape[0] * num_rows))
     parts = list(map(collected, blocks))
@@ -103,8 +103,8 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
     rest = topk_indices(is_rest, num_rest)  # ascending
     stride = num_rest // count
     targets = slice(0, count * stride, stride)
-    unit = F.normalize(_rows(keys, rest).to(accumulation_dtype(keys)), dim=-1)
-    values = _rows(features, rest).to(dtype)
+    unit = F.normalize(rows_at(keys, rest).to(accumulation_dtype(keys)), dim=-1)
+    values = rows_at(features, rest).to(dtype)
     target_units = unit[:, targets].transpose(1, 2)  # [G, E, M]
     goes_to = values.new_zeros(groups, num_rest, count)
     for block in row_blocks(num_rest, groups * count):
@@ -115,8 +115,3 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
     number = goes_to.sum(1)[..., None].clamp_(min=1.0)  # [G, M, 1]
     total = goes_to.transpose(1, 2) @ values
     return Merged(rest[:, targets], torch.addcdiv(values[:, targets], total, number).to(features.dtype))
-
-
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Gather [G, N, C] at [G, K] int64 into [G, K, C]."""
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[2]))

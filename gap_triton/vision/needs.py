@@ -17,6 +17,10 @@ MERGE_NEEDS: dict[str, Needs] = {
     "nearest": frozenset({"keys", "features"}),
     "average": frozenset(),  # of tokens as the decoder gets them
 }
+COVERAGE_NEEDS: dict[str, Needs] = {
+    "coverage_gain": frozenset({"features"}),
+    "distinct": frozenset({"features"}),
+}
 TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
@@ -25,7 +29,10 @@ def needs_of(config: GapConfig) -> Needs:
     stage: Stage = config.stages[0]
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()
-    return frozenset(need for need in TOWER_SCORES if need == stage.score) | MERGE_NEEDS[stage.merge]
+    of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
+    # Of an encoder that doesn't rank, nothing is recorded to compare tokens: that is done as the decoder gets them.
+    of_coverage = COVERAGE_NEEDS.get(stage.coverage, frozenset()) if of_score else frozenset()
+    return of_score | of_coverage | MERGE_NEEDS[stage.merge]
 
 
 def hook_tower(attachment: Attachment, config: GapConfig) -> None:

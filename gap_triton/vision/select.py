@@ -30,6 +30,7 @@ from ..strategies import (
     text_similarity,
 )
 from ..strategies.aggregation import aggregate_without_filler
+from ..strategies.by_features import BY_FEATURES
 from ..strategies.coverage import choose_on_grid
 from ..strategies.without_filler import (
     average_of_rest,
@@ -42,6 +43,7 @@ from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
+from .needs import COVERAGE_NEEDS
 from .places import Group, Places
 
 Kwargs = dict[str, Any]
@@ -104,16 +106,25 @@ def select_before_decoder(
         keep[view.sample] += share
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
-    stays, merged = _choose(places, scores, budget, stage, merging)
+    features = _features(prompt, stage, places, tower, kwargs) if stage.coverage in BY_FEATURES else None
+    stays, merged = _choose(places, scores, budget, stage, merging, features)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, stays, tuple(keep)), kwargs
 
 
 def _choose(
-    places: Places, scores: Tensor, budget: Budget, stage: Stage, merging: Merging | None
+    places: Places,
+    scores: Tensor,
+    budget: Budget,
+    stage: Stage,
+    merging: Merging | None,
+    features: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change."""
+    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change.
+
+    ``features`` [B * V, C] is what tokens are compared by, where the coverage does so.
+    """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
     if are_best and merging is None:
@@ -121,7 +132,9 @@ def _choose(
     stays = None if are_best else places.stays(budget)
     merged: list[tuple[Tensor, Tensor]] = []
     for group in places.groups(budget.views):
-        survivors, changed = _survivors_of(group, group.at_slots(scores.flatten()), stage, merging)
+        compared = None if features is None else group.at_slots(features).to(scores.device)
+        score = group.at_slots(scores.flatten())
+        survivors, changed = _survivors_of(group, score, stage, merging, compared)
         if stays is not None:
             for index in survivors:
                 stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
@@ -144,8 +157,8 @@ def _embeds_of(stage: Stage, kwargs: Kwargs) -> Tensor:
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         raise ValueError(
-            f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
-            "pass inputs_embeds"
+            f"score={stage.score!r}, coverage={stage.coverage!r}, merge={stage.merge!r}: the decoder was given input_ids, "
+            "which hold no image features; pass inputs_embeds"
         )
     return embeds
 
@@ -201,6 +214,14 @@ def _scores(
     return places.at_features(by_feature).to(places.device)
 
 
+def _features(prompt: Prompt, stage: Stage, places: Places, tower: TowerOutput, kwargs: Kwargs) -> Tensor:
+    """What tokens are compared by, [B * V, C]; any rows at filler, and at newlines where what they come from is compared."""
+    entering = tower.features if stage.coverage in COVERAGE_NEEDS else None
+    if entering is not None:
+        return places.at_features(entering).flatten(0, 1)
+    return _rows_of(_embeds_of(stage, kwargs), prompt.visual_index, prompt.visual_counts).flatten(0, 1)
+
+
 def _text_similarities(prompt: Prompt, embeds: Tensor) -> Tensor:
     """Cosine to the mean embedding of the text after the image; where there is none, of all text. [B, V] float32."""
     visual = _rows_of(embeds, prompt.visual_index, prompt.visual_counts)
@@ -234,23 +255,27 @@ def _outliers(places: Places, scores: Tensor) -> list[int]:
 
 
 def _survivors_of(
-    group: Group, score: Tensor, stage: Stage, merging: Merging | None
+    group: Group, score: Tensor, stage: Stage, merging: Merging | None, features: Tensor | None
 ) -> tuple[list[Tensor], Merged | None]:
     """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
 
-    ``score`` is [G, N].
+    ``score`` is [G, N], and ``features`` [G, N, C] what tokens are compared by.
     """
     keep = group.keep
+
+    def chosen(count: int) -> Tensor:
+        return choose_on_grid(score, count, stage.coverage, group.grid, features)
+
     if merging is None or keep == group.size[1]:
-        return [choose_on_grid(score, keep, stage.coverage, group.grid)], None
+        return [chosen(keep)], None
     if merging.merge in ADDS_ONE and stage.coverage == "topk":
         survivors = best_first(score, keep)
     elif merging.merge in ADDS_ONE:
-        kept = choose_on_grid(score, keep - 1, stage.coverage, group.grid)
+        kept = chosen(keep - 1)
         survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
     else:
         count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
-        survivors = choose_on_grid(score, keep - count, stage.coverage, group.grid)
+        survivors = chosen(keep - count)
     changed = _merge(group, merging, score, survivors)
     if merging.before_projector:
         changed = changed._replace(features=merging.tower.project(changed.features))

@@ -213,7 +213,7 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
     cases, refused = method_cases(llava[0], list(PRESETS), [16])
     assert {case.method for case in cases} | {each.method for each in refused} == set(PRESETS)
-    assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather"}
+    assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather", "swiftvlm"}
     assert all(each.model == "llava" and "budget=16" in each.reason for each in refused)
 
 
@@ -225,7 +225,7 @@ def test_without_cls_token_attention_received_ranks() -> None:
     assert len(cases) == len(PRESETS) * len(SHARES) * 2
     first = {case.method: case.config.score for case in cases}
     assert {name for name, score in first.items() if score == "received"} == {
-        *("prumerge", "prumerge+", "cls", "nuwa", "visionzip")
+        *("prumerge", "prumerge+", "cls", "nuwa", "visionzip", "scope", "fastervlm", "vispruner")
     }
     assert not any(case.config.score == "cls" for case in cases + coverage_cases(model, SHARES))
     named = methods_markdown(

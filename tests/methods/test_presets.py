@@ -19,6 +19,7 @@ import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.presets import PRESETS
 from gap_triton.presets.depth import pruning_layers
+from gap_triton.strategies.by_features import BY_FEATURES
 
 
 def stages(name: str, **options: object) -> list[tuple[float | int | str, int]]:
@@ -60,6 +61,47 @@ def test_schedules_are_as_published() -> None:
     assert stages("fastv") == [(0.5, 1)]
     # 30% and a ninth of the others; then 30% of those.
     assert stages("feather") == [(pytest.approx(17 / 45, abs=1e-3), 7), (pytest.approx(0.1133, abs=1e-4), 15)]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "count"),
+    [
+        ("divprune", 0.098, 57),  # the code rounds 56.4 to the nearest
+        *(("cdpruner", count, count) for count in (64, 128, 192)),
+        *(("scope", count, count) for count in (64, 128, 192)),
+        ("fastervlm", 0.5, 288), ("fastervlm", 0.25, 144), ("fastervlm", 0.1, 58), ("fastervlm", 0.05, 29),
+        *(("vispruner", count, count) for count in (32, 64, 128)),
+        *(("dart", count, count) for count in (64, 128, 192)),
+    ],
+)  # fmt: skip
+def test_counts_are_as_published(name: str, budget: float | int, count: int) -> None:
+    (stage,) = GapConfig.preset(name, budget=budget).stages
+    assert stage.count(576) == count
+    assert stage.layer == (1 if name == "dart" else -1)
+
+
+def test_coverages_are_as_published() -> None:
+    found = {name: GapConfig.preset(name).stages[0] for name in PRESETS}
+    assert {name: (stage.score, stage.coverage) for name, stage in found.items() if stage.coverage in BY_FEATURES} == {
+        "divprune": ("random", "max_min"),
+        "cdpruner": ("text_similarity", "determinant"),
+        "scope": ("cls", "coverage_gain"),
+        "vispruner": ("cls", "distinct"),
+        "dart": ("key_norm", "least_similar"),
+    }  # fmt: skip
+    assert GapConfig.preset("fastervlm", budget=0.1) == GapConfig.preset("cls", budget=0.1)
+    assert found["divprune"].keep == 0.098
+
+
+@pytest.mark.parametrize(("budget", "mean"), [(0.1414, 192), (0.0448, 128)])
+def test_swiftvlm_means_what_is_published(budget: float, mean: int) -> None:
+    """In layers 3, 11 and 15 of 32, counted from 1; the budgets of the paper are means over the layers."""
+    chosen = GapConfig.preset("swiftvlm", budget=budget).stages
+    assert [stage.layer + 1 for stage in chosen] == [3, 11, 15]
+    held = [576] * 32
+    for stage in chosen:
+        held[stage.layer + 1 :] = [stage.count(576)] * (31 - stage.layer)
+    assert abs(sum(held) / 32 - mean) < 1
 
 
 def test_sparsevlm_between_the_published_budgets() -> None:
@@ -134,7 +176,7 @@ def test_numpy_numbers_are_numbers(name: str, kind) -> None:
     odd = {option: odd for option, (odd, _) in options.items() if option in known}
     plain = {option: plain for option, (_, plain) in options.items() if option in known}
     assert GapConfig.preset(name, budget=kind(0.25), **odd) == GapConfig.preset(name, budget=0.25, **plain)
-    if name not in ("pyramiddrop", "feather"):
+    if name not in ("pyramiddrop", "feather", "swiftvlm"):
         config = GapConfig.preset(name, budget=np.int32(64), **odd)
         assert config == GapConfig.preset(name, budget=64, **plain)
         assert type(config.keep) is int
@@ -173,7 +215,7 @@ def test_odd_values_are_a_configuration_or_a_sentence(name: str, values: tuple[o
             assert 1 <= stage.count(576) <= 576
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "feather", "fastv"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "feather", "fastv", "swiftvlm"])
 def test_the_smallest_share_keeps_a_token_in_every_stage(name: str) -> None:
     assert [stage.count(576) for stage in GapConfig.preset(name, budget=1e-300).stages][-1] == 1
 
@@ -185,7 +227,7 @@ def test_docstrings_say_where_it_comes_from_and_what_the_budget_is(name: str) ->
     assert "budget:" in function.__doc__
 
 
-@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa"])
+@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa", "scope"])
 def test_without_a_cls_token_the_refusal_names_what_runs(name: str) -> None:
     model = ways.build(ways.MROPE, "gap_triton")
     with pytest.raises(ValueError, match=r"no CLS token.*score='received'"):

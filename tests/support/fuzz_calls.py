@@ -195,7 +195,7 @@ def topk_indices(source: Source) -> Call:
 def greedy_indices(source: Source) -> Call:
     batch, tokens, channels = source.size(0, 2), source.size(0, 7), source.size(0, 6)
     features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
-    rule = source.pick(["max_min", "determinant", "coverage"])
+    rule = source.pick(["max_min", "determinant", "coverage_gain"])
     scores = None if rule == "max_min" else source.maybe(lambda: source.scores(batch, tokens))
     mask = source.maybe(lambda: source.bools(batch, tokens))
     exponent = source.pick([1, 1.0, 0.5, 0])

@@ -31,6 +31,11 @@ COMPOSED = {
     "key norm in the decoder": GapConfig(0.4, 1, "key_norm"),
     "key norm of the tower": GapConfig(0.4, -1, "key_norm", "region"),
     "received, by region": GapConfig(0.4, -1, "received", "region"),
+    "max-min in the decoder": GapConfig(0.4, 1, "text", "max_min"),
+    "unlike each other, twice": GapConfig(
+        0.6, 0, "spatial", "determinant", then=(Stage(0.3, 2, "last_token", "coverage_gain"),)
+    ),
+    "distinct, merged": GapConfig(0.4, -1, "received", "distinct", "nearest"),
     "random, then spread": GapConfig(
         0.7, -1, "random", then=(Stage(0.5, 0, "text", "region"), Stage(0.2, 2, "spatial"))
     ),

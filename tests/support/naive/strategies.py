@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gap_triton.strategies import Merged, spatial_order
 
+from . import greedy
+
 
 def ranked(scores: list[float]) -> list[int]:
     """All rows, best first; ties to the lower row, NaN as -inf."""
@@ -58,6 +60,50 @@ def expected_choice(
 def cosine(left: Tensor, right: Tensor) -> float:
     lengths = float(left.norm() * right.norm())
     return float(left @ right) / lengths if lengths else 0.0
+
+
+def scaled(scores: list[float]) -> list[float]:
+    """To 0..1 as CDPruner does; what is infinite or NaN stays so."""
+    finite = [score for score in scores if math.isfinite(score)] or [0.0]
+    least, most = min(finite), max(finite)
+    return [(score - least + 1e-6) / max(most - least, 1e-6) for score in scores]
+
+
+def raised(scores: list[float]) -> list[float]:
+    """By the same for all, so that none is below 0."""
+    least = min([0.0, *filter(math.isfinite, scores)])
+    return [score - least for score in scores]
+
+
+def chosen_greedily(
+    coverage: str, scores: list[float], features: Tensor, keep: int
+) -> tuple[list[int], float]:
+    """One after another, and how clear that is, see `support.naive.greedy`."""
+    weight = {"max_min": None, "determinant": scaled(scores), "coverage_gain": raised(scores)}[coverage]
+    return greedy.oracle(features, keep, coverage, weight)
+
+
+def chosen_least_similar(scores: list[float], features: Tensor, keep: int) -> list[int]:
+    """Pivots, and for each in turn its part of the rest: the rows that are least like it."""
+    pivots = sorted(ranked(scores)[: min(keep, 4)])
+    chosen, rest = list(pivots), keep - len(pivots)
+    for number, pivot in enumerate(pivots):
+        others = [row for row in range(len(scores)) if row not in chosen]
+        others.sort(key=lambda row: (cosine(features[pivot], features[row]), row))
+        chosen += others[: rest * (number + 1) // 4 - rest * number // 4]
+    return chosen
+
+
+def chosen_distinct(scores: list[float], features: Tensor, keep: int) -> list[int]:
+    """A half by score; the others are dealt into two halves until those most like one of the other half are gone."""
+    order = ranked(scores)
+    best, others = order[: keep // 2], order[keep // 2 :]
+    while len(others) > keep - len(best) > 0:
+        first, second = others[::2], others[1::2]
+        alike = {row: max(cosine(features[row], features[other]) for other in second) for row in first}
+        gone = min(8, len(others) - (keep - len(best)), len(first))
+        others = sorted(first, key=lambda row: -alike[row])[gone:] + second
+    return best + others[: keep - len(best)]
 
 
 def expect(merged: Merged, tokens: list[dict[int, Tensor]], tolerance: float = 1e-5) -> None:
