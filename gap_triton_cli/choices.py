@@ -16,7 +16,7 @@ Score = Literal[
     "random",
     "spatial",
 ]
-Ids = Literal["kept", "compacted", "permuted"]
+Ids = Literal["kept", "compacted", "permuted", "reordered", "stretched"]
 Split = Literal["development", "choice", "report", "sealed"]
 
 # The defaults of `GapConfig`.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,19 @@ from gap_kernels.validation import (
     check_range,
     describe,
     describe_number,
+    is_number,
     is_readable,
     split_count,
     width_of,
 )
 from torch import Tensor
 
+from ..plain import as_ratio
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
 
+Count = TypeVar("Count", int, Tensor, int | Tensor)
 Coverage = Literal[
     "topk",
     "region",
@@ -38,8 +40,8 @@ Coverage = Literal[
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
-STRIDE_SHARE = Fraction(3, 10)
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample.
+STRIDE_SHARE = 0.3
+"""Share of the budget that ``coverage="stride"`` spends on the uniform sample where ``spread`` does not say otherwise.
 
 FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
 them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
@@ -54,6 +56,7 @@ def choose(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    spread: float | None = None,
     features: Tensor | None = None,
     mask: Tensor | None = None,
     length: int | None = None,
@@ -63,7 +66,7 @@ def choose(
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
-    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
+    - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
       (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
       how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
       best-scored fill the budget.
@@ -90,6 +93,7 @@ def choose(
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
         order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
             each may have its own; equal ranks go to the lower row.
+        spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
         features: For those that compare tokens: [G, N, C], of any float dtype.
         mask: For the same but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
@@ -109,6 +113,8 @@ def choose(
             f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
         )
     _check_grids(scores, shapes, neighbours, per_region, order)
+    if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
+        raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
         return _by_features(scores, features, keep, coverage, mask, length)
@@ -117,11 +123,18 @@ def choose(
         return topk_indices(scores, keep, length=length)
     if coverage == "region":
         return _by_region(scores, neighbours, per_region, keep, length)
-    return _by_stride(scores, order, keep, length)
+    return _by_stride(scores, order, keep, length, spread)
 
 
 def choose_on_grid(
-    scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int], features: Tensor | None = None
+    scores: Tensor,
+    keep: int,
+    coverage: Coverage,
+    grid: tuple[int, int],
+    features: Tensor | None = None,
+    *,
+    per_region: int | None = None,
+    spread: float | None = None,
 ) -> Tensor:
     """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
 
@@ -131,6 +144,8 @@ def choose_on_grid(
         coverage: How.
         grid: (H, W), H * W = N.
         features: [G, N, C], for a coverage that compares tokens.
+        per_region: For ``"region"``, as in `choose`.
+        spread: For ``"stride"``, as in `choose`.
 
     Returns:
         [G, keep] int64, ascending.
@@ -142,8 +157,9 @@ def choose_on_grid(
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
-        return topk_per_region(scores, neighbours[None], max(-(-keep // regions), 1), keep)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+        candidates = max(-(-keep // regions), 1) if per_region is None else per_region
+        return topk_per_region(scores, neighbours[None], candidates, keep)
+    lattice = _lattice(keep, spread)
     # The lattice is chosen first: no score is above the largest number but its infinity.
     scores = torch.nan_to_num(
         scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
@@ -261,13 +277,20 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     return ((keep + regions - 1) // regions).clamp(min=1)
 
 
-def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:
+def _by_stride(
+    scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int, spread: float | None
+) -> Tensor:
     if order is None:
         raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
     order = order.expand_as(scores)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    lattice, lattice_length = _lattice(keep, spread), _lattice(length, spread)
     uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
     others = ~members(uniform, scores.shape[1])
     best = best_of(scores, others, keep - lattice, length - lattice_length)
     return torch.cat([uniform, best], dim=1).sort(dim=1).values
+
+
+def _lattice(keep: Count, spread: float | None) -> Count:
+    """``spread`` of ``keep``, rounded down."""
+    numerator, denominator = as_ratio(STRIDE_SHARE if spread is None else float(spread))
+    return keep * numerator // denominator

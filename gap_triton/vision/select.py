@@ -264,7 +264,15 @@ def _survivors_of(
     keep = group.keep
 
     def chosen(count: int) -> Tensor:
-        return choose_on_grid(score, count, stage.coverage, group.grid, features)
+        return choose_on_grid(
+            score,
+            count,
+            stage.coverage,
+            group.grid,
+            features,
+            per_region=stage.per_region,
+            spread=stage.spread,
+        )
 
     if merging is None or keep == group.size[1]:
         return [chosen(keep)], None
