@@ -14,6 +14,7 @@ Score = Literal[
     "last_token",
     "text",
     "raters",
+    "raters_corrected",
     "unrotated",
     "key_norm",
     "cls",
@@ -31,14 +32,16 @@ Outliers = Literal["outliers"]
 BEFORE_THE_DECODER = -1
 
 # What can rank a token depends on where it is ranked.
-DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
+DECODER_SCORES = (
+    *("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm", "random", "spatial"),
+)
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
 # Coverages that depend on the position of a token in its image.
 GRID_COVERAGES = ("region", "stride")
 # Scores from a decoder layer's query and key; the others need no attention.
-ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
+ATTENTION_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm")
 # Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
-TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
+TEXT_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "text_similarity")
 
 
 STAGE_FIELDS = (
@@ -66,10 +69,12 @@ class Stage:
         score: What ranks a visual token. In the decoder: ``"last_token"``, the attention of the last prompt token, mean
             over heads (FastV, arXiv 2403.06764, section 4.1); ``"text"``, the same averaged over the text rows after the
             sample's last visual token; ``"raters"``, averaged over those of them whose own relevance to the image is at
-            least the mean (SparseVLM, arXiv 2410.04417, section 3.2); ``"unrotated"``, ``"last_token"`` with queries and
-            keys as they are before RoPE (FEATHER, arXiv 2412.13180, section 4). After the vision encoder: ``"cls"``, the
-            attention of its CLS token; ``"received"``, the attention that a token receives there; ``"text_similarity"``,
-            the cosine to the mean embedding of the text (TRIM, arXiv 2409.10994). In both: ``"key_norm"``, the norm of the
+            least the mean (SparseVLM, arXiv 2410.04417, section 3.2); ``"raters_corrected"``, the same over what RoPE makes
+            of equal queries and keys at that distance, of the 14 in 32 heads where it is most (SparseVLM+, sections 4.2 and
+            4.3); ``"unrotated"``, attention of the last prompt token among the visual tokens alone, with queries and keys as
+            they are before RoPE (FEATHER, arXiv 2412.13180, section 4). After the vision encoder: ``"cls"``, attention of
+            its CLS token; ``"received"``, the attention that a token receives there; ``"text_similarity"``, the cosine to
+            the mean embedding of the text (TRIM, arXiv 2409.10994). In both: ``"key_norm"``, the norm of the
             token's keys; ``"random"``, drawn from ``seed``; ``"spatial"``, evenly spread over the image.
         coverage: How the scores choose. ``"topk"``, the best; ``"region"``, the best of those that are among the best of
             their 2 x 2 tokens (Nüwa, arXiv 2602.02951, section 3.1); ``"stride"``, a part evenly spread over the image, the
@@ -271,7 +276,9 @@ class GapConfig(Stage):
     @property
     def stages(self) -> tuple[Stage, ...]:
         """All stages, the first one included."""
-        first = object.__new__(Stage)  # its fields have been checked already, which takes longer than all the rest
+        first = object.__new__(
+            Stage
+        )  # its fields have been checked already, which takes longer than all the rest
         for name in STAGE_FIELDS:
             object.__setattr__(first, name, getattr(self, name))
         return (first, *self.then)

@@ -8,6 +8,7 @@ Score = Literal[
     "last_token",
     "text",
     "raters",
+    "raters_corrected",
     "unrotated",
     "key_norm",
     "cls",

@@ -245,8 +245,8 @@ def _with_what_ranks(
     """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
     in_decoder = [drop.stage for drop in drops if drop.selection is None]
     rankers = {"text": prompt.text_after}
-    if any(stage.score == "raters" for stage in in_decoder):
-        rankers["raters"] = find_raters(prompt, kwargs)
+    if any(stage.score in ("raters", "raters_corrected") for stage in in_decoder):
+        rankers["raters"] = rankers["raters_corrected"] = find_raters(prompt, kwargs)
     positions = None
     if any(map(needs_grid, in_decoder)):
         positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)

@@ -80,8 +80,9 @@ def _by_tiles(layout: Layout, stage: Stage, in_views: Sequence[int]) -> tuple[in
     of_sample = [0] * len(layout.counts)
     for view, number in zip(layout.views, tiles, strict=True):
         of_sample[view.sample] += number
+    keeps = [stage.keep if isinstance(stage.keep, int) else stage.count(count) for count in in_views]
     return tuple(
-        min(stage.count(in_views[view.sample]) // of_sample[view.sample] * number, view.size)
+        min(keeps[view.sample] // of_sample[view.sample] * number, view.size)
         for view, number in zip(layout.views, tiles, strict=True)
     )
 
