@@ -67,14 +67,11 @@ def choose(
       (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
       how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
       best-scored fill the budget.
-    - ``"max_min"`` (DivPrune, arXiv 2503.02175), ``"determinant"`` (CDPruner, arXiv 2506.10967) and ``"coverage_gain"``
-      (SCOPE, arXiv 2510.24214): one after another, by what each adds to those chosen before; see
-      `gap_kernels.greedy_indices`. Scores play no part in the first; the second scales those of each row to 0..1, as
-      CDPruner does; in the third, a row with scores below 0 is moved so that its least is 0.
-    - ``"least_similar"`` (DART, arXiv 2502.11494): the 4 best-scored, and for each of these in turn the tokens that are
-      least like it.
-    - ``"distinct"`` (VisPruner, arXiv 2412.01818): the best-scored half of ``keep``, rounded down; from the others, those
-      most like another are removed until as many are left as are wanted.
+    - ``"max_min"`` (DivPrune, arXiv 2503.02175), ``"determinant"`` (CDPruner, arXiv 2506.10967), ``"coverage_gain"`` (SCOPE,
+      arXiv 2510.24214): one after another, by what each adds to those chosen before; see `by_features.choose_greedily`.
+    - ``"least_similar"``: the 4 best-scored, and for each in turn the tokens least like it (DART, arXiv 2502.11494).
+    - ``"distinct"``: the best-scored half of ``keep``, rounded down; from the others, those most like another are removed
+      until as many are left as are wanted (VisPruner, arXiv 2412.01818).
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
     its row: score -inf, neighbours -1, order -1, mask False. Filler is not chosen while ``keep`` is at most the number of
