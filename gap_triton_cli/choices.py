@@ -17,6 +17,7 @@ Score = Literal[
     "spatial",
 ]
 Ids = Literal["kept", "compacted", "permuted"]
+Split = Literal["development", "choice", "report", "sealed"]
 
 # The defaults of `GapConfig`.
 LAYER = 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import ARCHITECTURES
+from .choices import ARCHITECTURES, Split
 from .console import console
 from .parse import parse_keep, parse_layers, split, split_names
 from .refuse import told_as_option
@@ -46,7 +46,22 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option("--budgets", "--keeps", help="Comma-separated shares or counts of visual tokens.")
     ] = "0.5,0.25,0.125",
-    samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 2048,
+    scenes: Annotated[
+        Split,
+        typer.Option(
+            "--split",
+            help="Which held-out scenes: report (what the docs show), choice (to choose by), development (what tests see), "
+            "or sealed (for one last check).",
+        ),
+    ] = "report",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with what a broken-off run of the same code left in --output; otherwise all is measured anew.",
+        ),
+    ] = False,
     output: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for the files; made if missing.")
     ] = Path("demo-output"),
@@ -54,11 +69,14 @@ def evaluate(
     """Measure the embedded models by real generation: the tables of the docs.
 
     --methods writes methods.json, .md and .png: each preset at each budget, ids kept and compacted. --coverage writes
-    coverage.json, .md and .png. Without either, layers x scores x budgets x ids are swept: eval.json and eval.md.
+    coverage.json, .md and .png. Without either, layers x scores x budgets x ids are swept: eval.json and eval.md. What is
+    measured goes into measured-MODEL.jsonl at once; runs of different models can share a folder, and a last one with
+    --model all --resume makes the tables of all.
 
     Example: gap-triton eval --methods all --coverage --model all
     """
     from gap_triton.demo.evaluation import Evaluation, sweep_configs
+    from gap_triton.demo.scenes import seeds_of
     from gap_triton.presets import PRESETS
 
     shares = [parse_keep(item, "--budgets") for item in split(budgets)]
@@ -71,8 +89,11 @@ def evaluate(
             f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
         )
     names = split_names("--methods", "all" if methods is None else methods, PRESETS)
+    with told_as_option("--split, --samples"):
+        seeds_of(samples, scenes)
     with told_as_option("--model"):
-        evaluation = Evaluation(console, output, samples, split_names("--model", model, ARCHITECTURES))
+        models = split_names("--model", model, ARCHITECTURES)
+        evaluation = Evaluation(console, output, samples, models, scenes)
     if methods is not None:
         with told_as_option("--methods"):
             evaluation.add_methods(names, shares)
@@ -91,4 +112,6 @@ def evaluate(
             )
     with told_as_option("--output"):
         output.mkdir(parents=True, exist_ok=True)
-    evaluation.run()
+    with told_as_option("--resume"):
+        log = evaluation.open_log(resume)
+    evaluation.run(log)

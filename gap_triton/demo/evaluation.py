@@ -15,14 +15,15 @@ import gap_triton
 
 from .. import GapConfig
 from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
-from ..environment import default_device
+from ..environment import default_device, device_name, installed_versions
 from .compare import compare
 from .coverage import coverage_cases, coverage_markdown, plain_of
 from .jobs import Job, run_jobs
+from .log import Log
 from .methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
 from .report import can_draw, markdown_of, table_of, write_results
 from .run import load_embedded_model
-from .scenes import held_out
+from .scenes import Split, held_out
 from .table import Case, Row
 
 Budgets = Sequence[float | int]
@@ -68,10 +69,18 @@ class Evaluation:
         output: Folder for the files; made where it is missing.
         samples: Held-out scenes to ask about.
         models: Names of embedded models.
+        split: Of the held-out scenes, one of `SPLITS`.
     """
 
-    def __init__(self, console: Console, output: Path, samples: int, models: Sequence[str]) -> None:
-        self.console, self.output, self.samples = console, output, samples
+    def __init__(
+        self,
+        console: Console,
+        output: Path,
+        samples: int,
+        models: Sequence[str],
+        split: Split = "report",
+    ) -> None:
+        self.console, self.output, self.samples, self.split = console, output, samples, split
         self.device = default_device()
         self.models = [load_embedded_model(self.device, name) for name in models]
         self._jobs: list[Job] = []
@@ -154,10 +163,24 @@ class Evaluation:
 
         self._add(cases, write)
 
-    def run(self) -> None:
-        """Measure everything that was added; print and write each table as soon as it is measured."""
+    def open_log(self, resume: bool = False) -> Log:
+        """Return where measurements are noted, with those that a run that was broken off has left there if ``resume``.
+
+        Raises:
+            ValueError: These were made of other scenes, on another device, or with other versions.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
-        measured = run_jobs(self.console, held_out(self.samples), self._jobs)
+        conditions = {
+            "samples": self.samples,
+            "split": self.split,
+            "device": device_name(self.device),
+            "versions": installed_versions(),
+        }
+        return Log(self.output, [model.config.model_type for model, _ in self.models], conditions, resume)
+
+    def run(self, log: Log) -> None:
+        """Measure everything that was added; print and write each table as soon as it is measured."""
+        measured = run_jobs(self.console, held_out(self.samples, self.split), self._jobs, log)
         for write in self._writers:
             write([next(measured) for _ in self.models])
 
@@ -171,7 +194,7 @@ class Evaluation:
         return f"{subject}, {self.samples} held-out scenes"
 
     def _write(self, name: str, **parts: Sequence[Any]) -> None:
-        write_results(self.output / name, self.samples, self.device, **parts)
+        write_results(self.output / name, self.samples, self.split, self.device, **parts)
         self._wrote(name)
 
     def _write_text(self, name: str, text: str) -> None:

@@ -20,8 +20,9 @@ from .. import GapConfig
 from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER, Stage
 from .architecture import VISUAL
-from .grounding import evaluate, prepare
+from .grounding import batches_of, evaluate_batches, prepare
 from .intervals import wilson_interval
+from .log import Log
 from .scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
@@ -56,6 +57,11 @@ class Case:
         if isinstance(config.keep, str):
             raise ValueError(f"keep={config.keep!r}: expected a budget, a share or a number of tokens")
         return cls(method_name(config), config.keep, config)
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        """The whole configuration, field by field, as it is read again from a results file."""
+        return json.loads(json.dumps(asdict(self.config)))
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,12 @@ def measure(
     *,
     batch_size: int = 64,
     progress: Callable[[str, int], object] = lambda name, done: None,
+    log: Log | None = None,
 ) -> tuple[list[Row], list[Tensor]]:
     """Evaluate ``model`` under each configuration, no pruning first.
+
+    What ``log`` has measured already is not measured again, so one run of no pruning serves all tables. Prefill times are
+    relative to no pruning, timed in turns with what is missing.
 
     Args:
         model: An embedded model, under ``"gap_triton"``.
@@ -144,35 +154,49 @@ def measure(
         cases: What to compare with no pruning.
         batch_size: Scenes per call of ``generate``.
         progress: Called with the row's name and the number of scenes done since the last call.
+        log: What has been measured before, and where to note what is measured now; None = nothing.
 
     Returns:
         The rows, no pruning first, and the IoU of every answer, [N] for each row.
     """
     everything = [Case.of(UNPRUNED), *cases]
-    costs = prefill_cost(model, processor, scenes[:PREFILL_BATCH], [case.config for case in everything])
+    log = Log() if log is None else log
+    model_type = model.config.model_type
+    missing = list(dict.fromkeys(case.config for case in everything if log.find(model_type, case) is None))
+    costs: dict[GapConfig, Cost] = {}
+    batches = []
+    if missing:
+        timed = list(dict.fromkeys([UNPRUNED, *missing]))
+        costs = dict(zip(timed, prefill_cost(model, processor, scenes[:PREFILL_BATCH], timed), strict=True))
+        batches = list(batches_of(processor, scenes, model.device, batch_size))
     rows, all_ious = [], []
-    for case, cost in zip(everything, costs, strict=True):
+    for case in everything:
         config = case.config
-        gap_triton.configure(model, config)
         name = f"{case.method}, keep {case.keep:.3g}, {config.ids}"
-        ious = evaluate(model, processor, scenes, batch_size=batch_size, progress=partial(progress, name))
-        hits = int((ious >= IOU_THRESHOLD).sum())
-        low, high = wilson_interval(hits, len(ious))
-        rows.append(
-            Row(
-                model=model.config.model_type,
+        known = log.find(model_type, case)
+        if known is not None:
+            progress(name, len(scenes))
+        else:
+            gap_triton.configure(model, config)
+            ious = evaluate_batches(model, processor, batches, progress=partial(progress, name))
+            hits = int((ious >= IOU_THRESHOLD).sum())
+            low, high = wilson_interval(hits, len(ious))
+            row = Row(
+                model=model_type,
                 method=case.method,
                 keep=case.keep,
                 ids=config.ids,
-                config=json.loads(json.dumps(asdict(config))),  # as it will be read again
+                config=case.config_dict,
                 accuracy=hits / len(ious),
                 accuracy_low=low,
                 accuracy_high=high,
                 mean_iou=float(ious.mean()),
-                **asdict(cost),
+                **asdict(costs[config]),
             )
-        )
-        all_ious.append(ious)
+            log.add(row, ious)
+            known = row, ious
+        rows.append(known[0])
+        all_ious.append(known[1])
     return rows, all_ious
 
 

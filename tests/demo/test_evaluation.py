@@ -23,7 +23,7 @@ from gap_triton.demo.intervals import paired_difference, wilson_interval
 from gap_triton.demo.methods import Refusal, method_cases, methods_markdown
 from gap_triton.demo.report import markdown_of
 from gap_triton.demo.run import load_embedded_model
-from gap_triton.demo.scenes import held_out
+from gap_triton.demo.scenes import SPLITS, held_out
 from gap_triton.demo.table import UNPRUNED, Row, method_name, prefill_cost
 from gap_triton.presets import PRESETS
 from training.build import build_model
@@ -293,7 +293,8 @@ def test_eval_of_methods(tmp_path, one_round) -> None:
 
     with Image.open(folder / "methods.png") as picture:
         assert min(picture.size) > 200
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".jsonl", ".md", ".png"]
+    assert (methods["split"], methods["seeds"]) == ("report", [SPLITS["report"], SPLITS["report"] + 1])
 
 
 def test_eval_of_both_models(tmp_path, one_round) -> None:
@@ -306,6 +307,53 @@ def test_eval_of_both_models(tmp_path, one_round) -> None:
     ]
     assert [each["config"]["score"] for each in rows[1::3]] == ["cls", "received"]
     assert {each["tokens_mean"] for each in rows[1::3]} == {16.0}
+
+
+def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) -> None:
+    ran = []
+    real = table.evaluate_batches
+    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    options = ("--methods", "cls,random", "--budgets", "0.5", "--samples", "3", "--output", str(tmp_path))
+    assert cli("eval", *options).exit_code == 0
+    assert len(ran) == 5
+    log, results = tmp_path / "measured-llava.jsonl", (tmp_path / "methods.json").read_text()
+    whole = log.read_text().splitlines()
+    assert len(whole) == 5
+    # Broken off inside the fourth configuration: what is whole counts, and the rest is measured.
+    log.write_text("\n".join(whole[:3]) + "\n" + whole[3][:200])
+    assert cli("eval", *options, "--resume").exit_code == 0
+    assert len(ran) == 5 + 2
+    again = [json.loads(text)["rows"] for text in ((tmp_path / "methods.json").read_text(), results)]
+    assert again[0][:3] == again[1][:3]
+    for row, other in zip(*again, strict=True):
+        assert {**row, "prefill_ratio": 0} == {**other, "prefill_ratio": 0}
+    # Another model beside it, then the tables of both, without a further run.
+    assert cli("eval", *options, "--model", "qwen2_5_vl").exit_code == 0
+    assert cli("eval", *options, "--model", "all", "--resume").exit_code == 0
+    assert len(ran) == 7 + 5
+    assert len(json.loads((tmp_path / "methods.json").read_text())["rows"]) == 10
+    refused = cli("eval", *options, "--samples", "4", "--resume")
+    assert refused.exit_code == 2
+    assert "--resume" in refused.output
+    assert "'samples': 3" in " ".join(refused.output.replace("│", "").split())
+    # Without it, all is measured anew.
+    assert cli("eval", *options, "--samples", "4").exit_code == 0
+    assert len(ran) == 12 + 5
+
+
+def test_one_configuration_is_measured_once_for_all_tables(tmp_path, one_round, monkeypatch) -> None:
+    ran = []
+    real = table.evaluate_batches
+    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    options = ("--methods", "cls,random,spatial", "--coverage", "--budgets", "0.5", "--samples", "2")
+    result = cli("eval", *options, "--output", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    # No pruning, three methods and eight cells of coverage by their id rules; of the cells two are such methods.
+    assert len(ran) == 1 + 3 * 2 + (8 * 3 - 2 * 2)
+    rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("methods", "coverage")]
+    assert rows[0][0] == rows[1][0]
+    assert [row["method"] for row in rows[0][1:3]] == ["cls", "cls"]
+    assert "cls, before the decoder" in {row["method"] for row in rows[1]}
 
 
 def test_eval_of_coverage(tmp_path, one_round) -> None:
@@ -343,7 +391,11 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     assert text == markdown_of(rows)
     assert text.count("\n") == 2 + len(rows)
     assert "| text, layer 2 | 16 tokens | 16 | permuted |" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "eval.json",
+        "eval.md",
+        "measured-llava.jsonl",
+    ]
 
 
 def test_a_sweep_ranks_by_attention_received_where_there_is_no_cls(monkeypatch) -> None:
@@ -397,10 +449,15 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
         (["--ids", "shifted"], "GapConfig.ids='shifted'"),
         (["--coverage", "--budgets", "0"], "GapConfig.keep=0"),
         (["--samples", "0"], "--samples"),
+        (
+            ["--samples", "17179869185"],
+            "count is 17179869185; it must be at least 1, and at most 17179869184",
+        ),
+        (["--split", "training"], "'training' is not one of"),
     ],
 )
 def test_eval_refuses(tmp_path, monkeypatch, options: list[str], message: str) -> None:
-    monkeypatch.setattr(gap_triton.demo.evaluation.Evaluation, "run", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(gap_triton.demo.evaluation.Evaluation, "run", lambda self, log: pytest.fail("it ran"))
     result = cli("eval", *options, "--output", str(tmp_path / "new"))
     assert result.exit_code != 0
     assert message in " ".join(result.output.replace("│", "").split())
