@@ -64,18 +64,12 @@ def choose(
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
     - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
-      (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
-      how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
-      best-scored fill the budget.
-    - ``"max_min"`` (DivPrune, arXiv 2503.02175), ``"determinant"`` (CDPruner, arXiv 2506.10967), ``"coverage_gain"`` (SCOPE,
-      arXiv 2510.24214): one after another, by what each adds to those chosen before; see `by_features.choose_greedily`.
-    - ``"least_similar"``: the 4 best-scored, and for each in turn the tokens least like it (DART, arXiv 2502.11494).
-    - ``"distinct"``: the best-scored half of ``keep``, rounded down; from the others, those most like another are removed
-      until as many are left as are wanted (VisPruner, arXiv 2412.01818).
+      (FEATHER, arXiv 2412.13180, whose lattice has a fixed stride, so that their number depends on what the two share).
+    - ``"max_min"``, ``"determinant"``, ``"coverage_gain"``, ``"least_similar"``, ``"distinct"``: by the features of tokens,
+      see `choose_greedily`, `least_similar` and `distinct` in `strategies.by_features`.
 
-    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
-    its row: score -inf, neighbours -1, order -1, mask False. Filler is not chosen while ``keep`` is at most the number of
-    tokens.
+    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of its
+    row: score -inf, neighbours and order -1, mask False. It is not chosen while ``keep`` is at most the number of tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
@@ -101,10 +95,7 @@ def choose(
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
-        raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
-        )
+    _check_coverage(coverage)
     _check_grids(scores, shapes, neighbours, per_region, order)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
@@ -160,6 +151,13 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
     return width_of("keep", count, counts, length)
+
+
+def _check_coverage(coverage: Coverage) -> None:
+    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+        raise ValueError(
+            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+        )
 
 
 def _check_grids(
