@@ -38,6 +38,8 @@ DECODER_SCORES = (
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
 # Coverages that depend on the position of a token in its image.
 GRID_COVERAGES = ("region", "stride")
+# Coverages that exist after the vision encoder only.
+VISION_COVERAGES = ("distinct",)
 # Scores from a decoder layer's query and key; the others need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm")
 # Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
@@ -133,7 +135,7 @@ class Stage:
             raise self._error(
                 "score", f"{location} it is one of {_joined(allowed)}", f" with layer={shown(self.layer)}"
             )
-        if not in_vision and self.coverage == "distinct":
+        if not in_vision and self.coverage in VISION_COVERAGES:
             raise self._error(
                 "coverage",
                 "duplicates are removed after the vision encoder only; use layer=-1, or coverage='least_similar'",

@@ -13,7 +13,7 @@ from .parse import parse_keep, parse_layers, split, split_names
 from .refuse import told_as_option
 
 # What `gap-triton eval` sweeps by default.
-LAYERS, SCORES, IDS = "-1,0,1,2,3,4", "text", "kept,compacted,permuted"
+LAYERS, SCORES, COVERAGES, IDS = "-1,0,1,2,3,4", "text", "topk", "kept,compacted,permuted"
 
 
 def evaluate(
@@ -39,6 +39,10 @@ def evaluate(
             help="Sweep: comma-separated scores. At -1 those of the decoder become random; those of the vision encoder "
             f"apply at -1 only. Default: {SCORES}",
         ),
+    ] = None,
+    coverages: Annotated[
+        str | None,
+        typer.Option(help=f"Sweep: comma-separated coverages. Default: {COVERAGES}"),
     ] = None,
     ids: Annotated[
         str | None, typer.Option(help=f"Sweep: comma-separated position ids. Default: {IDS}")
@@ -69,9 +73,9 @@ def evaluate(
     """Measure the embedded models by real generation: the tables of the docs.
 
     --methods writes methods.json, .md and .png: each preset at each budget, ids kept and compacted. --coverage writes
-    coverage.json, .md and .png. Without either, layers x scores x budgets x ids are swept: eval.json and eval.md. What is
-    measured goes into measured-MODEL.jsonl at once; runs of different models can share a folder, and a last one with
-    --model all --resume makes the tables of all.
+    coverage.json, .md and .png. Without either, layers x scores x coverages x budgets x ids are swept: eval.json and
+    eval.md. What is measured goes into measured-MODEL.jsonl at once; runs of different models can share a folder, and a
+    last one with --model all --resume makes the tables of all.
 
     Example: gap-triton eval --methods all --coverage --model all
     """
@@ -82,7 +86,7 @@ def evaluate(
     shares = [parse_keep(item, "--budgets") for item in split(budgets)]
     if any(isinstance(share, float) and share == 1.0 for share in shares):
         raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
-    swept = {"--layers": layers, "--scores": scores, "--ids": ids}
+    swept = {"--layers": layers, "--scores": scores, "--coverages": coverages, "--ids": ids}
     given = [option for option, value in swept.items() if value is not None]
     if given and (methods is not None or coverage):
         raise typer.BadParameter(
@@ -101,13 +105,14 @@ def evaluate(
         with told_as_option("--coverage"):
             evaluation.add_coverage(shares)
     if methods is None and not coverage:
-        with told_as_option("--layers, --scores, --ids"):
+        with told_as_option("--layers, --scores, --coverages, --ids"):
             evaluation.add_sweep(
                 sweep_configs(
                     parse_layers(LAYERS if layers is None else layers),
                     split(SCORES if scores is None else scores),
                     shares,
                     split(IDS if ids is None else ids),
+                    split(COVERAGES if coverages is None else coverages),
                 )
             )
     with told_as_option("--output"):

@@ -14,7 +14,7 @@ from torch import Tensor
 import gap_triton
 
 from .. import GapConfig
-from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
+from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_COVERAGES, VISION_SCORES
 from ..environment import default_device, device_name, installed_versions
 from .compare import compare
 from .coverage import coverage_cases, coverage_markdown, plain_of
@@ -26,36 +26,52 @@ from .run import load_embedded_model
 from .scenes import Split, held_out
 from .table import Case, Row
 
+WITHOUT_SCORES = ("max_min",)
 Budgets = Sequence[float | int]
 Measured = list[tuple[list[Row], list[Tensor]]]  # by model
 
 
 def sweep_configs(
-    layers: Sequence[int], scores: Sequence[str], budgets: Budgets, ids: Sequence[str]
+    layers: Sequence[int],
+    scores: Sequence[str],
+    budgets: Budgets,
+    ids: Sequence[str],
+    coverages: Sequence[str] = ("topk",),
 ) -> list[GapConfig]:
     """Return one-stage configurations of every combination that there is.
 
     After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
-    only exist there are left out of decoder layers.
+    only exist there are left out of decoder layers, and so are coverages. A coverage that no score plays a part in is there
+    once, with the first.
 
     Raises:
-        ValueError: A value is not one of `GapConfig`, or a score is used at none of the layers.
+        ValueError: A value is not one of `GapConfig`, or a score or a coverage is used at none of the layers.
     """
     configs: list[GapConfig] = []
     covered = set()
-    for layer, score, keep, rule in product(layers, scores, budgets, ids):
+    for layer, score, coverage, keep, rule in product(layers, scores, coverages, budgets, ids):
         if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
             continue
         covered.add(score)
+        if layer >= 0 and coverage in VISION_COVERAGES:
+            continue
+        if coverage in WITHOUT_SCORES and any(
+            (each.layer, each.coverage, each.keep, each.ids) == (layer, coverage, keep, rule)
+            for each in configs
+        ):
+            continue
         ranked_by: Any = score
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
-        config = GapConfig(keep=keep, layer=layer, score=ranked_by, ids=rule)  # type: ignore[arg-type]
+        config = GapConfig(keep, layer, ranked_by, coverage, ids=rule)  # type: ignore[arg-type]
         if config not in configs:
             configs.append(config)
     for score in scores:
         if score not in covered:
             raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")
+    for coverage in coverages:
+        if coverage in VISION_COVERAGES and BEFORE_THE_DECODER not in layers:
+            raise ValueError(f"coverage {coverage!r} exists after the vision encoder only: add layer -1")
     return configs
 
 

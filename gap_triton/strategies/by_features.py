@@ -34,7 +34,10 @@ def choose_greedily(
     mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
-    """Choose one token after another, by a rule of `gap_kernels.greedy_indices`.
+    """Choose one token after another, by what each adds to those chosen before: a rule of `gap_kernels.greedy_indices`.
+
+    ``"max_min"`` is DivPrune's (arXiv 2503.02175), ``"determinant"`` CDPruner's (arXiv 2506.10967) and ``"coverage_gain"``
+    SCOPE's (arXiv 2510.24214).
 
     Args:
         scores: [G, N] float32. By ``"max_min"`` they play no part; by ``"determinant"`` each row is scaled to 0..1, as

@@ -67,21 +67,12 @@ def choose(
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
     - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
-      (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
-      how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
-      best-scored fill the budget.
-    - ``"max_min"`` (DivPrune, arXiv 2503.02175), ``"determinant"`` (CDPruner, arXiv 2506.10967) and ``"coverage_gain"``
-      (SCOPE, arXiv 2510.24214): one after another, by what each adds to those chosen before; see
-      `gap_kernels.greedy_indices`. Scores play no part in the first; the second scales those of each row to 0..1, as
-      CDPruner does; in the third, a row with scores below 0 is moved so that its least is 0.
-    - ``"least_similar"`` (DART, arXiv 2502.11494): the 4 best-scored, and for each of these in turn the tokens that are
-      least like it.
-    - ``"distinct"`` (VisPruner, arXiv 2412.01818): the best-scored half of ``keep``, rounded down; from the others, those
-      most like another are removed until as many are left as are wanted.
+      (FEATHER, arXiv 2412.13180, whose lattice has a fixed stride, so that their number depends on what the two share).
+    - ``"max_min"``, ``"determinant"``, ``"coverage_gain"``, ``"least_similar"``, ``"distinct"``: by the features of tokens,
+      see `choose_greedily`, `least_similar` and `distinct` in `strategies.by_features`.
 
-    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
-    its row: score -inf, neighbours -1, order -1, mask False. Filler is not chosen while ``keep`` is at most the number of
-    tokens.
+    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of its
+    row: score -inf, neighbours and order -1, mask False. It is not chosen while ``keep`` is at most the number of tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
@@ -108,10 +99,7 @@ def choose(
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
-        raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
-        )
+    _check_coverage(coverage)
     _check_grids(scores, shapes, neighbours, per_region, order)
     if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
         raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
@@ -179,6 +167,13 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
         check_range("keep", counts, 0, num_rows)
         count = int(counts.max()) if counts.numel() else 0
     return width_of("keep", count, counts, length)
+
+
+def _check_coverage(coverage: Coverage) -> None:
+    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+        raise ValueError(
+            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+        )
 
 
 def _check_grids(

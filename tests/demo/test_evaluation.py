@@ -263,6 +263,21 @@ def test_sweep_leaves_out_what_does_not_exist() -> None:
         sweep_configs([0, 1], ["text", "cls"], [0.5], ["kept"])
 
 
+def test_a_sweep_crosses_scores_and_coverages() -> None:
+    """But by max-min distance no score plays a part, and no decoder layer removes duplicates."""
+    scores, coverages = ("key_norm", "random"), ("topk", "max_min", "distinct")
+    found = [
+        (c.layer, c.score, c.coverage) for c in sweep_configs([-1, 2], scores, [0.5], ["kept"], coverages)
+    ]
+    assert found == [
+        *[(-1, "key_norm", coverage) for coverage in coverages],
+        *[(-1, "random", "topk"), (-1, "random", "distinct")],
+        *[(2, "key_norm", "topk"), (2, "key_norm", "max_min"), (2, "random", "topk")],
+    ]
+    with pytest.raises(ValueError, match="coverage 'distinct' exists after the vision encoder only: add"):
+        sweep_configs([0, 1], ["text"], [0.5], ["kept"], ["topk", "distinct"])
+
+
 # --------------------------------------------------------------------------------------------- the command
 def test_eval_of_methods(tmp_path, one_round) -> None:
     folder = tmp_path / "new"
@@ -446,6 +461,7 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
             "score 'cls' exists after the vision encoder only: add layer -1",
         ),
         (["--scores", "best"], "GapConfig.score='best'"),
+        (["--coverages", "best"], "GapConfig.coverage='best'"),
         (["--ids", "shifted"], "GapConfig.ids='shifted'"),
         (["--coverage", "--budgets", "0"], "GapConfig.keep=0"),
         (["--samples", "0"], "--samples"),

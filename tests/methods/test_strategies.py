@@ -231,7 +231,7 @@ ORDER = spatial_order((2, 3))[None]
         ((SCORES, 0.5, "topk"), {}, "keep: expected an int or an int64 tensor"),
         ((SCORES, torch.tensor([1, 7]), "topk"), {}, "keep: expected values in 0..6, got 7"),
         ((SCORES, torch.tensor([1, 3]), "stride"), {"order": ORDER, "length": 2}, "length: expected at least 3, got 2"),
-        ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', got 'random'"),
+        ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', .*'distinct', got 'random'"),
         ((SCORES, 1, "region"), {}, "neighbours: coverage='region' needs .* got None; see gap_kernels.grid_neighb"),
         ((SCORES, 1, "stride"), {}, "order: coverage='stride' needs .* got None; see spatial_order"),
         ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[G\|1, N\]"),
