@@ -68,8 +68,7 @@ def choose(
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
     - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
       (FEATHER, arXiv 2412.13180, whose lattice has a fixed stride, so that their number depends on what the two share).
-    - ``"max_min"``, ``"determinant"``, ``"coverage_gain"``, ``"least_similar"``, ``"distinct"``: by the features of tokens,
-      see `choose_greedily`, `least_similar` and `distinct` in `strategies.by_features`.
+    - The others: by the features of tokens, see `choose_greedily`, `least_similar` and `distinct` of `by_features`.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of its
     row: score -inf, neighbours and order -1, mask False. It is not chosen while ``keep`` is at most the number of tokens.
@@ -78,31 +77,28 @@ def choose(
         scores: [G, N] float32, one row per grid or per sample.
         keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
         coverage: One of the above.
-        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
-            form a token that is alone in its region and scored -inf or NaN counts as filler.
-        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
-            ``ceil(keep / regions)`` of each row, which takes reads from the device.
-        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
-            each may have its own; equal ranks go to the lower row.
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first form, what
+            is alone in its region and scored -inf or NaN counts as filler.
+        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: ``ceil(keep / regions)`` of each
+            row, which takes reads from the device.
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, also of several grids in a row.
         spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
         features: For those that compare tokens: [G, N, C], of any float dtype.
-        mask: For the same but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
+        mask: For the same but ``"distinct"``: [G, N] bool, True = a real token; default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
         [G, length] int64, ascending, filled with -1 on the left.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device than stated, is out of range, or is missing. The
-            values of a ``keep`` tensor are checked on the CPU only.
+        ValueError: If an argument has another shape, dtype or device than stated, is out of range (values of a ``keep``
+            tensor: on the CPU only), or is missing.
     """
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
     _check_coverage(coverage)
-    _check_grids(scores, shapes, neighbours, per_region, order)
-    if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
-        raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
+    _check_grids(scores, shapes, neighbours, per_region, order, spread)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
         return _by_features(scores, features, keep, coverage, mask, length)
@@ -182,7 +178,10 @@ def _check_grids(
     neighbours: Tensor | None,
     per_region: int | None,
     order: Tensor | None,
+    spread: float | None,
 ) -> None:
+    if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
+        raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
     if per_region is not None:

@@ -14,7 +14,7 @@ from support.command_line import cli
 
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
-from gap_triton.demo import table
+from gap_triton.demo import measuring, table
 from gap_triton.demo.architectures import QWEN2_5_VL
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
@@ -213,7 +213,9 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
     cases, refused = method_cases(llava[0], list(PRESETS), [16])
     assert {case.method for case in cases} | {each.method for each in refused} == set(PRESETS)
-    assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather", "swiftvlm"}
+    assert {each.method for each in refused} == {
+        *("pyramiddrop", "sparsevlm", "sparsevlm+", "feather", "swiftvlm")
+    }
     assert all(each.model == "llava" and "budget=16" in each.reason for each in refused)
 
 
@@ -326,8 +328,8 @@ def test_eval_of_both_models(tmp_path, one_round) -> None:
 
 def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) -> None:
     ran = []
-    real = table.evaluate_batches
-    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
     options = ("--methods", "cls,random", "--budgets", "0.5", "--samples", "3", "--output", str(tmp_path))
     assert cli("eval", *options).exit_code == 0
     assert len(ran) == 5
@@ -358,8 +360,8 @@ def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) 
 
 def test_one_configuration_is_measured_once_for_all_tables(tmp_path, one_round, monkeypatch) -> None:
     ran = []
-    real = table.evaluate_batches
-    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
     options = ("--methods", "cls,random,spatial", "--coverage", "--budgets", "0.5", "--samples", "2")
     result = cli("eval", *options, "--output", str(tmp_path))
     assert result.exit_code == 0, (result.output, result.exception)
