@@ -118,7 +118,7 @@ def place_name(layer: int) -> str:
 
 def method_name(config: GapConfig) -> str:
     """Return how tables call where and by what ``config`` prunes."""
-    if config.keep == 1.0 and not config.then:
+    if config.changes_nothing:
         return NO_PRUNING
     return "; ".join(map(_stage_name, config.stages))
 

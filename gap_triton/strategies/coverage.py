@@ -77,7 +77,7 @@ def choose(
         scores: [G, N] float32, one row per grid or per sample.
         keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
         coverage: One of the above.
-        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first form, what
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first, what
             is alone in its region and scored -inf or NaN counts as filler.
         per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: ``ceil(keep / regions)`` of each
             row, which takes reads from the device.

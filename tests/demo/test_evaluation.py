@@ -184,6 +184,7 @@ def test_cost_is_what_the_cache_holds(llava, one_round) -> None:
     ("config", "name"),
     [
         (GapConfig(1.0), "no pruning"),
+        (GapConfig(1.0, 1, ids="permuted"), "text, layer 1"),
         (GapConfig(0.5, 1, "text"), "text, layer 1"),
         (GapConfig(0.5, -1, "random"), "random, before the decoder"),
         (
@@ -415,6 +416,29 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     ]
 
 
+def test_eval_sweeps_ids_with_nothing_dropped(tmp_path, one_round) -> None:
+    options = (
+        "--layers=-1",
+        "--scores",
+        "text_similarity",
+        "--ids",
+        "kept,compacted,permuted,reordered,stretched",
+    )
+    result = cli("eval", *options, "--budgets", "1.0,0.5", "--samples", "4", "--output", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [Row(**each) for each in json.loads((tmp_path / "eval.json").read_text())["rows"]]
+    rules = ["compacted", "permuted", "reordered", "stretched"]
+    assert [(r.keep, r.ids) for r in rows[1:]] == [
+        *((1.0, rule) for rule in rules), *((0.5, rule) for rule in ("kept", *rules))
+    ]  # fmt: skip
+    assert rows[0].method == "no pruning"
+    assert {r.method for r in rows[1:]} == {"text_similarity, before the decoder"}
+    assert {r.tokens_kept for r in rows[:5]} == {64}
+    assert (
+        "| text_similarity, before the decoder | 100% | 64 | permuted |" in (tmp_path / "eval.md").read_text()
+    )
+
+
 def test_a_sweep_ranks_by_attention_received_where_there_is_no_cls(monkeypatch) -> None:
     monkeypatch.setattr(gap_triton.demo.evaluation, "score_without_cls", lambda model: True)
     evaluation = Evaluation(Console(), Path("unused"), 1, ["llava"])
@@ -446,7 +470,9 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
     [
         (["--budgets", "half"], "--budgets 'half': expected a share such as 0.25 or a count such as 64"),
         (["--budgets", "2.0"], "GapConfig.keep=2.0"),
-        (["--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--methods", "cls", "--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--coverage", "--budgets", "1.0"], "--budgets 1.0 drops nothing"),
+        (["--ids", "kept", "--budgets", "1.0"], "ids 'kept' and budget 1.0 are no pruning"),
         (["--methods", "nuwa,best"], "--methods 'best': expected all, or of prumerge, prumerge+, trim"),
         (["--methods", ""], "--methods '': expected all, or of prumerge"),
         (
