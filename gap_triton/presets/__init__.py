@@ -23,6 +23,7 @@ from . import (
     fastervlm,
     fastv,
     feather,
+    hiprune,
     nuwa,
     prumerge,
     prumerge_plus,
@@ -36,6 +37,7 @@ from . import (
     trim,
     visionzip,
     vispruner,
+    vscan,
 )
 
 PRESETS: dict[str, Callable[..., GapConfig]] = {
@@ -59,6 +61,8 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
     "swiftvlm": swiftvlm.configure,
     "dart": dart.configure,
     "vispruner": vispruner.configure,
+    "hiprune": hiprune.configure,
+    "vscan": vscan.configure,
 }
 
 
@@ -69,7 +73,7 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"visionzip"``, ``"feather"``, ``"divprune"``, ``"cdpruner"``, ``"scope"``, ``"fastervlm"``, ``"swiftvlm"``,
-            ``"dart"``, ``"vispruner"``.
+            ``"dart"``, ``"vispruner"``, ``"hiprune"``, ``"vscan"``.
         model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,

@@ -24,6 +24,7 @@ from torch import Tensor
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
+from .two_layers import BY_TWO_LAYERS, by_windows, first_then_best, with_neighbours
 
 Coverage = Literal[
     "topk",
@@ -34,12 +35,14 @@ Coverage = Literal[
     "coverage_gain",
     "least_similar",
     "distinct",
+    "anchors",
+    "windows",
 ]
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
 STRIDE_SHARE = Fraction(3, 10)
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample.
+"""Share of the budget that ``coverage="stride"`` spends on the uniform sample, the beginning of `spatial_order`.
 
 FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
 them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
@@ -55,6 +58,7 @@ def choose(
     per_region: int | None = None,
     order: Tensor | None = None,
     features: Tensor | None = None,
+    exponent: float = 1.0,
     mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
@@ -63,26 +67,25 @@ def choose(
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
-    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
-      (FEATHER, arXiv 2412.13180, whose lattice has a fixed stride, so that their number depends on what the two share).
+    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order``; then the best-scored (FEATHER, 2412.13180).
     - ``"max_min"``, ``"determinant"``, ``"coverage_gain"``, ``"least_similar"``, ``"distinct"``: by the features of tokens,
-      see `choose_greedily`, `least_similar` and `distinct` in `strategies.by_features`.
+      see `strategies.by_features`. Those of `strategies.two_layers` are for whole grids.
 
-    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of its
-    row: score -inf, neighbours and order -1, mask False. It is not chosen while ``keep`` is at most the number of tokens.
+    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
+    its row: score -inf, neighbours and order -1, mask False; not chosen while ``keep`` is at most the number of tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
         keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
         coverage: One of the above.
-        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
-            form a token that is alone in its region and scored -inf or NaN counts as filler.
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `grid_neighbours`. In the first form a token that
+            is alone in its region and scored -inf or NaN counts as filler.
         per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
             ``ceil(keep / regions)`` of each row, which takes reads from the device.
-        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
-            each may have its own; equal ranks go to the lower row.
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, of each grid of a row its own.
         features: For those that compare tokens: [G, N, C], of any float dtype.
-        mask: For the same but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
+        exponent: Power of the scores by ``"determinant"`` and ``"coverage_gain"``.
+        mask: For those that compare tokens, but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
@@ -99,7 +102,7 @@ def choose(
     _check_grids(scores, shapes, neighbours, per_region, order)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
-        return _by_features(scores, features, keep, coverage, mask, length)
+        return _by_features(scores, features, keep, coverage, exponent, mask, length)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -109,7 +112,12 @@ def choose(
 
 
 def choose_on_grid(
-    scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int], features: Tensor | None = None
+    scores: Tensor,
+    keep: int,
+    coverage: Coverage,
+    grid: tuple[int, int],
+    beside: Tensor | None = None,
+    exponent: float = 1.0,
 ) -> Tensor:
     """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
 
@@ -118,26 +126,26 @@ def choose_on_grid(
         keep: How many to choose, 0..N.
         coverage: How.
         grid: (H, W), H * W = N.
-        features: [G, N, C], for a coverage that compares tokens.
+        beside: What a coverage looks at beside the scores: [G, N, C], features, where it compares tokens; [G, N] float32,
+            the score in an earlier layer of the vision encoder, for ``"anchors"`` and ``"windows"``.
+        exponent: Power of the scores, as in `choose`.
 
     Returns:
         [G, keep] int64, ascending.
     """
     if coverage == "topk" or keep == scores.shape[1]:
         return topk_indices(scores, keep)
-    if features is not None and coverage in BY_FEATURES:
-        return _by_features(scores, features, keep, coverage, None, keep)
+    if beside is not None and coverage in BY_FEATURES:
+        return _by_features(scores, beside, keep, coverage, exponent, None, keep)
+    if beside is not None and coverage in BY_TWO_LAYERS:
+        by_two = with_neighbours if coverage == "anchors" else by_windows
+        return by_two(scores, beside, keep, grid)
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
         return topk_per_region(scores, neighbours[None], max(-(-keep // regions), 1), keep)
     lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    # The lattice is chosen first: no score is above the largest number but its infinity.
-    scores = torch.nan_to_num(
-        scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
-    )
-    in_lattice = spatial_order(grid, device=scores.device) < lattice
-    return topk_indices(scores.masked_fill_(in_lattice, torch.inf), keep)
+    return first_then_best(scores, spatial_order(grid, device=scores.device) < lattice, keep)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
@@ -154,9 +162,10 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
 
 
 def _check_coverage(coverage: Coverage) -> None:
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+    allowed = [each for each in get_args(Coverage) if each not in BY_TWO_LAYERS]
+    if not isinstance(coverage, str) or coverage not in allowed:
         raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+            f"coverage: expected one of {', '.join(map(repr, allowed))}, got {describe(coverage)}"
         )
 
 
@@ -209,11 +218,13 @@ def _by_features(
     features: Tensor,
     keep: int | Tensor,
     coverage: Coverage,
+    exponent: float,
     mask: Tensor | None,
     length: int,
 ) -> Tensor:
     if coverage in GREEDY:
-        return choose_greedily(scores, features, keep, coverage, mask=mask, length=length)
+        given = (scores, features, keep, coverage)
+        return choose_greedily(*given, exponent=exponent, mask=mask, length=length)
     if coverage == "least_similar":
         return least_similar(scores, features, keep, mask=mask, length=length)
     assert not isinstance(keep, Tensor)
