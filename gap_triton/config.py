@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from gap_kernels.validation import is_finite
 
-from .plain import is_int, plain, shown
+from .plain import as_ratio, is_int, plain, shown
 from .strategies import Coverage
 from .strategies.by_features import BY_FEATURES, WEIGHTED
 from .strategies.two_layers import BY_TWO_LAYERS
@@ -17,6 +17,7 @@ Score = Literal[
     "last_token",
     "text",
     "raters",
+    "raters_corrected",
     "unrotated",
     "key_norm",
     "cls",
@@ -26,22 +27,32 @@ Score = Literal[
     "spatial",
 ]
 Merge = Literal["none", "aggregation", "contextual", "nearest", "average", "cluster"]
-Ids = Literal["kept", "compacted", "permuted"]
+Ids = Literal["kept", "compacted", "permuted", "reordered", "stretched"]
+ShareOf = Literal["prompt", "left"]
+BudgetBy = Literal["tokens", "tiles"]
 Outliers = Literal["outliers"]
 
 BEFORE_THE_DECODER = -1
 
 # What can rank a token depends on where it is ranked.
-DECODER_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm", "random", "spatial")
+DECODER_SCORES = (
+    *("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm", "random", "spatial"),
+)
 VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "spatial")
 # Coverages that depend on the position of a token in its image.
 GRID_COVERAGES = ("region", "stride")
 # Coverages that exist after the vision encoder only.
 VISION_COVERAGES = ("distinct", *BY_TWO_LAYERS)
 # Scores from a decoder layer's query and key; the others need no attention.
-ATTENTION_SCORES = ("last_token", "text", "raters", "unrotated", "key_norm")
+ATTENTION_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm")
 # Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
-TEXT_SCORES = ("last_token", "text", "raters", "unrotated", "text_similarity")
+TEXT_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "text_similarity")
+
+
+STAGE_FIELDS = (
+    *("keep", "layer", "score", "coverage", "merge"),
+    *("exponent", "per_region", "spread", "share_of", "budget_by"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,12 @@ class Stage:
         score: What ranks a visual token. In the decoder: ``"last_token"``, the attention of the last prompt token, mean
             over heads (FastV, arXiv 2403.06764, section 4.1); ``"text"``, the same averaged over the text rows after the
             sample's last visual token; ``"raters"``, averaged over those of them whose own relevance to the image is at
-            least the mean (SparseVLM, arXiv 2410.04417, section 3.2); ``"unrotated"``, ``"last_token"`` with queries and
-            keys as they are before RoPE (FEATHER, arXiv 2412.13180, section 4). After the vision encoder: ``"cls"``, the
-            attention of its CLS token; ``"received"``, the attention that a token receives there; ``"text_similarity"``,
-            the cosine to the mean embedding of the text (TRIM, arXiv 2409.10994). In both: ``"key_norm"``, the norm of the
+            least the mean (SparseVLM, arXiv 2410.04417, section 3.2); ``"raters_corrected"``, the same over what RoPE makes
+            of equal queries and keys at that distance, of the 14 in 32 heads where it is most (SparseVLM+, sections 4.2 and
+            4.3); ``"unrotated"``, attention of the last prompt token among the visual tokens alone, with queries and keys as
+            they are before RoPE (FEATHER, arXiv 2412.13180, section 4). After the vision encoder: ``"cls"``, attention of
+            its CLS token; ``"received"``, the attention that a token receives there; ``"text_similarity"``, the cosine to
+            the mean embedding of the text (TRIM, arXiv 2409.10994). In both: ``"key_norm"``, the norm of the
             token's keys; ``"random"``, drawn from ``seed``; ``"spatial"``, evenly spread over the image.
         coverage: How the scores choose. ``"topk"``, the best; ``"region"``, the best of those that are among the best of
             their 2 x 2 tokens (Nüwa, arXiv 2602.02951, section 3.1); ``"stride"``, a part evenly spread over the image, the
@@ -85,6 +98,14 @@ class Stage:
         merge: What becomes of the rest, after the vision encoder only: ``"none"``, nothing; ``"aggregation"`` (Nüwa),
             ``"contextual"`` (VisionZip, arXiv 2412.04467), ``"nearest"`` (PruMerge), ``"average"`` (TRIM) or
             ``"cluster"`` (VScan) add it to survivors. `gap_triton.strategies` has the formulas.
+        per_region: For ``coverage="region"``: how many of each 2 x 2 tokens are candidates, an int >= 1; the best of the
+            others fill up what these don't suffice for. None = as many as suffice.
+        spread: For ``coverage="stride"``: the part of ``keep`` that is evenly spread, a float in [0, 1]. None = 0.3.
+        share_of: What a ``keep`` that is a share is a share of. ``"prompt"``: the visual tokens of the prompt, rounded up.
+            ``"left"``, for a stage of ``then``: those that the stages before left, rounded down, but at least one.
+        budget_by: After the vision encoder, how the images of a sample share ``keep``. ``"tokens"``: by their size, newline
+            tokens included, as said above. ``"tiles"``, of models that cut an image into tiles (LLaVA-NeXT): every tile
+            gets equally many, rounded down, the overview is one of them, and all newline tokens stay besides.
 
     Raises:
         ValueError: A field is out of range or of the wrong type, or does not go with another; the message names the
@@ -97,9 +118,13 @@ class Stage:
     coverage: Coverage = "topk"
     merge: Merge = "none"
     exponent: float = field(default=1.0, kw_only=True)
+    per_region: int | None = field(default=None, kw_only=True)
+    spread: float | None = field(default=None, kw_only=True)
+    share_of: ShareOf = field(default="prompt", kw_only=True)
+    budget_by: BudgetBy = field(default="tokens", kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("keep", "layer", "score", "coverage", "merge", "exponent"):
+        for name in STAGE_FIELDS:
             object.__setattr__(self, name, plain(getattr(self, name)))
         self._check_keep()
         if not is_int(self.layer) or self.layer < BEFORE_THE_DECODER:
@@ -148,13 +173,38 @@ class Stage:
                 "outliers are those of a score measured after the vision encoder; use layer=-1 and such a score",
             )
 
-    def _error(self, field: str, expected: str, context: str = "") -> ValueError:
-        return ValueError(f"{type(self).__name__}.{field}={shown(getattr(self, field))}{context}: {expected}")
+        self._check_options_of_coverage()
+        self._check_option("share_of", get_args(ShareOf))
+        self._check_option("budget_by", get_args(BudgetBy))
+        if self.share_of == "left" and not isinstance(self.keep, float):
+            raise self._error("share_of", "only a share is one of something; use a float in (0, 1] as keep")
+        if self.budget_by == "tiles" and (not in_vision or self.keep == "outliers"):
+            raise self._error(
+                "budget_by",
+                "tiles share a number after the vision encoder; use layer=-1 and an int or a float",
+            )
 
-    def _check_option(self, field: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, field)
+    def _check_options_of_coverage(self) -> None:
+        if self.per_region is not None:
+            if not is_int(self.per_region) or self.per_region < 1:
+                raise self._error("per_region", "expected an int >= 1, or None")
+            if self.coverage != "region":
+                raise self._error("per_region", "only coverage='region' has candidates; leave it out")
+        if self.spread is not None:
+            if self.coverage != "stride":
+                raise self._error("spread", "only coverage='stride' spreads a part evenly; leave it out")
+            if is_int(self.spread) and self.spread in (0, 1):
+                object.__setattr__(self, "spread", float(self.spread))
+            if not isinstance(self.spread, float) or not 0.0 <= self.spread <= 1.0:
+                raise self._error("spread", "expected a float in [0, 1], or None")
+
+    def _error(self, name: str, expected: str, context: str = "") -> ValueError:
+        return ValueError(f"{type(self).__name__}.{name}={shown(getattr(self, name))}{context}: {expected}")
+
+    def _check_option(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
         if not isinstance(value, str) or value not in allowed:
-            raise self._error(field, f"expected one of {_joined(allowed)}")
+            raise self._error(name, f"expected one of {_joined(allowed)}")
 
     def _check_keep(self) -> None:
         if is_int(self.keep):
@@ -167,20 +217,27 @@ class Stage:
                 "keep", "expected a float in (0, 1] (a share), an int >= 1 (a count) or 'outliers'"
             )
 
-    def count(self, visual_tokens: int) -> int:
-        """Return the number of visual tokens that survive out of ``visual_tokens``, the number of unpruned ones.
+    def count(self, visual_tokens: int, left: int | None = None) -> int:
+        """Return the number of visual tokens that survive.
 
         A share is read as the decimal that was written, so ``keep=0.7`` of 10 is 7 and not 8.
+
+        Args:
+            visual_tokens: The number of unpruned ones.
+            left: How many of them the stages before left; None = all.
 
         Raises:
             ValueError: ``keep`` is ``"outliers"``, whose number depends on the scores.
         """
+        left = visual_tokens if left is None else left
         if isinstance(self.keep, str):
             raise self._error("keep", "how many tokens that is depends on their scores")
         if is_int(self.keep):
-            return min(self.keep, visual_tokens)
-        numerator, denominator = _decimal(self.keep)
-        return -(-numerator * visual_tokens // denominator)
+            return min(self.keep, left)
+        numerator, denominator = as_ratio(self.keep)
+        if self.share_of == "left":
+            return max(numerator * left // denominator, min(left, 1))
+        return min(-(-numerator * visual_tokens // denominator), left)
 
 
 @dataclass(frozen=True)
@@ -194,9 +251,12 @@ class GapConfig(Stage):
     Attributes:
         ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each
             survivor, the text after it and every generated token keep the id that they have without pruning.
-            ``"compacted"`` numbers the survivors 0, 1, 2, ... (on every axis, where a model has several);
-            ``"permuted"`` does that with the visual survivors in score order. The last two are the defects that the paper
-            names, for measuring their effect only.
+            All others are for measuring what they break. ``"compacted"`` numbers the survivors 0, 1, 2, ... (on every axis,
+            where a model has several): the value of ids is lost. ``"reordered"`` has the visual survivors in score order,
+            with the ids that they have together, ascending: the order is lost. ``"permuted"`` is both. These are the defects
+            that the paper names, which it also looks at with nothing dropped: ``keep=1.0`` with any of these is not the
+            unpruned model. ``"stretched"`` moves those of each run of visual tokens apart, in proportion, until the last
+            survivor has the id of the last token (RPME, Algorithm 3 of Nüwa).
         seed: Seed of ``score="random"``. What is drawn for a sample depends on the seed, the stage and the number of its
             visual tokens alone: not on the batch, nor on padding, and samples of equally many tokens keep the same ones.
         then: Further stages, at later and later layers, each of which keeps some of what the one before kept.
@@ -220,7 +280,11 @@ class GapConfig(Stage):
         object.__setattr__(self, "then", _as_tuple(self.then))
         if not isinstance(self.then, tuple) or not all(type(stage) is Stage for stage in self.then):
             raise self._error("then", "expected a tuple of gap_triton.Stage")
-        if self.then and self.ids == "permuted":
+        if self.share_of == "left":
+            raise self._error(
+                "share_of", "nothing is left before the first stage but the prompt; leave it out"
+            )
+        if self.then and self.ids in ("permuted", "reordered"):
             raise self._error(
                 "ids", "score order is defined for one stage; leave then out, or use 'compacted'"
             )
@@ -229,20 +293,28 @@ class GapConfig(Stage):
                 raise self._error(
                     "then", f"layers must increase, and {shown(after.layer)} follows {shown(before.layer)}"
                 )
-            if isinstance(after.keep, type(before.keep)) and after.keep > before.keep:  # type: ignore[operator]
+            comparable = (
+                isinstance(after.keep, type(before.keep)) and after.share_of == before.share_of == "prompt"
+            )
+            if comparable and after.keep > before.keep:  # type: ignore[operator]
                 fault = f"keep={shown(after.keep)} follows {shown(before.keep)}"
                 raise self._error("then", f"a stage can't keep more than the one before, and {fault}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """All stages, the first one included."""
-        first = Stage(self.keep, self.layer, self.score, self.coverage, self.merge, exponent=self.exponent)
+        first = object.__new__(
+            Stage
+        )  # its fields have been checked already, which takes longer than all the rest
+        for name in STAGE_FIELDS:
+            object.__setattr__(first, name, getattr(self, name))
         return (first, *self.then)
 
     @property
-    def keeps_everything(self) -> bool:
-        """Whether no stage drops anything, of whatever prompt."""
-        return all(isinstance(stage.keep, float) and stage.keep == 1.0 for stage in self.stages)
+    def changes_nothing(self) -> bool:
+        """Whether no stage drops anything, of whatever prompt, and all tokens keep their ids."""
+        keeps_everything = all(isinstance(stage.keep, float) and stage.keep == 1.0 for stage in self.stages)
+        return keeps_everything and self.ids == "kept"
 
     @classmethod
     def preset(cls, name: str, *, model: Any = None, **options: Any) -> GapConfig:
@@ -253,13 +325,6 @@ class GapConfig(Stage):
         from .presets import preset
 
         return preset(name, model=model, **options)
-
-
-def _decimal(share: float) -> tuple[int, int]:
-    """The decimal that ``share`` prints as, numerator and denominator: `fractions` is more than torch.compile can trace."""
-    mantissa, _, exponent = repr(share).partition("e")
-    whole, _, digits = mantissa.partition(".")
-    return int(whole + digits), 10 ** (len(digits) - int(exponent or 0))
 
 
 def first_later(layer: int) -> int:

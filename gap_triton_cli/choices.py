@@ -8,6 +8,7 @@ Score = Literal[
     "last_token",
     "text",
     "raters",
+    "raters_corrected",
     "unrotated",
     "key_norm",
     "cls",
@@ -16,7 +17,7 @@ Score = Literal[
     "random",
     "spatial",
 ]
-Ids = Literal["kept", "compacted", "permuted"]
+Ids = Literal["kept", "compacted", "permuted", "reordered", "stretched"]
 Split = Literal["development", "choice", "report", "sealed"]
 
 # The defaults of `GapConfig`.

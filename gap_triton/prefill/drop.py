@@ -218,8 +218,9 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
         return _prune_chosen(drop, rows, scores, selected)
     if drop.grid_positions is not None and stage.coverage != "topk":
         selected = drop.grid_positions.mask_of_chosen(
-            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep)
-        )
+            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep),
+            per_region=stage.per_region, spread=stage.spread,
+        )  # fmt: skip
         return _prune_chosen(drop, rows, scores, selected)
     return _prune_best(drop, rows, scores)
 

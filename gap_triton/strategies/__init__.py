@@ -10,7 +10,7 @@ from .contextual import contextual, contextual_count
 from .coverage import STRIDE_SHARE, Coverage, choose
 from .merged import Merged
 from .nearest import nearest
-from .outliers import outlier_count
+from .outliers import outlier_count, similarity_outlier_count
 from .relevance import raters, text_similarity
 from .spatial import spatial_order
 
@@ -31,6 +31,7 @@ __all__ = [
     "nearest",
     "outlier_count",
     "raters",
+    "similarity_outlier_count",
     "spatial_order",
     "text_similarity",
 ]

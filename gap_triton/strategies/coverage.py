@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,20 @@ from gap_kernels.validation import (
     check_range,
     describe,
     describe_number,
+    is_number,
     is_readable,
     split_count,
     width_of,
 )
 from torch import Tensor
 
+from ..plain import as_ratio
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
 from .two_layers import BY_TWO_LAYERS, by_windows, first_then_best, with_neighbours
 
+Count = TypeVar("Count", int, Tensor, int | Tensor)
 Coverage = Literal[
     "topk",
     "region",
@@ -41,8 +43,8 @@ Coverage = Literal[
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
-STRIDE_SHARE = Fraction(3, 10)
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample, the beginning of `spatial_order`.
+STRIDE_SHARE = 0.3
+"""Share of the budget that ``coverage="stride"`` spends on the uniform sample where ``spread`` does not say otherwise.
 
 FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
 them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
@@ -57,6 +59,7 @@ def choose(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    spread: float | None = None,
     features: Tensor | None = None,
     exponent: float = 1.0,
     mask: Tensor | None = None,
@@ -67,9 +70,8 @@ def choose(
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
-    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order``; then the best-scored (FEATHER, 2412.13180).
-    - ``"max_min"``, ``"determinant"``, ``"coverage_gain"``, ``"least_similar"``, ``"distinct"``: by the features of tokens,
-      see `strategies.by_features`. Those of `strategies.two_layers` are for whole grids.
+    - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order``; then the best-scored (FEATHER, 2412.13180).
+    - Those of `strategies.by_features`: by the features of tokens. Those of `strategies.two_layers` are for whole grids.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
     its row: score -inf, neighbours and order -1, mask False; not chosen while ``keep`` is at most the number of tokens.
@@ -80,9 +82,9 @@ def choose(
         coverage: One of the above.
         neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `grid_neighbours`. In the first form a token that
             is alone in its region and scored -inf or NaN counts as filler.
-        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
-            ``ceil(keep / regions)`` of each row, which takes reads from the device.
+        per_region: For ``"region"``: candidates of each region, >= 1. Default: ``ceil(keep / regions)``, which takes reads.
         order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, of each grid of a row its own.
+        spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
         features: For those that compare tokens: [G, N, C], of any float dtype.
         exponent: Power of the scores by ``"determinant"`` and ``"coverage_gain"``.
         mask: For those that compare tokens, but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
@@ -99,7 +101,7 @@ def choose(
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
     _check_coverage(coverage)
-    _check_grids(scores, shapes, neighbours, per_region, order)
+    _check_grids(scores, shapes, neighbours, per_region, order, spread)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
         return _by_features(scores, features, keep, coverage, exponent, mask, length)
@@ -108,7 +110,7 @@ def choose(
         return topk_indices(scores, keep, length=length)
     if coverage == "region":
         return _by_region(scores, neighbours, per_region, keep, length)
-    return _by_stride(scores, order, keep, length)
+    return _by_stride(scores, order, keep, length, spread)
 
 
 def choose_on_grid(
@@ -117,7 +119,10 @@ def choose_on_grid(
     coverage: Coverage,
     grid: tuple[int, int],
     beside: Tensor | None = None,
+    *,
     exponent: float = 1.0,
+    per_region: int | None = None,
+    spread: float | None = None,
 ) -> Tensor:
     """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
 
@@ -129,6 +134,8 @@ def choose_on_grid(
         beside: What a coverage looks at beside the scores: [G, N, C], features, where it compares tokens; [G, N] float32,
             the score in an earlier layer of the vision encoder, for ``"anchors"`` and ``"windows"``.
         exponent: Power of the scores, as in `choose`.
+        per_region: For ``"region"``, as in `choose`.
+        spread: For ``"stride"``, as in `choose`.
 
     Returns:
         [G, keep] int64, ascending.
@@ -143,9 +150,10 @@ def choose_on_grid(
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
-        return topk_per_region(scores, neighbours[None], max(-(-keep // regions), 1), keep)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    return first_then_best(scores, spatial_order(grid, device=scores.device) < lattice, keep)
+        candidates = max(-(-keep // regions), 1) if per_region is None else per_region
+        return topk_per_region(scores, neighbours[None], candidates, keep)
+    in_lattice = spatial_order(grid, device=scores.device) < _lattice(keep, spread)
+    return first_then_best(scores, in_lattice, keep)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
@@ -175,7 +183,10 @@ def _check_grids(
     neighbours: Tensor | None,
     per_region: int | None,
     order: Tensor | None,
+    spread: float | None,
 ) -> None:
+    if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
+        raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
     if per_region is not None:
@@ -267,13 +278,20 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     return ((keep + regions - 1) // regions).clamp(min=1)
 
 
-def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:
+def _by_stride(
+    scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int, spread: float | None
+) -> Tensor:
     if order is None:
         raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
     order = order.expand_as(scores)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    lattice, lattice_length = _lattice(keep, spread), _lattice(length, spread)
     uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
     others = ~members(uniform, scores.shape[1])
     best = best_of(scores, others, keep - lattice, length - lattice_length)
     return torch.cat([uniform, best], dim=1).sort(dim=1).values
+
+
+def _lattice(keep: Count, spread: float | None) -> Count:
+    """``spread`` of ``keep``, rounded down."""
+    numerator, denominator = as_ratio(STRIDE_SHARE if spread is None else float(spread))
+    return keep * numerator // denominator

@@ -27,6 +27,7 @@ from ..strategies import (
     Merged,
     contextual_count,
     outlier_count,
+    similarity_outlier_count,
     text_similarity,
 )
 from ..strategies.aggregation import aggregate_without_filler
@@ -100,7 +101,7 @@ def select_before_decoder(
     )
     _refuse_other_images(state.attachment.owner, layout, tower)
     scores = _scores(state, prompt, stage, places, tower, kwargs)  # [B, V]
-    outliers = _outliers(places, scores) if stage.keep == "outliers" else None
+    outliers = _outliers(places, scores, stage) if stage.keep == "outliers" else None
     budget = budget_of(layout, stage, outliers)
     keep = list(budget.newlines)
     for view, share in zip(layout.views, budget.views, strict=True):
@@ -252,13 +253,14 @@ def _rows_of(embeds: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
     return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[2]))
 
 
-def _outliers(places: Places, scores: Tensor) -> list[int]:
+def _outliers(places: Places, scores: Tensor, stage: Stage) -> list[int]:
     """How many tokens stand out in each view. One read for all."""
     views = places.layout.views
     if not views:
         return []
     groups = places.groups([1] * len(views))
-    counts = torch.cat([outlier_count(group.at_slots(scores.flatten())) for group in groups]).tolist()
+    count = similarity_outlier_count if stage.score == "text_similarity" else outlier_count
+    counts = torch.cat([count(group.at_slots(scores.flatten())) for group in groups]).tolist()
     by_view = dict(zip((number for group in groups for number in group.views), counts, strict=True))
     return [by_view[number] for number in range(len(views))]
 
@@ -273,7 +275,16 @@ def _survivors_of(
     keep = group.keep
 
     def chosen(count: int) -> Tensor:
-        return choose_on_grid(score, count, stage.coverage, group.grid, beside, stage.exponent)
+        return choose_on_grid(
+            score,
+            count,
+            stage.coverage,
+            group.grid,
+            beside,
+            exponent=stage.exponent,
+            per_region=stage.per_region,
+            spread=stage.spread,
+        )
 
     if merging is None or keep == group.size[1]:
         return [chosen(keep)], None

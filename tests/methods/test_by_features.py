@@ -111,9 +111,9 @@ def test_scores_to_a_power(coverage: str, data: st.DataObject) -> None:
     given_scores = torch.tensor([scores])
     found = choose(given_scores, keep, coverage, features=features[None], exponent=exponent)
     assert found.tolist() == [wanted]
-    assert choose_on_grid(given_scores, keep, coverage, (1, rows), features[None], exponent).tolist() == [
-        wanted
-    ]
+    assert choose_on_grid(
+        given_scores, keep, coverage, (1, rows), features[None], exponent=exponent
+    ).tolist() == [wanted]
 
 
 def test_by_hand() -> None:

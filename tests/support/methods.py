@@ -42,6 +42,15 @@ COMPOSED = {
     "a count, three times": GapConfig(
         30, 0, "text", then=(Stage(20, 1, "raters"), Stage(7, 3, "last_token"))
     ),
+    "of what is left": GapConfig(
+        0.7,
+        -1,
+        "random",
+        then=(Stage(0.7, 0, "text", share_of="left"), Stage(0.3, 2, "unrotated", share_of="left")),
+    ),
+    "candidates in the decoder": GapConfig(0.3, 1, "text", "region", per_region=3),
+    "mostly spread": GapConfig(0.4, 1, "text", "stride", spread=0.9),
+    "tile by tile": GapConfig(13, -1, "received", "region", per_region=2, budget_by="tiles"),
     "one token": GapConfig(1, -1, "random", then=(Stage(1, 1, "last_token"),)),
 }
 NAMES = [*PRESETS, *COMPOSED]

@@ -41,20 +41,28 @@ def chosen_by_region(
     return sorted(place, key=lambda cell: (cell not in candidates, place[cell]))[:keep]
 
 
-def chosen_by_stride(scores: list[float], order: list[int], keep: int) -> list[int]:
-    lattice = sorted(range(len(scores)), key=lambda row: (order[row], row))[: int(keep * Fraction(3, 10))]
+def chosen_by_stride(
+    scores: list[float], order: list[int], keep: int, spread: float | None = None
+) -> list[int]:
+    share = Fraction(3, 10) if spread is None else Fraction(str(spread))
+    lattice = sorted(range(len(scores)), key=lambda row: (order[row], row))[: int(keep * share)]
     others = [row for row in ranked(scores) if row not in lattice]
     return lattice + others[: keep - len(lattice)]
 
 
 def expected_choice(
-    coverage: str, scores: list[float], grid: tuple[int, int], keep: int, per_region: int | None
+    coverage: str,
+    scores: list[float],
+    grid: tuple[int, int],
+    keep: int,
+    per_region: int | None,
+    spread: float | None = None,
 ) -> list[int]:
     if coverage == "topk":
         return chosen_topk(scores, keep)
     if coverage == "region":
         return chosen_by_region(scores, grid, keep, per_region)
-    return chosen_by_stride(scores, spatial_order(grid).tolist(), keep)
+    return chosen_by_stride(scores, spatial_order(grid).tolist(), keep, spread)
 
 
 def cosine(left: Tensor, right: Tensor) -> float:
