@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from gap_kernels.validation import is_finite
+
 from .plain import as_ratio, is_int, plain, shown
 from .strategies import Coverage
-from .strategies.by_features import BY_FEATURES
+from .strategies.by_features import BY_FEATURES, WEIGHTED
+from .strategies.two_layers import BY_TWO_LAYERS
 
 Score = Literal[
     "last_token",
@@ -23,7 +26,7 @@ Score = Literal[
     "random",
     "spatial",
 ]
-Merge = Literal["none", "aggregation", "contextual", "nearest", "average"]
+Merge = Literal["none", "aggregation", "contextual", "nearest", "average", "cluster"]
 Ids = Literal["kept", "compacted", "permuted", "reordered", "stretched"]
 ShareOf = Literal["prompt", "left"]
 BudgetBy = Literal["tokens", "tiles"]
@@ -39,7 +42,7 @@ VISION_SCORES = ("cls", "received", "key_norm", "text_similarity", "random", "sp
 # Coverages that depend on the position of a token in its image.
 GRID_COVERAGES = ("region", "stride")
 # Coverages that exist after the vision encoder only.
-VISION_COVERAGES = ("distinct",)
+VISION_COVERAGES = ("distinct", *BY_TWO_LAYERS)
 # Scores from a decoder layer's query and key; the others need no attention.
 ATTENTION_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", "key_norm")
 # Scores that depend on the text of the prompt; the others are the same whatever text follows the image.
@@ -48,7 +51,7 @@ TEXT_SCORES = ("last_token", "text", "raters", "raters_corrected", "unrotated", 
 
 STAGE_FIELDS = (
     *("keep", "layer", "score", "coverage", "merge"),
-    *("per_region", "spread", "share_of", "budget_by"),
+    *("exponent", "per_region", "spread", "share_of", "budget_by"),
 )
 
 
@@ -86,10 +89,15 @@ class Stage:
             2506.10967); ``"coverage_gain"``, those that stand for most of the others, times the score (SCOPE, arXiv
             2510.24214); ``"least_similar"``, least like the 4 best (DART, arXiv 2502.11494); ``"distinct"``, after the
             vision encoder only, a half by score, and of the others those that are like none (VisPruner, arXiv 2412.01818).
-            Where the vision encoder ranks, ``"coverage_gain"`` and ``"distinct"`` compare what enters the projector.
+            Where the vision encoder ranks, ``"coverage_gain"`` and ``"distinct"`` compare what enters the projector. Two
+            more rank in an earlier layer of the vision encoder too: ``"anchors"``, a few tokens by that with their
+            neighbours (HiPrune, arXiv 2508.00553), and ``"windows"``, a half by that, from 4 x 4 parts of the image (VScan,
+            arXiv 2505.22654); the rest by score.
+        exponent: A finite number >= 0, the power to which ``"determinant"`` and ``"coverage_gain"`` take the score, as
+            SCOPE's alpha: by 0 features decide alone, and the larger it is, the more the score does.
         merge: What becomes of the rest, after the vision encoder only: ``"none"``, nothing; ``"aggregation"`` (Nüwa),
-            ``"contextual"`` (VisionZip, arXiv 2412.04467), ``"nearest"`` (PruMerge) or ``"average"`` (TRIM) add it to
-            survivors. `gap_triton.strategies` has the formulas.
+            ``"contextual"`` (VisionZip, arXiv 2412.04467), ``"nearest"`` (PruMerge), ``"average"`` (TRIM) or
+            ``"cluster"`` (VScan) add it to survivors. `gap_triton.strategies` has the formulas.
         per_region: For ``coverage="region"``: how many of each 2 x 2 tokens are candidates, an int >= 1; the best of the
             others fill up what these don't suffice for. None = as many as suffice.
         spread: For ``coverage="stride"``: the part of ``keep`` that is evenly spread, a float in [0, 1]. None = 0.3.
@@ -109,6 +117,7 @@ class Stage:
     score: Score = "text"
     coverage: Coverage = "topk"
     merge: Merge = "none"
+    exponent: float = field(default=1.0, kw_only=True)
     per_region: int | None = field(default=None, kw_only=True)
     spread: float | None = field(default=None, kw_only=True)
     share_of: ShareOf = field(default="prompt", kw_only=True)
@@ -138,10 +147,26 @@ class Stage:
         if not in_vision and self.coverage in VISION_COVERAGES:
             raise self._error(
                 "coverage",
-                "duplicates are removed after the vision encoder only; use layer=-1, or coverage='least_similar'",
+                "it exists after the vision encoder only; use layer=-1, or one that exists in the decoder: "
+                + _joined(tuple(each for each in get_args(Coverage) if each not in VISION_COVERAGES)),
+            )
+        if self.coverage in BY_TWO_LAYERS and self.score not in ("cls", "received"):
+            raise self._error(
+                "coverage",
+                "it ranks in two layers of the vision encoder; use score='cls' or 'received'",
+                f" with score={shown(self.score)}",
             )
         if not in_vision and self.merge != "none":
             raise self._error("merge", "tokens are merged after the vision encoder only; use layer=-1")
+        if not is_finite(self.exponent) or self.exponent < 0:
+            raise self._error("exponent", "expected a finite number >= 0")
+        object.__setattr__(self, "exponent", float(self.exponent))
+        if self.exponent != 1.0 and self.coverage not in WEIGHTED:
+            raise self._error(
+                "exponent",
+                f"only coverage={' or '.join(map(repr, WEIGHTED))} takes the score to a power",
+                f" with coverage={shown(self.coverage)}",
+            )
         if self.keep == "outliers" and (not in_vision or self.score in ("random", "spatial")):
             raise self._error(
                 "keep",
@@ -219,9 +244,9 @@ class Stage:
 class GapConfig(Stage):
     """How visual tokens are chosen and which position ids the survivors carry.
 
-    ``keep``, ``layer``, ``score``, ``coverage`` and ``merge`` are those of the first place at which tokens are dropped, as
-    in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name. The defaults run on every
-    supported model, and are the best that does so early in the decoder on the embedded models (docs/layers.md).
+    ``keep``, ``layer``, ``score``, ``coverage``, ``exponent`` and ``merge`` are those of the first place at which tokens are
+    dropped, as in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name. The defaults run
+    on every supported model, and are the best that does so early in the decoder on the embedded models (docs/layers.md).
 
     Attributes:
         ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each
@@ -320,7 +345,9 @@ def needs_grid(stage: Stage) -> bool:
     if stage.layer != BEFORE_THE_DECODER:
         return spreads
     return (
-        spreads or stage.merge not in ("none", "average") or stage.score not in ("random", "text_similarity")
+        spreads
+        or stage.merge not in ("none", "average", "cluster")
+        or stage.score not in ("random", "text_similarity")
     )
 
 

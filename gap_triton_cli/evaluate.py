@@ -9,11 +9,12 @@ import typer
 
 from .choices import ARCHITECTURES, Split
 from .console import console
-from .parse import parse_keep, parse_layers, split, split_names
+from .parse import parse_keep, parse_layers, parse_numbers, split, split_names
 from .refuse import told_as_option
 
 # What `gap-triton eval` sweeps by default.
 LAYERS, SCORES, COVERAGES, IDS = "-1,0,1,2,3,4", "text", "topk", "kept,compacted,permuted"
+EXPONENTS = "1"
 
 
 def evaluate(
@@ -43,6 +44,12 @@ def evaluate(
     coverages: Annotated[
         str | None,
         typer.Option(help=f"Sweep: comma-separated coverages. Default: {COVERAGES}"),
+    ] = None,
+    exponents: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: comma-separated powers of the score, for coverages that weigh by it. Default: 1"
+        ),
     ] = None,
     ids: Annotated[
         str | None, typer.Option(help=f"Sweep: comma-separated position ids. Default: {IDS}")
@@ -84,7 +91,13 @@ def evaluate(
     from gap_triton.presets import PRESETS
 
     shares = [parse_keep(item, "--budgets") for item in split(budgets)]
-    swept = {"--layers": layers, "--scores": scores, "--coverages": coverages, "--ids": ids}
+    swept = {
+        "--layers": layers,
+        "--scores": scores,
+        "--coverages": coverages,
+        "--exponents": exponents,
+        "--ids": ids,
+    }
     given = [option for option, value in swept.items() if value is not None]
     if given and (methods is not None or coverage):
         raise typer.BadParameter(
@@ -107,7 +120,7 @@ def evaluate(
         with told_as_option("--coverage"):
             evaluation.add_coverage(shares)
     if methods is None and not coverage:
-        with told_as_option("--layers, --scores, --coverages, --ids, --budgets"):
+        with told_as_option("--layers, --scores, --coverages, --exponents, --ids, --budgets"):
             evaluation.add_sweep(
                 sweep_configs(
                     parse_layers(LAYERS if layers is None else layers),
@@ -115,6 +128,7 @@ def evaluate(
                     shares,
                     split(IDS if ids is None else ids),
                     split(COVERAGES if coverages is None else coverages),
+                    parse_numbers("--exponents", EXPONENTS if exponents is None else exponents),
                 )
             )
     with told_as_option("--output"):

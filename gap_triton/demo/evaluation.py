@@ -16,6 +16,7 @@ import gap_triton
 from .. import GapConfig
 from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_COVERAGES, VISION_SCORES
 from ..environment import default_device, device_name, installed_versions
+from ..strategies.by_features import WEIGHTED
 from .compare import compare
 from .coverage import coverage_cases, coverage_markdown, plain_of
 from .jobs import Job, run_jobs
@@ -37,12 +38,13 @@ def sweep_configs(
     budgets: Budgets,
     ids: Sequence[str],
     coverages: Sequence[str] = ("topk",),
+    exponents: Sequence[float] = (1.0,),
 ) -> list[GapConfig]:
     """Return one-stage configurations of every combination that there is.
 
     After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
     only exist there are left out of decoder layers, and so are coverages. A coverage that no score plays a part in is there
-    once, with the first.
+    once, with the first, and one that takes no score to a power once for all exponents.
 
     Raises:
         ValueError: A value is not one of `GapConfig`, a score or a coverage is used at none of the layers, or nothing is
@@ -50,7 +52,13 @@ def sweep_configs(
     """
     configs: list[GapConfig] = []
     covered = set()
-    for layer, score, coverage, keep, rule in product(layers, scores, coverages, budgets, ids):
+    ways = [
+        (coverage, exponent)
+        for coverage, exponent in product(coverages, exponents)
+        if coverage in WEIGHTED or exponent == exponents[0]
+    ]
+    for layer, score, (coverage, power), keep, rule in product(layers, scores, ways, budgets, ids):
+        exponent = power if coverage in WEIGHTED else 1.0
         if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
             continue
         covered.add(score)
@@ -64,7 +72,7 @@ def sweep_configs(
         ranked_by: Any = score
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
-        config = GapConfig(keep, layer, ranked_by, coverage, ids=rule)  # type: ignore[arg-type]
+        config = GapConfig(keep, layer, ranked_by, coverage, ids=rule, exponent=exponent)  # type: ignore[arg-type]
         if config not in configs and not config.changes_nothing:
             configs.append(config)
     if covered and not configs:

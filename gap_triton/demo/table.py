@@ -125,6 +125,7 @@ def method_name(config: GapConfig) -> str:
 
 def _stage_name(stage: Stage) -> str:
     coverage = "" if stage.coverage == "topk" else f" by {stage.coverage}"
+    coverage += "" if stage.exponent == 1.0 else f" ^ {stage.exponent:g}"
     merge = "" if stage.merge == "none" else f" + {stage.merge}"
     return f"{stage.score}{coverage}{merge}, {place_name(stage.layer)}"
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
-from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, needs_text
+from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, Stage, needs_text
 from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
 from ..later_layers.inputs import take_survivors
 from ..selection import Selection
 from ..state import DecoderRun, Drop, Plan, Prefill, Survivors, VisionSelection
-from ..strategies import Coverage, choose
+from ..strategies import choose
 from ..strategies.by_features import BY_FEATURES
 from ..strategies.rows import members, rows_at
 from .plan import plan_of
@@ -214,7 +214,7 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
     else:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
     if stage.coverage in BY_FEATURES:
-        selected = _chosen_by_features(rows.tokens[0], plan, scores, stage.coverage, max(drop.keep))
+        selected = _chosen_by_features(rows.tokens[0], plan, scores, stage, max(drop.keep))
         return _prune_chosen(drop, rows, scores, selected)
     if drop.grid_positions is not None and stage.coverage != "topk":
         selected = drop.grid_positions.mask_of_chosen(
@@ -273,15 +273,14 @@ def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: t
 
 
 def _chosen_by_features(
-    hidden_states: torch.Tensor, plan: Plan, scores: torch.Tensor, coverage: Coverage, most: int
+    hidden_states: torch.Tensor, plan: Plan, scores: torch.Tensor, stage: Stage, most: int
 ) -> torch.Tensor:
-    """[B, V] float32, 1 at what ``coverage`` chooses by ``hidden_states`` [B, S, C] and ``scores`` [B, V], else 0."""
+    """[B, V] float32, 1 at what ``stage`` chooses by ``hidden_states`` [B, S, C] and ``scores`` [B, V], else 0."""
     index = plan.visual_index
     mask = None if plan.filled else index >= 0
     index = index if mask is None else index.clamp(min=0)
-    index = choose(
-        scores, plan.keep, coverage, features=rows_at(hidden_states, index), mask=mask, length=most
-    )
+    given = {"features": rows_at(hidden_states, index), "exponent": stage.exponent, "mask": mask}
+    index = choose(scores, plan.keep, stage.coverage, **given, length=most)  # type: ignore[arg-type]
     return members(index, scores.shape[1]).float()
 
 

@@ -24,6 +24,7 @@ from . import (
     fastervlm,
     fastv,
     feather,
+    hiprune,
     nuwa,
     prumerge,
     prumerge_plus,
@@ -38,6 +39,7 @@ from . import (
     trim,
     visionzip,
     vispruner,
+    vscan,
 )
 
 PRESETS: dict[str, Callable[..., GapConfig]] = {
@@ -62,6 +64,8 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
     "swiftvlm": swiftvlm.configure,
     "dart": dart.configure,
     "vispruner": vispruner.configure,
+    "hiprune": hiprune.configure,
+    "vscan": vscan.configure,
 }
 
 
@@ -72,7 +76,7 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"sparsevlm+"``, ``"visionzip"``, ``"feather"``, ``"divprune"``, ``"cdpruner"``, ``"scope"``, ``"fastervlm"``,
-            ``"swiftvlm"``, ``"dart"``, ``"vispruner"``.
+            ``"swiftvlm"``, ``"dart"``, ``"vispruner"``, ``"hiprune"``, ``"vscan"``.
         model: The model that it is for, which gives ``layers``, ``tiles``, and ``score`` where its vision encoder has no CLS
             token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the

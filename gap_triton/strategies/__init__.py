@@ -5,6 +5,7 @@
 
 from .aggregation import LLAVA, LLAVA_NEXT, QWEN, AggregationRule, aggregate
 from .average import average
+from .cluster import cluster
 from .contextual import contextual, contextual_count
 from .coverage import STRIDE_SHARE, Coverage, choose
 from .merged import Merged
@@ -24,6 +25,7 @@ __all__ = [
     "aggregate",
     "average",
     "choose",
+    "cluster",
     "contextual",
     "contextual_count",
     "nearest",

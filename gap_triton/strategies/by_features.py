@@ -13,6 +13,8 @@ from .without_filler import best_first
 
 GREEDY = ("max_min", "determinant", "coverage_gain")
 """Rules of `gap_kernels.greedy_indices`."""
+WEIGHTED = ("determinant", "coverage_gain")
+"""Those that weigh by the score."""
 BY_FEATURES = (*GREEDY, "least_similar", "distinct")
 
 SCALE_EPSILON = 1e-6
@@ -31,6 +33,7 @@ def choose_greedily(
     keep: int | Tensor,
     coverage: str,
     *,
+    exponent: float = 1.0,
     mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
@@ -45,6 +48,7 @@ def choose_greedily(
         features: [G, N, C].
         keep: How many to choose, an int or [G] int64.
         coverage: Of `GREEDY`.
+        exponent: Power of what the scores become so.
         mask: [G, N] bool, True = a real token; None = all are.
         length: Columns of the result.
 
@@ -57,7 +61,8 @@ def choose_greedily(
     elif coverage == "coverage_gain":
         least = torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0).amin(1, keepdim=True)
         weights = scores - least.clamp(max=0.0)
-    return greedy_indices(features, keep, coverage, scores=weights, mask=mask, length=length)  # type: ignore[arg-type]
+    given = {"scores": weights, "exponent": exponent, "mask": mask, "length": length}
+    return greedy_indices(features, keep, coverage, **given)  # type: ignore[arg-type]
 
 
 def _scaled(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from ..plain import as_ratio
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
+from .two_layers import BY_TWO_LAYERS, by_windows, first_then_best, with_neighbours
 
 Count = TypeVar("Count", int, Tensor, int | Tensor)
 Coverage = Literal[
@@ -36,6 +37,8 @@ Coverage = Literal[
     "coverage_gain",
     "least_similar",
     "distinct",
+    "anchors",
+    "windows",
 ]
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
@@ -58,6 +61,7 @@ def choose(
     order: Tensor | None = None,
     spread: float | None = None,
     features: Tensor | None = None,
+    exponent: float = 1.0,
     mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
@@ -66,25 +70,24 @@ def choose(
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
-    - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
-      (FEATHER, arXiv 2412.13180, whose lattice has a fixed stride, so that their number depends on what the two share).
-    - The others: by the features of tokens, see `choose_greedily`, `least_similar` and `distinct` of `by_features`.
+    - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order``; then the best-scored (FEATHER, 2412.13180).
+    - Those of `strategies.by_features`: by the features of tokens. Those of `strategies.two_layers` are for whole grids.
 
-    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of its
-    row: score -inf, neighbours and order -1, mask False. It is not chosen while ``keep`` is at most the number of tokens.
+    Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
+    its row: score -inf, neighbours and order -1, mask False; not chosen while ``keep`` is at most the number of tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
         keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
         coverage: One of the above.
-        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first, what
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `grid_neighbours`. In the first form a token that
             is alone in its region and scored -inf or NaN counts as filler.
-        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: ``ceil(keep / regions)`` of each
-            row, which takes reads from the device.
-        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, also of several grids in a row.
+        per_region: For ``"region"``: candidates of each region, >= 1. Default: ``ceil(keep / regions)``, which takes reads.
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, of each grid of a row its own.
         spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
         features: For those that compare tokens: [G, N, C], of any float dtype.
-        mask: For the same but ``"distinct"``: [G, N] bool, True = a real token; default: all are.
+        exponent: Power of the scores by ``"determinant"`` and ``"coverage_gain"``.
+        mask: For those that compare tokens, but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
@@ -101,7 +104,7 @@ def choose(
     _check_grids(scores, shapes, neighbours, per_region, order, spread)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
-        return _by_features(scores, features, keep, coverage, mask, length)
+        return _by_features(scores, features, keep, coverage, exponent, mask, length)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -115,8 +118,9 @@ def choose_on_grid(
     keep: int,
     coverage: Coverage,
     grid: tuple[int, int],
-    features: Tensor | None = None,
+    beside: Tensor | None = None,
     *,
+    exponent: float = 1.0,
     per_region: int | None = None,
     spread: float | None = None,
 ) -> Tensor:
@@ -127,7 +131,9 @@ def choose_on_grid(
         keep: How many to choose, 0..N.
         coverage: How.
         grid: (H, W), H * W = N.
-        features: [G, N, C], for a coverage that compares tokens.
+        beside: What a coverage looks at beside the scores: [G, N, C], features, where it compares tokens; [G, N] float32,
+            the score in an earlier layer of the vision encoder, for ``"anchors"`` and ``"windows"``.
+        exponent: Power of the scores, as in `choose`.
         per_region: For ``"region"``, as in `choose`.
         spread: For ``"stride"``, as in `choose`.
 
@@ -136,20 +142,18 @@ def choose_on_grid(
     """
     if coverage == "topk" or keep == scores.shape[1]:
         return topk_indices(scores, keep)
-    if features is not None and coverage in BY_FEATURES:
-        return _by_features(scores, features, keep, coverage, None, keep)
+    if beside is not None and coverage in BY_FEATURES:
+        return _by_features(scores, beside, keep, coverage, exponent, None, keep)
+    if beside is not None and coverage in BY_TWO_LAYERS:
+        by_two = with_neighbours if coverage == "anchors" else by_windows
+        return by_two(scores, beside, keep, grid)
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
         candidates = max(-(-keep // regions), 1) if per_region is None else per_region
         return topk_per_region(scores, neighbours[None], candidates, keep)
-    lattice = _lattice(keep, spread)
-    # The lattice is chosen first: no score is above the largest number but its infinity.
-    scores = torch.nan_to_num(
-        scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
-    )
-    in_lattice = spatial_order(grid, device=scores.device) < lattice
-    return topk_indices(scores.masked_fill_(in_lattice, torch.inf), keep)
+    in_lattice = spatial_order(grid, device=scores.device) < _lattice(keep, spread)
+    return first_then_best(scores, in_lattice, keep)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
@@ -166,9 +170,10 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
 
 
 def _check_coverage(coverage: Coverage) -> None:
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
+    allowed = [each for each in get_args(Coverage) if each not in BY_TWO_LAYERS]
+    if not isinstance(coverage, str) or coverage not in allowed:
         raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
+            f"coverage: expected one of {', '.join(map(repr, allowed))}, got {describe(coverage)}"
         )
 
 
@@ -224,11 +229,13 @@ def _by_features(
     features: Tensor,
     keep: int | Tensor,
     coverage: Coverage,
+    exponent: float,
     mask: Tensor | None,
     length: int,
 ) -> Tensor:
     if coverage in GREEDY:
-        return choose_greedily(scores, features, keep, coverage, mask=mask, length=length)
+        given = (scores, features, keep, coverage)
+        return choose_greedily(*given, exponent=exponent, mask=mask, length=length)
     if coverage == "least_similar":
         return least_similar(scores, features, keep, mask=mask, length=length)
     assert not isinstance(keep, Tensor)

@@ -1,7 +1,7 @@
 """The merges where every grid keeps equally many tokens and no index holds filler, in the fewest operations.
 
-They give what `average`, `nearest` and `contextual` give, of the tokens that change alone: no row is kept that has not taken
-others in. Nothing is checked, and no number is counted on the device that the host knows.
+They give what `average`, `nearest`, `contextual` and `cluster` give, of the tokens that change alone: no row is kept that
+has not taken others in. Nothing is checked, and no number is counted on the device that the host knows.
 """
 
 from __future__ import annotations
@@ -115,3 +115,31 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
     number = goes_to.sum(1)[..., None].clamp_(min=1.0)  # [G, M, 1]
     total = goes_to.transpose(1, 2) @ values
     return Merged(rest[:, targets], torch.addcdiv(values[:, targets], total, number).to(features.dtype))
+
+
+@without_autocast
+def means_of_all(features: Tensor, kept: Tensor, filler: Tensor | None = None) -> Tensor:
+    """Return the features of the tokens of `cluster`, [G, K, C].
+
+    Args:
+        features: [G, N, C], N >= 1.
+        kept: [G, K] int64, distinct.
+        filler: [G, K] bool, True where nothing is kept; None = nowhere.
+    """
+    groups, num_rows, dtype = len(features), features.shape[1], accumulation_dtype(features)
+    values = features.to(dtype)
+    unit = F.normalize(values, dim=-1)
+    target_units = rows_at(unit, kept).transpose(1, 2)  # [G, C, K]
+    goes_to = values.new_zeros(groups, num_rows + 1, kept.shape[1])  # the last row takes filler
+    for block in row_blocks(num_rows, groups * kept.shape[1]):
+        cosine = (unit[:, block] @ target_units).float()
+        if filler is not None:
+            # What has no cosine to anything goes to what is kept all the same.
+            cosine = torch.where(cosine.isnan(), -torch.inf, cosine).masked_fill(filler[:, None], torch.nan)
+        best = topk_indices(cosine.flatten(0, 1), 1)
+        goes_to[:, block].scatter_(2, best.view(*cosine.shape[:2], 1), 1.0)
+    own = kept if filler is None else kept.masked_fill(filler, num_rows)
+    goes_to = goes_to.scatter_(1, own[..., None].expand(-1, -1, kept.shape[1]), 0.0)[:, :-1]
+    number = goes_to.sum(1)[..., None] + 1
+    total = rows_at(values, kept) + goes_to.transpose(1, 2) @ values
+    return (total / number).to(features.dtype)

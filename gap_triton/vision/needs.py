@@ -16,11 +16,16 @@ MERGE_NEEDS: dict[str, Needs] = {
     "contextual": frozenset({"keys", "features"}),
     "nearest": frozenset({"keys", "features"}),
     "average": frozenset(),  # of tokens as the decoder gets them
+    "cluster": frozenset(),  # likewise
 }
-COVERAGE_NEEDS: dict[str, Needs] = {
-    "coverage_gain": frozenset({"features"}),
-    "distinct": frozenset({"features"}),
+FEATURE_COVERAGES = ("coverage_gain", "distinct")
+EARLIER_SCORES: dict[tuple[str, str], Need] = {
+    ("anchors", "cls"): "middle_cls",
+    ("anchors", "received"): "middle_received",
+    ("windows", "cls"): "early_cls",
+    ("windows", "received"): "early_received",
 }
+"""By coverage and score, the same score in an earlier layer."""
 TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
@@ -30,8 +35,12 @@ def needs_of(config: GapConfig) -> Needs:
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()
     of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
+    of_coverage: Needs = frozenset()
     # Of an encoder that doesn't rank, nothing is recorded to compare tokens: that is done as the decoder gets them.
-    of_coverage = COVERAGE_NEEDS.get(stage.coverage, frozenset()) if of_score else frozenset()
+    if of_score and stage.coverage in FEATURE_COVERAGES:
+        of_coverage = frozenset({"features"})
+    if (stage.coverage, stage.score) in EARLIER_SCORES:
+        of_coverage = frozenset({EARLIER_SCORES[stage.coverage, stage.score]})
     return of_score | of_coverage | MERGE_NEEDS[stage.merge]
 
 

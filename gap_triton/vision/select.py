@@ -38,13 +38,14 @@ from ..strategies.without_filler import (
     best_first,
     best_of_rest,
     contextual_of_rest,
+    means_of_all,
     nearest_of_all,
 )
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
-from .needs import COVERAGE_NEEDS
+from .needs import EARLIER_SCORES, FEATURE_COVERAGES, MERGE_NEEDS
 from .places import Group, Places
 
 Kwargs = dict[str, Any]
@@ -107,8 +108,8 @@ def select_before_decoder(
         keep[view.sample] += share
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
-    features = _features(prompt, stage, places, tower, kwargs) if stage.coverage in BY_FEATURES else None
-    stays, merged = _choose(places, scores, budget, stage, merging, features)
+    beside = _beside(prompt, stage, places, tower, kwargs)
+    stays, merged = _choose(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, stays, tuple(keep)), kwargs
@@ -120,11 +121,11 @@ def _choose(
     budget: Budget,
     stage: Stage,
     merging: Merging | None,
-    features: Tensor | None,
+    beside: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
     """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change.
 
-    ``features`` [B * V, C] is what tokens are compared by, where the coverage does so.
+    ``beside`` [B * V, ...] is what the coverage looks at beside scores, None where that is nothing.
     """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
@@ -133,9 +134,9 @@ def _choose(
     stays = None if are_best else places.stays(budget)
     merged: list[tuple[Tensor, Tensor]] = []
     for group in places.groups(budget.views):
-        compared = None if features is None else group.at_slots(features).to(scores.device)
+        beside_score = None if beside is None else group.at_slots(beside).to(scores.device)
         score = group.at_slots(scores.flatten())
-        survivors, changed = _survivors_of(group, score, stage, merging, compared)
+        survivors, changed = _survivors_of(group, score, stage, merging, beside_score)
         if stays is not None:
             for index in survivors:
                 stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
@@ -215,9 +216,17 @@ def _scores(
     return places.at_features(by_feature).to(places.device)
 
 
-def _features(prompt: Prompt, stage: Stage, places: Places, tower: TowerOutput, kwargs: Kwargs) -> Tensor:
-    """What tokens are compared by, [B * V, C]; any rows at filler, and at newlines where what they come from is compared."""
-    entering = tower.features if stage.coverage in COVERAGE_NEEDS else None
+def _beside(
+    prompt: Prompt, stage: Stage, places: Places, tower: TowerOutput, kwargs: Kwargs
+) -> Tensor | None:
+    """What the coverage looks at beside scores: what tokens are compared by [B * V, C], or their score in an earlier layer
+    [B * V]; any rows at filler, and at newlines where it comes from the vision encoder."""
+    earlier = EARLIER_SCORES.get((stage.coverage, stage.score))
+    if earlier is not None:
+        return places.at_features(tower.rows[earlier]).flatten()
+    if stage.coverage not in BY_FEATURES:
+        return None
+    entering = tower.features if stage.coverage in FEATURE_COVERAGES else None
     if entering is not None:
         return places.at_features(entering).flatten(0, 1)
     return _rows_of(_embeds_of(stage, kwargs), prompt.visual_index, prompt.visual_counts).flatten(0, 1)
@@ -257,11 +266,11 @@ def _outliers(places: Places, scores: Tensor, stage: Stage) -> list[int]:
 
 
 def _survivors_of(
-    group: Group, score: Tensor, stage: Stage, merging: Merging | None, features: Tensor | None
+    group: Group, score: Tensor, stage: Stage, merging: Merging | None, beside: Tensor | None
 ) -> tuple[list[Tensor], Merged | None]:
     """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
 
-    ``score`` is [G, N], and ``features`` [G, N, C] what tokens are compared by.
+    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it.
     """
     keep = group.keep
 
@@ -271,7 +280,8 @@ def _survivors_of(
             count,
             stage.coverage,
             group.grid,
-            features,
+            beside,
+            exponent=stage.exponent,
             per_region=stage.per_region,
             spread=stage.spread,
         )
@@ -311,6 +321,8 @@ def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> 
     score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
         return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
+    if merging.merge == "cluster":
+        return Merged(survivors, means_of_all(features, index))
     if merging.merge == "aggregation":
         similarity = group.at_features(recorded["similarity"]).to(device)
         merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
@@ -335,7 +347,7 @@ def _merging(
     if len(rows) > 1:
         rows = rows + places.sample_starts(embeds.shape[1])
     rows = rows.flatten()
-    if "features" in tower.rows:
+    if "features" in tower.rows and "features" in MERGE_NEEDS[stage.merge]:
         if attachment.projector_is_last is None:
             attachment.projector_is_last = _projector_is_last(places, rows, tower, embeds)
         before_projector = attachment.projector_is_last is not False

@@ -228,7 +228,18 @@ def test_without_cls_token_attention_received_ranks() -> None:
     assert len(cases) == len(PRESETS) * len(SHARES) * 2
     first = {case.method: case.config.score for case in cases}
     assert {name for name, score in first.items() if score == "received"} == {
-        *("prumerge", "prumerge+", "cls", "nuwa", "visionzip", "scope", "fastervlm", "vispruner")
+        *(
+            "prumerge",
+            "prumerge+",
+            "cls",
+            "nuwa",
+            "visionzip",
+            "scope",
+            "fastervlm",
+            "vispruner",
+            "hiprune",
+            "vscan",
+        )
     }
     assert not any(case.config.score == "cls" for case in cases + coverage_cases(model, SHARES))
     named = methods_markdown(
@@ -277,6 +288,11 @@ def test_a_sweep_crosses_scores_and_coverages() -> None:
         *[(-1, "random", "topk"), (-1, "random", "distinct")],
         *[(2, "key_norm", "topk"), (2, "key_norm", "max_min"), (2, "random", "topk")],
     ]
+    powers = sweep_configs([-1], ["random"], [0.5], ["kept"], ["topk", "determinant"], [2.0, 4.0])
+    assert [(c.coverage, c.exponent) for c in powers] == [
+        *[("topk", 1.0), ("determinant", 2.0), ("determinant", 4.0)]
+    ]
+    assert method_name(powers[1]) == "random by determinant ^ 2, before the decoder"
     with pytest.raises(ValueError, match="coverage 'distinct' exists after the vision encoder only: add"):
         sweep_configs([0, 1], ["text"], [0.5], ["kept"], ["topk", "distinct"])
 
@@ -490,6 +506,7 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
         ),
         (["--scores", "best"], "GapConfig.score='best'"),
         (["--coverages", "best"], "GapConfig.coverage='best'"),
+        (["--exponents", "1,a"], "--exponents '1,a': expected comma-separated numbers"),
         (["--ids", "shifted"], "GapConfig.ids='shifted'"),
         (["--coverage", "--budgets", "0"], "GapConfig.keep=0"),
         (["--samples", "0"], "--samples"),

@@ -22,7 +22,18 @@ BATCH, FIRST, VISUAL, TOKENS = 2, 4, 36, 47
 TOWER = "ranks by its vision encoder, which a decoder alone has none of"
 CANDIDATES = "how many of each region are candidates is read from the device"
 GENERATOR = "torch.compile can't trace a random generator"
-TOWER_PRESETS = ("prumerge", "prumerge+", "cls", "nuwa", "visionzip", "scope", "fastervlm", "vispruner")
+TOWER_PRESETS = (
+    "prumerge",
+    "prumerge+",
+    "cls",
+    "nuwa",
+    "visionzip",
+    "scope",
+    "fastervlm",
+    "vispruner",
+    "hiprune",
+    "vscan",
+)
 # Why not, where it can't. Strict: what can be after all must leave its list.
 NOT_TRACED = {
     **dict.fromkeys(TOWER_PRESETS, TOWER),

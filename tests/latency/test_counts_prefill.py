@@ -40,11 +40,13 @@ LIMITS = {
     # Cosines to four pivots, and what is least like each of them in turn.
     "dart": 59,
     # Duplicates are removed eight at a time, here in five steps.
-    "vispruner": 73,
+    "vispruner": 74,
+    "hiprune": 31,
+    "vscan": 73,
 }
 # These ask where a visual token stands, or record a vision encoder of the second model, and so ask for sizes of its images.
 ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"} | {
-    *("scope", "fastervlm", "vispruner")
+    *("scope", "fastervlm", "vispruner", "hiprune", "vscan")
 }
 WAYS = pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
 ON_BOTH = pytest.mark.parametrize("model", MODELS)

@@ -44,7 +44,9 @@ LIMITS = {
     "cdpruner": (23, 0),
     "scope": (8, 1),
     "fastervlm": (0, 1),
-    "vispruner": (65, 1),
+    "vispruner": (66, 1),
+    "hiprune": (20, 2),
+    "vscan": (58, 2),
 }
 # These record nothing of a vision encoder, and all but one don't ask where tokens stand.
 UNRECORDED = ("random", "spatial", "text", "trim", "divprune", "cdpruner")
@@ -141,7 +143,7 @@ def test_recording_the_vision_encoder(model: str, name: str) -> None:
     recorded = model != "llava" and name not in UNRECORDED
     assert counts.reads - plain.reads == int(recorded)
     assert counts.copies == plain.copies
-    things = recorded + (name in ("prumerge", "prumerge+", "visionzip", "nuwa"))
+    things = recorded + (name in ("prumerge", "prumerge+", "visionzip", "nuwa", "hiprune", "vscan"))
     limit = LIMITS[name][1] + recorded * things * MERGED_PATCHES
     assert counts.launches - plain.launches <= limit, counts.operators
 

@@ -48,10 +48,12 @@ def rows_apart(data: st.DataObject, rows: int, channels: int = 6) -> Tensor:
     return features
 
 
-def expected(coverage: str, scores: list[float], features: Tensor, keep: int) -> list[int]:
+def expected(
+    coverage: str, scores: list[float], features: Tensor, keep: int, exponent: float = 1.0
+) -> list[int]:
     if coverage in NAIVE:
         return NAIVE[coverage](scores, features.double(), keep)
-    index, clear = chosen_greedily(coverage, scores, features, keep)
+    index, clear = chosen_greedily(coverage, scores, features, keep, exponent)
     assume(clear > CLEAR)
     return index
 
@@ -95,6 +97,23 @@ def test_choice_on_samples_with_filler(coverage: str, data: st.DataObject) -> No
     index = choose(scores, torch.tensor(keep), coverage, features=features, mask=mask)
     wanted = [expected(coverage, *each) for each in zip(listed, rows, keep, strict=True)]
     assert index.tolist() == [fill(each, max(keep)) for each in wanted]
+
+
+@pytest.mark.parametrize("coverage", ["determinant", "coverage_gain"])
+@settings(deadline=None, max_examples=10)
+@given(st.data())
+def test_scores_to_a_power(coverage: str, data: st.DataObject) -> None:
+    rows, exponent = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([0.0, 0.5, 2.0, 4.0]))
+    features, keep = rows_apart(data, rows), data.draw(st.integers(0, rows))
+    scores = data.draw(st.lists(st.floats(0, 4, width=32), min_size=rows, max_size=rows))
+    wanted, clear = chosen_greedily(coverage, scores, features, keep, exponent)
+    assume(clear > CLEAR)
+    given_scores = torch.tensor([scores])
+    found = choose(given_scores, keep, coverage, features=features[None], exponent=exponent)
+    assert found.tolist() == [wanted]
+    assert choose_on_grid(
+        given_scores, keep, coverage, (1, rows), features[None], exponent=exponent
+    ).tolist() == [wanted]
 
 
 def test_by_hand() -> None:
@@ -171,7 +190,8 @@ def test_refusals_name_the_argument(
 
 def test_duplicates_are_removed_before_the_decoder_only() -> None:
     with pytest.raises(
-        ValueError, match=r"Stage.coverage='distinct': duplicates are removed after .*layer=-1"
+        ValueError,
+        match=r"Stage.coverage='distinct': it exists after the vision encoder only; .*: 'topk', .*'least_similar'$",
     ):
         Stage(layer=2, coverage="distinct")
 
@@ -190,7 +210,8 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
     """
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
-    gap_triton.configure(model, GapConfig(0.4, -1, score, coverage))
+    exponent = 2.0 if coverage == "coverage_gain" else 1.0
+    gap_triton.configure(model, GapConfig(0.4, -1, score, coverage, exponent=exponent))
     embeds: list[Tensor] = []
     embeds_of_prompt(model, embeds)
     entering: list[Tensor] = []
@@ -213,7 +234,7 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
             end = start + size
             share = total * end // len(rows) - total * start // len(rows)
             row = scores[start:end].tolist()
-            kept += [start + i for i in sorted(expected(coverage, row, features[start:end], share))]
+            kept += [start + i for i in sorted(expected(coverage, row, features[start:end], share, exponent))]
             start = end
         assert selection.visual_index[sample][-total:].tolist() == rows[kept].tolist()
 
@@ -222,7 +243,8 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
 def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
-    gap_triton.configure(model, GapConfig(0.4, 1, "text", coverage))
+    exponent = 0.5 if coverage == "determinant" else 1.0
+    gap_triton.configure(model, GapConfig(0.4, 1, "text", coverage, exponent=exponent))
     states: list[Tensor] = []
     layer = model.model.language_model.layers[1]
     handle = layer.register_forward_hook(
@@ -237,6 +259,6 @@ def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
         rows = rows[rows >= 0]
         scores = selection.score[sample, : len(rows)].tolist()
         keep = -(-len(rows) * 2 // 5)
-        kept = sorted(expected(coverage, scores, states[0][sample, rows], keep))
+        kept = sorted(expected(coverage, scores, states[0][sample, rows], keep, exponent))
         assert selection.visual_index[sample][-keep:].tolist() == rows[kept].tolist()
         assert kept != sorted(ranked(scores)[:keep])

@@ -35,6 +35,16 @@ from gap_triton.config import Ids
             {"score": "cls"},
             r"GapConfig.score='cls' with layer=2: in a decoder layer it is one of 'last_token'",
         ),
+        ({"exponent": -1.0}, r"GapConfig.exponent=-1.0: expected a finite number >= 0"),
+        ({"exponent": True}, r"GapConfig.exponent=True: expected a finite number >= 0"),
+        (
+            {"exponent": float("nan"), "coverage": "determinant"},
+            r"GapConfig.exponent=nan: expected a finite number",
+        ),
+        (
+            {"exponent": 2.0},
+            r"GapConfig.exponent=2.0 with coverage='topk': only coverage='determinant' or 'coverage_gain' takes",
+        ),
         ({"coverage": "grid"}, r"GapConfig.coverage='grid': expected one of 'topk', 'region', 'stride'"),
         ({"merge": "mean"}, r"GapConfig.merge='mean': expected one of 'none', 'aggregation'"),
         ({"merge": "average"}, r"GapConfig.merge='average': .* use layer=-1"),

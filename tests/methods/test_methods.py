@@ -311,6 +311,8 @@ ASKING = {
     "coverage gain": GapConfig(0.5, -1, "received", "coverage_gain"),
     "least similar": GapConfig(0.5, -1, "received", "least_similar", "average"),
     "distinct": GapConfig(0.5, -1, "received", "distinct"),
+    "anchors": GapConfig(0.5, -1, "received", "anchors"),
+    "windows": GapConfig(0.5, -1, "received", "windows", "cluster"),
     "random": GapConfig(0.5, -1, "random"),
     "inside": GapConfig(0.5, 1, "spatial"),
     "inside, region": GapConfig(0.5, 1, "text", "region"),

@@ -182,6 +182,7 @@ def test_prumerge_plus_spreads_three_for_each_outlier() -> None:
         *(("scope", count, count) for count in (64, 128, 192)),
         ("fastervlm", 0.5, 288), ("fastervlm", 0.25, 144), ("fastervlm", 0.1, 58), ("fastervlm", 0.05, 29),
         *(("vispruner", count, count) for count in (32, 64, 128)),
+        *(("hiprune", count, count) for count in (64, 128, 192)),
         *(("dart", count, count) for count in (64, 128, 192)),
     ],
 )  # fmt: skip
@@ -191,14 +192,31 @@ def test_counts_are_as_published(name: str, budget: float | int, count: int) -> 
     assert stage.layer == (1 if name == "dart" else -1)
 
 
+@pytest.mark.parametrize(
+    ("budget", "layers", "expected"),
+    [
+        # The released example on LLaVA-1.5, a mean of 64; on Qwen2.5-VL a third of 0.167, and 0.67 of 0.6.
+        (64, 32, [(96, -1), (32, 15)]),
+        (0.111, 28, [(pytest.approx(0.167, abs=1e-3), -1), (pytest.approx(0.0556, abs=1e-3), 13)]),
+        (0.5, 28, [(0.6, -1), (pytest.approx(0.402, abs=3e-3), 13)]),
+    ],
+)
+def test_vscan_is_as_published(budget: float | int, layers: int, expected: list[tuple[float, int]]) -> None:
+    assert stages("vscan", budget=budget, layers=layers) == expected
+    first = GapConfig.preset("vscan", budget=budget).stages[0]
+    assert (first.score, first.coverage, first.merge) == ("cls", "windows", "cluster")
+
+
 def test_coverages_are_as_published() -> None:
     found = {name: GapConfig.preset(name).stages[0] for name in PRESETS}
-    assert {name: (stage.score, stage.coverage) for name, stage in found.items() if stage.coverage in BY_FEATURES} == {
+    known = (*BY_FEATURES, "anchors")
+    assert {name: (stage.score, stage.coverage) for name, stage in found.items() if stage.coverage in known} == {
         "divprune": ("random", "max_min"),
         "cdpruner": ("text_similarity", "determinant"),
         "scope": ("cls", "coverage_gain"),
         "vispruner": ("cls", "distinct"),
         "dart": ("key_norm", "least_similar"),
+        "hiprune": ("received", "anchors"),
     }  # fmt: skip
     assert GapConfig.preset("fastervlm", budget=0.1) == GapConfig.preset("cls", budget=0.1)
     assert found["divprune"].keep == 0.098
@@ -343,7 +361,7 @@ def test_docstrings_say_where_it_comes_from_and_what_the_budget_is(name: str) ->
     assert "budget:" in function.__doc__
 
 
-@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa", "scope"])
+@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa", "scope", "vscan"])
 def test_without_a_cls_token_the_refusal_names_what_runs(name: str) -> None:
     model = ways.build(ways.MROPE, "gap_triton")
     with pytest.raises(ValueError, match=r"no CLS token.*score='received'"):

@@ -84,6 +84,7 @@ BAD["keep"] = BAD["count"] = BAD["k"]
 INDICES = {"visual_index", "rows", "importance_rows", "importance_columns", "anchors", "kept", "neighbours"}
 DISTINCT = {
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
+    ("cluster", "kept"),
     ("contextual", "kept"), ("aggregate", "anchors"),
 }  # fmt: skip
 ATTENTION = {
@@ -122,6 +123,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "spatial_aggregate": {"features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M"},
     "choose": {"scores": "G N", "keep": "G", "neighbours": "! N R", "order": "! N"},
     "average": MERGE,
+    "cluster": MERGE,
     "nearest": MERGE,
     "contextual": {**MERGE, "count": "G"},
     "aggregate": MERGE,

@@ -593,6 +593,18 @@ def average(source: Source) -> Call:
     return merged(strategies.average, arguments, "kept", dtype, wanted)
 
 
+def cluster(source: Source) -> Call:
+    groups, rows, dtype = source.size(0, 2), source.size(0, 8), source.pick(FLOATS)
+    features = source.floats(groups, rows, source.size(2, 5), dtype=dtype)
+    assume_apart(features)
+    kept = source.rows(groups, rows, source.size(0, rows))
+
+    def wanted(sample: int, own: list[int]) -> dict[int, Tensor]:
+        return naive_strategies.clustered(features[sample].detach(), own)
+
+    return merged(strategies.cluster, {"features": features, "kept": kept}, "kept", dtype, wanted)
+
+
 def nearest(source: Source) -> Call:
     rows = source.pick([0, 1, 2, 5, 8, 36])
     dtype, features, keys, scores = merge_inputs(source, rows)
@@ -809,6 +821,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "spatial_order": spatial_order,
     "choose": choose,
     "average": average,
+    "cluster": cluster,
     "nearest": nearest,
     "contextual": contextual,
     "contextual_count": contextual_count,

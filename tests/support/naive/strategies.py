@@ -84,11 +84,11 @@ def raised(scores: list[float]) -> list[float]:
 
 
 def chosen_greedily(
-    coverage: str, scores: list[float], features: Tensor, keep: int
+    coverage: str, scores: list[float], features: Tensor, keep: int, exponent: float = 1.0
 ) -> tuple[list[int], float]:
     """One after another, and how clear that is, see `support.naive.greedy`."""
     weight = {"max_min": None, "determinant": scaled(scores), "coverage_gain": raised(scores)}[coverage]
-    return greedy.oracle(features, keep, coverage, weight)
+    return greedy.oracle(features, keep, coverage, weight, exponent)
 
 
 def chosen_least_similar(scores: list[float], features: Tensor, keep: int) -> list[int]:
@@ -166,3 +166,51 @@ def gathered_contextual(features: Tensor, keys: Tensor, kept: list[int], count: 
         mean = sum(features[row] for row in group) / len(group) if group else 0.0
         tokens[target] = features[target] + mean
     return tokens
+
+
+def chosen_with_neighbours(
+    scores: list[float], earlier: list[float], keep: int, grid: tuple[int, int]
+) -> list[int]:
+    """Anchors by the earlier scores, what is beside, above and below them, and the best of the rest."""
+    chosen: set[int] = set()
+    for anchor in ranked(earlier)[: round(keep / 50)]:
+        down, right = divmod(anchor, grid[1])
+        for row, column in (
+            *((down, right), (down - 1, right), (down + 1, right)),
+            *((down, right - 1), (down, right + 1)),
+        ):
+            if 0 <= row < grid[0] and 0 <= column < grid[1]:
+                chosen.add(row * grid[1] + column)
+    rest = [row for row in ranked(scores) if row not in chosen]
+    return [*chosen, *rest[: keep - len(chosen)]]
+
+
+def chosen_by_windows(
+    scores: list[float], earlier: list[float], keep: int, grid: tuple[int, int]
+) -> list[int]:
+    """A half by the earlier scores, no more of any of 4 x 4 windows than suffices, and the best of the rest."""
+    windows = [(row // grid[1] * 4 // grid[0], row % grid[1] * 4 // grid[1]) for row in range(len(scores))]
+    local = keep // 2
+    most = math.ceil(local / len(set(windows)))
+    taken: dict[tuple[int, int], int] = {}
+    chosen: list[int] = []
+    passed: list[int] = []
+    for row in ranked(earlier):
+        if taken.get(windows[row], 0) < most:
+            taken[windows[row]] = taken.get(windows[row], 0) + 1
+            chosen.append(row)
+        else:
+            passed.append(row)
+    chosen = [*chosen, *sorted(passed)][:local]  # windows may be too small, on odd grids
+    rest = [row for row in ranked(scores) if row not in chosen]
+    return [*chosen, *rest[: keep - local]]
+
+
+def clustered(features: Tensor, kept: list[int]) -> dict[int, Tensor]:
+    """Each kept row with all that are most like it, in the mean."""
+    features = features.double()
+    groups = {row: [features[row]] for row in kept}
+    for row in range(len(features)):
+        if row not in kept and kept:
+            groups[max(kept, key=lambda own: cosine(features[row], features[own]))].append(features[row])
+    return {row: sum(group) / len(group) for row, group in groups.items()}
