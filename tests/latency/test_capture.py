@@ -37,20 +37,26 @@ TOWER_PRESETS = (
 # Why not, where it can't. Strict: what can be after all must leave its list.
 NOT_TRACED = {
     **dict.fromkeys(TOWER_PRESETS, TOWER),
-    **dict.fromkeys(("key norm of the tower", "received, by region", "distinct, merged"), TOWER),
+    **dict.fromkeys(
+        ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
+    ),
     **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
 }
 NOT_COMPILED = {
     **dict.fromkeys(TOWER_PRESETS, TOWER),
-    **dict.fromkeys(("key norm of the tower", "received, by region", "distinct, merged"), TOWER),
+    **dict.fromkeys(
+        ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
+    ),
     **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
     "random in the decoder": GENERATOR,
 }
-NAMES = [*PRESETS, *COMPOSED, "default", "compacted", "permuted"]
+NAMES = [*PRESETS, *COMPOSED, "default", "compacted", "permuted", "reordered", "stretched"]
 OTHERS = {
     "default": GapConfig(0.25),
     "compacted": GapConfig(0.4, 1, ids="compacted"),
     "permuted": GapConfig(0.4, 1, ids="permuted"),
+    "reordered": GapConfig(0.4, 1, ids="reordered"),
+    "stretched": GapConfig(0.4, 1, ids="stretched"),
 }
 
 

@@ -20,8 +20,10 @@ LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
     "sparsevlm": 14,
+    # Attention is computed head by head, and divided, in operators of PyTorch.
+    "sparsevlm+": 193,
     # Keys are turned back, and an even spread over the image is merged with the best, in operators of PyTorch.
-    "feather": 83,
+    "feather": 86,
     # Before the decoder.
     "random": 5,
     "spatial": 5,
