@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import ways
 from support.embeds import embeds_of_prompt
 from support.naive.greedy import CLEAR
 from support.naive.strategies import (
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.config import needs_text
 from gap_triton.strategies import choose
 from gap_triton.strategies.by_features import BY_FEATURES, GREEDY
 from gap_triton.strategies.coverage import choose_on_grid
@@ -237,6 +239,28 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
             kept += [start + i for i in sorted(expected(coverage, row, features[start:end], share, exponent))]
             start = end
         assert selection.visual_index[sample][-total:].tolist() == rows[kept].tolist()
+
+
+@pytest.mark.parametrize("coverage", ["coverage_gain", "distinct"])
+def test_without_a_projector_they_are_compared_as_the_decoder_gets_them(coverage: str) -> None:
+    model, inputs = ways.build(ways.MROPE, "gap_triton"), ways.make(ways.MROPE, "even")
+    gap_triton.configure(model, GapConfig(0.4, -1, "received", coverage))
+    embeds: list[Tensor] = []
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        model(**inputs)
+    selection = gap_triton.last_selection(model)
+    for sample, rows in enumerate(selection.candidates):
+        scores = selection.score[sample].tolist()
+        kept = sorted(expected(coverage, scores, embeds[0][sample, rows], math.ceil(0.4 * len(rows))))
+        assert selection.visual_index[sample].tolist() == rows[kept].tolist()
+
+
+def test_hidden_states_may_depend_on_the_text_behind() -> None:
+    """Where visual tokens attend to it: such a choice isn't that of another text."""
+    assert needs_text(Stage(0.5, 1, "random", "max_min"))
+    assert not needs_text(Stage(0.5, -1, "random", "max_min"))
+    assert not needs_text(Stage(0.5, 1, "random"))
 
 
 @pytest.mark.parametrize("coverage", [each for each in BY_FEATURES if each != "distinct"])
