@@ -46,7 +46,12 @@ NOT_COMPILED = {
     **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
     "random in the decoder": GENERATOR,
 }
-NAMES = [*PRESETS, *COMPOSED, "default", "compacted", "permuted"]
+# These run what `pyramiddrop`, `cls` and others of these lists run.
+LIKE_OTHERS = ("swiftvlm", "fastervlm", "unlike each other, twice")
+NAMES = [
+    *(name for name in (*PRESETS, *COMPOSED) if name not in LIKE_OTHERS),
+    *("default", "compacted", "permuted"),
+]
 OTHERS = {
     "default": GapConfig(0.25),
     "compacted": GapConfig(0.4, 1, ids="compacted"),

@@ -213,7 +213,7 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
     exponent = 2.0 if coverage == "coverage_gain" else 1.0
-    gap_triton.configure(model, GapConfig(0.4, -1, score, coverage, exponent=exponent))
+    gap_triton.configure(model, GapConfig(0.2, -1, score, coverage, exponent=exponent))
     embeds: list[Tensor] = []
     embeds_of_prompt(model, embeds)
     entering: list[Tensor] = []
@@ -231,7 +231,7 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
         features = before if in_tower else embeds[0][sample, rows]
         scores, taken = selection.score[sample, : len(rows)], taken + len(rows)
         views = [len(rows) // len(images)] * len(images) if score == "cls" else [len(rows)]
-        total, kept, start = -(-len(rows) * 2 // 5), [], 0
+        total, kept, start = -(-len(rows) // 5), [], 0
         for size in views:
             end = start + size
             share = total * end // len(rows) - total * start // len(rows)
@@ -268,7 +268,7 @@ def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
     exponent = 0.5 if coverage == "determinant" else 1.0
-    gap_triton.configure(model, GapConfig(0.4, 1, "text", coverage, exponent=exponent))
+    gap_triton.configure(model, GapConfig(0.2, 1, "text", coverage, exponent=exponent))
     states: list[Tensor] = []
     layer = model.model.language_model.layers[1]
     handle = layer.register_forward_hook(
@@ -282,7 +282,7 @@ def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
         rows = selection.candidates[sample]
         rows = rows[rows >= 0]
         scores = selection.score[sample, : len(rows)].tolist()
-        keep = -(-len(rows) * 2 // 5)
+        keep = -(-len(rows) // 5)
         kept = sorted(expected(coverage, scores, states[0][sample, rows], keep, exponent))
         assert selection.visual_index[sample][-keep:].tolist() == rows[kept].tolist()
         assert kept != sorted(ranked(scores)[:keep])
