@@ -91,8 +91,6 @@ def evaluate(
     from gap_triton.presets import PRESETS
 
     shares = [parse_keep(item, "--budgets") for item in split(budgets)]
-    if any(isinstance(share, float) and share == 1.0 for share in shares):
-        raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
     swept = {
         "--layers": layers,
         "--scores": scores,
@@ -105,6 +103,10 @@ def evaluate(
         raise typer.BadParameter(
             f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
         )
+    if (methods is not None or coverage) and any(
+        isinstance(share, float) and share == 1.0 for share in shares
+    ):
+        raise typer.BadParameter("--budgets 1.0 drops nothing; no pruning is always the first row")
     names = split_names("--methods", "all" if methods is None else methods, PRESETS)
     with told_as_option("--split, --samples"):
         seeds_of(samples, scenes)
@@ -118,7 +120,7 @@ def evaluate(
         with told_as_option("--coverage"):
             evaluation.add_coverage(shares)
     if methods is None and not coverage:
-        with told_as_option("--layers, --scores, --coverages, --exponents, --ids"):
+        with told_as_option("--layers, --scores, --coverages, --exponents, --ids, --budgets"):
             evaluation.add_sweep(
                 sweep_configs(
                     parse_layers(LAYERS if layers is None else layers),

@@ -47,7 +47,8 @@ def sweep_configs(
     once, with the first, and one that takes no score to a power once for all exponents.
 
     Raises:
-        ValueError: A value is not one of `GapConfig`, or a score or a coverage is used at none of the layers.
+        ValueError: A value is not one of `GapConfig`, a score or a coverage is used at none of the layers, or nothing is
+            left to measure but no pruning, which always is.
     """
     configs: list[GapConfig] = []
     covered = set()
@@ -72,8 +73,12 @@ def sweep_configs(
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
         config = GapConfig(keep, layer, ranked_by, coverage, ids=rule, exponent=exponent)  # type: ignore[arg-type]
-        if config not in configs:
+        if config not in configs and not config.changes_nothing:
             configs.append(config)
+    if covered and not configs:
+        raise ValueError(
+            "ids 'kept' and budget 1.0 are no pruning, which is always the first row: add other ids or budgets"
+        )
     for score in scores:
         if score not in covered:
             raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .log import Log
+from .measuring import measure
 from .scenes import Scenes
-from .table import Case, Row, measure
+from .table import Case, Row
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .table import Case, Row
+from .table import Case, Row
 
-Answers = tuple["Row", Tensor]
+Answers = tuple[Row, Tensor]
 
 
 class Log:
@@ -65,8 +64,6 @@ class Log:
         return self._folder / f"measured-{model}.jsonl"
 
     def _read(self, model: str, resume: bool) -> dict[str, Answers]:
-        from .table import Row
-
         known: dict[str, Answers] = {}
         if self._folder is None:
             return known

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 import gap_triton
@@ -20,9 +19,7 @@ from .. import GapConfig
 from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER, Stage
 from .architecture import VISUAL
-from .grounding import batches_of, evaluate_batches, prepare
-from .intervals import wilson_interval
-from .log import Log
+from .grounding import prepare
 from .scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
@@ -121,7 +118,7 @@ def place_name(layer: int) -> str:
 
 def method_name(config: GapConfig) -> str:
     """Return how tables call where and by what ``config`` prunes."""
-    if config.keep == 1.0 and not config.then:
+    if config.changes_nothing:
         return NO_PRUNING
     return "; ".join(map(_stage_name, config.stages))
 
@@ -131,74 +128,6 @@ def _stage_name(stage: Stage) -> str:
     coverage += "" if stage.exponent == 1.0 else f" ^ {stage.exponent:g}"
     merge = "" if stage.merge == "none" else f" + {stage.merge}"
     return f"{stage.score}{coverage}{merge}, {place_name(stage.layer)}"
-
-
-def measure(
-    model: Any,
-    processor: Any,
-    scenes: Scenes,
-    cases: Sequence[Case],
-    *,
-    batch_size: int = 64,
-    progress: Callable[[str, int], object] = lambda name, done: None,
-    log: Log | None = None,
-) -> tuple[list[Row], list[Tensor]]:
-    """Evaluate ``model`` under each configuration, no pruning first.
-
-    What ``log`` has measured already is not measured again, so one run of no pruning serves all tables. Prefill times are
-    relative to no pruning, timed in turns with what is missing.
-
-    Args:
-        model: An embedded model, under ``"gap_triton"``.
-        processor: Its processor.
-        scenes: Held-out scenes.
-        cases: What to compare with no pruning.
-        batch_size: Scenes per call of ``generate``.
-        progress: Called with the row's name and the number of scenes done since the last call.
-        log: What has been measured before, and where to note what is measured now; None = nothing.
-
-    Returns:
-        The rows, no pruning first, and the IoU of every answer, [N] for each row.
-    """
-    everything = [Case.of(UNPRUNED), *cases]
-    log = Log() if log is None else log
-    model_type = model.config.model_type
-    missing = list(dict.fromkeys(case.config for case in everything if log.find(model_type, case) is None))
-    costs: dict[GapConfig, Cost] = {}
-    batches = []
-    if missing:
-        timed = list(dict.fromkeys([UNPRUNED, *missing]))
-        costs = dict(zip(timed, prefill_cost(model, processor, scenes[:PREFILL_BATCH], timed), strict=True))
-        batches = list(batches_of(processor, scenes, model.device, batch_size))
-    rows, all_ious = [], []
-    for case in everything:
-        config = case.config
-        name = f"{case.method}, keep {case.keep:.3g}, {config.ids}"
-        known = log.find(model_type, case)
-        if known is not None:
-            progress(name, len(scenes))
-        else:
-            gap_triton.configure(model, config)
-            ious = evaluate_batches(model, processor, batches, progress=partial(progress, name))
-            hits = int((ious >= IOU_THRESHOLD).sum())
-            low, high = wilson_interval(hits, len(ious))
-            row = Row(
-                model=model_type,
-                method=case.method,
-                keep=case.keep,
-                ids=config.ids,
-                config=case.config_dict,
-                accuracy=hits / len(ious),
-                accuracy_low=low,
-                accuracy_high=high,
-                mean_iou=float(ious.mean()),
-                **asdict(costs[config]),
-            )
-            log.add(row, ious)
-            known = row, ious
-        rows.append(known[0])
-        all_ious.append(known[1])
-    return rows, all_ious
 
 
 @torch.no_grad()

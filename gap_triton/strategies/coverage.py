@@ -94,8 +94,8 @@ def choose(
         [G, length] int64, ascending, filled with -1 on the left.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device than stated, is out of range, or is missing. The
-            values of a ``keep`` tensor are checked on the CPU only.
+        ValueError: If an argument has another shape, dtype or device than stated, is out of range (values of a ``keep``
+            tensor: on the CPU only), or is missing.
     """
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))

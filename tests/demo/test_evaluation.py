@@ -14,7 +14,7 @@ from support.command_line import cli
 
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
-from gap_triton.demo import table
+from gap_triton.demo import measuring, table
 from gap_triton.demo.architectures import QWEN2_5_VL
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
@@ -184,6 +184,7 @@ def test_cost_is_what_the_cache_holds(llava, one_round) -> None:
     ("config", "name"),
     [
         (GapConfig(1.0), "no pruning"),
+        (GapConfig(1.0, 1, ids="permuted"), "text, layer 1"),
         (GapConfig(0.5, 1, "text"), "text, layer 1"),
         (GapConfig(0.5, -1, "random"), "random, before the decoder"),
         (
@@ -213,7 +214,9 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
     cases, refused = method_cases(llava[0], list(PRESETS), [16])
     assert {case.method for case in cases} | {each.method for each in refused} == set(PRESETS)
-    assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather", "swiftvlm"}
+    assert {each.method for each in refused} == {
+        *("pyramiddrop", "sparsevlm", "sparsevlm+", "feather", "swiftvlm")
+    }
     assert all(each.model == "llava" and "budget=16" in each.reason for each in refused)
 
 
@@ -342,8 +345,8 @@ def test_eval_of_both_models(tmp_path, one_round) -> None:
 
 def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) -> None:
     ran = []
-    real = table.evaluate_batches
-    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
     options = ("--methods", "cls,random", "--budgets", "0.5", "--samples", "3", "--output", str(tmp_path))
     assert cli("eval", *options).exit_code == 0
     assert len(ran) == 5
@@ -374,8 +377,8 @@ def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) 
 
 def test_one_configuration_is_measured_once_for_all_tables(tmp_path, one_round, monkeypatch) -> None:
     ran = []
-    real = table.evaluate_batches
-    monkeypatch.setattr(table, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
     options = ("--methods", "cls,random,spatial", "--coverage", "--budgets", "0.5", "--samples", "2")
     result = cli("eval", *options, "--output", str(tmp_path))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -429,6 +432,29 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     ]
 
 
+def test_eval_sweeps_ids_with_nothing_dropped(tmp_path, one_round) -> None:
+    options = (
+        "--layers=-1",
+        "--scores",
+        "text_similarity",
+        "--ids",
+        "kept,compacted,permuted,reordered,stretched",
+    )
+    result = cli("eval", *options, "--budgets", "1.0,0.5", "--samples", "4", "--output", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [Row(**each) for each in json.loads((tmp_path / "eval.json").read_text())["rows"]]
+    rules = ["compacted", "permuted", "reordered", "stretched"]
+    assert [(r.keep, r.ids) for r in rows[1:]] == [
+        *((1.0, rule) for rule in rules), *((0.5, rule) for rule in ("kept", *rules))
+    ]  # fmt: skip
+    assert rows[0].method == "no pruning"
+    assert {r.method for r in rows[1:]} == {"text_similarity, before the decoder"}
+    assert {r.tokens_kept for r in rows[:5]} == {64}
+    assert (
+        "| text_similarity, before the decoder | 100% | 64 | permuted |" in (tmp_path / "eval.md").read_text()
+    )
+
+
 def test_a_sweep_ranks_by_attention_received_where_there_is_no_cls(monkeypatch) -> None:
     monkeypatch.setattr(gap_triton.demo.evaluation, "score_without_cls", lambda model: True)
     evaluation = Evaluation(Console(), Path("unused"), 1, ["llava"])
@@ -460,7 +486,9 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
     [
         (["--budgets", "half"], "--budgets 'half': expected a share such as 0.25 or a count such as 64"),
         (["--budgets", "2.0"], "GapConfig.keep=2.0"),
-        (["--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--methods", "cls", "--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--coverage", "--budgets", "1.0"], "--budgets 1.0 drops nothing"),
+        (["--ids", "kept", "--budgets", "1.0"], "ids 'kept' and budget 1.0 are no pruning"),
         (["--methods", "nuwa,best"], "--methods 'best': expected all, or of prumerge, prumerge+, trim"),
         (["--methods", ""], "--methods '': expected all, or of prumerge"),
         (

@@ -50,7 +50,7 @@ COMPOSED = {
     ),
     "candidates in the decoder": GapConfig(0.3, 1, "text", "region", per_region=3),
     "mostly spread": GapConfig(0.4, 1, "text", "stride", spread=0.9),
-    "tile by tile": GapConfig(13, -1, "received", "region", per_region=2, budget_by="tiles"),
+    "tile by tile": GapConfig(12, -1, "received", "region", per_region=2, budget_by="tiles"),
     "one token": GapConfig(1, -1, "random", then=(Stage(1, 1, "last_token"),)),
 }
 NAMES = [*PRESETS, *COMPOSED]
