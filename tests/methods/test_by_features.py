@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import ways
 from support.embeds import embeds_of_prompt
 from support.naive.greedy import CLEAR
 from support.naive.strategies import (
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.config import needs_text
 from gap_triton.strategies import choose
 from gap_triton.strategies.by_features import BY_FEATURES, GREEDY
 from gap_triton.strategies.coverage import choose_on_grid
@@ -211,7 +213,7 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
     exponent = 2.0 if coverage == "coverage_gain" else 1.0
-    gap_triton.configure(model, GapConfig(0.4, -1, score, coverage, exponent=exponent))
+    gap_triton.configure(model, GapConfig(0.2, -1, score, coverage, exponent=exponent))
     embeds: list[Tensor] = []
     embeds_of_prompt(model, embeds)
     entering: list[Tensor] = []
@@ -229,7 +231,7 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
         features = before if in_tower else embeds[0][sample, rows]
         scores, taken = selection.score[sample, : len(rows)], taken + len(rows)
         views = [len(rows) // len(images)] * len(images) if score == "cls" else [len(rows)]
-        total, kept, start = -(-len(rows) * 2 // 5), [], 0
+        total, kept, start = -(-len(rows) // 5), [], 0
         for size in views:
             end = start + size
             share = total * end // len(rows) - total * start // len(rows)
@@ -239,12 +241,34 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
         assert selection.visual_index[sample][-total:].tolist() == rows[kept].tolist()
 
 
+@pytest.mark.parametrize("coverage", ["coverage_gain", "distinct"])
+def test_without_a_projector_they_are_compared_as_the_decoder_gets_them(coverage: str) -> None:
+    model, inputs = ways.build(ways.MROPE, "gap_triton"), ways.make(ways.MROPE, "even")
+    gap_triton.configure(model, GapConfig(0.4, -1, "received", coverage))
+    embeds: list[Tensor] = []
+    embeds_of_prompt(model, embeds)
+    with torch.no_grad():
+        model(**inputs)
+    selection = gap_triton.last_selection(model)
+    for sample, rows in enumerate(selection.candidates):
+        scores = selection.score[sample].tolist()
+        kept = sorted(expected(coverage, scores, embeds[0][sample, rows], math.ceil(0.4 * len(rows))))
+        assert selection.visual_index[sample].tolist() == rows[kept].tolist()
+
+
+def test_hidden_states_may_depend_on_the_text_behind() -> None:
+    """Where visual tokens attend to it: such a choice isn't that of another text."""
+    assert needs_text(Stage(0.5, 1, "random", "max_min"))
+    assert not needs_text(Stage(0.5, -1, "random", "max_min"))
+    assert not needs_text(Stage(0.5, 1, "random"))
+
+
 @pytest.mark.parametrize("coverage", [each for each in BY_FEATURES if each != "distinct"])
 def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
     model = build("llava", "gap_triton")
     inputs = prompt("llava", images=IMAGES, before=(3, 5), after=(4, 2))
     exponent = 0.5 if coverage == "determinant" else 1.0
-    gap_triton.configure(model, GapConfig(0.4, 1, "text", coverage, exponent=exponent))
+    gap_triton.configure(model, GapConfig(0.2, 1, "text", coverage, exponent=exponent))
     states: list[Tensor] = []
     layer = model.model.language_model.layers[1]
     handle = layer.register_forward_hook(
@@ -258,7 +282,7 @@ def test_a_decoder_layer_compares_its_hidden_states(coverage: str) -> None:
         rows = selection.candidates[sample]
         rows = rows[rows >= 0]
         scores = selection.score[sample, : len(rows)].tolist()
-        keep = -(-len(rows) * 2 // 5)
+        keep = -(-len(rows) // 5)
         kept = sorted(expected(coverage, scores, states[0][sample, rows], keep, exponent))
         assert selection.visual_index[sample][-keep:].tolist() == rows[kept].tolist()
         assert kept != sorted(ranked(scores)[:keep])

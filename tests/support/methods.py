@@ -33,7 +33,7 @@ COMPOSED = {
     "received, by region": GapConfig(0.4, -1, "received", "region"),
     "max-min in the decoder": GapConfig(0.4, 1, "text", "max_min"),
     "unlike each other, twice": GapConfig(
-        0.6, 0, "spatial", "determinant", then=(Stage(0.3, 2, "last_token", "coverage_gain"),)
+        0.3, 0, "spatial", "determinant", then=(Stage(0.15, 2, "last_token", "coverage_gain"),)
     ),
     "distinct, merged": GapConfig(0.4, -1, "received", "distinct", "nearest"),
     "random, then spread": GapConfig(
