@@ -51,7 +51,14 @@ NOT_COMPILED = {
     "random in the decoder": GENERATOR,
 }
 # These run what `pyramiddrop`, `cls` and others of these lists run.
-LIKE_OTHERS = ("swiftvlm", "fastervlm", "unlike each other, twice", "of what is left", "tile by tile")
+LIKE_OTHERS = (
+    "swiftvlm",
+    "fastervlm",
+    "unlike each other, twice",
+    "of what is left",
+    "tile by tile",
+    "mostly spread",
+)
 NAMES = [
     *(name for name in (*PRESETS, *COMPOSED) if name not in LIKE_OTHERS),
     *("default", "compacted", "permuted", "stretched"),
