@@ -65,6 +65,19 @@ def test_wilson_interval_refuses(successes: int, trials: int) -> None:
         wilson_interval(successes, trials)
 
 
+def test_a_fresh_sample_falls_inside_an_interval_83_times_of_100() -> None:
+    """Two samples scatter by the root of 2 more than one about the truth. It is what docs/methods.md says."""
+    hits = torch.binomial(
+        torch.full((2, 4000), 2048.0), torch.tensor(0.6), generator=torch.Generator().manual_seed(0)
+    )
+    inside = 0
+    for first, second in hits.int().T.tolist():
+        low, high = wilson_interval(first, 2048)
+        inside += low <= second / 2048 <= high
+    assert inside / 4000 == pytest.approx(math.erf(1.959964 / 2), abs=0.02)
+    assert math.erf(1.959964 / 2) == pytest.approx(0.834, abs=1e-3)
+
+
 def answers(both: int, first_only: int, second_only: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two ways that answer so many scenes right, in mixed order."""
     first = torch.tensor([1] * (both + first_only) + [0] * (second_only + neither)).bool()

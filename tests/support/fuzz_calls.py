@@ -526,6 +526,7 @@ def choose(source: Source) -> Call:
     # Where a cell that is alone in its region is scored -inf it may count as filler.
     scores = source.scores(groups, cells, odd=coverage != "region")
     keep, per_region = source.counts(groups, cells), source.pick([None, 1, 3, 10**30])
+    spread = source.pick([None, 0, 0.3, 0.294118, 1.0])
     counts = listed(keep, groups)
     most = max(counts, default=0) if isinstance(keep, Tensor) else keep
     length = source.length(most)
@@ -537,12 +538,13 @@ def choose(source: Source) -> Call:
         "neighbours": gap_kernels.grid_neighbours(grid)[None].expand(shared, -1, -1),
         "per_region": per_region,
         "order": strategies.spatial_order(grid)[None].expand(shared, -1),
+        "spread": spread,
         "length": length,
     }
 
     def check(found: Tensor) -> None:
         wanted = [
-            sorted(naive_strategies.expected_choice(coverage, row, grid, count, per_region))
+            sorted(naive_strategies.expected_choice(coverage, row, grid, count, per_region, spread))
             for row, count in zip(scores.tolist(), counts, strict=True)
         ]
         assert_index(found, wanted, length, most)
