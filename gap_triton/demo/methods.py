@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import gap_triton
 
 from .. import GapConfig
 from ..config import Ids
+from ..presets import PRESETS
 from .compare import Comparison
 from .report import accuracy, budget_name, cost_cells, difference, markdown
 from .table import NO_PRUNING, Case, Row
@@ -151,7 +153,7 @@ def _pairs(model: str, rows: Sequence[Row], comparisons: Sequence[Comparison]) -
     unpruned = rows[0]
     note = (
         '; methods that rank by the CLS token use `score="received"` here, for this vision encoder has none'
-        if any(row.config["score"] == "received" for row in rows)
+        if any(row.config["score"] == "received" and _takes_score(row.method) for row in rows)
         else ""
     )
     return (
@@ -159,6 +161,11 @@ def _pairs(model: str, rows: Sequence[Row], comparisons: Sequence[Comparison]) -
         f"{unpruned.kv_bytes / 1024:.0f} KiB{note}.\n\n"
         + markdown(PAIR_HEADER, pair_cells(rows, comparisons))
     )
+
+
+def _takes_score(method: str) -> bool:
+    """Whether a preset ranks by the CLS token, so that it has to be told where there is none."""
+    return method in PRESETS and "score" in inspect.signature(PRESETS[method]).parameters
 
 
 def _against_plain(comparisons: Sequence[Comparison]) -> str:
