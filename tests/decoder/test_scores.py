@@ -13,6 +13,8 @@ from support.tiny import IMAGE, build
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.prefill import scores as scores_of_decoder
+from gap_triton.prefill import unrotated
 from gap_triton.strategies import STRIDE_SHARE, spatial_order
 
 LAYER = 1
@@ -219,28 +221,40 @@ def test_corrected_raters_against_loops(batch: str) -> None:
     assert not torch.allclose(found.score, plain.score, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ROPES)
-def test_corrected_raters_with_any_mask(name: str) -> None:
-    """A mask of four dimensions says what a padding mask says; earlier turns are attended to as well."""
+@pytest.mark.parametrize("score", ["raters_corrected", "unrotated"])
+@pytest.mark.parametrize("name", ROPES[:2])
+def test_a_ready_made_mask_says_what_padding_says(name: str, score: str) -> None:
     inputs = model_and_prompt(name, "left-padded", "sdpa")[1]
     real = inputs["attention_mask"].bool()
     causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
-    mask = causal[None, None] & real[:, None, None]
+    mask = (causal[None, None] & real[:, None, None]) | torch.eye(len(causal), dtype=torch.bool)
+    additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     scores = []
-    for given in (inputs["attention_mask"], mask | torch.eye(len(causal), dtype=torch.bool)):
+    for given in (inputs["attention_mask"], mask, additive):
         model = model_and_prompt(name, "left-padded", "gap_triton")[0]
-        gap_triton.configure(model, GapConfig(0.4, LAYER, "raters_corrected"))
-        positions = {}
-        if given.dim() == 4 and name != ways.MROPE:
-            positions["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        elif given.dim() == 4:
-            continue
+        gap_triton.configure(model, GapConfig(0.4, LAYER, score))
         with torch.no_grad():
-            model(**{**inputs, "attention_mask": given, **positions})
+            model(**{**inputs, "attention_mask": given, "position_ids": positions})
         scores.append(gap_triton.last_selection(model).score)
-    for score in scores[1:]:
-        assert torch.allclose(score, scores[0], rtol=1e-3, atol=1e-5)
-    assert scores[0].isfinite().all()
+    for found in scores[1:]:
+        assert torch.allclose(found, scores[0], rtol=1e-3, atol=1e-5)
+
+
+def test_heads_that_are_split_can_not_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores_of_decoder, "tensor_parallel_group", lambda attachment, query: object())
+    with pytest.raises(
+        ValueError, match=r"score='raters_corrected': .* split over devices; use score='raters'"
+    ):
+        selected("llava", "single", GapConfig(0.4, LAYER, "raters_corrected"))
+
+
+def test_without_a_known_rotation_the_correction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unrotated, "ROTATIONS", ("spin",))
+    with pytest.raises(
+        ValueError, match=r"score='raters_corrected': LlamaAttention has no spin .* use score='raters'"
+    ):
+        gap_triton.configure(build("llava", "gap_triton"), GapConfig(0.4, LAYER, "raters_corrected"))
 
 
 def grids_of(selection: gap_triton.Selection, b: int) -> list[dict[int, tuple[int, int]]]:
