@@ -221,7 +221,14 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
         assert kept.config != compacted.config
         assert {**vars(kept.config), "ids": "compacted"} == vars(compacted.config)
         assert all(stage.layer < 5 for stage in kept.config.stages)
-    assert not any(case.config.score == "received" for case in cases)
+    # HiPrune ranks by it also where there is a CLS token.
+    assert {case.method for case in cases if case.config.score == "received"} == {"hiprune"}
+    hiprune = [
+        row("hiprune", ids, torch.zeros(4), config={"score": "received"}) for ids in ("kept", "compacted")
+    ]
+    unpruned = row("no pruning", "kept", torch.zeros(4), keep=1.0)
+    gain = Comparison("llava", 0.5, "hiprune", "kept", "hiprune", "compacted", 0.0, -0.1, 0.1, 0, 0)
+    assert "CLS" not in methods_markdown([unpruned, *hiprune], [gain], [])
 
 
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
