@@ -149,11 +149,16 @@ PAIR_HEADER = (
 )
 
 
+def _may_rank_by_cls(method: str) -> bool:
+    """Whether the preset takes another score where there is no CLS token; HiPrune never ranks by one."""
+    return method in PRESETS and "score" in inspect.signature(PRESETS[method]).parameters
+
+
 def _pairs(model: str, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
     unpruned = rows[0]
     note = (
         '; methods that rank by the CLS token use `score="received"` here, for this vision encoder has none'
-        if any(row.config["score"] == "received" and _takes_score(row.method) for row in rows)
+        if any(row.config["score"] == "received" and _may_rank_by_cls(row.method) for row in rows)
         else ""
     )
     return (
@@ -161,11 +166,6 @@ def _pairs(model: str, rows: Sequence[Row], comparisons: Sequence[Comparison]) -
         f"{unpruned.kv_bytes / 1024:.0f} KiB{note}.\n\n"
         + markdown(PAIR_HEADER, pair_cells(rows, comparisons))
     )
-
-
-def _takes_score(method: str) -> bool:
-    """Whether a preset ranks by the CLS token, so that it has to be told where there is none."""
-    return method in PRESETS and "score" in inspect.signature(PRESETS[method]).parameters
 
 
 def _against_plain(comparisons: Sequence[Comparison]) -> str:

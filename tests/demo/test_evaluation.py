@@ -221,7 +221,14 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
         assert kept.config != compacted.config
         assert {**vars(kept.config), "ids": "compacted"} == vars(compacted.config)
         assert all(stage.layer < 5 for stage in kept.config.stages)
+    # HiPrune ranks by it also where there is a CLS token.
     assert {case.method for case in cases if case.config.score == "received"} == {"hiprune"}
+    hiprune = [
+        row("hiprune", ids, torch.zeros(4), config={"score": "received"}) for ids in ("kept", "compacted")
+    ]
+    unpruned = row("no pruning", "kept", torch.zeros(4), keep=1.0)
+    gain = Comparison("llava", 0.5, "hiprune", "kept", "hiprune", "compacted", 0.0, -0.1, 0.1, 0, 0)
+    assert "CLS" not in methods_markdown([unpruned, *hiprune], [gain], [])
 
 
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
@@ -266,13 +273,6 @@ def test_without_cls_token_attention_received_ranks() -> None:
         [Comparison("qwen2_5_vl", 0.5, "cls", "kept", "cls", "compacted", 0.0, -0.1, 0.1, 0, 0)],
         [],
     )
-    rows = [
-        row(name, ids, torch.zeros(4), config={"score": "received"})
-        for name in ("no pruning", "hiprune")
-        for ids in ("kept", "compacted")
-    ]
-    found = [Comparison("llava", 0.5, "hiprune", "kept", "hiprune", "compacted", 0.0, -0.1, 0.1, 0, 0)]
-    assert "vision encoder has none" not in methods_markdown(rows[:1] + rows[2:], found, [])
     assert named.startswith("**qwen2_5_vl**, no pruning: accuracy 0.000")
     assert 'methods that rank by the CLS token use `score="received"` here' in named
 
