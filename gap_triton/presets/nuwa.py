@@ -31,7 +31,7 @@ def configure(
     token. Where paper and released code differ, this follows the code, whose numbers are the paper's: the score is the
     attention alone (paper: times the norm of the key), pillars are found by score (paper: by key norm), stage 2 ranks
     by attention (paper: by cosine to the mean text embedding). LLaVA-NeXT has the 2, 3, 3 candidates per region of its
-    own encoder in that code.
+    own encoder in that code; its second stage is the paper's, for the code's table of it holds LLaVA-1.5 alone.
 
     On Qwen2.5-VL three things of the code differ. It compares tokens by their mean over blocks 7 to 23 of the tower, each
     put through the merger, in the order of the windows (here: over the last third, in raster order). Stage 2 ranks by the
