@@ -128,6 +128,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "contextual": {**MERGE, "count": "G"},
     "aggregate": MERGE,
     "outlier_count": {"scores": "G N"},
+    "similarity_outlier_count": {"similarities": "G N"},
     "text_similarity": {"visual": "G N C", "text": "G T C", "text_mask": "G T"},
     "raters": {"visual": "G N C", "visual_mask": "G N", "text": "G T C", "text_mask": "G T"},
 }  # fmt: skip

@@ -732,22 +732,40 @@ def outlier_count(source: Source) -> Call:
     scores = source.laid_out(torch.randint(-8, 30, (groups, rows), generator=source.generator) / 4)
 
     def check(found: Tensor) -> None:
-        counts = []
-        for line in scores.tolist():
-            ordered = sorted(line)
-            quartiles = []
-            for share in (0.25, 0.75):
-                place = share * (rows - 1)
-                low = math.floor(place)
-                quartiles.append(
-                    ordered[low] + (place - low) * (ordered[min(low + 1, rows - 1)] - ordered[low])
-                )
-            limit = quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
-            counts.append(max(1, sum(score > limit for score in line)))
+        counts = [max(1, sum(score > outlier_limit(line) for score in line)) for line in scores.tolist()]
         assert found.dtype == torch.int64
         assert found.tolist() == counts
 
     return Call(strategies.outlier_count, {"scores": scores}, check)
+
+
+def outlier_limit(line: list[float]) -> float:
+    """The third quartile and one and a half times what lies between the first and it."""
+    ordered, quartiles = sorted(line), []
+    for share in (0.25, 0.75):
+        place = share * (len(line) - 1)
+        low = math.floor(place)
+        next_one = ordered[min(low + 1, len(line) - 1)]
+        quartiles.append(ordered[low] + (place - low) * (next_one - ordered[low]))
+    return quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
+
+
+def similarity_outlier_count(source: Source) -> Call:
+    groups, rows = source.size(0, 3), source.size(1, 12)
+    similarities = source.laid_out(
+        torch.randint(-8, 9, (groups, rows), generator=source.generator) / 1024
+    )  # that float32 holds exactly
+
+    def check(found: Tensor) -> None:
+        counts = []
+        for line in (similarities.double() * strategies.outliers.SIMILARITY_SCALE).softmax(1).tolist():
+            limit = outlier_limit(line)
+            assume(all(abs(weight - limit) > GAP * limit for weight in line))
+            counts.append(max(1, sum(weight > limit for weight in line)))
+        assert found.dtype == torch.int64
+        assert found.tolist() == counts
+
+    return Call(strategies.similarity_outlier_count, {"similarities": similarities}, check)
 
 
 def text_similarity(source: Source) -> Call:
@@ -830,6 +848,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "aggregate": aggregate,
     "AggregationRule": aggregation_rule,
     "outlier_count": outlier_count,
+    "similarity_outlier_count": similarity_outlier_count,
     "text_similarity": text_similarity,
     "raters": raters,
 }
