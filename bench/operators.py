@@ -105,7 +105,7 @@ def topk_per_region(x: Inputs) -> Result:
     return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
 
 
-def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage"]) -> Result:
+def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_gain"]) -> Result:
     """Choose a few patches one after another; of many, two choices come to be as near as their rounding."""
     features = aggregated(x)[0]
     return (gap_kernels.greedy_indices(features, min(x.keep, GREEDY_STEPS), rule),)
@@ -149,5 +149,5 @@ TOWER_CALLS: dict[str, Call] = {
     "spatial_aggregate": spatial_aggregate,
     "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
     "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
-    "greedy_indices, coverage": partial(greedy_indices, rule="coverage"),
+    "greedy_indices, coverage": partial(greedy_indices, rule="coverage_gain"),
 }

@@ -52,8 +52,9 @@ def demo_table(results: dict[str, Any]) -> tuple[str, str]:
     else:
         made = markdown_of(rows)
     versions = results["versions"]
+    split = f" of the split {results['split']!r}" if "split" in results else ""
     source = (
-        f"{results['samples']} held-out scenes; {results['device']}; torch {versions['torch']}, "
+        f"{results['samples']} held-out scenes{split}; {results['device']}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}"
     )
     return made, source

@@ -261,7 +261,7 @@ class Survivors(Memo):
     Attributes:
         index: [B, L] int64, rows of the prompt, ascending, -1 = filler.
         order: [B, L] int64, the source row of each of the later layers' hidden states: ``index``, but for
-            ``ids="permuted"``.
+            ``ids="permuted"`` and ``"reordered"``.
         new_ids: [B, L] (or [A, B, L]) int64, their renumbered ids, None for ``ids="kept"``.
         ids: [B, L] (or [A, B, L]) int64, the ids that they have without pruning.
         dense: No -1 in ``index``; known on the host.

@@ -8,6 +8,7 @@ Score = Literal[
     "last_token",
     "text",
     "raters",
+    "raters_corrected",
     "unrotated",
     "key_norm",
     "cls",
@@ -16,9 +17,10 @@ Score = Literal[
     "random",
     "spatial",
 ]
-Ids = Literal["kept", "compacted", "permuted"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DtypeOrSaved = Literal["float32", "bfloat16", "float16", "auto"]
+Ids = Literal["kept", "compacted", "permuted", "reordered", "stretched"]
+Split = Literal["development", "choice", "report", "sealed"]
 
 # The defaults of `GapConfig`.
 KEEP = 0.5

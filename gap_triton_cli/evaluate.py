@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from .choices import ARCHITECTURES, SYNTHETIC, VQA, Dataset, DtypeOrSaved, Score
+from .choices import ARCHITECTURES, SYNTHETIC, VQA, Dataset, DtypeOrSaved, Score, Split
 from .console import console
-from .parse import parse_keep, parse_layers, split, split_names
+from .parse import parse_keep, parse_layers, parse_numbers, split, split_names
 from .refuse import told_as_option
 
 if TYPE_CHECKING:
     from gap_triton.evaluation.ways import Way
 
 # What `gap-triton eval` sweeps by default.
-LAYERS, SCORES, IDS = "-1,0,1,2,3,4", "text", "kept,compacted,permuted"
-BUDGETS, SAMPLES, OUTPUT = "0.5,0.25,0.125", 512, "demo-output"
+LAYERS, SCORES, COVERAGES, IDS = "-1,0,1,2,3,4", "text", "topk", "kept,compacted,permuted"
+EXPONENTS = "1"
+BUDGETS, SAMPLES, OUTPUT, SCENES = "0.5,0.25,0.125", 2048, "demo-output", "report"
 # With --dataset.
-OWN_BUDGET, OWN_IDS, OWN_OUTPUT = "0.25", "kept,compacted", "eval-output"
+OWN_BUDGET, OWN_IDS, OWN_OUTPUT, OWN_SPLIT = "0.25", "kept,compacted", "eval-output", "val"
 
+OF_EMBEDDED = "it measures the embedded models"
+INSTEAD = {
+    "--layers": "use --layer",
+    "--scores": "use --score",
+    "--samples": "use --limit",
+    "--resume": "every run there goes on where it stopped",
+}
 BOTH, OWN, EMBEDDED = (
     "Both",
     "Your model on a data set: with --dataset",
@@ -39,9 +47,15 @@ def evaluate(
         ),
     ] = None,
     split_name: Annotated[
-        str,
-        typer.Option("--split", rich_help_panel=OWN, help="val, test, testA, testB (refcocog: val, test)."),
-    ] = "val",
+        str | None,
+        typer.Option(
+            "--split",
+            rich_help_panel=BOTH,
+            help="With --dataset: val (the default), test, testA, testB (refcocog: val, test). Without: held-out scenes, "
+            "report (the default; what the docs show), choice (to choose by), development (what tests see), or sealed (for "
+            "one last check).",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -177,6 +191,28 @@ def evaluate(
             f"apply at -1 only. Default: {SCORES}",
         ),
     ] = None,
+    coverages: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=EMBEDDED, help=f"Sweep: comma-separated coverages. Default: {COVERAGES}"
+        ),
+    ] = None,
+    exponents: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=EMBEDDED,
+            help=f"Sweep: comma-separated powers of the score, for coverages that weigh by it. Default: {EXPONENTS}",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            rich_help_panel=EMBEDDED,
+            help="Go on with what a broken-off run of the same code left in --output; otherwise all is measured anew. With "
+            "--dataset every run goes on.",
+        ),
+    ] = False,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -203,7 +239,9 @@ def evaluate(
     Without --dataset, the tables of the docs. --methods writes methods.json,
     .md and .png: each preset at each budget, ids kept and compacted. --coverage
     writes coverage.json, .md and .png. Without either, layers x scores x
-    budgets x ids are swept: eval.json and eval.md.
+    coverages x budgets x ids are swept: eval.json and eval.md. What is measured
+    goes into measured-MODEL.jsonl at once; runs of different models can share a
+    folder, and a last one with --model all --resume makes the tables of all.
 
     The docs: gap-triton eval --methods all --coverage --model all
     """
@@ -212,24 +250,22 @@ def evaluate(
         "--format": box_format, "--question": question, "--max-new-tokens": max_new_tokens, "--device": device,
         "--dtype": dtype, "--revision": revision, "--trust-remote-code": trust_remote_code or None,
     }  # fmt: skip
-    swept = {"--layers": layers, "--scores": scores}
-    embedded = {**swept, "--coverage": coverage or None, "--samples": samples}
+    swept = {"--layers": layers, "--scores": scores, "--coverages": coverages, "--exponents": exponents}
+    embedded = {**swept, "--coverage": coverage or None, "--samples": samples, "--resume": resume or None}
     wrong = [option for option, value in (own if dataset is None else embedded).items() if value is not None]
     if wrong and dataset is None:
         raise typer.BadParameter(
             f"{wrong[0]} belongs to a data set; leave it out, or name one with --dataset"
         )
     if wrong:
-        instead = {"--layers": "--layer", "--scores": "--score", "--samples": "--limit"}.get(wrong[0])
         raise typer.BadParameter(
-            f"{wrong[0]} does not go with --dataset: "
-            + (f"use {instead}" if instead else "it measures the embedded models")
+            f"{wrong[0]} does not go with --dataset: {INSTEAD.get(wrong[0], OF_EMBEDDED)}"
         )
     if dataset is None:
         _evaluate_embedded(
             "llava" if model is None else model, methods, coverage, {**swept, "--ids": ids},
-            BUDGETS if budgets is None else budgets,
-            samples or SAMPLES, output or Path(OUTPUT),
+            BUDGETS if budgets is None else budgets, samples or SAMPLES, _scenes(split_name),
+            resume, Path(OUTPUT) if output is None else output,
         )  # fmt: skip
         return
     if model is None:
@@ -241,7 +277,7 @@ def evaluate(
     if dataset == VQA:
         if question is not None:
             raise typer.BadParameter("--question does not go with --dataset vqa, which has its own questions")
-        if split_name != "val":
+        if split_name is not None:
             raise typer.BadParameter(
                 "--split does not go with --dataset vqa, whose questions are in one file"
             )
@@ -259,7 +295,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     run = DatasetRun(
         dataset=dataset,
-        split=split_name,
+        split=OWN_SPLIT if split_name is None else split_name,
         data=data,
         limit=limit,
         source=Source(model, dtype, device, revision, trust_remote_code),
@@ -319,6 +355,14 @@ def _budgets(text: str) -> list[float | int]:
     return shares
 
 
+def _scenes(name: str | None) -> Split:
+    if name is not None and name not in get_args(Split):
+        raise typer.BadParameter(
+            f"--split {name!r}: expected one of {', '.join(get_args(Split))}, or a data set's own with --dataset"
+        )
+    return cast("Split", SCENES if name is None else name)
+
+
 def _evaluate_embedded(
     model: str,
     methods: str | None,
@@ -326,38 +370,49 @@ def _evaluate_embedded(
     swept: dict[str, str | None],
     budgets: str,
     samples: int,
+    scenes: Split,
+    resume: bool,
     output: Path,
 ) -> None:
     """Measure the embedded models: the tables of the docs."""
     from gap_triton.demo.evaluation import Evaluation, sweep_configs
+    from gap_triton.demo.scenes import seeds_of
     from gap_triton.presets import PRESETS
 
-    shares = _budgets(budgets)
-    given = [option for option, value in swept.items() if value is not None]
-    if given and (methods is not None or coverage):
+    sweeps = methods is None and not coverage
+    # In a sweep ids may be wrong with nothing dropped.
+    shares = [parse_keep(item, "--budgets") for item in split(budgets)] if sweeps else _budgets(budgets)
+    given = {option: value for option, value in swept.items() if value is not None}
+    if given and not sweeps:
         raise typer.BadParameter(
-            f"{given[0]} belongs to the sweep; leave it out, or --methods and --coverage"
+            f"{next(iter(given))} belongs to the sweep; leave it out, or --methods and --coverage"
         )
     names = split_names("--methods", "all" if methods is None else methods, PRESETS)
+    with told_as_option("--split, --samples"):
+        seeds_of(samples, scenes)
     with told_as_option("--model"):
-        evaluation = Evaluation(console, output, samples, split_names("--model", model, ARCHITECTURES))
+        models = split_names("--model", model, ARCHITECTURES)
+        evaluation = Evaluation(console, output, samples, models, scenes)
     if methods is not None:
         with told_as_option("--methods"):
             evaluation.add_methods(names, shares)
     if coverage:
         with told_as_option("--coverage"):
             evaluation.add_coverage(shares)
-    if methods is None and not coverage:
-        layers, scores, ids = swept["--layers"], swept["--scores"], swept["--ids"]
-        with told_as_option("--layers, --scores, --ids"):
+    if sweeps:
+        with told_as_option("--layers, --scores, --coverages, --exponents, --ids, --budgets"):
             evaluation.add_sweep(
                 sweep_configs(
-                    parse_layers(LAYERS if layers is None else layers),
-                    split(SCORES if scores is None else scores),
+                    parse_layers(given.get("--layers", LAYERS)),
+                    split(given.get("--scores", SCORES)),
                     shares,
-                    split(IDS if ids is None else ids),
+                    split(given.get("--ids", IDS)),
+                    split(given.get("--coverages", COVERAGES)),
+                    parse_numbers("--exponents", given.get("--exponents", EXPONENTS)),
                 )
             )
     with told_as_option("--output"):
         output.mkdir(parents=True, exist_ok=True)
-    evaluation.run()
+    with told_as_option("--resume"):
+        log = evaluation.open_log(resume)
+    evaluation.run(log)

@@ -34,6 +34,16 @@ def parse_layers(text: str) -> list[int]:
         raise typer.BadParameter(f"--layers {text!r}: expected comma-separated ints such as -1,0,1") from None
 
 
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Read ``option``: comma-separated numbers, each once."""
+    try:
+        return list(dict.fromkeys(float(number) for number in text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} {text!r}: expected comma-separated numbers such as 1,2,4"
+        ) from None
+
+
 def split(text: str) -> list[str]:
     """Items of a comma-separated list, each once."""
     return list(dict.fromkeys(item.strip() for item in text.split(",")))

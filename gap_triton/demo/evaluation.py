@@ -14,47 +14,77 @@ from torch import Tensor
 import gap_triton
 
 from .. import GapConfig
-from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_SCORES
-from ..environment import default_device
+from ..config import BEFORE_THE_DECODER, DECODER_SCORES, VISION_COVERAGES, VISION_SCORES
+from ..environment import default_device, device_name, installed_versions
+from ..strategies.by_features import WEIGHTED
 from .compare import compare
 from .coverage import coverage_cases, coverage_markdown, plain_of
 from .jobs import Job, run_jobs
+from .log import Log
 from .methods import PLAIN, method_cases, methods_markdown, methods_table, score_without_cls
 from .report import can_draw, markdown_of, table_of, write_results
 from .run import load_embedded_model
-from .scenes import held_out
+from .scenes import Split, held_out
 from .table import Case, Row
 
+WITHOUT_SCORES = ("max_min",)
 Budgets = Sequence[float | int]
 Measured = list[tuple[list[Row], list[Tensor]]]  # by model
 
 
 def sweep_configs(
-    layers: Sequence[int], scores: Sequence[str], budgets: Budgets, ids: Sequence[str]
+    layers: Sequence[int],
+    scores: Sequence[str],
+    budgets: Budgets,
+    ids: Sequence[str],
+    coverages: Sequence[str] = ("topk",),
+    exponents: Sequence[float] = (1.0,),
 ) -> list[GapConfig]:
     """Return one-stage configurations of every combination that there is.
 
     After the vision encoder (layer -1) no attention of the decoder ranks: there its scores become ``"random"``. Scores that
-    only exist there are left out of decoder layers.
+    only exist there are left out of decoder layers, and so are coverages. A coverage that no score plays a part in is there
+    once, with the first, and one that takes no score to a power once for all exponents.
 
     Raises:
-        ValueError: A value is not one of `GapConfig`, or a score is used at none of the layers.
+        ValueError: A value is not one of `GapConfig`, a score or a coverage is used at none of the layers, or nothing is
+            left to measure but no pruning, which always is.
     """
     configs: list[GapConfig] = []
     covered = set()
-    for layer, score, keep, rule in product(layers, scores, budgets, ids):
+    ways = [
+        (coverage, exponent)
+        for coverage, exponent in product(coverages, exponents)
+        if coverage in WEIGHTED or exponent == exponents[0]
+    ]
+    for layer, score, (coverage, power), keep, rule in product(layers, scores, ways, budgets, ids):
+        exponent = power if coverage in WEIGHTED else 1.0
         if layer >= 0 and score in VISION_SCORES and score not in DECODER_SCORES:
             continue
         covered.add(score)
+        if layer >= 0 and coverage in VISION_COVERAGES:
+            continue
+        if coverage in WITHOUT_SCORES and any(
+            (each.layer, each.coverage, each.keep, each.ids) == (layer, coverage, keep, rule)
+            for each in configs
+        ):
+            continue
         ranked_by: Any = score
         if layer == BEFORE_THE_DECODER and score in DECODER_SCORES and score not in VISION_SCORES:
             ranked_by = "random"
-        config = GapConfig(keep=keep, layer=layer, score=ranked_by, ids=rule)  # type: ignore[arg-type]
-        if config not in configs:
+        config = GapConfig(keep, layer, ranked_by, coverage, ids=rule, exponent=exponent)  # type: ignore[arg-type]
+        if config not in configs and not config.changes_nothing:
             configs.append(config)
+    if covered and not configs:
+        raise ValueError(
+            "ids 'kept' and budget 1.0 are no pruning, which is always the first row: add other ids or budgets"
+        )
     for score in scores:
         if score not in covered:
             raise ValueError(f"score {score!r} exists after the vision encoder only: add layer -1")
+    for coverage in coverages:
+        if coverage in VISION_COVERAGES and BEFORE_THE_DECODER not in layers:
+            raise ValueError(f"coverage {coverage!r} exists after the vision encoder only: add layer -1")
     return configs
 
 
@@ -68,10 +98,18 @@ class Evaluation:
         output: Folder for the files; made where it is missing.
         samples: Held-out scenes to ask about.
         models: Names of embedded models.
+        split: Of the held-out scenes, one of `SPLITS`.
     """
 
-    def __init__(self, console: Console, output: Path, samples: int, models: Sequence[str]) -> None:
-        self.console, self.output, self.samples = console, output, samples
+    def __init__(
+        self,
+        console: Console,
+        output: Path,
+        samples: int,
+        models: Sequence[str],
+        split: Split = "report",
+    ) -> None:
+        self.console, self.output, self.samples, self.split = console, output, samples, split
         self.device = default_device()
         self.models = [load_embedded_model(self.device, name) for name in models]
         self._jobs: list[Job] = []
@@ -154,10 +192,24 @@ class Evaluation:
 
         self._add(cases, write)
 
-    def run(self) -> None:
-        """Measure everything that was added; print and write each table as soon as it is measured."""
+    def open_log(self, resume: bool = False) -> Log:
+        """Return where measurements are noted, with those that a run that was broken off has left there if ``resume``.
+
+        Raises:
+            ValueError: These were made of other scenes, on another device, or with other versions.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
-        measured = run_jobs(self.console, held_out(self.samples), self._jobs)
+        conditions = {
+            "samples": self.samples,
+            "split": self.split,
+            "device": device_name(self.device),
+            "versions": installed_versions(),
+        }
+        return Log(self.output, [model.config.model_type for model, _ in self.models], conditions, resume)
+
+    def run(self, log: Log) -> None:
+        """Measure everything that was added; print and write each table as soon as it is measured."""
+        measured = run_jobs(self.console, held_out(self.samples, self.split), self._jobs, log)
         for write in self._writers:
             write([next(measured) for _ in self.models])
 
@@ -171,7 +223,7 @@ class Evaluation:
         return f"{subject}, {self.samples} held-out scenes"
 
     def _write(self, name: str, **parts: Sequence[Any]) -> None:
-        write_results(self.output / name, self.samples, self.device, **parts)
+        write_results(self.output / name, self.samples, self.split, self.device, **parts)
         self._wrote(name)
 
     def _write_text(self, name: str, text: str) -> None:

@@ -6,11 +6,13 @@ Boxes are ``x0 y0 x1 y1`` as shares of the image's width and height, so 0..1.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .architectures import ARCHITECTURES
 from .scenes import IMAGE_SIZE, Scenes
@@ -75,12 +77,49 @@ def prepare(processor: Any, scenes: Scenes) -> Any:
     )
 
 
-@torch.no_grad()
+class BoxComplete(StoppingCriteria):
+    """Ends an answer with its fourth location token in a row: no later token can change the box that is read from it."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which of the rows of ``input_ids`` [N, L] end in a box, [N] bool."""
+        first = token_id(LOCATION_TOKENS[0])
+        last = input_ids[:, -4:]
+        return ((last >= first) & (last < first + LOCATIONS)).all(dim=1)
+
+
 def answer_boxes(model: Any, processor: Any, scenes: Scenes) -> Tensor:
     """Ask each scene's question by greedy ``generate``: the answered boxes, [N, 4] float32, NaN = no box."""
-    inputs = prepare(processor, scenes).to(model.device)
-    generated = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return boxes_from_tokens(processor.batch_decode(generated, skip_special_tokens=True))
+    return _answer_boxes(model, processor, prepare(processor, scenes).to(model.device))
+
+
+@torch.no_grad()
+def _answer_boxes(model: Any, processor: Any, inputs: Any) -> Tensor:
+    criteria = StoppingCriteriaList([BoxComplete()])
+    generated = model.generate(**inputs, do_sample=False, stopping_criteria=criteria)
+    answers = generated[:, inputs["input_ids"].shape[1] :]
+    return boxes_from_tokens(processor.batch_decode(answers, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scenes as a model takes them.
+
+    Attributes:
+        inputs: What `prepare` makes of them, on the model's device.
+        boxes: The boxes asked for, [N, 4] float32.
+    """
+
+    inputs: Any
+    boxes: Tensor
+
+
+def batches_of(processor: Any, scenes: Scenes, device: torch.device, batch_size: int = 64) -> Iterator[Batch]:
+    """Yield scenes in batches of at most ``batch_size``, prepared: a list of them serves any number of evaluations."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    for start in range(0, len(scenes), batch_size):
+        part = scenes[start : start + batch_size]
+        yield Batch(prepare(processor, part).to(device), part.target_boxes / IMAGE_SIZE)
 
 
 def evaluate(
@@ -103,11 +142,21 @@ def evaluate(
     Returns:
         IoU of each answer with the true box, [N] float32; an answer that is no box counts as 0.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    return evaluate_batches(
+        model, processor, batches_of(processor, scenes, model.device, batch_size), progress=progress
+    )
+
+
+def evaluate_batches(
+    model: Any,
+    processor: Any,
+    batches: Iterable[Batch],
+    *,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Tensor:
+    """Compare answers as `evaluate` does, of scenes that `batches_of` has prepared."""
     ious = []
-    for start in range(0, len(scenes), batch_size):
-        part = scenes[start : start + batch_size]
-        ious.append(box_iou(answer_boxes(model, processor, part), part.target_boxes / IMAGE_SIZE))
-        progress(len(part))
+    for batch in batches:
+        ious.append(box_iou(_answer_boxes(model, processor, batch.inputs), batch.boxes))
+        progress(len(batch.boxes))
     return torch.cat(ious)

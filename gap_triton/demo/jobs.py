@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from .log import Log
+from .measuring import measure
 from .scenes import Scenes
-from .table import Case, Row, measure
+from .table import Case, Row
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Job:
 
 
 def run_jobs(
-    console: Console, scenes: Scenes, jobs: Sequence[Job]
+    console: Console, scenes: Scenes, jobs: Sequence[Job], log: Log | None = None
 ) -> Iterator[tuple[list[Row], list[Tensor]]]:
     """Return the rows and IoUs of each job, as `measure` gives them, as soon as it is done."""
     columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -37,5 +39,5 @@ def run_jobs(
             def advance(name: str, done: int, model: str = model) -> None:
                 bar.update(task, advance=done, description=f"{model}: {name}")
 
-            yield measure(job.model, job.processor, scenes, job.cases, progress=advance)
+            yield measure(job.model, job.processor, scenes, job.cases, progress=advance, log=log)
         bar.update(task, description="done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import gap_triton
 
 from .. import GapConfig
 from ..config import Ids
+from ..presets import PRESETS
 from .compare import Comparison
 from .report import accuracy, budget_name, cost_cells, difference, markdown
 from .table import NO_PRUNING, Case, Row
@@ -147,11 +149,16 @@ PAIR_HEADER = (
 )
 
 
+def _may_rank_by_cls(method: str) -> bool:
+    """Whether the preset takes another score where there is no CLS token; HiPrune never ranks by one."""
+    return method in PRESETS and "score" in inspect.signature(PRESETS[method]).parameters
+
+
 def _pairs(model: str, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
     unpruned = rows[0]
     note = (
         '; methods that rank by the CLS token use `score="received"` here, for this vision encoder has none'
-        if any(row.config["score"] == "received" for row in rows)
+        if any(row.config["score"] == "received" and _may_rank_by_cls(row.method) for row in rows)
         else ""
     )
     return (

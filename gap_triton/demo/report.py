@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..environment import device_name, installed_versions
 from .compare import Comparison
+from .scenes import Split, seeds_of
 from .table import IOU_THRESHOLD, NO_PRUNING, Row
 
 
@@ -66,11 +67,16 @@ def can_draw(console: Console, *pictures: str) -> bool:
     return has_matplotlib
 
 
-def write_results(path: Path, samples: int, device: torch.device, **parts: Sequence[Any]) -> None:
+def write_results(
+    path: Path, samples: int, split: Split, device: torch.device, **parts: Sequence[Any]
+) -> None:
     """Write results with all that is needed to place them; ``parts``: by name, things with ``as_dict()``."""
+    seeds = seeds_of(samples, split)
     results = {
         **{name: [each.as_dict() for each in part] for name, part in parts.items()},
         "samples": samples,
+        "split": split,
+        "seeds": [seeds.start, seeds.stop],
         "iou_threshold": IOU_THRESHOLD,
         "versions": installed_versions(),
         "device": device_name(device),

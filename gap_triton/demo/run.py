@@ -19,7 +19,7 @@ from .architectures import LLAVA, find
 from .grounding import answer_boxes
 from .jobs import Job, run_jobs
 from .report import can_draw, table_of, write_results
-from .scenes import GRID, IMAGE_SIZE, held_out
+from .scenes import GRID, IMAGE_SIZE, Split, held_out
 from .table import Case, Row
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ LAYER = 1  # of 6: early, before the decoder has carried positions into other to
 SCORE: Score = "text"  # in an early layer, all words of the question rank better than the last token alone
 KEEPS = (0.5, 0.25, 0.125)
 IDS: tuple[Ids, ...] = ("kept", "compacted", "permuted")
+SPLIT: Split = "report"
 SHOWN = 4  # scenes in the overlay: the first held-out ones, not chosen
 SHOWN_KEEP = 0.5
 
@@ -64,12 +65,12 @@ def run_demo(output: Path, samples: int, console: Console) -> list[Row]:
         f"on {device_name(device)}"
     )
     cases = [Case.of(config) for config in demo_configs()]
-    ((rows, _),) = run_jobs(console, held_out(samples), [Job(model, processor, cases)])
+    ((rows, _),) = run_jobs(console, held_out(samples, SPLIT), [Job(model, processor, cases)])
     console.print(
         table_of(rows, f"Grounding on {samples} held-out scenes, tokens dropped after decoder layer {LAYER}")
     )
 
-    write_results(output / "results.json", samples, device, rows=rows)
+    write_results(output / "results.json", samples, SPLIT, device, rows=rows)
     files = ["results.json"]
     if can_draw(console, "overlay.png", "accuracy.png"):
         from .pictures import save_bars, save_overlay

@@ -3,12 +3,14 @@
 Everything is drawn by torch alone, a whole batch at once, so that a training step never waits for its data.
 
 The split is by seed. A batch is a function of one integer: training uses the seeds below ``HELD_OUT_SEED``,
-held-out scenes the seeds from it on, so no held-out scene was drawn from a training stream.
+held-out scenes the seeds from it on, so no held-out scene was drawn from a training stream. These are split again, see
+`SPLITS`: what something was chosen by can't also say how good it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -28,6 +30,18 @@ GAP = 2  # pixels of background between any two boxes, at least
 NOISE = 56  # background pixels are uniform in [0, NOISE)
 
 HELD_OUT_SEED = 3 * 2**30  # scenes of the seeds just above 2**31 were looked at while the design was chosen
+Split = Literal["development", "choice", "report", "sealed"]
+SPLITS: dict[Split, int] = {
+    "development": HELD_OUT_SEED,
+    "choice": HELD_OUT_SEED + 2**28,
+    "report": HELD_OUT_SEED + 2**29,
+    "sealed": HELD_OUT_SEED + 3 * 2**28,
+}
+"""First seed of each split; it ends where the next one begins.
+
+``"development"``: tests, and what was looked at while methods were written. ``"choice"``: what defaults are chosen by.
+``"report"``: the tables of the docs; nothing was chosen by it. ``"sealed"``: used by nothing, for one last check.
+"""
 LARGEST_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 _HELD_OUT_CHUNK = 64
 _PLACEMENTS = 48  # random placements tried per object
@@ -112,13 +126,28 @@ def draw(count: int, seed: int, *, fewest: int = 2, most: int = MOST_OBJECTS) ->
     return Scenes(images, colours, shapes, boxes, present, target, owners)
 
 
-def held_out(count: int) -> Scenes:
-    """Return the first ``count`` held-out scenes. A smaller count gives a prefix of a larger one."""
-    if count < 1:
-        raise ValueError(f"count is {count}; it must be at least 1")
-    chunks = [draw(_HELD_OUT_CHUNK, HELD_OUT_SEED + i) for i in range(-(-count // _HELD_OUT_CHUNK))]
+def held_out(count: int, split: Split = "development") -> Scenes:
+    """Return the first ``count`` held-out scenes of a split. A smaller count gives a prefix of a larger one."""
+    chunks = [draw(_HELD_OUT_CHUNK, seed) for seed in seeds_of(count, split)]
     fields = ("images", "colours", "shapes", "boxes", "present", "target", "owners")
     return Scenes(*(torch.cat([getattr(chunk, field) for chunk in chunks])[:count] for field in fields))
+
+
+def seeds_of(count: int, split: Split) -> range:
+    """Return the seeds that the first ``count`` scenes of a split are drawn from.
+
+    Raises:
+        ValueError: There is no such split, or it has not as many scenes.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, SPLITS))}")
+    first = SPLITS[split]
+    most = (min((seed for seed in SPLITS.values() if seed > first), default=LARGEST_SEED + 1) - first) * (
+        _HELD_OUT_CHUNK
+    )
+    if not 1 <= count <= most:
+        raise ValueError(f"count is {count}; it must be at least 1, and at most {most}")
+    return range(first, first - (-count // _HELD_OUT_CHUNK))
 
 
 def _place_boxes(counts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

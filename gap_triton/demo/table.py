@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 import gap_triton
@@ -20,8 +19,7 @@ from .. import GapConfig
 from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER, Stage
 from .architecture import VISUAL
-from .grounding import evaluate, prepare
-from .intervals import wilson_interval
+from .grounding import prepare
 from .scenes import Scenes
 
 IOU_THRESHOLD = 0.5  # the threshold of RefCOCO accuracy
@@ -56,6 +54,11 @@ class Case:
         if isinstance(config.keep, str):
             raise ValueError(f"keep={config.keep!r}: expected a budget, a share or a number of tokens")
         return cls(method_name(config), config.keep, config)
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        """The whole configuration, field by field, as it is read again from a results file."""
+        return json.loads(json.dumps(asdict(self.config)))
 
 
 @dataclass(frozen=True)
@@ -115,65 +118,16 @@ def place_name(layer: int) -> str:
 
 def method_name(config: GapConfig) -> str:
     """Return how tables call where and by what ``config`` prunes."""
-    if config.keep == 1.0 and not config.then:
+    if config.changes_nothing:
         return NO_PRUNING
     return "; ".join(map(_stage_name, config.stages))
 
 
 def _stage_name(stage: Stage) -> str:
     coverage = "" if stage.coverage == "topk" else f" by {stage.coverage}"
+    coverage += "" if stage.exponent == 1.0 else f" ^ {stage.exponent:g}"
     merge = "" if stage.merge == "none" else f" + {stage.merge}"
     return f"{stage.score}{coverage}{merge}, {place_name(stage.layer)}"
-
-
-def measure(
-    model: Any,
-    processor: Any,
-    scenes: Scenes,
-    cases: Sequence[Case],
-    *,
-    batch_size: int = 64,
-    progress: Callable[[str, int], object] = lambda name, done: None,
-) -> tuple[list[Row], list[Tensor]]:
-    """Evaluate ``model`` under each configuration, no pruning first.
-
-    Args:
-        model: An embedded model, under ``"gap_triton"``.
-        processor: Its processor.
-        scenes: Held-out scenes.
-        cases: What to compare with no pruning.
-        batch_size: Scenes per call of ``generate``.
-        progress: Called with the row's name and the number of scenes done since the last call.
-
-    Returns:
-        The rows, no pruning first, and the IoU of every answer, [N] for each row.
-    """
-    everything = [Case.of(UNPRUNED), *cases]
-    costs = prefill_cost(model, processor, scenes[:PREFILL_BATCH], [case.config for case in everything])
-    rows, all_ious = [], []
-    for case, cost in zip(everything, costs, strict=True):
-        config = case.config
-        gap_triton.configure(model, config)
-        name = f"{case.method}, keep {case.keep:.3g}, {config.ids}"
-        ious = evaluate(model, processor, scenes, batch_size=batch_size, progress=partial(progress, name))
-        hits = int((ious >= IOU_THRESHOLD).sum())
-        low, high = wilson_interval(hits, len(ious))
-        rows.append(
-            Row(
-                model=model.config.model_type,
-                method=case.method,
-                keep=case.keep,
-                ids=config.ids,
-                config=json.loads(json.dumps(asdict(config))),  # as it will be read again
-                accuracy=hits / len(ious),
-                accuracy_low=low,
-                accuracy_high=high,
-                mean_iou=float(ious.mean()),
-                **asdict(cost),
-            )
-        )
-        all_ious.append(ious)
-    return rows, all_ious
 
 
 @torch.no_grad()

@@ -124,8 +124,8 @@ def run_of_prompt(
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
     verifies = past > 0 and follows_prompt(state.head, visual, inputs)
     has_image = False
-    # A configuration that keeps everything plans nothing; only a cache that lacks tokens must know of another image.
-    plans = kept is not None or not state.config.keeps_everything
+    # A configuration that changes nothing plans nothing; only a cache that lacks tokens must know of another image.
+    plans = kept is not None or not state.config.changes_nothing
     if visual is not None and plans and not verifies:
         prompt, drafts = _read(state, run.rows, visual, past)
         has_image = any(prompt.visual_counts)
@@ -222,12 +222,12 @@ def _plan(
 ) -> Kwargs:
     """Decide what every stage drops; returns the decoder's keyword arguments, with merged tokens put in."""
     stages = state.config.stages
-    if state.config.keeps_everything:
+    if state.config.changes_nothing:
         return kwargs
     selection = None
     if stages[0].layer == BEFORE_THE_DECODER:
         selection, kwargs = select_before_decoder(state, prompt, stages[0], kwargs)
-    drops = decide(prompt, stages, selection)
+    drops = decide(prompt, stages, selection, renumbers=state.config.ids != "kept")
     if not drops:
         return kwargs
     check_layers(state.config, len(run.attachment.text.layers))
@@ -245,8 +245,8 @@ def _with_what_ranks(
     """``drops``, with the text rows and the positions in the image that the stages in the decoder need."""
     in_decoder = [drop.stage for drop in drops if drop.selection is None]
     rankers = {"text": prompt.text_after}
-    if any(stage.score == "raters" for stage in in_decoder):
-        rankers["raters"] = find_raters(prompt, kwargs)
+    if any(stage.score in ("raters", "raters_corrected") for stage in in_decoder):
+        rankers["raters"] = rankers["raters_corrected"] = find_raters(prompt, kwargs)
     positions = None
     if any(map(needs_grid, in_decoder)):
         positions = grid_positions_of(state.attachment, state.owner.kwargs, prompt)

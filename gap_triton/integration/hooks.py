@@ -202,7 +202,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
         if prepared is not None:
             state.owner.kwargs[HOST_SIZES] = prepared.sizes
-        if not state.config.keeps_everything:
+        if not state.config.changes_nothing:
             start_recorder(state)
     if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
         attachment.running.add(state)

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
 
-from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, needs_text
+from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, Stage, needs_text
 from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
 from ..later_layers.inputs import take_survivors
 from ..selection import Selection
 from ..state import DecoderRun, Drop, Plan, Prefill, Survivors, VisionSelection
+from ..strategies import choose
+from ..strategies.by_features import BY_FEATURES
+from ..strategies.rows import members, rows_at
 from .plan import plan_of
 from .position_ids import ID_RULES
 from .prompt import position_ids_of
@@ -202,17 +205,22 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
     plan, stage, attention = rows.plan, drop.stage, None
     if stage.score in ATTENTION_SCORES:
         attention = attention_of(run, prefill, stage, plan, rows.rotary)
-        if attention.plain and drop.grid_positions is None and plan.stays is None:
+        compares = stage.coverage in BY_FEATURES
+        if attention.plain and drop.grid_positions is None and plan.stays is None and not compares:
             return _prune_fused(drop, rows, attention)
     prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
     if attention is not None:
         scores = scores_by_attention(stage, plan, attention)
     else:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
+    if stage.coverage in BY_FEATURES:
+        selected = _chosen_by_features(rows.tokens[0], plan, scores, stage, max(drop.keep))
+        return _prune_chosen(drop, rows, scores, selected)
     if drop.grid_positions is not None and stage.coverage != "topk":
         selected = drop.grid_positions.mask_of_chosen(
-            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep)
-        )
+            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep),
+            per_region=stage.per_region, spread=stage.spread,
+        )  # fmt: skip
         return _prune_chosen(drop, rows, scores, selected)
     return _prune_best(drop, rows, scores)
 
@@ -262,6 +270,18 @@ def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: t
         is_kept = (selected > 0) | plan.stays
         selected, keep = is_kept.float(), is_kept.sum(dim=1)
     return _prune_by_score(drop, rows, selected, keep)._replace(scores=scores)
+
+
+def _chosen_by_features(
+    hidden_states: torch.Tensor, plan: Plan, scores: torch.Tensor, stage: Stage, most: int
+) -> torch.Tensor:
+    """[B, V] float32, 1 at what ``stage`` chooses by ``hidden_states`` [B, S, C] and ``scores`` [B, V], else 0."""
+    index = plan.visual_index
+    mask = None if plan.filled else index >= 0
+    index = index if mask is None else index.clamp(min=0)
+    given = {"features": rows_at(hidden_states, index), "exponent": stage.exponent, "mask": mask}
+    index = choose(scores, plan.keep, stage.coverage, **given, length=most)  # type: ignore[arg-type]
+    return members(index, scores.shape[1]).float()
 
 
 def _best(scores: torch.Tensor, plan: Plan, most: int) -> torch.Tensor:

@@ -13,19 +13,21 @@ from ..host import to_device
 from ..state import Drop, Plan, Prefill, Prompt, Survivors, VisionSelection
 
 
-def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection | None) -> tuple[Drop, ...]:
-    """Return what each stage of a prefill drops; empty where no stage drops anything.
+def decide(
+    prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection | None, renumbers: bool = False
+) -> tuple[Drop, ...]:
+    """Return what each stage of a prefill drops; empty where no stage drops anything and no id changes.
 
     Args:
         prompt: The prompt.
         stages: Where and how.
         selection: What the first stage keeps, where that is the one after the vision encoder; else None.
+        renumbers: Whether survivors get other ids, also where nothing is dropped.
     """
     drops: list[Drop] = []
     before = prompt.visual_counts
     for stage in stages:
-        counts = map(stage.count, prompt.visual_counts)
-        keep = tuple(map(min, counts, before)) if selection is None else selection.keep
+        keep = tuple(map(stage.count, prompt.visual_counts, before)) if selection is None else selection.keep
         lengths, dense, after = [], True, []
         for b, kept in enumerate(keep):
             # The last row of the prompt always stays, because generation reads its logits, and so does the last of the
@@ -38,7 +40,8 @@ def decide(prompt: Prompt, stages: Sequence[Stage], selection: VisionSelection |
         dense = dense and min(lengths) == max(lengths)
         drops.append(Drop(stage, keep, before, max(lengths), dense, selection))
         before, selection = tuple(after), None  # what was selected before the decoder is the first stage's
-    return tuple(drops) if any(drop.keep != prompt.visual_counts for drop in drops) else ()
+    changes = renumbers or any(drop.keep != prompt.visual_counts for drop in drops)
+    return tuple(drops) if changes else ()
 
 
 def keeps_of(drops: Sequence[Drop], device: torch.device) -> torch.Tensor | None:

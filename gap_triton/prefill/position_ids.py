@@ -1,6 +1,6 @@
-"""Which position ids the survivors carry: GAP's rule, and the two defects that its paper (arXiv 2506.21873) names.
+"""Which position ids the survivors carry: GAP's rule, the two defects that its paper (arXiv 2506.21873) names, and one more.
 
-The defects are here so that their effect can be measured.
+All but the first are here so that their effect can be measured.
 """
 
 from __future__ import annotations
@@ -84,21 +84,99 @@ class CompactedIds(KeptIds):
         return ids, shift
 
 
-class PermutedIds(CompactedIds):
-    """``ids="permuted"``: the same, with the visual survivors in score order. For one stage only, which finds all rows."""
-
-    name: Ids = "permuted"
+class InScoreOrder(KeptIds):
+    """A rule that puts the visual survivors into score order. For one stage only, which finds all rows."""
 
     def order(self, index: torch.Tensor, plan: Plan, scores: torch.Tensor) -> torch.Tensor:
         """Put the visual rows best first, in the places that they hold among the others."""
         return score_order(index, plan.visual, plan.visual_index, scores)
 
 
+class PermutedIds(InScoreOrder, CompactedIds):
+    """``ids="permuted"``: 0, 1, 2, ..., with the visual survivors in score order."""
+
+    name: Ids = "permuted"
+
+
+class SameValues(CompactedIds):
+    """A rule that changes ids of visual survivors alone: text keeps its own, also in later steps."""
+
+    def number(
+        self,
+        position_ids: torch.Tensor,
+        index: torch.Tensor,
+        prompt: Prompt,
+        earlier_shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the ids, and a shift of 0 for what follows."""
+        ids = self.of_survivors(position_ids.long(), index, prompt)
+        return ids, ids.new_zeros(ids.shape[:-1])
+
+    def of_survivors(self, position_ids: torch.Tensor, index: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """Return the ids [B, L] or [A, B, L] of the rows ``index`` [B, L]; arguments as those of `number`."""
+        return take_values(position_ids, index)
+
+
+class ReorderedIds(InScoreOrder, SameValues):
+    """``ids="reordered"``: the ids that the survivors have together, ascending, with the visual ones in score order."""
+
+    name: Ids = "reordered"
+
+
+class StretchedIds(SameValues):
+    """``ids="stretched"``: those of each run of visual tokens moved apart until the last one has the id of the run's end."""
+
+    name: Ids = "stretched"
+
+    def of_survivors(self, position_ids: torch.Tensor, index: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """Return the ids, stretched on every axis."""
+        visual = prompt.visual.to(index.device) & prompt.real.to(index.device)
+        return stretch(position_ids, index, visual)
+
+
 ID_RULES: dict[Ids, KeptIds] = {
     "kept": KeptIds(),
     "compacted": CompactedIds(),
     "permuted": PermutedIds(),
+    "reordered": ReorderedIds(),
+    "stretched": StretchedIds(),
 }
+
+
+def stretch(position_ids: torch.Tensor, index: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Move the ids of the visual survivors of each run of visual tokens apart, in proportion, to the end of the run.
+
+    ``ceil(i (e - s) / m) + s``: a survivor's distance ``i`` from the first id ``s`` of its run, the largest such distance
+    ``m`` among the survivors, and the last id ``e`` of the run; on several axes, on each by itself (RPME, Algorithm 3 of
+    Nüwa, arXiv 2602.02951, which has one image and one axis).
+
+    Args:
+        position_ids: [B, Q] or [A, B, Q] int64, the ids without pruning.
+        index: [B, L] int64 surviving rows, ascending, -1 = filler.
+        visual: [B, Q] bool.
+
+    Returns:
+        [B, L] or [A, B, L] int64.
+    """
+    axes = position_ids.shape[:-1]
+    begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    run = torch.where(visual, begins.cumsum(dim=1), 0)  # 0 = text
+    largest = torch.iinfo(torch.int64).max
+    number = visual.shape[1] + 1
+
+    def of_runs(ids: torch.Tensor, runs: torch.Tensor, least: bool) -> torch.Tensor:
+        empty = ids.new_full((*axes, number), largest if least else -largest)
+        return empty.scatter_reduce(-1, runs.expand_as(ids), ids, "amin" if least else "amax")
+
+    start, end = (of_runs(position_ids, run, least) for least in (True, False))
+    rows = index.clamp(min=0)
+    own_run = torch.where(index < 0, 0, run.gather(1, rows))
+    ids = take_values(position_ids, index)
+    most = of_runs(ids, own_run, False)
+    start, end, most = (values.gather(-1, own_run.expand_as(ids)) for values in (start, end, most))
+    extent = (most - start).clamp(min=1)
+    stretched = start - (-(ids - start) * (end - start)).div(extent, rounding_mode="floor")
+    return torch.where(own_run > 0, stretched, ids)
 
 
 def score_order(

@@ -1,4 +1,4 @@
-"""Which text rows rate the visual tokens, for ``score="raters"``."""
+"""Which text rows rate the visual tokens, for ``score="raters"`` and ``"raters_corrected"``."""
 
 from __future__ import annotations
 

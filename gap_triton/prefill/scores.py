@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..later_layers.masks import is_plain
 from ..state import DecoderRun, Drop, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
-from .unrotated import unrotated
+from .unrotated import rotated_ones, unrotated
 
+PRIORITY_HEADS, PUBLISHED_HEADS = 14, 32  # of SparseVLM+'s released code, for decoders of 7B
 BLOCK = 1 << 22
 """How many attention logits are in memory at once where the rows have a mask of their own."""
 
@@ -34,6 +36,7 @@ class Attention:
             ``columns``, which needs no mask.
         scale: Factor of ``q k^T``, None = ``D ** -0.5``.
         group: The process group over which heads are split, None = all are here.
+        ones: For ``"raters_corrected"``: equal queries and keys after RoPE, [B or 1, 1, S, D] each; else None.
         plain: ``prune_tokens`` computes this score by itself.
     """
 
@@ -44,6 +47,7 @@ class Attention:
     scale: float | None
     group: Any
     plain: bool
+    ones: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
@@ -73,10 +77,33 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
         key = key[:, :, -rows:]
         real = None if real is None else real[:, -rows:]
         query, key = unrotated(scoring.module, rotary, query, key)
+        # They compete among each other alone: the softmax is over visual columns.
+        visual = plan.visual.to(key.device)
+        real = visual if real is None else visual & real
+        if mask is not None:
+            mask = among(mask, visual)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
-    plain = mask is None and group is None and stage.score != "key_norm"
-    return Attention(query, key, real, mask, scoring.scale, group, plain)
+    ones = None
+    if stage.score == "raters_corrected":
+        if group is not None:
+            raise ValueError(
+                "score='raters_corrected': it ranks by some of the heads, and these are split over devices; use "
+                "score='raters'"
+            )
+        ones = rotated_ones(scoring.module, rotary, query)
+    plain = (
+        mask is None and group is None and stage.score not in ("key_norm", "unrotated", "raters_corrected")
+    )
+    return Attention(query, key, real, mask, scoring.scale, group, plain, ones)
+
+
+def among(mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return a mask [B or 1, H or 1, S, K], bool or additive, that also hides what is not of ``columns`` [B, K] bool."""
+    shown = columns.to(mask.device)[:, None, None]
+    if mask.dtype == torch.bool:
+        return mask & shown
+    return torch.where(shown, mask, torch.finfo(mask.dtype).min)
 
 
 def scores_without_attention(
@@ -110,6 +137,8 @@ def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch
         if attention.group is not None:
             squares = mean_over_ranks(squares, attention.group)
         return squares.sqrt().gather(1, plan.visual_index.clamp(min=0))
+    if attention.ones is not None:
+        return importance_corrected(attention, attention.ones, plan.rows, plan.visual_index)
     if attention.mask is None:
         scores = visual_importance(
             attention.query,
@@ -138,6 +167,62 @@ def importance_by_mask(
     Returns:
         [B, V] float32; 0 at filler.
     """
+    heads = attention.query.shape[1]
+    total: torch.Tensor | float = 0.0
+    for _, weights in _weights(attention, mask, rows, visual_index):
+        total = total + weights.sum(dim=(1, 2))
+    total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
+    return torch.where(visual_index >= 0, total, 0.0).float()
+
+
+def importance_corrected(
+    attention: Attention,
+    ones: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor,
+    visual_index: torch.Tensor,
+) -> torch.Tensor:
+    """Return the attention of ``rows`` over what RoPE makes of it, mean over the heads that have the most (SparseVLM+).
+
+    Args:
+        attention: Query, key, mask and scale.
+        ones: Equal queries and keys after RoPE, see `rotated_ones`.
+        rows: [B, R] int64, the query rows to average, -1 = filler.
+        visual_index: [B, V] int64, -1 = filler.
+
+    Returns:
+        [B, V] float32; 0 at filler.
+    """
+    batch, heads, queries, channels = attention.query.shape
+    mask = attention.mask
+    if mask is None:
+        columns = attention.key.shape[2]
+        causal = torch.ones(queries, columns, dtype=torch.bool, device=attention.query.device)
+        mask = causal.tril_(columns - queries)[None, None]
+        mask = mask if attention.columns is None else among(mask, attention.columns)
+    total: torch.Tensor | float = 0.0
+
+    def at(vectors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        index = index.clamp(min=0)[:, None, :, None]
+        return vectors.expand(batch, -1, -1, -1).gather(2, index.expand(-1, -1, -1, channels))
+
+    queries_of_ones, keys_of_ones = ones
+    visual_ones = at(keys_of_ones, visual_index).transpose(2, 3)  # [B, 1, D, V]
+    for block, weights in _weights(attention, mask, rows, visual_index):
+        by_rope = at(queries_of_ones, block) @ visual_ones * channels**-0.5  # [B, 1, r, V]
+        total = total + torch.where(weights == 0, 0.0, weights / by_rope).sum(dim=2)  # [B, H, V]
+    assert isinstance(total, torch.Tensor)
+    total = torch.where(visual_index[:, None] >= 0, total, 0.0)
+    count = max(round(heads * PRIORITY_HEADS / PUBLISHED_HEADS), 1)
+    best = total.sum(dim=2).argsort(dim=1, descending=True, stable=True)[:, :count]
+    chosen = total.gather(1, best[..., None].expand(-1, -1, total.shape[2]))
+    mean = chosen.mean(dim=1) / (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(visual_index >= 0, mean, 0.0).float()
+
+
+def _weights(
+    attention: Attention, mask: torch.Tensor, rows: torch.Tensor, visual_index: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield some of ``rows`` [B, r] at a time, and what they attend to visual tokens with, [B, H, r, V]; 0 at filler."""
     query, key = attention.query, attention.key
     batch, heads, queries, channels = query.shape
     columns = key.shape[2]
@@ -145,7 +230,6 @@ def importance_by_mask(
     scale = channels**-0.5 if attention.scale is None else attention.scale
     mask = mask.to(query.device).expand(batch, *mask.shape[1:])
     visual_columns = (visual_index.clamp(min=0) + columns - queries)[:, None, None]
-    total = torch.zeros(visual_index.shape, dtype=dtype, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         keys = key.to(dtype).transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, K]
         for block in rows.split(max(1, BLOCK // (batch * heads * columns)), dim=1):
@@ -161,6 +245,4 @@ def importance_by_mask(
             sees_none = logits.amax(dim=-1, keepdim=True) == -torch.inf
             weights = torch.where(sees_none, 0.0, logits.softmax(dim=-1))
             weights = weights.gather(3, visual_columns.expand(-1, heads, block.shape[1], -1))
-            total += torch.where((block >= 0)[:, None, :, None], weights, 0.0).sum(dim=(1, 2))
-    total = total / (heads * (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1))
-    return torch.where(visual_index >= 0, total, 0.0).float()
+            yield block, torch.where((block >= 0)[:, None, :, None], weights, 0.0)

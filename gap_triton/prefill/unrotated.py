@@ -1,4 +1,4 @@
-"""Queries and keys as they are before rotary embedding, for ``score="unrotated"``."""
+"""Queries and keys as they are before rotary embedding, for ``score="unrotated"``, and what it does to equal ones."""
 
 from __future__ import annotations
 
@@ -25,18 +25,30 @@ def unrotated(
     Raises:
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
-    rotate = rotation_of(module)
-    if rotate is None or not isinstance(rotary, tuple) or len(rotary) != 2:
-        raise _no_rotation(module)
-    cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
-    sections: tuple[Any, ...] = ()
-    if "mrope_section" in inspect.signature(rotate).parameters:
-        parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
-        sections = (parameters["mrope_section"],)
-    query, key = rotate(query, key, cos, -sin, *sections)
+    cos, sin = _cos_and_sin(module, rotary, query)
+    query, key = _rotate(module, query, key, cos, -sin)
     # Some embeddings scale cos and sin (YaRN), in both directions: by now the channels that turn are scaled twice.
     stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
     return query / stretch, key / stretch
+
+
+def rotated_ones(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return equal queries and keys, vectors of ones, as RoPE turns them in each row (SparseVLM+, section 4.2 of its code).
+
+    Args:
+        module: The attention.
+        rotary: Its cos and sin.
+        query: [B, H, S, D], for shape, dtype and device.
+
+    Returns:
+        Queries and keys, [B, 1, S, D] float32 each.
+
+    Raises:
+        ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
+    """
+    ones = torch.ones_like(query[:, :1], dtype=torch.float32)
+    cos, sin = _cos_and_sin(module, rotary, query)
+    return _rotate(module, ones, ones, cos.float(), sin.float())
 
 
 def rotation_of(attention: Any) -> Any | None:
@@ -45,18 +57,38 @@ def rotation_of(attention: Any) -> Any | None:
     return next((functions[name] for name in ROTATIONS if name in functions), None)
 
 
+def _cos_and_sin(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if rotation_of(module) is None or not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise _no_rotation(module)
+    cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
+    return cos, sin
+
+
+def _rotate(
+    module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rotate: Any = rotation_of(module)
+    sections: tuple[Any, ...] = ()
+    if "mrope_section" in inspect.signature(rotate).parameters:
+        parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
+        sections = (parameters["mrope_section"],)
+    query, key = rotate(query, key, cos, sin, *sections)
+    return query, key
+
+
 def refuse_unrotated(config: GapConfig, text: Any) -> None:
     """Raise ValueError if a stage needs to undo the rotation of a layer of the decoder ``text`` that has no known one."""
     for stage in config.stages:
-        if stage.score != "unrotated":
+        if stage.score not in ("unrotated", "raters_corrected"):
             continue
         attention = next(module for module in text.layers[stage.layer].modules() if calls_interface(module))
         if rotation_of(attention) is None:
-            raise _no_rotation(attention)
+            raise _no_rotation(attention, stage.score)
 
 
-def _no_rotation(attention: Any) -> ValueError:
+def _no_rotation(attention: Any, score: str = "unrotated") -> ValueError:
+    other = {"raters_corrected": "raters"}.get(score, "last_token")
     return ValueError(
-        f"score='unrotated': {type(attention).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
-        "rotation can't be undone; use score='last_token'"
+        f"score={score!r}: {type(attention).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
+        f"rotation can't be undone; use score={other!r}"
     )

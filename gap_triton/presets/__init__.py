@@ -15,20 +15,31 @@ from ..config import GapConfig, Score
 from ..integration.supported_models import find_parts
 from ..plain import shown
 from ..vision_tower import find_tower
+from ..vision_tower.finding import packs
 from . import (
+    cdpruner,
     cls,
+    dart,
+    divprune,
+    fastervlm,
     fastv,
     feather,
+    hiprune,
     nuwa,
     prumerge,
     prumerge_plus,
     pyramiddrop,
     random,
+    scope,
     sparsevlm,
+    sparsevlm_plus,
     spatial,
+    swiftvlm,
     text,
     trim,
     visionzip,
+    vispruner,
+    vscan,
 )
 
 PRESETS: dict[str, Callable[..., GapConfig]] = {
@@ -43,8 +54,18 @@ PRESETS: dict[str, Callable[..., GapConfig]] = {
     "fastv": fastv.configure,
     "pyramiddrop": pyramiddrop.configure,
     "sparsevlm": sparsevlm.configure,
+    "sparsevlm+": sparsevlm_plus.configure,
     "visionzip": visionzip.configure,
     "feather": feather.configure,
+    "divprune": divprune.configure,
+    "cdpruner": cdpruner.configure,
+    "scope": scope.configure,
+    "fastervlm": fastervlm.configure,
+    "swiftvlm": swiftvlm.configure,
+    "dart": dart.configure,
+    "vispruner": vispruner.configure,
+    "hiprune": hiprune.configure,
+    "vscan": vscan.configure,
 }
 
 
@@ -54,12 +75,14 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     Args:
         name: One of `PRESETS`: ``"prumerge"``, ``"prumerge+"``, ``"trim"``, ``"cls"``, ``"text"``, ``"random"`` and
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
-            ``"visionzip"``, ``"feather"``.
-        model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
+            ``"sparsevlm+"``, ``"visionzip"``, ``"feather"``, ``"divprune"``, ``"cdpruner"``, ``"scope"``, ``"fastervlm"``,
+            ``"swiftvlm"``, ``"dart"``, ``"vispruner"``, ``"hiprune"``, ``"vscan"``.
+        model: The model that it is for, which gives ``layers``, ``tiles``, and ``score`` where its vision encoder has no CLS
+            token.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
             whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the
-            vision encoder has none.
+            vision encoder has none; ``tiles``, for ``"nuwa"``, whether the model cuts images into tiles.
 
     Raises:
         ValueError: There is no such method, or it takes no such option, or the option is out of range.
@@ -71,13 +94,17 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         if option not in known:
             raise ValueError(f"preset {name!r} takes no {option!r}: it takes {', '.join(map(repr, known))}")
     if model is not None:
-        from_model = {"layers": _layers_of, "score": _score_of}
+        from_model = {"layers": _layers_of, "score": _score_of, "tiles": _tiles_of}
         options = {option: from_model[option](model) for option in known if option in from_model} | options
     return PRESETS[name](**options)
 
 
 def _layers_of(model: Any) -> int:
     return len(find_parts(model).text.layers)
+
+
+def _tiles_of(model: Any) -> bool:
+    return packs(find_parts(model).owner)
 
 
 def _score_of(model: Any) -> Score:

@@ -1,7 +1,12 @@
-"""Published layers, which are those of decoders of 32 layers, in a decoder of another depth."""
+"""Published layers, which are those of decoders of 32 layers, in a decoder of another depth.
+
+The authors' code has the same numbers for every decoder, also for the 40 layers of 13B: 8, 16, 24; 16; 2, 6, 15. Here they
+are the same share of the depth.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from ..plain import is_int, plain, shown
@@ -24,7 +29,7 @@ def check_layers(layers: object, stages: int) -> int:
     return value
 
 
-def pruning_layers(first_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
+def pruning_layers(first_layers: Sequence[int | Fraction], layers: int) -> tuple[int, ...]:
     """Return `GapConfig.layer` of each stage.
 
     Args:
@@ -37,7 +42,7 @@ def pruning_layers(first_layers: tuple[int, ...], layers: int) -> tuple[int, ...
     layers = check_layers(layers, len(first_layers))
     scaled_layers: list[int] = []
     for number, layer in enumerate(first_layers):
-        scaled = round(Fraction(layer * layers, PUBLISHED_LAYERS)) - 1
+        scaled = round(Fraction(layer) * layers / PUBLISHED_LAYERS) - 1
         # A layer is left for every stage to come, and one for the end.
         last = layers - 1 - (len(first_layers) - number)
         scaled_layers.append(min(max(scaled, scaled_layers[-1] + 1 if scaled_layers else 0), last))

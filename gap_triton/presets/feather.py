@@ -1,4 +1,4 @@
-"""FEATHER (Endo et al., arXiv 2412.13180, section 5)."""
+"""FEATHER (Endo et al., arXiv 2412.13180, sections 4.2 and 4.3)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,46 @@ from .budget import LEAST, check_share, rounded
 from .depth import pruning_layers
 
 FIRST_LAYERS = (8, 16)
-KEEP_SHARE = 0.3  # of the tokens, at each stage: the released script's fastv_ratio=0.7
-STRIDE = 3
-# The best 30% and a lattice of stride 3 together, where they overlap by chance.
-FIRST = 1 / STRIDE**2 + (1 - 1 / STRIDE**2) * KEEP_SHARE
+LATTICE = 1 / 3**2  # of stride 3
+HALVINGS = 60
 
 
-def configure(budget: float = round(FIRST * KEEP_SHARE, 4), layers: int = 32) -> GapConfig:
+def configure(budget: float = 0.034, layers: int = 32) -> GapConfig:
     """Keep the tokens that the last prompt token attends to when RoPE is left out, and some spread evenly; later fewer.
 
     RoPE makes tokens near the end of the image look important; without it, an early layer ranks better. The released
-    script prunes at layers 8 and 16, 30% survive each time, besides a lattice of stride 3. Here the number of tokens
-    is exact: the first stage keeps what those two make together, a fixed part of it spread evenly
-    (`gap_triton.strategies.STRIDE_SHARE`), and the second keeps the best 30% of that.
+    script prunes at layers 8 and 16. The first stage keeps the best R = 30% and a lattice of stride 3, the second R^2 of
+    what is left: of 576 tokens 218, of which 64 are the lattice's, and 19. Here the number of tokens of the first stage is
+    exact: it keeps what the two make together where they overlap by chance, and the beginning of an even spread takes the
+    place of the lattice. Attention is taken over the visual tokens alone, as in the released code, which keeps ids, as
+    this does.
 
     Args:
-        budget: Share of tokens left after the second stage.
+        budget: Share of tokens left after the second stage; R follows from it. The default is that of R = 30%.
         layers: Number of decoder layers; layers 8 and 16 of 32 are scaled to it.
     """
-    share = check_share(budget)
+    ratio = _ratio(check_share(budget))
     first, second = pruning_layers(FIRST_LAYERS, layers)
+    kept = _together(ratio)
     return GapConfig(
-        keep=rounded(share / KEEP_SHARE),
+        keep=rounded(kept),
         layer=first,
         score="unrotated",
         coverage="stride",
-        then=(Stage(max(share, LEAST), second, "unrotated"),),
+        spread=rounded(LATTICE / kept),
+        then=(Stage(max(rounded(ratio**2), LEAST), second, "unrotated", share_of="left"),),
     )
+
+
+def _together(ratio: float) -> float:
+    """The best ``ratio`` and the lattice together, where they overlap by chance."""
+    return LATTICE + (1 - LATTICE) * ratio
+
+
+def _ratio(budget: float) -> float:
+    """R such that ``budget`` of the tokens are left after both stages."""
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _together(middle) * middle**2 >= budget else (middle, high)
+    return high

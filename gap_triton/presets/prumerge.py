@@ -10,9 +10,11 @@ def configure(budget: float | int | Outliers = "outliers", score: Score = "cls")
     """Keep the tokens that the CLS token attends to most, and merge the others into those whose keys are like theirs.
 
     As in the paper and the released code, by default the number of tokens adapts to the image: those whose attention
-    is an outlier survive. In the released code survivors come out in score order and are numbered from 0; here they
-    stay in raster order with their own ids. The released code appends one token, the sum of all that was dropped; it
-    has no place in the image, so here it takes the place, and the id, of the best-scored dropped token.
+    is an outlier survive. The released code takes the attention of the encoder's last layer, all heads as one; here it is
+    that of the layer whose output the decoder gets, mean over heads. There survivors come out in score order and are
+    numbered from 0; here they stay in raster order with their own ids. The released code appends one token, the sum of all
+    that was dropped; it has no place in the image, so here it takes the place, and the id, of the best-scored dropped
+    token.
 
     Args:
         budget: Share or count of tokens kept, or ``"outliers"``.

@@ -11,8 +11,10 @@ def configure(budget: float | int | Outliers = "outliers") -> GapConfig:
 
     The paper compares with CLIP's text encoder, which the checkpoints of vision-language models do not hold; here
     tokens are compared with the mean embedding of the text after the image, as the decoder gets both. By default the
-    number of tokens adapts to the image as in the paper: those whose similarity is an outlier survive. The mean takes
-    the place, and the id, of the best-scored dropped token.
+    number of tokens adapts to the image as in the released code: as many survive as there are outliers in the softmax of the
+    similarity (which is negated there, because CLIP's is small at what the text names; paper: about a fifth of the tokens).
+    The mean takes the place, and the id, of the best-scored dropped token; the released code puts it last and numbers all
+    tokens from 0.
 
     Args:
         budget: Share or count of tokens kept, the mean included, or ``"outliers"``.

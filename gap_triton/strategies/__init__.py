@@ -5,11 +5,12 @@
 
 from .aggregation import LLAVA, LLAVA_NEXT, QWEN, AggregationRule, aggregate
 from .average import average
+from .cluster import cluster
 from .contextual import contextual, contextual_count
 from .coverage import STRIDE_SHARE, Coverage, choose
 from .merged import Merged
 from .nearest import nearest
-from .outliers import outlier_count
+from .outliers import outlier_count, similarity_outlier_count
 from .relevance import raters, text_similarity
 from .spatial import spatial_order
 
@@ -24,11 +25,13 @@ __all__ = [
     "aggregate",
     "average",
     "choose",
+    "cluster",
     "contextual",
     "contextual_count",
     "nearest",
     "outlier_count",
     "raters",
+    "similarity_outlier_count",
     "spatial_order",
     "text_similarity",
 ]

@@ -1,33 +1,50 @@
-"""Which visual tokens are kept, given their scores: the best anywhere, the best of each region, or some everywhere."""
+"""Which visual tokens are kept, given their scores: the best anywhere, of each region, some everywhere, or by features."""
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
+import torch.nn.functional as F
 from gap_kernels import grid_neighbours, topk_indices, topk_per_region
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
+    FLOAT_DTYPES,
     ShapeChecker,
     check_range,
     describe,
     describe_number,
+    is_number,
     is_readable,
     split_count,
     width_of,
 )
 from torch import Tensor
 
+from ..plain import as_ratio
+from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
+from .two_layers import BY_TWO_LAYERS, by_windows, first_then_best, with_neighbours
 
-Coverage = Literal["topk", "region", "stride"]
+Count = TypeVar("Count", int, Tensor, int | Tensor)
+Coverage = Literal[
+    "topk",
+    "region",
+    "stride",
+    "max_min",
+    "determinant",
+    "coverage_gain",
+    "least_similar",
+    "distinct",
+    "anchors",
+    "windows",
+]
 
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
-STRIDE_SHARE = Fraction(3, 10)
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample.
+STRIDE_SHARE = 0.3
+"""Share of the budget that ``coverage="stride"`` spends on the uniform sample where ``spread`` does not say otherwise.
 
 FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
 them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
@@ -42,6 +59,10 @@ def choose(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    spread: float | None = None,
+    features: Tensor | None = None,
+    exponent: float = 1.0,
+    mask: Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
     """Choose the visual tokens that are kept.
@@ -49,50 +70,60 @@ def choose(
     - ``"topk"``: the best-scored.
     - ``"region"``: the best-scored among the ``per_region`` best of each region (Nüwa, arXiv 2602.02951, which keeps
       112 / 224 / 336 of 576 tokens among the best 1 / 2 / 3 of each 2 x 2 region); see `gap_kernels.topk_per_region`.
-    - ``"stride"``: ``STRIDE_SHARE`` of ``keep``, rounded down, by ``order`` alone; then the best-scored of the others
-      (FEATHER, arXiv 2412.13180). FEATHER's lattice has a fixed stride and what it adds to the best-scored depends on
-      how many they share. Here ``keep`` is exact: the lattice is the beginning of `spatial_order`, and the
-      best-scored fill the budget.
+    - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order``; then the best-scored (FEATHER, 2412.13180).
+    - Those of `strategies.by_features`: by the features of tokens. Those of `strategies.two_layers` are for whole grids.
 
     Equal scores go to the lower row, and NaN counts as -inf. A sample with fewer than N tokens has filler at the end of
-    its row: score -inf, neighbours -1, order -1. Filler is not chosen while ``keep`` is at most the number of tokens.
+    its row: score -inf, neighbours and order -1, mask False; not chosen while ``keep`` is at most the number of tokens.
 
     Args:
         scores: [G, N] float32, one row per grid or per sample.
-        keep: How many to choose, 0..N: an int, or [G] int64.
-        coverage: ``"topk"``, ``"region"`` or ``"stride"``.
-        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
-            form a token that is alone in its region and scored -inf or NaN counts as filler.
-        per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
-            ``ceil(keep / regions)`` of each row, which takes reads from the device.
-        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
-            each may have its own; equal ranks go to the lower row.
+        keep: How many to choose, 0..N: an int, or, but by ``"distinct"``, [G] int64.
+        coverage: One of the above.
+        neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `grid_neighbours`. In the first form a token that
+            is alone in its region and scored -inf or NaN counts as filler.
+        per_region: For ``"region"``: candidates of each region, >= 1. Default: ``ceil(keep / regions)``, which takes reads.
+        order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, of each grid of a row its own.
+        spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
+        features: For those that compare tokens: [G, N, C], of any float dtype.
+        exponent: Power of the scores by ``"determinant"`` and ``"coverage_gain"``.
+        mask: For those that compare tokens, but ``"distinct"``: [G, N] bool, True = a real token. Default: all are.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
 
     Returns:
         [G, length] int64, ascending, filled with -1 on the left.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device than stated, is out of range, or is missing. The
-            values of a ``keep`` tensor are checked on the CPU only.
+        ValueError: If an argument has another shape, dtype or device than stated, is out of range (values of a ``keep``
+            tensor: on the CPU only), or is missing.
     """
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
-        raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
-        )
-    _check_grids(scores, shapes, neighbours, per_region, order)
+    _check_coverage(coverage)
+    _check_grids(scores, shapes, neighbours, per_region, order, spread)
+    _check_features(shapes, coverage, features, mask, keep)
+    if features is not None and coverage in BY_FEATURES:
+        return _by_features(scores, features, keep, coverage, exponent, mask, length)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
     if coverage == "region":
         return _by_region(scores, neighbours, per_region, keep, length)
-    return _by_stride(scores, order, keep, length)
+    return _by_stride(scores, order, keep, length, spread)
 
 
-def choose_on_grid(scores: Tensor, keep: int, coverage: Coverage, grid: tuple[int, int]) -> Tensor:
+def choose_on_grid(
+    scores: Tensor,
+    keep: int,
+    coverage: Coverage,
+    grid: tuple[int, int],
+    beside: Tensor | None = None,
+    *,
+    exponent: float = 1.0,
+    per_region: int | None = None,
+    spread: float | None = None,
+) -> Tensor:
     """Choose as `choose` does where every row is one whole grid, in the fewest operations and without a read.
 
     Args:
@@ -100,23 +131,29 @@ def choose_on_grid(scores: Tensor, keep: int, coverage: Coverage, grid: tuple[in
         keep: How many to choose, 0..N.
         coverage: How.
         grid: (H, W), H * W = N.
+        beside: What a coverage looks at beside the scores: [G, N, C], features, where it compares tokens; [G, N] float32,
+            the score in an earlier layer of the vision encoder, for ``"anchors"`` and ``"windows"``.
+        exponent: Power of the scores, as in `choose`.
+        per_region: For ``"region"``, as in `choose`.
+        spread: For ``"stride"``, as in `choose`.
 
     Returns:
         [G, keep] int64, ascending.
     """
-    if coverage == "topk":
+    if coverage == "topk" or keep == scores.shape[1]:
         return topk_indices(scores, keep)
+    if beside is not None and coverage in BY_FEATURES:
+        return _by_features(scores, beside, keep, coverage, exponent, None, keep)
+    if beside is not None and coverage in BY_TWO_LAYERS:
+        by_two = with_neighbours if coverage == "anchors" else by_windows
+        return by_two(scores, beside, keep, grid)
     if coverage == "region":
         neighbours = grid_neighbours(grid, device=scores.device)
         regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
-        return topk_per_region(scores, neighbours[None], max(-(-keep // regions), 1), keep)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    # The lattice is chosen first: no score is above the largest number but its infinity.
-    scores = torch.nan_to_num(
-        scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
-    )
-    in_lattice = spatial_order(grid, device=scores.device) < lattice
-    return topk_indices(scores.masked_fill_(in_lattice, torch.inf), keep)
+        candidates = max(-(-keep // regions), 1) if per_region is None else per_region
+        return topk_per_region(scores, neighbours[None], candidates, keep)
+    in_lattice = spatial_order(grid, device=scores.device) < _lattice(keep, spread)
+    return first_then_best(scores, in_lattice, keep)
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:
@@ -132,13 +169,24 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
     return width_of("keep", count, counts, length)
 
 
+def _check_coverage(coverage: Coverage) -> None:
+    allowed = [each for each in get_args(Coverage) if each not in BY_TWO_LAYERS]
+    if not isinstance(coverage, str) or coverage not in allowed:
+        raise ValueError(
+            f"coverage: expected one of {', '.join(map(repr, allowed))}, got {describe(coverage)}"
+        )
+
+
 def _check_grids(
     scores: Tensor,
     shapes: ShapeChecker,
     neighbours: Tensor | None,
     per_region: int | None,
     order: Tensor | None,
+    spread: float | None,
 ) -> None:
+    if spread is not None and (not is_number(spread) or not 0 <= spread <= 1):
+        raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
     if per_region is not None:
@@ -149,6 +197,51 @@ def _check_grids(
             raise ValueError(
                 f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
             )
+
+
+def _check_features(
+    shapes: ShapeChecker,
+    coverage: Coverage,
+    features: Tensor | None,
+    mask: Tensor | None,
+    keep: int | Tensor,
+) -> None:
+    if features is not None:
+        shapes.check("features", features, "B N C", FLOAT_DTYPES)
+    if mask is not None:
+        shapes.check("mask", mask, "B N", (torch.bool,))
+    if coverage not in BY_FEATURES:
+        return
+    if features is None:
+        raise ValueError(
+            f"features: coverage={coverage!r} compares tokens by their features, [G, N, C], got None"
+        )
+    if coverage == "distinct" and isinstance(keep, Tensor):
+        raise ValueError(
+            f"keep: coverage='distinct' takes an int, the same for all rows, got {describe(keep)}"
+        )
+    if coverage == "distinct" and mask is not None:
+        raise ValueError(f"mask: coverage='distinct' takes rows without filler, got {describe(mask)}")
+
+
+def _by_features(
+    scores: Tensor,
+    features: Tensor,
+    keep: int | Tensor,
+    coverage: Coverage,
+    exponent: float,
+    mask: Tensor | None,
+    length: int,
+) -> Tensor:
+    if coverage in GREEDY:
+        given = (scores, features, keep, coverage)
+        return choose_greedily(*given, exponent=exponent, mask=mask, length=length)
+    if coverage == "least_similar":
+        return least_similar(scores, features, keep, mask=mask, length=length)
+    assert not isinstance(keep, Tensor)
+    scores = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    index = distinct(scores, features, keep)
+    return index if length == keep else F.pad(index, (length - keep, 0), value=-1)
 
 
 def _by_region(
@@ -185,13 +278,20 @@ def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
     return ((keep + regions - 1) // regions).clamp(min=1)
 
 
-def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:
+def _by_stride(
+    scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int, spread: float | None
+) -> Tensor:
     if order is None:
         raise ValueError("order: coverage='stride' needs the rank of each token, got None; see spatial_order")
     order = order.expand_as(scores)
-    lattice = keep * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
-    lattice_length = length * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    lattice, lattice_length = _lattice(keep, spread), _lattice(length, spread)
     uniform = topk_indices(last_where(order < 0, -order.float()), lattice, length=lattice_length)
     others = ~members(uniform, scores.shape[1])
     best = best_of(scores, others, keep - lattice, length - lattice_length)
     return torch.cat([uniform, best], dim=1).sort(dim=1).values
+
+
+def _lattice(keep: Count, spread: float | None) -> Count:
+    """``spread`` of ``keep``, rounded down."""
+    numerator, denominator = as_ratio(STRIDE_SHARE if spread is None else float(spread))
+    return keep * numerator // denominator

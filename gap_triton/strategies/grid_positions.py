@@ -57,6 +57,9 @@ class GridPositions:
         keep: int | torch.Tensor,
         coverage: Coverage,
         length: int,
+        *,
+        per_region: int | None = None,
+        spread: float | None = None,
     ) -> torch.Tensor:
         """Return [B, V] float32: 1 at the candidates that ``coverage`` chooses, else 0.
 
@@ -67,6 +70,8 @@ class GridPositions:
             keep: How many to choose, as many in all samples or [B] int64.
             coverage: How.
             length: The largest of ``keep``.
+            per_region: As in `gap_triton.Stage`.
+            spread: Likewise.
         """
         scores = torch.where(candidates < 0, -torch.inf, scores)
         index = choose(
@@ -75,6 +80,8 @@ class GridPositions:
             coverage,
             neighbours=self.neighbours_of(rows) if coverage == "region" else None,
             order=self.rank_of(rows) if coverage == "stride" else None,
+            per_region=per_region,
+            spread=spread,
             length=length,
         )
         mask = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)

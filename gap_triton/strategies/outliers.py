@@ -1,4 +1,4 @@
-"""How many tokens stand out: PruMerge's adaptive count (arXiv 2403.15388)."""
+"""How many tokens stand out: the adaptive counts of PruMerge (arXiv 2403.15388) and TRIM (arXiv 2409.10994)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from torch import Tensor
 
 from ..constants import Constants
 from ..host import to_device
+
+SIMILARITY_SCALE = 100.0
+"""What a cosine to the text is multiplied by before the softmax of `similarity_outlier_count`.
+
+TRIM's code takes dot products of CLIP embeddings as they are, whose norms have a product of that order; it is also the
+scale that CLIP itself was trained to.
+"""
 
 _RANKS = Constants(64)
 
@@ -38,6 +45,27 @@ def outlier_count(scores: Tensor) -> Tensor:
         return scores.new_empty(0, dtype=torch.int64)
     first, third = _quartiles(scores)
     return (scores > (third + 1.5 * (third - first))[:, None]).sum(1).clamp(min=1)
+
+
+def similarity_outlier_count(similarities: Tensor) -> Tensor:
+    """Count the outliers of the softmax of similarities to the text, as TRIM's released code does.
+
+    The softmax has a long tail above, so that far more stand out than among the similarities themselves. TRIM negates
+    CLIP's similarities, which are small where an image shows what the text says; ``similarities`` here are large there.
+
+    Args:
+        similarities: [G, N] float32, cosines, N >= 1. NaN is left out.
+
+    Returns:
+        [G] int64, at least 1.
+
+    Raises:
+        ValueError: As `outlier_count`.
+    """
+    ShapeChecker().check("similarities", similarities, "G N", (torch.float32,))
+    missing = similarities.isnan()
+    weights = (similarities.masked_fill(missing, -torch.inf) * SIMILARITY_SCALE).softmax(dim=1)
+    return outlier_count(weights.masked_fill(missing, torch.nan))
 
 
 def _quartiles(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,11 @@ def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     return torch.where(real, rows, 0)
 
 
+def rows_at(tensor: Tensor, index: Tensor) -> Tensor:
+    """Gather [G, N, C] at [G, K] int64, which holds no filler, into [G, K, C]."""
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[2]))
+
+
 def best_of(scores: Tensor, candidates: Tensor, k: int | Tensor, length: int) -> Tensor:
     """Select the best-scored of some rows.
 

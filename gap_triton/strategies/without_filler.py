@@ -1,7 +1,7 @@
 """The merges where every grid keeps equally many tokens and no index holds filler, in the fewest operations.
 
-They give what `average`, `nearest` and `contextual` give, of the tokens that change alone: no row is kept that has not taken
-others in. Nothing is checked, and no number is counted on the device that the host knows.
+They give what `average`, `nearest`, `contextual` and `cluster` give, of the tokens that change alone: no row is kept that
+has not taken others in. Nothing is checked, and no number is counted on the device that the host knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .merged import Merged
 from .nearest import COLLECT_COUNT
-from .rows import accumulation_dtype
+from .rows import accumulation_dtype, rows_at
 
 
 def best_first(scores: Tensor, count: int) -> Tensor:
@@ -72,11 +72,11 @@ def nearest_of_all(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor)
     def collected(block: slice) -> Tensor:
         rows = kept[:, block]
         # A token does not collect itself, nor what it has no cosine to: both are NaN, which comes last.
-        cosine = (_rows(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
+        cosine = (rows_at(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
         best = topk_indices(cosine.flatten(0, 1), most).view(*rows.shape, most)
         near = torch.zeros_like(cosine, dtype=torch.bool).scatter_(2, best, True)
         shares = near.logical_and_(cosine == cosine) * weights
-        return torch.baddbmm(_rows(values, rows), shares, values)
+        return torch.baddbmm(rows_at(values, rows), shares, values)
 
     blocks = list(row_blocks(kept.shape[1], features.shape[0] * num_rows))
     parts = list(map(collected, blocks))
@@ -103,8 +103,8 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
     rest = topk_indices(is_rest, num_rest)  # ascending
     stride = num_rest // count
     targets = slice(0, count * stride, stride)
-    unit = F.normalize(_rows(keys, rest).to(accumulation_dtype(keys)), dim=-1)
-    values = _rows(features, rest).to(dtype)
+    unit = F.normalize(rows_at(keys, rest).to(accumulation_dtype(keys)), dim=-1)
+    values = rows_at(features, rest).to(dtype)
     target_units = unit[:, targets].transpose(1, 2)  # [G, E, M]
     goes_to = values.new_zeros(groups, num_rest, count)
     for block in row_blocks(num_rest, groups * count):
@@ -117,6 +117,29 @@ def contextual_of_rest(features: Tensor, keys: Tensor, kept: Tensor, count: int)
     return Merged(rest[:, targets], torch.addcdiv(values[:, targets], total, number).to(features.dtype))
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Gather [G, N, C] at [G, K] int64 into [G, K, C]."""
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[2]))
+@without_autocast
+def means_of_all(features: Tensor, kept: Tensor, filler: Tensor | None = None) -> Tensor:
+    """Return the features of the tokens of `cluster`, [G, K, C].
+
+    Args:
+        features: [G, N, C], N >= 1.
+        kept: [G, K] int64, distinct.
+        filler: [G, K] bool, True where nothing is kept; None = nowhere.
+    """
+    groups, num_rows, dtype = len(features), features.shape[1], accumulation_dtype(features)
+    values = features.to(dtype)
+    unit = F.normalize(values, dim=-1)
+    target_units = rows_at(unit, kept).transpose(1, 2)  # [G, C, K]
+    goes_to = values.new_zeros(groups, num_rows + 1, kept.shape[1])  # the last row takes filler
+    for block in row_blocks(num_rows, groups * kept.shape[1]):
+        cosine = (unit[:, block] @ target_units).float()
+        if filler is not None:
+            # What has no cosine to anything goes to what is kept all the same.
+            cosine = torch.where(cosine.isnan(), -torch.inf, cosine).masked_fill(filler[:, None], torch.nan)
+        best = topk_indices(cosine.flatten(0, 1), 1)
+        goes_to[:, block].scatter_(2, best.view(*cosine.shape[:2], 1), 1.0)
+    own = kept if filler is None else kept.masked_fill(filler, num_rows)
+    goes_to = goes_to.scatter_(1, own[..., None].expand(-1, -1, kept.shape[1]), 0.0)[:, :-1]
+    number = goes_to.sum(1)[..., None] + 1
+    total = rows_at(values, kept) + goes_to.transpose(1, 2) @ values
+    return (total / number).to(features.dtype)

@@ -50,6 +50,8 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
         more = int(stage.merge in ADDS_ONE)
         kept = (min(count + more, view.size) for count, view in zip(outliers, layout.views, strict=True))
         return Budget(tuple(kept), unplaced, unplaced)
+    if stage.budget_by == "tiles":
+        return Budget(_by_tiles(layout, stage, in_views), unplaced, unplaced)
     totals = list(map(stage.count, layout.counts))
     newlines = tuple(
         min(count, max(total // NEWLINES_OF, total - inside))
@@ -62,6 +64,27 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
         total = totals[view.sample] - newlines[view.sample]
         shares.append(total * end // size - total * start // size)
     return Budget(tuple(shares), newlines, unplaced)
+
+
+def _by_tiles(layout: Layout, stage: Stage, in_views: Sequence[int]) -> tuple[int, ...]:
+    """How many tokens of each view survive if every tile keeps equally many; ``in_views`` is how many tokens a sample has.
+
+    An image's first view is its overview, one tile; the others are of as many tiles as it takes to cover them, for what
+    belongs to no pixel was cut off at the rim.
+    """
+    overviews: dict[tuple[int, int], tuple[int, int]] = {}
+    tiles = []
+    for view in layout.views:
+        height, width = overviews.setdefault((view.sample, view.image), view.grid)
+        tiles.append(-(-view.grid[0] // height) * -(-view.grid[1] // width))
+    of_sample = [0] * len(layout.counts)
+    for view, number in zip(layout.views, tiles, strict=True):
+        of_sample[view.sample] += number
+    keeps = [stage.keep if isinstance(stage.keep, int) else stage.count(count) for count in in_views]
+    return tuple(
+        min(keeps[view.sample] // of_sample[view.sample] * number, view.size)
+        for view, number in zip(layout.views, tiles, strict=True)
+    )
 
 
 def newlines_that_stay(unplaced: np.ndarray, budget: Budget) -> np.ndarray:

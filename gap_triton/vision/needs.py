@@ -16,7 +16,16 @@ MERGE_NEEDS: dict[str, Needs] = {
     "contextual": frozenset({"keys", "features"}),
     "nearest": frozenset({"keys", "features"}),
     "average": frozenset(),  # of tokens as the decoder gets them
+    "cluster": frozenset(),  # likewise
 }
+FEATURE_COVERAGES = ("coverage_gain", "distinct")
+EARLIER_SCORES: dict[tuple[str, str], Need] = {
+    ("anchors", "cls"): "middle_cls",
+    ("anchors", "received"): "middle_received",
+    ("windows", "cls"): "early_cls",
+    ("windows", "received"): "early_received",
+}
+"""By coverage and score, the same score in an earlier layer."""
 TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
@@ -25,7 +34,14 @@ def needs_of(config: GapConfig) -> Needs:
     stage: Stage = config.stages[0]
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()
-    return frozenset(need for need in TOWER_SCORES if need == stage.score) | MERGE_NEEDS[stage.merge]
+    of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
+    of_coverage: Needs = frozenset()
+    # Of an encoder that doesn't rank, nothing is recorded to compare tokens: that is done as the decoder gets them.
+    if of_score and stage.coverage in FEATURE_COVERAGES:
+        of_coverage = frozenset({"features"})
+    if (stage.coverage, stage.score) in EARLIER_SCORES:
+        of_coverage = frozenset({EARLIER_SCORES[stage.coverage, stage.score]})
+    return of_score | of_coverage | MERGE_NEEDS[stage.merge]
 
 
 def hook_tower(attachment: Attachment, config: GapConfig) -> None:

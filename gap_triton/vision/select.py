@@ -27,21 +27,25 @@ from ..strategies import (
     Merged,
     contextual_count,
     outlier_count,
+    similarity_outlier_count,
     text_similarity,
 )
 from ..strategies.aggregation import aggregate_without_filler
+from ..strategies.by_features import BY_FEATURES
 from ..strategies.coverage import choose_on_grid
 from ..strategies.without_filler import (
     average_of_rest,
     best_first,
     best_of_rest,
     contextual_of_rest,
+    means_of_all,
     nearest_of_all,
 )
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
+from .needs import EARLIER_SCORES, FEATURE_COVERAGES, MERGE_NEEDS
 from .places import Group, Places
 
 Kwargs = dict[str, Any]
@@ -97,23 +101,32 @@ def select_before_decoder(
     )
     _refuse_other_images(state.attachment.owner, layout, tower)
     scores = _scores(state, prompt, stage, places, tower, kwargs)  # [B, V]
-    outliers = _outliers(places, scores) if stage.keep == "outliers" else None
+    outliers = _outliers(places, scores, stage) if stage.keep == "outliers" else None
     budget = budget_of(layout, stage, outliers)
     keep = list(budget.newlines)
     for view, share in zip(layout.views, budget.views, strict=True):
         keep[view.sample] += share
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
-    stays, merged = _choose(places, scores, budget, stage, merging)
+    beside = _beside(prompt, stage, places, tower, kwargs)
+    stays, merged = _choose(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, stays, tuple(keep)), kwargs
 
 
 def _choose(
-    places: Places, scores: Tensor, budget: Budget, stage: Stage, merging: Merging | None
+    places: Places,
+    scores: Tensor,
+    budget: Budget,
+    stage: Stage,
+    merging: Merging | None,
+    beside: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change."""
+    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change.
+
+    ``beside`` [B * V, ...] is what the coverage looks at beside scores, None where that is nothing.
+    """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
     if are_best and merging is None:
@@ -121,7 +134,9 @@ def _choose(
     stays = None if are_best else places.stays(budget)
     merged: list[tuple[Tensor, Tensor]] = []
     for group in places.groups(budget.views):
-        survivors, changed = _survivors_of(group, group.at_slots(scores.flatten()), stage, merging)
+        beside_score = None if beside is None else group.at_slots(beside).to(scores.device)
+        score = group.at_slots(scores.flatten())
+        survivors, changed = _survivors_of(group, score, stage, merging, beside_score)
         if stays is not None:
             for index in survivors:
                 stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
@@ -144,8 +159,8 @@ def _embeds_of(stage: Stage, kwargs: Kwargs) -> Tensor:
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         raise ValueError(
-            f"score={stage.score!r}, merge={stage.merge!r}: the decoder was given input_ids, which hold no image features; "
-            "pass inputs_embeds"
+            f"score={stage.score!r}, coverage={stage.coverage!r}, merge={stage.merge!r}: the decoder was given input_ids, "
+            "which hold no image features; pass inputs_embeds"
         )
     return embeds
 
@@ -201,6 +216,22 @@ def _scores(
     return places.at_features(by_feature).to(places.device)
 
 
+def _beside(
+    prompt: Prompt, stage: Stage, places: Places, tower: TowerOutput, kwargs: Kwargs
+) -> Tensor | None:
+    """What the coverage looks at beside scores: what tokens are compared by [B * V, C], or their score in an earlier layer
+    [B * V]; any rows at filler, and at newlines where it comes from the vision encoder."""
+    earlier = EARLIER_SCORES.get((stage.coverage, stage.score))
+    if earlier is not None:
+        return places.at_features(tower.rows[earlier]).flatten()
+    if stage.coverage not in BY_FEATURES:
+        return None
+    entering = tower.features if stage.coverage in FEATURE_COVERAGES else None
+    if entering is not None:
+        return places.at_features(entering).flatten(0, 1)
+    return _rows_of(_embeds_of(stage, kwargs), prompt.visual_index, prompt.visual_counts).flatten(0, 1)
+
+
 def _text_similarities(prompt: Prompt, embeds: Tensor) -> Tensor:
     """Cosine to the mean embedding of the text after the image; where there is none, of all text. [B, V] float32."""
     visual = _rows_of(embeds, prompt.visual_index, prompt.visual_counts)
@@ -222,35 +253,49 @@ def _rows_of(embeds: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
     return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[2]))
 
 
-def _outliers(places: Places, scores: Tensor) -> list[int]:
+def _outliers(places: Places, scores: Tensor, stage: Stage) -> list[int]:
     """How many tokens stand out in each view. One read for all."""
     views = places.layout.views
     if not views:
         return []
     groups = places.groups([1] * len(views))
-    counts = torch.cat([outlier_count(group.at_slots(scores.flatten())) for group in groups]).tolist()
+    count = similarity_outlier_count if stage.score == "text_similarity" else outlier_count
+    counts = torch.cat([count(group.at_slots(scores.flatten())) for group in groups]).tolist()
     by_view = dict(zip((number for group in groups for number in group.views), counts, strict=True))
     return [by_view[number] for number in range(len(views))]
 
 
 def _survivors_of(
-    group: Group, score: Tensor, stage: Stage, merging: Merging | None
+    group: Group, score: Tensor, stage: Stage, merging: Merging | None, beside: Tensor | None
 ) -> tuple[list[Tensor], Merged | None]:
     """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
 
-    ``score`` is [G, N].
+    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it.
     """
     keep = group.keep
+
+    def chosen(count: int) -> Tensor:
+        return choose_on_grid(
+            score,
+            count,
+            stage.coverage,
+            group.grid,
+            beside,
+            exponent=stage.exponent,
+            per_region=stage.per_region,
+            spread=stage.spread,
+        )
+
     if merging is None or keep == group.size[1]:
-        return [choose_on_grid(score, keep, stage.coverage, group.grid)], None
+        return [chosen(keep)], None
     if merging.merge in ADDS_ONE and stage.coverage == "topk":
         survivors = best_first(score, keep)
     elif merging.merge in ADDS_ONE:
-        kept = choose_on_grid(score, keep - 1, stage.coverage, group.grid)
+        kept = chosen(keep - 1)
         survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
     else:
         count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
-        survivors = choose_on_grid(score, keep - count, stage.coverage, group.grid)
+        survivors = chosen(keep - count)
     changed = _merge(group, merging, score, survivors)
     if merging.before_projector:
         changed = changed._replace(features=merging.tower.project(changed.features))
@@ -276,6 +321,8 @@ def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> 
     score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
         return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
+    if merging.merge == "cluster":
+        return Merged(survivors, means_of_all(features, index))
     if merging.merge == "aggregation":
         similarity = group.at_features(recorded["similarity"]).to(device)
         merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
@@ -300,7 +347,7 @@ def _merging(
     if len(rows) > 1:
         rows = rows + places.sample_starts(embeds.shape[1])
     rows = rows.flatten()
-    if "features" in tower.rows:
+    if "features" in tower.rows and "features" in MERGE_NEEDS[stage.merge]:
         if attachment.projector_is_last is None:
             attachment.projector_is_last = _projector_is_last(places, rows, tower, embeds)
         before_projector = attachment.projector_is_last is not False

@@ -32,6 +32,9 @@ POOLING_FIELDS = (
 )
 ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
+EARLIER = {"middle": 3 / 8, "early": 1 / 4}
+"""Layers that methods rank by besides the last: the 9th of 24 (HiPrune, arXiv 2508.00553) and the 6th (VScan, arXiv
+2505.22654), as shares of the depth. On Qwen2.5-VL, with full attention in layers 8, 16, 24 and 32, the 16th and the 8th."""
 INDICES = 64
 """How many index tensors of a tower stay in memory, each for images of other sizes."""
 
@@ -46,6 +49,7 @@ class Tower:
         layers: Its layers.
         attention: Attention of the scoring layer: the one whose output becomes the visual features (the deepest, if several
             do); where a tower has windows, the last layer without.
+        earlier: Attention of layers before it, by the names of `EARLIER`.
         projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
             module.
         has_cls: The tower's first token is a CLS token.
@@ -59,6 +63,7 @@ class Tower:
     module: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attention: nn.Module
+    earlier: dict[str, nn.Module]
     projector: nn.Module | None
     has_cls: bool
     leading: int
@@ -107,7 +112,7 @@ class Tower:
         same = all(
             getattr(current, name) is getattr(self, name) for name in ("module", "attention", "projector")
         )
-        return same and current.layers == self.layers
+        return same and current.layers == self.layers and current.earlier == self.earlier
 
     def asks_for_sizes(self) -> bool:
         """Return whether `to_features` may ask for the sizes of images."""
@@ -160,6 +165,10 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         module=module,
         layers=tuple(layers),
         attention=_attention_of(layers[_scoring_layer(owner, module, len(layers))])[0],
+        earlier={
+            name: _attention_of(layers[_earlier_layer(module, len(layers), share)])[0]
+            for name, share in EARLIER.items()
+        },
         projector=_projector_of(owner),
         has_cls=has_cls,
         leading=int(has_cls if strategy is None else strategy == "default"),
@@ -291,6 +300,15 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     # State 0 enters the first layer, and state i + 1 is what layer i puts out.
     states = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     return max(state + layers if state < 0 else state - 1 for state in states)
+
+
+def _earlier_layer(module: PreTrainedModel, layers: int, share: float) -> int:
+    """The last layer of the first ``share`` of them; where a tower has windows, the layer without that is nearest."""
+    full = getattr(module.config, "fullatt_block_indexes", None)
+    candidates = range(layers) if full is None else sorted(index for index in full if index < layers)
+    last = share * layers - 1
+    # Of two that are equally near, the later one.
+    return min(candidates, key=lambda index: (abs(index - last), -index))
 
 
 def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:

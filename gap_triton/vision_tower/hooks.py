@@ -30,7 +30,7 @@ _current_recorder: ContextVar[weakref.ref[TowerRecorder] | None] = ContextVar(
 def check_needs(tower: Tower, needs: Needs) -> None:
     """Raise ValueError if ``tower`` does not have something of ``needs``; the message names what it has."""
     name = type(tower.module).__name__
-    if "cls" in needs and not tower.has_cls:
+    if any(need.endswith("cls") for need in needs) and not tower.has_cls:
         raise ValueError(
             f"{name} has no CLS token, whose attention could rank the visual tokens: use score='received', the attention "
             "that each of them receives"
@@ -108,7 +108,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     Returns:
         Handles, whose ``remove()`` takes everything off again and restores the tower's implementation of attention.
     """
-    handles: list[Any] = [_Mark(tower.attention)]
+    handles: list[Any] = [_Mark(each) for each in dict.fromkeys([tower.attention, *tower.earlier.values()])]
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
             handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
@@ -224,7 +224,7 @@ def _count(output: Any) -> int:
 
 
 class _Mark:
-    """Marks the scoring layer's attention, so that the others need not read a context variable."""
+    """Marks the attention of a layer that may score, so that the others need not read a context variable."""
 
     def __init__(self, attention: nn.Module):
         self.attention = attention

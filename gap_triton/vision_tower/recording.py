@@ -19,9 +19,27 @@ from torch import Tensor, nn
 from ..host import to_device
 from .finding import ALTERNATIVE, Tower
 
-Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
+Need = Literal[
+    "cls",
+    "received",
+    "key_norm",
+    "keys",
+    "similarity",
+    "features",
+    "middle_cls",
+    "middle_received",
+    "early_cls",
+    "early_received",
+]
 Needs = frozenset[Need]
 FROM_ATTENTION: Needs = frozenset({"cls", "received", "key_norm", "keys"})
+FROM_EARLIER: dict[Need, tuple[str, Literal["cls", "received"]]] = {
+    "middle_cls": ("middle", "cls"),
+    "middle_received": ("middle", "received"),
+    "early_cls": ("early", "cls"),
+    "early_received": ("early", "received"),
+}
+"""Scores of a layer before the scoring one: which, of `EARLIER`, and what."""
 
 current_recording: ContextVar[Recording | None] = ContextVar("gap_triton_recording", default=None)
 
@@ -42,6 +60,10 @@ class TowerOutput:
         similarity: [F, E] float32, mean of the hidden states that the last third of the tower's layers puts out, and of the
             one that enters it (24 layers: states 16 to 24); of several patches, their mean.
         features: [F, C], what enters the projector.
+        middle_cls: `cls` of the layer at 3/8 of the depth.
+        middle_received: `received` of that layer.
+        early_cls: `cls` of the layer at 1/4 of the depth.
+        early_received: `received` of that layer.
         projector: Maps features to the width of the decoder; None where there is none that does so token by token.
     """
 
@@ -51,6 +73,10 @@ class TowerOutput:
     keys: Tensor | None = None
     similarity: Tensor | None = None
     features: Tensor | None = None
+    middle_cls: Tensor | None = None
+    middle_received: Tensor | None = None
+    early_cls: Tensor | None = None
+    early_received: Tensor | None = None
     projector: nn.Module | None = None
 
     @property
@@ -118,7 +144,7 @@ class Recording:
     def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
-        """Score by the attention of ``module`` if it is the scoring layer's. Query and key are not kept.
+        """Score by the attention of ``module`` if it is that of a layer that scores. Query and key are not kept.
 
         Args:
             module: The attention layer that calls.
@@ -130,33 +156,50 @@ class Recording:
         Raises:
             ValueError: Heads are missing, or the mask hides tokens in another way than images in one sequence do.
         """
+        query, key = query.detach(), key.detach()
+        for need, (place, kind) in FROM_EARLIER.items():
+            if need in self.needs and module is self.tower.earlier[place]:
+                self._check_heads(query)
+                self._parts[need].append(self._score(kind, query, key, mask, scale))
         if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
-        query, key = query.detach(), key.detach()
-        batch, _, tokens, _ = query.shape
-        first = self.tower.leading
-        if "cls" in self.needs:
-            if mask is not None and len(_sequences(mask)) > 2:
-                raise ValueError(f"{_HIDDEN}: use score='received'")
-            index, row = self.tower.constants.get(
-                ("cls", batch, tokens, query.device),
-                query.device,
-                lambda: self._cls_index(batch, tokens, query.device),
-            )
-            score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
-            self._parts["cls"].append(score.flatten().float())
-        if "received" in self.needs:
-            bounds = None if mask is None else _sequences(mask)
-            whole = bounds is None or len(bounds) == 2
-            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            self._parts["received"].append(score[:, first:].flatten().float())
+        kinds: tuple[Literal["cls", "received"], ...] = ("cls", "received")
+        for kind in kinds:
+            if kind in self.needs:
+                self._parts[kind].append(self._score(kind, query, key, mask, scale))
         if self.needs & {"key_norm", "keys"}:
+            first = self.tower.leading
             rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
             if "key_norm" in self.needs:
                 self._parts["key_norm"].append(rows.float().norm(dim=-1))
             if "keys" in self.needs:
                 self._parts["keys"].append(rows)
+
+    def _score(
+        self,
+        kind: Literal["cls", "received"],
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """[B * S] float32, the attention of the CLS row, or what each token receives."""
+        batch, _, tokens, _ = query.shape
+        bounds = None if mask is None else _sequences(mask)
+        whole = bounds is None or len(bounds) == 2
+        if kind == "received":
+            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
+            return score[:, self.tower.leading :].flatten().float()
+        if not whole:
+            raise ValueError(f"{_HIDDEN}: use score='received'")
+        index, row = self.tower.constants.get(
+            ("cls", batch, tokens, query.device),
+            query.device,
+            lambda: self._cls_index(batch, tokens, query.device),
+        )
+        score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
+        return score.flatten().float()
 
     def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""

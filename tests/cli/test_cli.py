@@ -24,7 +24,7 @@ from gap_triton.demo import table
 from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL
 from gap_triton.demo.grounding import answer_boxes, boxes_from_tokens
 from gap_triton.demo.run import load_embedded_model, run_demo
-from gap_triton.demo.scenes import held_out
+from gap_triton.demo.scenes import SPLITS, Split, held_out
 from gap_triton_cli import ask as single
 from gap_triton_cli import choices
 from gap_triton_cli.loading import EMBEDDED
@@ -99,6 +99,7 @@ def test_choices_and_defaults_are_those_of_the_library() -> None:
     assert get_args(choices.Score) == get_args(config.Score)
     assert get_args(choices.Ids) == get_args(config.Ids)
     assert (GapConfig.keep, GapConfig.layer, GapConfig.score) == (choices.KEEP, choices.LAYER, choices.SCORE)
+    assert get_args(choices.Split) == get_args(Split) == tuple(SPLITS)
     assert tuple(ARCHITECTURES) == choices.ARCHITECTURES
     help_of_run = said(cli("run", "--help"))
     assert all(f"'{name}'" in help_of_run for name in EMBEDDED)
@@ -381,7 +382,7 @@ def test_an_evaluation_without_matplotlib_has_no_pictures(monkeypatch, tmp_path)
     options = ("--methods", "cls", "--coverage", "--budgets", "0.5", "--samples", "2")
     result = cli("eval", *options, "--output", str(tmp_path))
     assert result.exit_code == 0, (result.output, result.exception)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".jsonl", ".md"}
     for name in ("methods.png", "coverage.png"):
         assert f"left out {name}: matplotlib is not installed: pip install matplotlib" in result.output
 

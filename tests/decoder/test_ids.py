@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import ways
+from support.naive.ids import stretched
 from support.prompts import make_prompt
 from support.tiny import BOS, IMAGE, LAYERS, build, generate
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.prefill.position_ids import compact, score_order
+from gap_triton.prefill.position_ids import compact, score_order, stretch
 
 LAYER = 1
 
@@ -92,33 +96,113 @@ def replay(
 
 
 @pytest.mark.parametrize(("layer", "score"), [(LAYER, "last_token"), (-1, "cls"), (-1, "random")])
-@pytest.mark.parametrize("ids", ["kept", "compacted", "permuted"])
-def test_logits_equal_a_plain_loop_over_the_layers(ids: str, layer: int, score: str) -> None:
-    model, inputs = attached(ids=ids, layer=layer, score=score), make_prompt("llava", "single")
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+@pytest.mark.parametrize("ids", ["kept", "compacted", "permuted", "reordered", "stretched"])
+def test_logits_equal_a_plain_loop_over_the_layers(ids: str, keep: float, layer: int, score: str) -> None:
+    model, inputs = attached(ids=ids, layer=layer, score=score, keep=keep), make_prompt("llava", "single")
     output = generate(model, inputs, tokens=4)
     selection = gap_triton.last_selection(model)
     gap_triton.detach(model)
 
     prompt_length = inputs["input_ids"].shape[1]
-    rows = selection.index[0].tolist()
-    if ids == "permuted":
+    if ids == "kept" and keep == 1.0:
+        assert selection is None
+        rows = list(range(prompt_length))
+    else:
+        rows = selection.index[0].tolist()
+    if ids in ("permuted", "reordered"):
         score = dict(zip(selection.candidates[0].tolist(), selection.score[0].tolist(), strict=True))
         best_first = iter(sorted((r for r in rows if r in score), key=lambda r: (-score[r], r)))
         order = [next(best_first) if r in score else r for r in rows]
         assert order != rows
     else:
         order = rows
-    numbers = rows if ids == "kept" else list(range(len(rows)))
+    visual = (inputs["input_ids"][0] == IMAGE).tolist()
+    numbers = rows
+    if ids in ("compacted", "permuted"):
+        numbers = list(range(len(rows)))
+    elif ids == "stretched":
+        numbers = stretched(range(prompt_length), visual, rows)
+    assert keep == 1.0 or ids in ("kept", "reordered") or numbers != rows
     for step in range(4):
         tokens = output.sequences[:, : prompt_length + step]
         new = list(range(prompt_length, prompt_length + step))
-        behind = new if ids == "kept" else [len(rows) + i for i in range(step)]
+        behind = [len(rows) + i for i in range(step)] if ids in ("compacted", "permuted") else new
         with torch.no_grad():
             expected = replay(model, tokens, inputs["pixel_values"], order + new, numbers + behind, layer)
         assert float((output.logits[step] - expected).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("ids", ["compacted", "permuted"])
+@pytest.mark.parametrize("ids", ["compacted", "permuted", "reordered", "stretched"])
+@pytest.mark.parametrize("score", ["last_token", "random"])
+def test_wrong_ids_with_nothing_dropped(ids: str, score: str) -> None:
+    """GAP's figure 2b: order alone breaks the model; the value of 1-D ids is right where nothing is missing."""
+    inputs = make_prompt("llava", "left-padded")
+    with torch.no_grad():
+        unpruned = build("llava", "sdpa")(**inputs).logits[:, -1]
+        found = attached(ids=ids, keep=1.0, score=score)(**inputs).logits[:, -1]
+        count = attached(ids=ids, keep=10**6, score=score)(**inputs).logits[:, -1]
+    assert torch.equal(found, count)
+    difference = float((found - unpruned).abs().max())
+    if ids in ("compacted", "stretched"):
+        assert difference <= 1e-4
+    else:
+        assert difference >= 1e-2
+
+
+def test_compacted_3d_ids_are_wrong_with_nothing_dropped() -> None:
+    """A text is numbered on all axes alike, so a compacted image has lost its rows and columns."""
+    inputs = ways.make(ways.MROPE, "even")
+    model = ways.build(ways.MROPE, "gap_triton")
+    gap_triton.configure(model, GapConfig(1.0, LAYER, ids="compacted"))
+    with torch.no_grad():
+        found = model(**inputs).logits[:, -1]
+        unpruned = ways.build(ways.MROPE, "sdpa")(**inputs).logits[:, -1]
+    assert float((found - unpruned).abs().max()) >= 1e-3
+    ids = gap_triton.last_selection(model).position_ids
+    assert torch.equal(ids, torch.arange(ids.shape[-1]).expand_as(ids))
+
+
+@given(data=st.data())
+def test_stretched_ids_against_a_loop(data) -> None:
+    """Several runs of visual tokens, several axes, padding and filler."""
+    number = data.draw(st.integers(1, 14))
+    visual = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=number, max_size=number)) for _ in range(2)]
+    )
+    axes = data.draw(st.sampled_from([(), (3,)]))
+    ids = torch.randint(
+        0, 40, (*axes, 2, number), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
+    kept = [sorted(data.draw(st.sets(st.integers(0, number - 1), min_size=1))) for _ in range(2)]
+    most = max(map(len, kept))
+    index = torch.tensor([[-1] * (most - len(rows)) + rows for rows in kept])
+    found = stretch(ids, index, visual)
+    for axis, numbers in enumerate(ids.reshape(-1, 2, number).tolist()):
+        for b, rows in enumerate(kept):
+            got = found.reshape(-1, 2, most)[axis, b, most - len(rows) :].tolist()
+            assert got == stretched(numbers[b], visual[b].tolist(), rows)
+
+
+def test_stretched_3d_ids_fill_each_axis() -> None:
+    inputs = ways.make(ways.MROPE, "even")
+    model = ways.build(ways.MROPE, "gap_triton")
+    seen = {}
+    for ids in ("kept", "stretched"):
+        gap_triton.configure(model, GapConfig(2, LAYER, "last_token", ids=ids))
+        with torch.no_grad():
+            model(**inputs)
+        seen[ids] = gap_triton.last_selection(model)
+    rows = seen["kept"].index
+    assert torch.equal(rows, seen["stretched"].index)
+    visual = seen["kept"].visual.gather(1, rows)
+    kept, stretched_ids = seen["kept"].position_ids, seen["stretched"].position_ids
+    assert torch.equal(kept[:, ~visual], stretched_ids[:, ~visual])
+    assert (stretched_ids >= kept).all()
+    assert not torch.equal(kept, stretched_ids)
+
+
+@pytest.mark.parametrize("ids", ["compacted", "permuted", "reordered", "stretched"])
 def test_ablations_do_not_depend_on_the_batch(ids: str) -> None:
     """A sample alone and the same sample padded in a batch: the same logits."""
     model, inputs = attached(ids=ids), make_prompt("llava", "ragged-images")

@@ -274,7 +274,7 @@ def test_a_tensor_handed_through_to_a_layer_is_cut_to_the_survivors() -> None:
     assert seen["something_else"] is other
 
 
-@pytest.mark.parametrize("ids", ["compacted", "permuted"])
+@pytest.mark.parametrize("ids", ["compacted", "permuted", "reordered", "stretched"])
 def test_renumbering_is_refused_where_it_is_not_defined(ids: str) -> None:
     model = build_or_skip("gemma3")
     message = rf"GapConfig.ids='{ids}': .* has one by layer type; use ids='kept'"

@@ -13,6 +13,8 @@ from support.tiny import IMAGE, build
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.prefill import scores as scores_of_decoder
+from gap_triton.prefill import unrotated
 from gap_triton.strategies import STRIDE_SHARE, spatial_order
 
 LAYER = 1
@@ -58,10 +60,13 @@ def test_unrotated_is_attention_without_positions(name: str, batch: str) -> None
         last = int(real[-1])
         heads = query.shape[1] // key.shape[1]
         total = 0.0
+        image = (inputs["input_ids"][b] == IMAGE).nonzero()[
+            :, 0
+        ]  # what does not show an image does not compete
         for head in range(query.shape[1]):
-            logits = key[b, head // heads, real] @ query[b, head, last] / math.sqrt(query.shape[-1])
+            logits = key[b, head // heads, image] @ query[b, head, last] / math.sqrt(query.shape[-1])
             total = total + logits.softmax(0)
-        by_row = torch.zeros(len(mask)).index_put((real,), total / query.shape[1])
+        by_row = torch.zeros(len(mask)).index_put((image,), total / query.shape[1])
         rows = selection.candidates[b][selection.candidates[b] >= 0]
         assert torch.allclose(selection.score[b, : len(rows)], by_row[rows], rtol=1e-4, atol=1e-6)
     rotated = selected(name, batch, GapConfig(0.4, LAYER, "last_token"))
@@ -87,10 +92,12 @@ def test_unrotated_in_a_later_stage_and_turn() -> None:
     query, key = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[0] for x in seen)
     heads = query.shape[0] // key.shape[0]
     logits = torch.einsum("hd,hsd->hs", query[:, -1], key.repeat_interleave(heads, 0))
-    attended = (logits / math.sqrt(query.shape[-1])).softmax(-1).mean(0)
     selection = gap_triton.last_selection(model)
     assert selection.before is not None
     left = selection.before.index[0].tolist()
+    is_visual = torch.tensor([row in selection.candidates[0].tolist() for row in left])
+    logits = logits.masked_fill(~is_visual, -torch.inf)
+    attended = (logits / math.sqrt(query.shape[-1])).softmax(-1).mean(0)
     expected = torch.stack([attended[left.index(row)] for row in selection.candidates[0].tolist()])
     assert torch.allclose(selection.score[0], expected, rtol=1e-4, atol=1e-6)
 
@@ -160,6 +167,94 @@ def test_raters_are_the_relevant_rows_of_text(batch: str) -> None:
         assert torch.allclose(by_raters.score[b, :count], (total / len(rows))[visual], rtol=1e-4, atol=1e-6)
     assert fewer
     assert not torch.allclose(by_raters.score, by_text.score)
+
+
+def rope_of_ones(inv_freq: torch.Tensor, distance: torch.Tensor) -> float:
+    """Two vectors of ones, one turned by so many positions on each channel pair: twice the sum of cosines."""
+    return float(2 * torch.cos(inv_freq.double() * distance.double()).sum()) / math.sqrt(2 * len(inv_freq))
+
+
+@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images", "single"])
+def test_corrected_raters_against_loops(batch: str) -> None:
+    """SparseVLM+ in float64: attention over what RoPE makes of equal vectors, of the heads that have the most of it."""
+    model, inputs = model_and_prompt("llava", batch, "sdpa")
+    embeds: list[torch.Tensor] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    _, (query, key) = heard("llava", batch, "q_proj", "k_proj")
+    query, key = query.double(), key.double()
+    inv_freq = model.model.language_model.rotary_emb.inv_freq
+    heads, chosen_heads = query.shape[1], max(round(query.shape[1] * 14 / 32), 1)
+    assert chosen_heads < heads
+    found = selected("llava", batch, GapConfig(0.4, LAYER, "raters_corrected"))
+    for b, ids in enumerate(inputs["input_ids"]):
+        real = inputs["attention_mask"][b].bool()
+        position = (inputs["attention_mask"][b].cumsum(0) - 1).clamp(min=0)
+        visual = (ids == IMAGE).nonzero()[:, 0].tolist()
+        text = [i for i in range(visual[-1] + 1, len(ids)) if real[i]]
+        shares = (embeds[0][b, visual] @ embeds[0][b, text].T).softmax(1).mean(0)
+        rows = [row for row, share in zip(text, shares, strict=True) if share >= shares.mean()]
+
+        def turned(x: torch.Tensor, row: int, position=position) -> torch.Tensor:
+            angle = (inv_freq.double() * position[row].double()).repeat(2)
+            half = x.shape[-1] // 2
+            return x * angle.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angle.sin()
+
+        by_head = torch.zeros(heads, len(visual), dtype=torch.float64)
+        for head in range(heads):
+            kv = head // (heads // key.shape[1])
+            keys = torch.stack([turned(key[b, kv, i], i) for i in range(len(ids))])
+            for row in rows:
+                seen = real & (torch.arange(len(ids)) <= row)
+                logits = keys @ turned(query[b, head, row], row) / math.sqrt(query.shape[-1])
+                attended = logits.masked_fill(~seen, -torch.inf).softmax(0)
+                for number, column in enumerate(visual):
+                    bias = rope_of_ones(inv_freq, position[row] - position[column])
+                    by_head[head, number] += attended[column] / bias
+        best = sorted(range(heads), key=lambda head: -float(by_head[head].sum()))[:chosen_heads]
+        expected = (by_head[best].mean(0) / len(rows)).float()
+        assert torch.allclose(found.score[b, : len(visual)], expected, rtol=2e-3, atol=1e-5)
+    plain = selected("llava", batch, GapConfig(0.4, LAYER, "raters"))
+    assert not torch.allclose(found.score, plain.score, rtol=1e-2)
+
+
+@pytest.mark.parametrize("score", ["raters_corrected", "unrotated"])
+@pytest.mark.parametrize("name", ROPES[:2])
+def test_a_ready_made_mask_says_what_padding_says(name: str, score: str) -> None:
+    inputs = model_and_prompt(name, "left-padded", "sdpa")[1]
+    real = inputs["attention_mask"].bool()
+    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
+    mask = (causal[None, None] & real[:, None, None]) | torch.eye(len(causal), dtype=torch.bool)
+    additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    scores = []
+    for given in (inputs["attention_mask"], mask, additive):
+        model = model_and_prompt(name, "left-padded", "gap_triton")[0]
+        gap_triton.configure(model, GapConfig(0.4, LAYER, score))
+        with torch.no_grad():
+            model(**{**inputs, "attention_mask": given, "position_ids": positions})
+        scores.append(gap_triton.last_selection(model).score)
+    for found in scores[1:]:
+        assert torch.allclose(found, scores[0], rtol=1e-3, atol=1e-5)
+
+
+def test_heads_that_are_split_can_not_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores_of_decoder, "tensor_parallel_group", lambda attachment, query: object())
+    with pytest.raises(
+        ValueError, match=r"score='raters_corrected': .* split over devices; use score='raters'"
+    ):
+        selected("llava", "single", GapConfig(0.4, LAYER, "raters_corrected"))
+
+
+def test_without_a_known_rotation_the_correction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unrotated, "ROTATIONS", ("spin",))
+    with pytest.raises(
+        ValueError, match=r"score='raters_corrected': LlamaAttention has no spin .* use score='raters'"
+    ):
+        gap_triton.configure(build("llava", "gap_triton"), GapConfig(0.4, LAYER, "raters_corrected"))
 
 
 def grids_of(selection: gap_triton.Selection, b: int) -> list[dict[int, tuple[int, int]]]:

@@ -286,7 +286,7 @@ def test_compacted_ids_equal_a_plain_loop_over_the_layers(name: str) -> None:
         assert float((output.logits[step] - expected).abs().max()) <= 2e-4
 
 
-@pytest.mark.parametrize("ids", ["kept", "compacted", "permuted"])
+@pytest.mark.parametrize("ids", ["kept", "compacted", "permuted", "reordered", "stretched"])
 @pytest.mark.parametrize("name", ways.MODELS)
 def test_a_sample_does_not_depend_on_its_batch(name: str, ids: str) -> None:
     config = GapConfig(0.4, 1, "text", ids=ids)

@@ -14,7 +14,16 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from gap_triton.demo import scenes
 from gap_triton.demo.architecture import Architecture
 from gap_triton.demo.architectures import ARCHITECTURES, LLAVA, QWEN2_5_VL, find
-from gap_triton.demo.grounding import answer_boxes, box_iou, boxes_from_tokens, evaluate, location_ids, prompt
+from gap_triton.demo.grounding import (
+    BoxComplete,
+    answer_boxes,
+    box_iou,
+    boxes_from_tokens,
+    evaluate,
+    location_ids,
+    prepare,
+    prompt,
+)
 from gap_triton.demo.vocabulary import EOS, IMAGE_PAD, LOCATION_TOKENS, LOCATIONS, TOKENS, token_id
 from training import curve
 from training.build import build_model, save
@@ -357,6 +366,28 @@ def test_evaluate_is_right_on_held_out_scenes_and_independent_of_the_batch_size(
     assert iou.shape == (48,)
     assert (iou >= 0.5).float().mean() >= 0.8
     torch.testing.assert_close(evaluate(model, processor, part[:7], batch_size=3), iou[:7])
+
+
+def test_an_answer_ends_with_its_box(shipped, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = shipped
+    inputs = prepare(processor, scenes.held_out(12))
+    lengths, real = [], model.generate
+
+    def generate(**kwargs):
+        ids = real(**kwargs)
+        lengths.append(ids.shape[1] - kwargs["input_ids"].shape[1])
+        return ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    boxes = answer_boxes(model, processor, scenes.held_out(12))
+    whole = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert lengths == [4, 5]
+    expected = boxes_from_tokens(processor.batch_decode(whole, skip_special_tokens=True))
+    torch.testing.assert_close(boxes, expected, rtol=0, atol=0)
+    # What is no box goes on.
+    location, word = token_id("<loc03>"), token_id("the")
+    rows = torch.tensor([[location] * 4, [word, *[location] * 3], [location, word, location, location]])
+    assert BoxComplete()(rows, None).tolist() == [True, False, False]
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The scene generator: reproducible, split by seed, and every box exact."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,6 +45,31 @@ def test_held_out_seeds_are_beyond_every_training_seed() -> None:
     largest_run_seed = HELD_OUT_SEED // SEEDS_PER_RUN - 1
     assert (largest_run_seed + 1) * SEEDS_PER_RUN - 1 < HELD_OUT_SEED
     assert equal(scenes.held_out(5), scenes.draw(64, seed=HELD_OUT_SEED)[:5])
+
+
+def test_splits_have_no_seed_in_common_and_none_of_training() -> None:
+    seeds = [scenes.seeds_of(2048, split) for split in scenes.SPLITS]
+    assert sorted(len(set(each)) for each in seeds) == [32] * 4
+    assert len({seed for each in seeds for seed in each}) == 4 * 32
+    assert min(min(each) for each in seeds) == HELD_OUT_SEED
+    assert max(scenes.SPLITS.values()) + 2**28 == scenes.LARGEST_SEED + 1
+    for split, first in scenes.SPLITS.items():
+        assert equal(scenes.held_out(3, split), scenes.draw(64, seed=first)[:3])
+    assert equal(scenes.held_out(3), scenes.held_out(3, "development"))
+    most = 2**28 * 64
+    assert scenes.seeds_of(most, "sealed").stop == scenes.LARGEST_SEED + 1
+    for split in scenes.SPLITS:
+        with pytest.raises(ValueError, match=f"count is {most + 1}; it must be .* at most {most}"):
+            scenes.seeds_of(most + 1, split)
+    with pytest.raises(ValueError, match="split is 'test'; it must be one of 'development', 'choice'"):
+        scenes.held_out(1, "test")
+
+
+def test_nothing_uses_the_sealed_split() -> None:
+    root = Path(scenes.__file__).resolve().parents[2]
+    for path in (*root.glob("gap_triton/**/*.py"), *root.glob("docs/**/*.json"), *root.glob("training/*.py")):
+        if path.name not in ("scenes.py", "choices.py"):
+            assert '"sealed"' not in path.read_text(encoding="utf-8"), path
 
 
 def test_held_out_scenes_occur_in_no_training_batch() -> None:

@@ -14,7 +14,7 @@ from support.command_line import cli
 
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
-from gap_triton.demo import table
+from gap_triton.demo import measuring, table
 from gap_triton.demo.architectures import QWEN2_5_VL
 from gap_triton.demo.compare import Comparison, compare
 from gap_triton.demo.coverage import coverage_cases, coverage_markdown
@@ -23,7 +23,7 @@ from gap_triton.demo.intervals import paired_difference, wilson_interval
 from gap_triton.demo.methods import Refusal, method_cases, methods_markdown
 from gap_triton.demo.report import markdown_of
 from gap_triton.demo.run import load_embedded_model
-from gap_triton.demo.scenes import held_out
+from gap_triton.demo.scenes import SPLITS, held_out
 from gap_triton.demo.table import UNPRUNED, Row, method_name, prefill_cost
 from gap_triton.presets import PRESETS
 from training.build import build_model
@@ -63,6 +63,19 @@ def test_wilson_interval_holds_the_share(trials: int) -> None:
 def test_wilson_interval_refuses(successes: int, trials: int) -> None:
     with pytest.raises(ValueError, match=f"successes={successes}, trials={trials}"):
         wilson_interval(successes, trials)
+
+
+def test_a_fresh_sample_falls_inside_an_interval_83_times_of_100() -> None:
+    """Two samples scatter by the root of 2 more than one about the truth. It is what docs/methods.md says."""
+    hits = torch.binomial(
+        torch.full((2, 4000), 2048.0), torch.tensor(0.6), generator=torch.Generator().manual_seed(0)
+    )
+    inside = 0
+    for first, second in hits.int().T.tolist():
+        low, high = wilson_interval(first, 2048)
+        inside += low <= second / 2048 <= high
+    assert inside / 4000 == pytest.approx(math.erf(1.959964 / 2), abs=0.02)
+    assert math.erf(1.959964 / 2) == pytest.approx(0.834, abs=1e-3)
 
 
 def answers(both: int, first_only: int, second_only: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +197,7 @@ def test_cost_is_what_the_cache_holds(llava, one_round) -> None:
     ("config", "name"),
     [
         (GapConfig(1.0), "no pruning"),
+        (GapConfig(1.0, 1, ids="permuted"), "text, layer 1"),
         (GapConfig(0.5, 1, "text"), "text, layer 1"),
         (GapConfig(0.5, -1, "random"), "random, before the decoder"),
         (
@@ -207,13 +221,22 @@ def test_every_preset_has_a_row_for_every_share(llava) -> None:
         assert kept.config != compacted.config
         assert {**vars(kept.config), "ids": "compacted"} == vars(compacted.config)
         assert all(stage.layer < 5 for stage in kept.config.stages)
-    assert not any(case.config.score == "received" for case in cases)
+    # HiPrune ranks by it also where there is a CLS token.
+    assert {case.method for case in cases if case.config.score == "received"} == {"hiprune"}
+    hiprune = [
+        row("hiprune", ids, torch.zeros(4), config={"score": "received"}) for ids in ("kept", "compacted")
+    ]
+    unpruned = row("no pruning", "kept", torch.zeros(4), keep=1.0)
+    gain = Comparison("llava", 0.5, "hiprune", "kept", "hiprune", "compacted", 0.0, -0.1, 0.1, 0, 0)
+    assert "CLS" not in methods_markdown([unpruned, *hiprune], [gain], [])
 
 
 def test_every_preset_has_a_row_or_a_reason_for_a_count(llava) -> None:
     cases, refused = method_cases(llava[0], list(PRESETS), [16])
     assert {case.method for case in cases} | {each.method for each in refused} == set(PRESETS)
-    assert {each.method for each in refused} == {"pyramiddrop", "sparsevlm", "feather"}
+    assert {each.method for each in refused} == {
+        *("pyramiddrop", "sparsevlm", "sparsevlm+", "feather", "swiftvlm")
+    }
     assert all(each.model == "llava" and "budget=16" in each.reason for each in refused)
 
 
@@ -225,7 +248,18 @@ def test_without_cls_token_attention_received_ranks() -> None:
     assert len(cases) == len(PRESETS) * len(SHARES) * 2
     first = {case.method: case.config.score for case in cases}
     assert {name for name, score in first.items() if score == "received"} == {
-        *("prumerge", "prumerge+", "cls", "nuwa", "visionzip")
+        *(
+            "prumerge",
+            "prumerge+",
+            "cls",
+            "nuwa",
+            "visionzip",
+            "scope",
+            "fastervlm",
+            "vispruner",
+            "hiprune",
+            "vscan",
+        )
     }
     assert not any(case.config.score == "cls" for case in cases + coverage_cases(model, SHARES))
     named = methods_markdown(
@@ -263,6 +297,26 @@ def test_sweep_leaves_out_what_does_not_exist() -> None:
         sweep_configs([0, 1], ["text", "cls"], [0.5], ["kept"])
 
 
+def test_a_sweep_crosses_scores_and_coverages() -> None:
+    """But by max-min distance no score plays a part, and no decoder layer removes duplicates."""
+    scores, coverages = ("key_norm", "random"), ("topk", "max_min", "distinct")
+    found = [
+        (c.layer, c.score, c.coverage) for c in sweep_configs([-1, 2], scores, [0.5], ["kept"], coverages)
+    ]
+    assert found == [
+        *[(-1, "key_norm", coverage) for coverage in coverages],
+        *[(-1, "random", "topk"), (-1, "random", "distinct")],
+        *[(2, "key_norm", "topk"), (2, "key_norm", "max_min"), (2, "random", "topk")],
+    ]
+    powers = sweep_configs([-1], ["random"], [0.5], ["kept"], ["topk", "determinant"], [2.0, 4.0])
+    assert [(c.coverage, c.exponent) for c in powers] == [
+        *[("topk", 1.0), ("determinant", 2.0), ("determinant", 4.0)]
+    ]
+    assert method_name(powers[1]) == "random by determinant ^ 2, before the decoder"
+    with pytest.raises(ValueError, match="coverage 'distinct' exists after the vision encoder only: add"):
+        sweep_configs([0, 1], ["text"], [0.5], ["kept"], ["topk", "distinct"])
+
+
 # --------------------------------------------------------------------------------------------- the command
 def test_eval_of_methods(tmp_path, one_round) -> None:
     folder = tmp_path / "new"
@@ -293,7 +347,8 @@ def test_eval_of_methods(tmp_path, one_round) -> None:
 
     with Image.open(folder / "methods.png") as picture:
         assert min(picture.size) > 200
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".jsonl", ".md", ".png"]
+    assert (methods["split"], methods["seeds"]) == ("report", [SPLITS["report"], SPLITS["report"] + 1])
 
 
 def test_eval_of_both_models(tmp_path, one_round) -> None:
@@ -306,6 +361,53 @@ def test_eval_of_both_models(tmp_path, one_round) -> None:
     ]
     assert [each["config"]["score"] for each in rows[1::3]] == ["cls", "received"]
     assert {each["tokens_mean"] for each in rows[1::3]} == {16.0}
+
+
+def test_eval_goes_on_where_it_was_broken_off(tmp_path, one_round, monkeypatch) -> None:
+    ran = []
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    options = ("--methods", "cls,random", "--budgets", "0.5", "--samples", "3", "--output", str(tmp_path))
+    assert cli("eval", *options).exit_code == 0
+    assert len(ran) == 5
+    log, results = tmp_path / "measured-llava.jsonl", (tmp_path / "methods.json").read_text()
+    whole = log.read_text().splitlines()
+    assert len(whole) == 5
+    # Broken off inside the fourth configuration: what is whole counts, and the rest is measured.
+    log.write_text("\n".join(whole[:3]) + "\n" + whole[3][:200])
+    assert cli("eval", *options, "--resume").exit_code == 0
+    assert len(ran) == 5 + 2
+    again = [json.loads(text)["rows"] for text in ((tmp_path / "methods.json").read_text(), results)]
+    assert again[0][:3] == again[1][:3]
+    for row, other in zip(*again, strict=True):
+        assert {**row, "prefill_ratio": 0} == {**other, "prefill_ratio": 0}
+    # Another model beside it, then the tables of both, without a further run.
+    assert cli("eval", *options, "--model", "qwen2_5_vl").exit_code == 0
+    assert cli("eval", *options, "--model", "all", "--resume").exit_code == 0
+    assert len(ran) == 7 + 5
+    assert len(json.loads((tmp_path / "methods.json").read_text())["rows"]) == 10
+    refused = cli("eval", *options, "--samples", "4", "--resume")
+    assert refused.exit_code == 2
+    assert "--resume" in refused.output
+    assert "'samples': 3" in " ".join(refused.output.replace("│", "").split())
+    # Without it, all is measured anew.
+    assert cli("eval", *options, "--samples", "4").exit_code == 0
+    assert len(ran) == 12 + 5
+
+
+def test_one_configuration_is_measured_once_for_all_tables(tmp_path, one_round, monkeypatch) -> None:
+    ran = []
+    real = measuring.evaluate_batches
+    monkeypatch.setattr(measuring, "evaluate_batches", lambda *a, **k: ran.append(1) or real(*a, **k))
+    options = ("--methods", "cls,random,spatial", "--coverage", "--budgets", "0.5", "--samples", "2")
+    result = cli("eval", *options, "--output", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    # No pruning, three methods and eight cells of coverage by their id rules; of the cells two are such methods.
+    assert len(ran) == 1 + 3 * 2 + (8 * 3 - 2 * 2)
+    rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("methods", "coverage")]
+    assert rows[0][0] == rows[1][0]
+    assert [row["method"] for row in rows[0][1:3]] == ["cls", "cls"]
+    assert "cls, before the decoder" in {row["method"] for row in rows[1]}
 
 
 def test_eval_of_coverage(tmp_path, one_round) -> None:
@@ -343,7 +445,34 @@ def test_eval_sweeps_layers_and_scores(tmp_path, one_round) -> None:
     assert text == markdown_of(rows)
     assert text.count("\n") == 2 + len(rows)
     assert "| text, layer 2 | 16 tokens | 16 | permuted |" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "eval.json",
+        "eval.md",
+        "measured-llava.jsonl",
+    ]
+
+
+def test_eval_sweeps_ids_with_nothing_dropped(tmp_path, one_round) -> None:
+    options = (
+        "--layers=-1",
+        "--scores",
+        "text_similarity",
+        "--ids",
+        "kept,compacted,permuted,reordered,stretched",
+    )
+    result = cli("eval", *options, "--budgets", "1.0,0.5", "--samples", "4", "--output", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [Row(**each) for each in json.loads((tmp_path / "eval.json").read_text())["rows"]]
+    rules = ["compacted", "permuted", "reordered", "stretched"]
+    assert [(r.keep, r.ids) for r in rows[1:]] == [
+        *((1.0, rule) for rule in rules), *((0.5, rule) for rule in ("kept", *rules))
+    ]  # fmt: skip
+    assert rows[0].method == "no pruning"
+    assert {r.method for r in rows[1:]} == {"text_similarity, before the decoder"}
+    assert {r.tokens_kept for r in rows[:5]} == {64}
+    assert (
+        "| text_similarity, before the decoder | 100% | 64 | permuted |" in (tmp_path / "eval.md").read_text()
+    )
 
 
 def test_a_sweep_ranks_by_attention_received_where_there_is_no_cls(monkeypatch) -> None:
@@ -377,7 +506,9 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
     [
         (["--budgets", "half"], "--budgets 'half': expected a share such as 0.25 or a count such as 64"),
         (["--budgets", "2.0"], "GapConfig.keep=2.0"),
-        (["--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--methods", "cls", "--budgets", "0.5,1.0"], "--budgets 1.0 drops nothing"),
+        (["--coverage", "--budgets", "1.0"], "--budgets 1.0 drops nothing"),
+        (["--ids", "kept", "--budgets", "1.0"], "ids 'kept' and budget 1.0 are no pruning"),
         (["--methods", "nuwa,best"], "--methods 'best': expected all, or of prumerge, prumerge+, trim"),
         (["--methods", ""], "--methods '': expected all, or of prumerge"),
         (
@@ -394,13 +525,20 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
             "score 'cls' exists after the vision encoder only: add layer -1",
         ),
         (["--scores", "best"], "GapConfig.score='best'"),
+        (["--coverages", "best"], "GapConfig.coverage='best'"),
+        (["--exponents", "1,a"], "--exponents '1,a': expected comma-separated numbers"),
         (["--ids", "shifted"], "GapConfig.ids='shifted'"),
         (["--coverage", "--budgets", "0"], "GapConfig.keep=0"),
         (["--samples", "0"], "--samples"),
+        (
+            ["--samples", "17179869185"],
+            "count is 17179869185; it must be at least 1, and at most 17179869184",
+        ),
+        (["--split", "training"], "'training' is not one of"),
     ],
 )
 def test_eval_refuses(tmp_path, monkeypatch, options: list[str], message: str) -> None:
-    monkeypatch.setattr(gap_triton.demo.evaluation.Evaluation, "run", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(gap_triton.demo.evaluation.Evaluation, "run", lambda self, log: pytest.fail("it ran"))
     result = cli("eval", *options, "--output", str(tmp_path / "new"))
     assert result.exit_code != 0
     assert message in " ".join(result.output.replace("│", "").split())

@@ -22,23 +22,52 @@ BATCH, FIRST, VISUAL, TOKENS = 2, 4, 36, 47
 TOWER = "ranks by its vision encoder, which a decoder alone has none of"
 CANDIDATES = "how many of each region are candidates is read from the device"
 GENERATOR = "torch.compile can't trace a random generator"
+TOWER_PRESETS = (
+    "prumerge",
+    "prumerge+",
+    "cls",
+    "nuwa",
+    "visionzip",
+    "scope",
+    "fastervlm",
+    "vispruner",
+    "hiprune",
+    "vscan",
+)
 # Why not, where it can't. Strict: what can be after all must leave its list.
 NOT_TRACED = {
-    **dict.fromkeys(("prumerge", "prumerge+", "cls", "nuwa", "visionzip"), TOWER),
-    **dict.fromkeys(("key norm of the tower", "received, by region"), TOWER),
+    **dict.fromkeys(TOWER_PRESETS, TOWER),
+    **dict.fromkeys(
+        ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
+    ),
     **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
 }
 NOT_COMPILED = {
-    **dict.fromkeys(("prumerge", "prumerge+", "cls", "nuwa", "visionzip"), TOWER),
-    **dict.fromkeys(("key norm of the tower", "received, by region"), TOWER),
+    **dict.fromkeys(TOWER_PRESETS, TOWER),
+    **dict.fromkeys(
+        ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
+    ),
     **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
     "random in the decoder": GENERATOR,
 }
-NAMES = [*PRESETS, *COMPOSED, "default", "compacted", "permuted"]
+# These run what `pyramiddrop`, `cls` and others of these lists run.
+LIKE_OTHERS = (
+    "swiftvlm",
+    "fastervlm",
+    "unlike each other, twice",
+    "of what is left",
+    "tile by tile",
+    "mostly spread",
+)
+NAMES = [
+    *(name for name in (*PRESETS, *COMPOSED) if name not in LIKE_OTHERS),
+    *("default", "compacted", "permuted", "stretched"),
+]
 OTHERS = {
     "default": GapConfig(0.25),
     "compacted": GapConfig(0.4, 1, ids="compacted"),
     "permuted": GapConfig(0.4, 1, ids="permuted"),
+    "stretched": GapConfig(0.4, 1, ids="stretched"),
 }
 
 

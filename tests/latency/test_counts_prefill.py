@@ -20,8 +20,10 @@ LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
     "sparsevlm": 14,
+    # Attention is computed head by head, and divided, in operators of PyTorch.
+    "sparsevlm+": 193,
     # Keys are turned back, and an even spread over the image is merged with the best, in operators of PyTorch.
-    "feather": 83,
+    "feather": 86,
     # Before the decoder.
     "random": 5,
     "spatial": 5,
@@ -32,9 +34,22 @@ LIMITS = {
     "prumerge": 34,
     "visionzip": 35,
     "prumerge+": 42,
+    "fastervlm": 8,
+    "swiftvlm": 12,
+    "divprune": 9,
+    "scope": 16,
+    "cdpruner": 28,
+    # Cosines to four pivots, and what is least like each of them in turn.
+    "dart": 59,
+    # Duplicates are removed eight at a time, here in five steps.
+    "vispruner": 74,
+    "hiprune": 31,
+    "vscan": 73,
 }
 # These ask where a visual token stands, or record a vision encoder of the second model, and so ask for sizes of its images.
-ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"}
+ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"} | {
+    *("scope", "fastervlm", "vispruner", "hiprune", "vscan")
+}
 WAYS = pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
 ON_BOTH = pytest.mark.parametrize("model", MODELS)
 

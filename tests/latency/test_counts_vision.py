@@ -40,7 +40,17 @@ LIMITS = {
     "prumerge+": (34, 1),
     "visionzip": (27, 1),
     "nuwa": (17, 3),
+    "divprune": (4, 0),
+    "cdpruner": (23, 0),
+    "scope": (8, 1),
+    "fastervlm": (0, 1),
+    "vispruner": (66, 1),
+    "hiprune": (20, 2),
+    "vscan": (58, 2),
 }
+# These record nothing of a vision encoder, and all but one don't ask where tokens stand.
+UNRECORDED = ("random", "spatial", "text", "trim", "divprune", "cdpruner")
+NO_GRID = tuple(name for name in UNRECORDED if name != "spatial")
 # More launches for each thing recorded of a vision encoder with windows: means of patches, and their order.
 MERGED_PATCHES = 2
 
@@ -130,10 +140,10 @@ def test_recording_the_vision_encoder(model: str, name: str) -> None:
     with torch.no_grad():
         plain = count(encode(share(embedded(model))), CPU)
         counts = count(encode(attached(model, config_of(name, model))), CPU)
-    recorded = model != "llava" and name not in ("random", "spatial", "text", "trim")
+    recorded = model != "llava" and name not in UNRECORDED
     assert counts.reads - plain.reads == int(recorded)
     assert counts.copies == plain.copies
-    things = recorded + (name in ("prumerge", "prumerge+", "visionzip", "nuwa"))
+    things = recorded + (name in ("prumerge", "prumerge+", "visionzip", "nuwa", "hiprune", "vscan"))
     limit = LIMITS[name][1] + recorded * things * MERGED_PATCHES
     assert counts.launches - plain.launches <= limit, counts.operators
 
@@ -183,7 +193,7 @@ def test_tiles_and_newlines(name: str, selecting: Callable[..., Counts]) -> None
     inputs = prompt("llava_next", images=images, before=(3, 7), after=(5, 9))
     gap_triton.configure(model, preset(name, 4, cls=True))
     counts = selecting(model, inputs, inputs)
-    needs_sizes = name not in ("random", "text", "trim")
+    needs_sizes = name not in NO_GRID
     assert (counts.reads, counts.copies) == (int(needs_sizes), 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gap_triton import GapConfig, Stage
+from gap_triton.config import Ids
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,16 @@ from gap_triton import GapConfig, Stage
         (
             {"score": "cls"},
             r"GapConfig.score='cls' with layer=2: in a decoder layer it is one of 'last_token'",
+        ),
+        ({"exponent": -1.0}, r"GapConfig.exponent=-1.0: expected a finite number >= 0"),
+        ({"exponent": True}, r"GapConfig.exponent=True: expected a finite number >= 0"),
+        (
+            {"exponent": float("nan"), "coverage": "determinant"},
+            r"GapConfig.exponent=nan: expected a finite number",
+        ),
+        (
+            {"exponent": 2.0},
+            r"GapConfig.exponent=2.0 with coverage='topk': only coverage='determinant' or 'coverage_gain' takes",
         ),
         ({"coverage": "grid"}, r"GapConfig.coverage='grid': expected one of 'topk', 'region', 'stride'"),
         ({"merge": "mean"}, r"GapConfig.merge='mean': expected one of 'none', 'aggregation'"),
@@ -139,6 +151,59 @@ def test_odd_values_are_a_configuration_or_a_sentence(options: dict[str, object]
         return
     assert GapConfig(**vars(config)) == config
     assert hash(config) == hash(GapConfig(**vars(config)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_region": 0, "coverage": "region"}, "per_region=0: expected an int >= 1, or None"),
+        ({"per_region": 2.0, "coverage": "region"}, "per_region=2.0: expected an int >= 1, or None"),
+        ({"per_region": 2}, "per_region=2: only coverage='region' has candidates; leave it out"),
+        ({"spread": 1.5, "coverage": "stride"}, r"spread=1.5: expected a float in \[0, 1\], or None"),
+        ({"spread": math.nan, "coverage": "stride"}, r"spread=nan: expected a float in \[0, 1\], or None"),
+        ({"spread": 0.5}, "spread=0.5: only coverage='stride' spreads a part evenly; leave it out"),
+        ({"share_of": "all"}, "share_of='all': expected one of 'prompt', 'left'"),
+        ({"share_of": "left"}, "share_of='left': nothing is left before the first stage but the prompt"),
+        ({"share_of": "left", "keep": 3}, "share_of='left': only a share is one of something"),
+        ({"budget_by": "views"}, "budget_by='views': expected one of 'tokens', 'tiles'"),
+        ({"budget_by": "tiles"}, "budget_by='tiles': tiles share a number after the vision encoder; use layer=-1"),
+        ({"budget_by": "tiles", "layer": -1, "score": "cls", "keep": "outliers"}, "budget_by='tiles': tiles share"),
+        ({"ids": "reordered", "then": (Stage(0.1, 4),)}, "ids='reordered': score order is defined for one stage"),
+    ],
+)  # fmt: skip
+def test_options_of_a_stage_are_refused_where_they_say_nothing(
+    options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"GapConfig.{message}"):
+        GapConfig(**options)
+
+
+def test_options_of_a_stage_are_taken_as_plain_values() -> None:
+    config = GapConfig(0.5, -1, "cls", "stride", spread=np.float64(0.25), budget_by=np.str_("tiles"))
+    assert (config.spread, config.budget_by) == (0.25, "tiles")
+    assert GapConfig(0.5, 1, coverage="stride", spread=1).spread == 1.0
+    assert GapConfig(0.5, 1, coverage="region", per_region=np.int8(2)).per_region == 2
+    assert config.stages == (Stage(0.5, -1, "cls", "stride", spread=0.25, budget_by="tiles"),)
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens", "left", "expected"),
+    [
+        (0.42, 256, 90, 37), (0.66, 256, 154, 101), (0.7, 256, 218, 152), (0.09, 576, 218, 19), (0.1, 2928, 338, 33),
+        (0.7, 99, 10, 7), (0.1, 99, 30, 3), (1e-6, 576, 576, 1), (0.5, 10, 1, 1), (0.5, 10, 0, 0), (1.0, 576, 218, 218),
+    ],
+)  # fmt: skip
+def test_a_share_of_what_is_left_is_rounded_down(keep: float, tokens: int, left: int, expected: int) -> None:
+    assert Stage(keep, 2, share_of="left").count(tokens, left) == expected
+    assert Stage(keep, 2).count(tokens, left) == min(Stage(keep, 2).count(tokens), left)
+
+
+def test_keep_everything_is_no_pruning_with_kept_ids_only() -> None:
+    assert GapConfig(1.0).changes_nothing
+    assert GapConfig(1.0, then=(Stage(1.0, 4),)).changes_nothing
+    assert not GapConfig(1.0, then=(Stage(0.5, 4),)).changes_nothing
+    assert not GapConfig(10**6).changes_nothing
+    assert not any(GapConfig(1.0, ids=ids).changes_nothing for ids in get_args(Ids) if ids != "kept")
 
 
 def test_unknown_field() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from fractions import Fraction
 
@@ -14,52 +15,222 @@ from hypothesis import strategies as st
 from support import ways
 from support.methods import preset as for_model
 from support.tiny import LAYERS
+from support.tiny import build as tiny_build
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.presets import PRESETS
 from gap_triton.presets.depth import pruning_layers
+from gap_triton.strategies.by_features import BY_FEATURES
+from gap_triton.vision.budget import budget_of
+from gap_triton.vision.layout import Layout, View
 
 
 def stages(name: str, **options: object) -> list[tuple[float | int | str, int]]:
     return [(stage.keep, stage.layer) for stage in GapConfig.preset(name, **options).stages]
 
 
+def survivors(config: GapConfig, tokens: int, newlines: int = 0) -> list[int]:
+    """How many visual tokens each stage leaves, of one image of so many, newlines included."""
+    left, counts = tokens, []
+    for stage in config.stages:
+        left = stage.count(tokens, left)
+        counts.append(left)
+    return counts
+
+
 @pytest.mark.parametrize(
-    ("budget", "layers", "expected"),
-    [
-        # Averages of 64, 128, 192 tokens on LLaVA-1.5; stage 2 on entering layer 16 of 32.
-        (64, 32, [(112, -1), (16, 15)]),
-        (128, 32, [(224, -1), (32, 15)]),
-        (192, 32, [(336, -1), (48, 15)]),
-        # Qwen2.5-VL, 28 layers: shares of stage 1, and of that for stage 2 after layer 13, 0-based.
-        (0.25, 28, [(0.35, -1), (0.147, 13)]),
-        (0.5, 28, [(0.6, -1), (0.396, 13)]),
-        (0.75, 28, [(0.85, -1), (0.595, 13)]),
-    ],
+    ("budget", "expected"),
+    # Averages of 64, 128, 192 tokens on LLaVA-1.5; stage 2 on entering layer 16 of 32.
+    [(64, [112, 16]), (128, [224, 32]), (192, [336, 48])],
 )
-def test_nuwa_is_as_published(budget: float | int, layers: int, expected: list[tuple[float, int]]) -> None:
-    assert stages("nuwa", budget=budget, layers=layers) == expected
-    first = GapConfig.preset("nuwa", budget=budget).stages[0]
+def test_nuwa_on_llava_is_as_published(budget: int, expected: list[int]) -> None:
+    config = GapConfig.preset("nuwa", budget=budget)
+    assert survivors(config, 576) == expected
+    assert [stage.layer for stage in config.stages] == [-1, 15]
+    first = config.stages[0]
     assert (first.score, first.coverage, first.merge) == ("cls", "region", "aggregation")
+    assert first.per_region is None  # which is 1, 2, 3 of 144 regions
+    assert -(-expected[0] // 144) == {64: 1, 128: 2, 192: 3}[budget]
 
 
-@pytest.mark.parametrize("tokens", [160, 320, 640])
-def test_nuwa_on_next_is_near_what_is_published(tokens: int) -> None:
-    """Published: 290 / 582 / 1162 and about 10% of that."""
-    (first, _), (second, _) = stages("nuwa", budget=tokens)
-    assert abs(first - {160: 290, 320: 582, 640: 1162}[tokens]) <= 0.04 * first
-    assert 0.1 <= second / first <= 0.15
+@pytest.mark.parametrize(
+    ("budget", "tokens", "expected", "candidates"),
+    # Stage 2 scores in layer 14 of 28, 0-based, and keeps the floor of a share of what is left. 256 tokens: 37, 101, 152.
+    [(0.25, 256, [90, 37], 3), (0.5, 256, [154, 101], 3), (0.75, 256, [218, 152], 4)],
+)
+def test_nuwa_on_qwen_is_as_published(
+    budget: float, tokens: int, expected: list[int], candidates: int
+) -> None:
+    config = GapConfig.preset("nuwa", budget=budget, layers=28)
+    assert survivors(config, tokens) == expected
+    assert [stage.layer for stage in config.stages] == [-1, 14]
+    first = config.stages[0]
+    regions = tokens // 4
+    assert (first.per_region or -(-expected[0] // regions)) == candidates
+
+
+def of_next(height: int, width: int, tiles: int) -> Layout:
+    """An image of LLaVA-NeXT: an overview of 24 x 24, and the details with a newline after each row."""
+    numbers, details = np.arange(576), np.arange(height * width)
+    views = (
+        View(0, 0, numbers, (24, 24), numbers),
+        View(0, 0, 576 + details + details // width, (height, width), 576 + details),
+    )
+    assert -(-height // 24) * -(-width // 24) == tiles
+    return Layout((576 + height * (width + 1),), views)
+
+
+@pytest.mark.parametrize(
+    ("budget", "each", "second", "candidates"),
+    # Published are 290 / 33, 582 / 62, 1162 / 120. Of these 58, 116, 232 are of each of five tiles; 48 newlines come to
+    # them, and of all together a tenth is left.
+    [(160, 290 // 5, 33, 2), (320, 582 // 5, 62, 3), (640, 1162 // 5, 120, 3)],
+)
+def test_nuwa_on_next_is_as_published(budget: int, each: int, second: int, candidates: int) -> None:
+    config = GapConfig.preset("nuwa", budget=budget)
+    first, last = config.stages
+    assert first.per_region == candidates
+    layout = of_next(48, 48, 4)
+    kept = budget_of(layout, first, None)
+    assert (kept.views, kept.newlines) == ((each, 4 * each), (48,))
+    assert last.count(layout.counts[0], 5 * each + 48) == second
+    assert [stage.layer for stage in config.stages] == [-1, 15]
+    # As many of each tile also where padding was cut off the details, or there are two tiles.
+    cropped = budget_of(of_next(36, 48, 4), first, None)
+    assert (cropped.views, cropped.newlines) == ((each, 4 * each), (36,))
+    two = budget_of(of_next(24, 48, 2), first, None)
+    total = {160: 290, 320: 582, 640: 1162}[budget]
+    assert (two.views, two.newlines) == ((total // 3, 2 * (total // 3)), (24,))
+    # Where a tile has not as many, all stay.
+    tiny = budget_of(of_next(24, 2, 1), first, None)
+    assert tiny.views == (min(total // 2, 576), min(total // 2, 48))
+
+
+def test_nuwa_asks_the_model_for_tiles() -> None:
+    assert GapConfig.preset("nuwa", budget=100, tiles=True).budget_by == "tiles"
+    assert GapConfig.preset("nuwa", budget=160, tiles=False).budget_by == "tokens"
+    assert GapConfig.preset("nuwa", budget=160, model=ways.build("llava")).budget_by == "tokens"
+    following = GapConfig.preset("nuwa", budget=100, model=tiny_build("llava_next"))
+    assert (following.budget_by, following.keep, following.per_region) == ("tiles", round(1.815 * 100), 2)
 
 
 def test_schedules_are_as_published() -> None:
     assert stages("pyramiddrop") == [(0.5, 7), (0.25, 15), (0.125, 23)]
-    assert stages("sparsevlm", budget=192) == [(300, 2), (200, 6), (110, 15)]
-    assert stages("sparsevlm", budget=128) == [(303, 2), (110, 6), (36, 15)]
-    assert stages("sparsevlm", budget=64) == [(66, 2), (30, 6), (17, 15)]
     assert stages("fastv") == [(0.5, 1)]
-    # 30% and a ninth of the others; then 30% of those.
-    assert stages("feather") == [(pytest.approx(17 / 45, abs=1e-3), 7), (pytest.approx(0.1133, abs=1e-4), 15)]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "expected"),
+    [
+        ("sparsevlm", 192, (300, 200, 110)),
+        ("sparsevlm", 128, (303, 110, 36)),
+        ("sparsevlm", 96, (238, 48, 26)),
+        ("sparsevlm", 64, (66, 30, 17)),
+        # USE_VERSION=2_0
+        ("sparsevlm+", 192, (300, 200, 118)),
+        ("sparsevlm+", 128, (238, 108, 60)),
+        ("sparsevlm+", 96, (246, 54, 28)),
+        ("sparsevlm+", 64, (66, 34, 20)),
+    ],
+)
+def test_sparsevlm_is_as_published(name: str, budget: int, expected: tuple[int, ...]) -> None:
+    config = GapConfig.preset(name, budget=budget)
+    assert [(stage.keep, stage.layer) for stage in config.stages] == list(
+        zip(expected, (2, 6, 15), strict=True)
+    )
+    score = {"sparsevlm": "raters", "sparsevlm+": "raters_corrected"}[name]
+    assert {stage.score for stage in config.stages} == {score}
+    assert config.ids == "kept"
+    assert GapConfig.preset(name, budget=budget / 576).stages == tuple(
+        Stage(round(count / 576, 6), layer, score) for count, layer in zip(expected, (2, 6, 15), strict=True)
+    )
+
+
+def test_feather_is_as_published() -> None:
+    """R = 30%: the best and a lattice of stride 3 together, then R squared of these: topk(int(n * ratio * ratio))."""
+    config = GapConfig.preset("feather")
+    lattice = 8 * 8
+    together = lattice + (576 - lattice) * Fraction(3, 10)
+    assert survivors(config, 576) == [math.ceil(together), 19] == [218, 19]
+    assert [stage.layer for stage in config.stages] == [7, 15]
+    assert {stage.score for stage in config.stages} == {"unrotated"}
+    first, second = config.stages
+    assert int(first.spread * 218) == lattice
+    assert (second.keep, second.share_of) == (0.09, "left")
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8, 1.0])
+def test_feather_finds_its_ratio(ratio: float) -> None:
+    together = 1 / 9 + 8 / 9 * ratio
+    first, second = GapConfig.preset("feather", budget=together * ratio**2).stages
+    assert first.keep == pytest.approx(together, abs=1e-5)
+    assert second.keep == pytest.approx(ratio**2, abs=1e-5)
+
+
+def test_prumerge_plus_spreads_three_for_each_outlier() -> None:
+    """82 outliers of 576 make a stride of int(int(576 / 82) / 3) = 2, of which 250 tokens are not among the outliers."""
+    config = GapConfig.preset("prumerge+", budget=82 + 250)
+    assert int(config.spread * config.keep) == pytest.approx(250, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "count"),
+    [
+        ("divprune", 0.098, 57),  # the code rounds 56.4 to the nearest
+        *(("cdpruner", count, count) for count in (64, 128, 192)),
+        *(("scope", count, count) for count in (64, 128, 192)),
+        ("fastervlm", 0.5, 288), ("fastervlm", 0.25, 144), ("fastervlm", 0.1, 58), ("fastervlm", 0.05, 29),
+        *(("vispruner", count, count) for count in (32, 64, 128)),
+        *(("hiprune", count, count) for count in (64, 128, 192)),
+        *(("dart", count, count) for count in (64, 128, 192)),
+    ],
+)  # fmt: skip
+def test_counts_are_as_published(name: str, budget: float | int, count: int) -> None:
+    (stage,) = GapConfig.preset(name, budget=budget).stages
+    assert stage.count(576) == count
+    assert stage.layer == (1 if name == "dart" else -1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers", "expected"),
+    [
+        # The released example on LLaVA-1.5, a mean of 64; on Qwen2.5-VL a third of 0.167, and 0.67 of 0.6.
+        (64, 32, [(96, -1), (32, 15)]),
+        (0.111, 28, [(pytest.approx(0.167, abs=1e-3), -1), (pytest.approx(0.0556, abs=1e-3), 13)]),
+        (0.5, 28, [(0.6, -1), (pytest.approx(0.402, abs=3e-3), 13)]),
+    ],
+)
+def test_vscan_is_as_published(budget: float | int, layers: int, expected: list[tuple[float, int]]) -> None:
+    assert stages("vscan", budget=budget, layers=layers) == expected
+    first = GapConfig.preset("vscan", budget=budget).stages[0]
+    assert (first.score, first.coverage, first.merge) == ("cls", "windows", "cluster")
+
+
+def test_coverages_are_as_published() -> None:
+    found = {name: GapConfig.preset(name).stages[0] for name in PRESETS}
+    known = (*BY_FEATURES, "anchors")
+    assert {name: (stage.score, stage.coverage) for name, stage in found.items() if stage.coverage in known} == {
+        "divprune": ("random", "max_min"),
+        "cdpruner": ("text_similarity", "determinant"),
+        "scope": ("cls", "coverage_gain"),
+        "vispruner": ("cls", "distinct"),
+        "dart": ("key_norm", "least_similar"),
+        "hiprune": ("received", "anchors"),
+    }  # fmt: skip
+    assert GapConfig.preset("fastervlm", budget=0.1) == GapConfig.preset("cls", budget=0.1)
+    assert found["divprune"].keep == 0.098
+
+
+@pytest.mark.parametrize(("budget", "mean"), [(0.1414, 192), (0.0448, 128)])
+def test_swiftvlm_means_what_is_published(budget: float, mean: int) -> None:
+    """In layers 3, 11 and 15 of 32, counted from 1; the budgets of the paper are means over the layers."""
+    chosen = GapConfig.preset("swiftvlm", budget=budget).stages
+    assert [stage.layer + 1 for stage in chosen] == [3, 11, 15]
+    held = [576] * 32
+    for stage in chosen:
+        held[stage.layer + 1 :] = [stage.count(576)] * (31 - stage.layer)
+    assert abs(sum(held) / 32 - mean) < 1
 
 
 def test_sparsevlm_between_the_published_budgets() -> None:
@@ -77,8 +248,10 @@ def test_sparsevlm_between_the_published_budgets() -> None:
 @pytest.mark.parametrize("share", [0.03, 0.125, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0])
 def test_any_share_is_a_configuration(name: str, share: float) -> None:
     config = for_model(name, 6, cls=True, budget=share)
-    keeps = [stage.keep for stage in config.stages]
-    assert keeps == sorted(keeps, reverse=True)
+    for tokens in (1, 64, 576):
+        counts = survivors(config, tokens)
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] >= 1
     assert config.ids == "kept"
 
 
@@ -106,8 +279,10 @@ def test_layers_scale_with_the_depth(entered: tuple[int, ...], layers: int) -> N
             r"budget=64: expected a share of the visual tokens, a float in \(0, 1\]",
         ),
         ("feather", {"budget": 0.0}, r"budget=0.0: expected a share"),
-        ("sparsevlm", {"budget": 100}, r"budget=100: expected 64, 128, 192, or a share"),
+        ("sparsevlm", {"budget": 100}, r"budget=100: expected 64, 96, 128, 192, or a share"),
         ("nuwa", {"budget": 0}, r"budget=0: expected a share"),
+        ("nuwa", {"tiles": 1}, r"tiles=1: expected True, False or None"),
+        ("sparsevlm+", {"budget": 576}, r"budget=576: expected 64, 96, 128, 192, or a share"),
         ("nuwa", {"budget": True}, r"budget=True: expected a share"),
         ("cls", {"budget": 2.0}, r"budget=2.0: expected a share .*, a float in \(0, 1\], or their number"),
         ("trim", {"budget": "outlier"}, r"budget='outlier': expected a share, .* or 'outliers'"),
@@ -134,7 +309,7 @@ def test_numpy_numbers_are_numbers(name: str, kind) -> None:
     odd = {option: odd for option, (odd, _) in options.items() if option in known}
     plain = {option: plain for option, (_, plain) in options.items() if option in known}
     assert GapConfig.preset(name, budget=kind(0.25), **odd) == GapConfig.preset(name, budget=0.25, **plain)
-    if name not in ("pyramiddrop", "feather"):
+    if name not in ("pyramiddrop", "feather", "swiftvlm"):
         config = GapConfig.preset(name, budget=np.int32(64), **odd)
         assert config == GapConfig.preset(name, budget=64, **plain)
         assert type(config.keep) is int
@@ -171,11 +346,12 @@ def test_odd_values_are_a_configuration_or_a_sentence(name: str, values: tuple[o
         assert type(stage.layer) is int
         if stage.keep != "outliers":
             assert 1 <= stage.count(576) <= 576
+            assert stage.count(576, 1) == 1
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "feather", "fastv"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "sparsevlm+", "feather", "fastv", "swiftvlm"])
 def test_the_smallest_share_keeps_a_token_in_every_stage(name: str) -> None:
-    assert [stage.count(576) for stage in GapConfig.preset(name, budget=1e-300).stages][-1] == 1
+    assert survivors(GapConfig.preset(name, budget=1e-300), 576)[-1] == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -185,7 +361,7 @@ def test_docstrings_say_where_it_comes_from_and_what_the_budget_is(name: str) ->
     assert "budget:" in function.__doc__
 
 
-@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa"])
+@pytest.mark.parametrize("name", ["cls", "prumerge", "prumerge+", "visionzip", "nuwa", "scope", "vscan"])
 def test_without_a_cls_token_the_refusal_names_what_runs(name: str) -> None:
     model = ways.build(ways.MROPE, "gap_triton")
     with pytest.raises(ValueError, match=r"no CLS token.*score='received'"):
@@ -227,5 +403,5 @@ def test_a_model_tells_its_depth_and_whether_it_has_a_cls_token() -> None:
 
 def for_model_defaults(name: str, score: str) -> GapConfig:
     known = inspect.signature(PRESETS[name]).parameters
-    told = {"layers": LAYERS, "score": score}
+    told = {"layers": LAYERS, "score": score, "tiles": False}
     return PRESETS[name](**{key: value for key, value in told.items() if key in known})

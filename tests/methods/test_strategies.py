@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from gap_kernels import grid_neighbours, topk_indices
@@ -39,9 +40,11 @@ from gap_triton.strategies import (
     nearest,
     outlier_count,
     raters,
+    similarity_outlier_count,
     spatial_order,
     text_similarity,
 )
+from gap_triton.strategies.coverage import choose_on_grid
 
 NAN, INF = math.nan, math.inf
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -104,7 +107,9 @@ def test_spatial_order_refuses_what_is_no_grid(grid: object) -> None:
 def test_the_share_of_the_lattice() -> None:
     """What FEATHER keeps by its lattice, rounded: a ninth, beside 30% of the rest."""
     ninth = Fraction(1, 9)
-    assert abs(STRIDE_SHARE - ninth / (ninth + (1 - ninth) * Fraction(3, 10))) < Fraction(1, 100)
+    assert abs(Fraction(str(STRIDE_SHARE)) - ninth / (ninth + (1 - ninth) * Fraction(3, 10))) < Fraction(
+        1, 100
+    )
 
 
 @pytest.mark.parametrize("coverage", ["topk", "region", "stride"])
@@ -118,6 +123,7 @@ def test_choice_on_grids(coverage: str, data: st.DataObject) -> None:
     scores = data.draw(st.lists(row, min_size=groups, max_size=groups))
     keep = data.draw(st.lists(st.integers(0, cells), min_size=groups, max_size=groups))
     per_region = data.draw(st.sampled_from([None, 1, 2, 3, 4]))
+    spread = data.draw(st.sampled_from([None, 0, 0.1, 0.294118, 0.7, 1.0]))
     # Where a cell that is alone in its region is scored -inf it may count as filler.
     if groups == 1 and coverage == "region":
         scores = [[-5.0 if score == -INF or math.isnan(score) else score for score in scores[0]]]
@@ -125,12 +131,14 @@ def test_choice_on_grids(coverage: str, data: st.DataObject) -> None:
         "neighbours": grid_neighbours(grid)[None],
         "order": spatial_order(grid)[None],
         "per_region": per_region,
+        "spread": spread,
     }
     tensor = torch.tensor(scores, dtype=torch.float32)
     given_scores = tensor.clone()
     index = choose(tensor, torch.tensor(keep), coverage, **shared)
     wanted = [
-        expected_choice(coverage, row, grid, k, per_region) for row, k in zip(scores, keep, strict=True)
+        expected_choice(coverage, row, grid, k, per_region, spread)
+        for row, k in zip(scores, keep, strict=True)
     ]
     assert index.dtype == torch.int64
     assert index.tolist() == [fill(row, max(keep)) for row in wanted]
@@ -140,8 +148,11 @@ def test_choice_on_grids(coverage: str, data: st.DataObject) -> None:
     assert longer.tolist() == [fill(row, max(keep) + 2) for row in wanted]
     one = choose(tensor, keep[0], coverage, **shared)
     assert one.tolist() == [
-        sorted(expected_choice(coverage, row, grid, keep[0], per_region)) for row in scores
+        sorted(expected_choice(coverage, row, grid, keep[0], per_region, spread)) for row in scores
     ]
+    if not (tensor.isnan().any() and tensor.isneginf().any()):
+        options = {"per_region": per_region, "spread": spread}
+        assert torch.equal(choose_on_grid(tensor, keep[0], coverage, grid, **options), one)
 
 
 @pytest.mark.parametrize("coverage", ["topk", "region", "stride"])
@@ -220,13 +231,15 @@ ORDER = spatial_order((2, 3))[None]
         ((SCORES, 0.5, "topk"), {}, "keep: expected an int or an int64 tensor"),
         ((SCORES, torch.tensor([1, 7]), "topk"), {}, "keep: expected values in 0..6, got 7"),
         ((SCORES, torch.tensor([1, 3]), "stride"), {"order": ORDER, "length": 2}, "length: expected at least 3, got 2"),
-        ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', got 'random'"),
+        ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', .*'distinct', got 'random'"),
         ((SCORES, 1, "region"), {}, "neighbours: coverage='region' needs .* got None; see gap_kernels.grid_neighb"),
         ((SCORES, 1, "stride"), {}, "order: coverage='stride' needs .* got None; see spatial_order"),
         ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[G\|1, N\]"),
         ((SCORES, 1, "stride"), {"order": ORDER[:, :4]}, r"order: expected \[G\|1, N\] with N = 6"),
         ((SCORES, 1, "stride"), {"order": ORDER.expand(3, -1)}, r"order: expected \[B, N\] with B = 2, or \[1, N\]"),
         ((SCORES, 1, "region"), {"neighbours": NEIGHBOURS[0]}, "neighbours: expected 3 dimensions"),
+        ((SCORES, 1, "stride"), {"order": ORDER, "spread": 1.5}, "spread: expected a float in 0..1, got 1.5"),
+        ((SCORES, 1, "stride"), {"order": ORDER, "spread": True}, "spread: expected a float in 0..1, got True"),
         ((SCORES, 1, "region"), {"neighbours": NEIGHBOURS, "per_region": 0}, "per_region: expected at least 1, got 0"),
     ],
 )  # fmt: skip
@@ -602,6 +615,28 @@ def test_outliers_match_the_definition(most: list[int], some: list[int]) -> None
     padded = torch.tensor([[*map(float, values), NAN, NAN], [*map(float, values), 0.0, 0.0]])
     assert outlier_count(padded)[:1].tolist() == [expected]
     assert outlier_count(padded[:, :-2]).tolist() == [expected, expected]
+
+
+@given(values=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=60))
+def test_outliers_of_similarities_are_those_of_their_softmax(values: list[float]) -> None:
+    """TRIM: quartiles of the softmax, in float64 by numpy."""
+    weights = np.exp(100 * (np.array(values) - max(values)))
+    weights /= weights.sum()
+    first, third = np.percentile(weights, [25, 75])
+    limit = third + 1.5 * (third - first)
+    near = np.abs(weights - limit) <= 1e-4 * max(limit, 1e-30)  # float32 may see these on the other side
+    least, most = (weights > limit)[~near].sum(), ((weights > limit) | near).sum()
+    (found,) = similarity_outlier_count(torch.tensor([values])).tolist()
+    assert max(least, 1) <= found <= max(most, 1)
+    (padded,) = similarity_outlier_count(torch.tensor([[*values, math.nan]])).tolist()
+    assert padded == found
+
+
+def test_more_stands_out_of_the_softmax() -> None:
+    """A fifth of the tokens, as TRIM reports, where hardly any similarity is an outlier itself."""
+    similarity = torch.randn(1, 576, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert int(outlier_count(similarity)) <= 6
+    assert 60 <= int(similarity_outlier_count(similarity)) <= 130
 
 
 def test_outliers_by_hand() -> None:

@@ -84,6 +84,7 @@ BAD["keep"] = BAD["count"] = BAD["k"]
 INDICES = {"visual_index", "rows", "importance_rows", "importance_columns", "anchors", "kept", "neighbours"}
 DISTINCT = {
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
+    ("cluster", "kept"),
     ("contextual", "kept"), ("aggregate", "anchors"),
 }  # fmt: skip
 ATTENTION = {
@@ -122,10 +123,12 @@ SHAPES: dict[str, dict[str, str]] = {
     "spatial_aggregate": {"features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M"},
     "choose": {"scores": "G N", "keep": "G", "neighbours": "! N R", "order": "! N"},
     "average": MERGE,
+    "cluster": MERGE,
     "nearest": MERGE,
     "contextual": {**MERGE, "count": "G"},
     "aggregate": MERGE,
     "outlier_count": {"scores": "G N"},
+    "similarity_outlier_count": {"similarities": "G N"},
     "text_similarity": {"visual": "G N C", "text": "G T C", "text_mask": "G T"},
     "raters": {"visual": "G N C", "visual_mask": "G N", "text": "G T C", "text_mask": "G T"},
 }  # fmt: skip

@@ -69,7 +69,7 @@ def aggregated(dtype: torch.dtype) -> Any:
 def greedy(dtype: torch.dtype) -> Any:
     return [
         gap_kernels.greedy_indices(features_and_keys(dtype)[0], 5, rule)
-        for rule in ("max_min", "determinant", "coverage")
+        for rule in ("max_min", "determinant", "coverage_gain")
     ]
 
 

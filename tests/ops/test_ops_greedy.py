@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 NAN, INF = math.nan, math.inf
-RULES = ["max_min", "determinant", "coverage"]
+RULES = ["max_min", "determinant", "coverage_gain"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -102,8 +102,8 @@ AXES = [[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 3.0], [4.0
         ("max_min", None, [3, 0, 1, 2, 4]),  # farthest from its nearest, then ties at distance 1, then the duplicate
         ("determinant", None, [0, 1, 3, 2, 4]),  # what is spanned comes last, by index
         ("determinant", [0.5, 1.0, 1.0, 0.1, 0.6], [1, 2, 3, 0, 4]),  # 0.5 and 0.6 are spanned by 1 and 2
-        ("coverage", None, [2, 3, 0, 1, 4]),  # gains of 1 + 3 r, 1, 2 (1 - r), 1 - r and 0, with r the root of a half
-        ("coverage", [0.1, 0.1, 0.1, 1.0, 0.2], [3, 4, 1, 2, 0]),  # 1 and 2 would gain the same
+        ("coverage_gain", None, [2, 3, 0, 1, 4]),  # gains of 1 + 3 r, 1, 2 (1 - r), 1 - r and 0, with r the root of a half
+        ("coverage_gain", [0.1, 0.1, 0.1, 1.0, 0.2], [3, 4, 1, 2, 0]),  # 1 and 2 would gain the same
     ],
 )  # fmt: skip
 def test_order(rule: str, scores: list[float] | None, order: list[int]) -> None:
@@ -136,7 +136,7 @@ def test_copies_are_worth_nothing(rule: str) -> None:
         assert greedy_indices(copies, 5, rule).tolist() == [[0, 1, 2, 3, 60]]
 
 
-@pytest.mark.parametrize("rule", ["determinant", "coverage"])
+@pytest.mark.parametrize("rule", ["determinant", "coverage_gain"])
 def test_scores_count(rule: str) -> None:
     features, _ = inputs(1, 6, 40)
     scores = torch.tensor([[0.0, 5.0, NAN, -3.0, 5.5, 0.0]])
@@ -182,7 +182,7 @@ def test_gains_that_are_not_computed_again(seed: int, elements: int, monkeypatch
     features[0, tokens // 3] = NAN
     mask = torch.rand(2, tokens, generator=generator) < 0.9
     weight = scores.round(decimals=1) if seed % 3 else None
-    given_all = (features, weight, mask, "coverage", 1.0, tokens // 2, None, tokens // 2)
+    given_all = (features, weight, mask, "coverage_gain", 1.0, tokens // 2, None, tokens // 2)
     expected = reference.greedy_indices(*given_all)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
     assert torch.equal(reference.greedy_indices(*given_all), expected)
@@ -220,7 +220,7 @@ def test_compile(rule: str) -> None:
 
 def test_fake_cuda_tensors() -> None:
     with FakeTensorMode():
-        index = greedy_indices(torch.empty(2, 20, 4, device="cuda"), 6, "coverage")
+        index = greedy_indices(torch.empty(2, 20, 4, device="cuda"), 6, "coverage_gain")
     assert (index.device.type, index.shape, index.dtype) == ("cuda", (2, 6), torch.int64)
 
 
@@ -232,22 +232,22 @@ FEATURES, SCORES = torch.zeros(2, 6, 3), torch.zeros(2, 6)
     [
         ((FEATURES.int(), 2, "max_min"), {}, "features: expected dtype .*float16.*, got .*int32"),
         ((FEATURES[0], 2, "max_min"), {}, r"features: expected 3 dimensions \[B, N, C\], got shape \[6, 3\]"),
-        ((FEATURES, 2, "maxmin"), {}, "rule: expected one of max_min, determinant, coverage, got 'maxmin'"),
+        ((FEATURES, 2, "maxmin"), {}, "rule: expected one of max_min, determinant, coverage_gain, got 'maxmin'"),
         ((FEATURES, 2, None), {}, r"rule: expected one of .*, got None \(NoneType\)"),
         ((FEATURES, 2, "max_min"), {"scores": SCORES}, "scores: expected None with rule 'max_min', .* got shape"),
-        ((FEATURES, 2, "coverage"), {"scores": SCORES[:, 1:]}, r"scores: expected \[B, N\] with N = 6, got shape \[2, 5\]"),
-        ((FEATURES, 2, "coverage"), {"scores": SCORES.half()}, "scores: expected dtype torch.float32, got .*float16"),
-        ((FEATURES, 2, "coverage"), {"mask": SCORES}, "mask: expected dtype torch.bool, got .*float32"),
-        ((FEATURES, 2, "coverage"), {"exponent": -0.5}, "exponent: expected a finite float >= 0, got -0.5"),
-        ((FEATURES, 2, "coverage"), {"exponent": NAN}, "exponent: expected a finite float >= 0, got nan"),
-        ((FEATURES, -1, "coverage"), {}, "k: expected a count >= 0, got -1"),
-        ((FEATURES, torch.tensor([1, -2]), "coverage"), {}, "k: expected counts >= 0, got -2"),
+        ((FEATURES, 2, "determinant"), {"scores": SCORES[:, 1:]}, r"scores: expected \[B, N\] with N = 6, got shape"),
+        ((FEATURES, 2, "coverage_gain"), {"scores": SCORES.half()}, "scores: expected dtype torch.float32, got .*float16"),
+        ((FEATURES, 2, "coverage_gain"), {"mask": SCORES}, "mask: expected dtype torch.bool, got .*float32"),
+        ((FEATURES, 2, "coverage_gain"), {"exponent": -0.5}, "exponent: expected a finite float >= 0, got -0.5"),
+        ((FEATURES, 2, "coverage_gain"), {"exponent": NAN}, "exponent: expected a finite float >= 0, got nan"),
+        ((FEATURES, -1, "coverage_gain"), {}, "k: expected a count >= 0, got -1"),
+        ((FEATURES, torch.tensor([1, -2]), "coverage_gain"), {}, "k: expected counts >= 0, got -2"),
         (
-            (FEATURES, torch.tensor([1, 9]), "coverage"),
+            (FEATURES, torch.tensor([1, 9]), "coverage_gain"),
             {"length": 5},
             r"length: expected at least the largest min\(k, N\), 6, got 5",
         ),
-        ((FEATURES, 3, "coverage"), {"length": 2}, "length: expected at least 3, got 2"),
+        ((FEATURES, 3, "coverage_gain"), {"length": 2}, "length: expected at least 3, got 2"),
     ],
 )  # fmt: skip
 def test_bad_arguments(args: tuple, kwargs: dict, message: str) -> None:

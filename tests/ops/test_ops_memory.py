@@ -178,7 +178,7 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "spatial_aggregate": aggregated,
     "greedy_indices, max-min": lambda patches: greedy(patches, "max_min"),
     "greedy_indices, determinant": lambda patches: greedy(patches, "determinant"),
-    "greedy_indices, coverage": lambda patches: greedy(patches, "coverage"),
+    "greedy_indices, coverage": lambda patches: greedy(patches, "coverage_gain"),
     "contextual": contextual,
     "nearest": nearest,
     "average": average,
@@ -275,7 +275,7 @@ def test_grids_of_thousands_of_patches(name: str, largest: Largest) -> None:
     assert largest.elements <= blocks.BLOCK_ELEMENTS
 
 
-@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage"])
+@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage_gain"])
 def test_greedy_selection_of_thousands_of_tokens(rule: str, largest: Largest) -> None:
     """At the size of the blocks that is shipped, 4,096 tokens have four times as many pairs."""
     features = torch.randn(1, 4096, 8)

@@ -445,8 +445,8 @@ def greedy_cases() -> Iterator[Case]:
     for rule, channels, dtype, with_scores in (
         ("max_min", 1024, torch.float16, False),
         ("determinant", 1024, torch.bfloat16, True),
-        ("coverage", 1024, torch.bfloat16, True),
-        ("coverage", 75, torch.float16, False),
+        ("coverage_gain", 1024, torch.bfloat16, True),
+        ("coverage_gain", 75, torch.float16, False),
         ("determinant", 1024, torch.float32, False),
         ("max_min", 75, torch.float32, False),
     ):

@@ -195,7 +195,7 @@ def topk_indices(source: Source) -> Call:
 def greedy_indices(source: Source) -> Call:
     batch, tokens, channels = source.size(0, 2), source.size(0, 7), source.size(0, 6)
     features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
-    rule = source.pick(["max_min", "determinant", "coverage"])
+    rule = source.pick(["max_min", "determinant", "coverage_gain"])
     scores = None if rule == "max_min" else source.maybe(lambda: source.scores(batch, tokens))
     mask = source.maybe(lambda: source.bools(batch, tokens))
     exponent = source.pick([1, 1.0, 0.5, 0])
@@ -526,6 +526,7 @@ def choose(source: Source) -> Call:
     # Where a cell that is alone in its region is scored -inf it may count as filler.
     scores = source.scores(groups, cells, odd=coverage != "region")
     keep, per_region = source.counts(groups, cells), source.pick([None, 1, 3, 10**30])
+    spread = source.pick([None, 0, 0.3, 0.294118, 1.0])
     counts = listed(keep, groups)
     most = max(counts, default=0) if isinstance(keep, Tensor) else keep
     length = source.length(most)
@@ -537,12 +538,13 @@ def choose(source: Source) -> Call:
         "neighbours": gap_kernels.grid_neighbours(grid)[None].expand(shared, -1, -1),
         "per_region": per_region,
         "order": strategies.spatial_order(grid)[None].expand(shared, -1),
+        "spread": spread,
         "length": length,
     }
 
     def check(found: Tensor) -> None:
         wanted = [
-            sorted(naive_strategies.expected_choice(coverage, row, grid, count, per_region))
+            sorted(naive_strategies.expected_choice(coverage, row, grid, count, per_region, spread))
             for row, count in zip(scores.tolist(), counts, strict=True)
         ]
         assert_index(found, wanted, length, most)
@@ -591,6 +593,18 @@ def average(source: Source) -> Call:
         return naive_strategies.averaged(plain[sample], scores[sample].tolist(), own)
 
     return merged(strategies.average, arguments, "kept", dtype, wanted)
+
+
+def cluster(source: Source) -> Call:
+    groups, rows, dtype = source.size(0, 2), source.size(0, 8), source.pick(FLOATS)
+    features = source.floats(groups, rows, source.size(2, 5), dtype=dtype)
+    assume_apart(features)
+    kept = source.rows(groups, rows, source.size(0, rows))
+
+    def wanted(sample: int, own: list[int]) -> dict[int, Tensor]:
+        return naive_strategies.clustered(features[sample].detach(), own)
+
+    return merged(strategies.cluster, {"features": features, "kept": kept}, "kept", dtype, wanted)
 
 
 def nearest(source: Source) -> Call:
@@ -718,22 +732,40 @@ def outlier_count(source: Source) -> Call:
     scores = source.laid_out(torch.randint(-8, 30, (groups, rows), generator=source.generator) / 4)
 
     def check(found: Tensor) -> None:
-        counts = []
-        for line in scores.tolist():
-            ordered = sorted(line)
-            quartiles = []
-            for share in (0.25, 0.75):
-                place = share * (rows - 1)
-                low = math.floor(place)
-                quartiles.append(
-                    ordered[low] + (place - low) * (ordered[min(low + 1, rows - 1)] - ordered[low])
-                )
-            limit = quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
-            counts.append(max(1, sum(score > limit for score in line)))
+        counts = [max(1, sum(score > outlier_limit(line) for score in line)) for line in scores.tolist()]
         assert found.dtype == torch.int64
         assert found.tolist() == counts
 
     return Call(strategies.outlier_count, {"scores": scores}, check)
+
+
+def outlier_limit(line: list[float]) -> float:
+    """The third quartile and one and a half times what lies between the first and it."""
+    ordered, quartiles = sorted(line), []
+    for share in (0.25, 0.75):
+        place = share * (len(line) - 1)
+        low = math.floor(place)
+        next_one = ordered[min(low + 1, len(line) - 1)]
+        quartiles.append(ordered[low] + (place - low) * (next_one - ordered[low]))
+    return quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
+
+
+def similarity_outlier_count(source: Source) -> Call:
+    groups, rows = source.size(0, 3), source.size(1, 12)
+    similarities = source.laid_out(
+        torch.randint(-8, 9, (groups, rows), generator=source.generator) / 1024
+    )  # that float32 holds exactly
+
+    def check(found: Tensor) -> None:
+        counts = []
+        for line in (similarities.double() * strategies.outliers.SIMILARITY_SCALE).softmax(1).tolist():
+            limit = outlier_limit(line)
+            assume(all(abs(weight - limit) > GAP * limit for weight in line))
+            counts.append(max(1, sum(weight > limit for weight in line)))
+        assert found.dtype == torch.int64
+        assert found.tolist() == counts
+
+    return Call(strategies.similarity_outlier_count, {"similarities": similarities}, check)
 
 
 def text_similarity(source: Source) -> Call:
@@ -809,12 +841,14 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "spatial_order": spatial_order,
     "choose": choose,
     "average": average,
+    "cluster": cluster,
     "nearest": nearest,
     "contextual": contextual,
     "contextual_count": contextual_count,
     "aggregate": aggregate,
     "AggregationRule": aggregation_rule,
     "outlier_count": outlier_count,
+    "similarity_outlier_count": similarity_outlier_count,
     "text_similarity": text_similarity,
     "raters": raters,
 }

@@ -989,10 +989,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage"])
+@pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage_gain"])
 def test_greedy(rule: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Several tiles of tokens, more than one part of each vector, NaN, zeros and duplicates, a count each."""
-    tokens, channels, k = 67, 150, 4 if rule == "coverage" else 19  # rows of the factor: 16 at a time
+    tokens, channels, k = 67, 150, 4 if rule == "coverage_gain" else 19  # rows of the factor: 16 at a time
     features = torch.randn(2, tokens + 1, channels, generator=generator).to(DEVICE, dtype)[:, 1:]
     features[0, 7, 149], features[0, 66, 3], features[1, 5] = math.nan, math.inf, 0.0
     features[1, 60:] = features[1, :7]

@@ -31,12 +31,26 @@ COMPOSED = {
     "key norm in the decoder": GapConfig(0.4, 1, "key_norm"),
     "key norm of the tower": GapConfig(0.4, -1, "key_norm", "region"),
     "received, by region": GapConfig(0.4, -1, "received", "region"),
+    "max-min in the decoder": GapConfig(0.4, 1, "text", "max_min"),
+    "unlike each other, twice": GapConfig(
+        0.3, 0, "spatial", "determinant", then=(Stage(0.15, 2, "last_token", "coverage_gain"),)
+    ),
+    "distinct, merged": GapConfig(0.4, -1, "received", "distinct", "nearest"),
     "random, then spread": GapConfig(
         0.7, -1, "random", then=(Stage(0.5, 0, "text", "region"), Stage(0.2, 2, "spatial"))
     ),
     "a count, three times": GapConfig(
         30, 0, "text", then=(Stage(20, 1, "raters"), Stage(7, 3, "last_token"))
     ),
+    "of what is left": GapConfig(
+        0.7,
+        -1,
+        "random",
+        then=(Stage(0.7, 0, "text", share_of="left"), Stage(0.3, 2, "unrotated", share_of="left")),
+    ),
+    "candidates in the decoder": GapConfig(0.3, 1, "text", "region", per_region=3),
+    "mostly spread": GapConfig(0.4, 1, "text", "stride", spread=0.9),
+    "tile by tile": GapConfig(12, -1, "received", "region", per_region=2, budget_by="tiles"),
     "one token": GapConfig(1, -1, "random", then=(Stage(1, 1, "last_token"),)),
 }
 NAMES = [*PRESETS, *COMPOSED]

@@ -213,3 +213,32 @@ def test_ints_on_a_device() -> None:
     assert to_device([3, 1], CPU).tolist() == [3, 1]
     counts = count(lambda: to_device([3, 1], CPU), CPU)
     assert (counts.reads, counts.copies) == (0, 0)
+
+
+@pytest.mark.parametrize("merge", ["none", "aggregation"])
+def test_tiles_share_a_budget_equally_and_newlines_stay_besides(merge: str) -> None:
+    """Nüwa on LLaVA-NeXT: so many of the overview, as many for each tile of the details, and every newline."""
+    model = ways.build("llava_next", "gap_triton")
+    inputs = prompt("llava_next", images=((Image(48, 48),), (Image(24, 40),)), before=(3, 3), after=(4, 4))
+    score = "random" if merge == "none" else "received"
+    gap_triton.configure(model, GapConfig(17, -1, score, "region", merge, per_region=3, budget_by="tiles"))
+    with torch.no_grad():
+        model(**inputs)
+    selection = gap_triton.last_selection(model)
+    owner = find_parts(model).owner
+    rows = selection.candidates
+    counts = (rows >= 0).sum(1).tolist()
+    layout = layout_of(owner, inputs, inputs["input_ids"] == IMAGE, rows, counts, layouts=Constants(4))
+    kept = [set(row[row >= 0].tolist()) for row in selection.visual_index]
+    found: dict[int, list[int]] = {0: [], 1: []}
+    in_grids: dict[int, set[int]] = {0: set(), 1: set()}
+    for view in layout.views:
+        tokens = set(rows[view.sample][torch.from_numpy(view.numbers)].tolist())
+        found[view.sample].append(len(tokens & kept[view.sample]))
+        in_grids[view.sample] |= tokens
+    # Five tiles share 17, and three share 17.
+    assert found == {0: [3, 4 * 3], 1: [5, 2 * 5]}
+    for sample, numbers in enumerate(rows):
+        newlines = set(numbers[numbers >= 0].tolist()) - in_grids[sample]
+        assert newlines
+        assert newlines <= kept[sample]

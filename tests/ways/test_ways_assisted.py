@@ -38,7 +38,7 @@ def test_drafts_leave_no_trace(name: str, batch: str, right: tuple[int, ...], wr
     assert sum(script.lengths) > len(script.lengths)
 
 
-@pytest.mark.parametrize("ids", ["compacted", "permuted"])
+@pytest.mark.parametrize("ids", ["compacted", "permuted", "reordered", "stretched"])
 def test_drafts_with_other_id_rules(ids: str, drafts) -> None:
     model, _, _ = pair("llava", GapConfig(keep=0.4, layer=1, ids=ids, score="text"))
     inputs = make("llava", "single")

@@ -15,7 +15,7 @@ __all__ = ["greedy_indices"]
 def greedy_indices(
     features: Tensor,
     k: int | Tensor,
-    rule: Literal["max_min", "determinant", "coverage"],
+    rule: Literal["max_min", "determinant", "coverage_gain"],
     *,
     scores: Tensor | None = None,
     exponent: float = 1.0,
@@ -32,7 +32,7 @@ def greedy_indices(
     - ``"determinant"``: ``det L(S + i) / det L(S)`` with ``L(i, j) = w(i) s(i, j) w(j)``: the greedy MAP of a DPP
       (Chen et al., arXiv 1709.05135, Algorithm 1), as CDPruner (arXiv 2506.10967, section 3.3), where w is the
       relevance to the text;
-    - ``"coverage"``: ``w(i) * sum over j of max(0, s(i, j) - c(j))``, where ``c(j)`` is the largest cosine of j to a
+    - ``"coverage_gain"``: ``w(i) * sum over j of max(0, s(i, j) - c(j))``, where ``c(j)`` is the largest cosine of j to a
       token in S, at least 0: SCOPE (arXiv 2510.24214), where w is the attention of the CLS token. Its code has an
       ``exponent`` of 1.
 

@@ -39,7 +39,7 @@ DEPENDENT = tl.constexpr(reference.DEPENDENT)
 NOTHING = tl.constexpr(reference.NOTHING)
 TIE = tl.constexpr(reference.TIE)
 MAX_MIN, DETERMINANT, COVERAGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-RULES = {"max_min": 0, "determinant": 1, "coverage": 2}
+RULES = {"max_min": 0, "determinant": 1, "coverage_gain": 2}
 SCAN_BLOCK = 1024
 """Tokens that are compared at a time, and rows of the factor times tokens that are read at a time."""
 HISTORY_BLOCK = tl.constexpr(16)

@@ -48,7 +48,7 @@ def greedy_indices(
         features: [B, N, C].
         scores: [B, N] float32 or None.
         mask: [B, N] bool or None.
-        rule: "max_min", "determinant" or "coverage".
+        rule: "max_min", "determinant" or "coverage_gain".
         exponent: Of the scores.
         k: How many to choose in every sample; unused where ``counts`` is given.
         counts: [B] int64 or None.
@@ -227,5 +227,5 @@ class _Coverage(_Chooser):
 CHOOSERS: dict[str, type[_Chooser]] = {
     "max_min": _MaxMin,
     "determinant": _Determinant,
-    "coverage": _Coverage,
+    "coverage_gain": _Coverage,
 }

@@ -29,7 +29,7 @@ def gain(
     if rule == "max_min":
         others = chosen or [other for other in candidates if other != token]
         return min((1 - cosines[token][other] for other in others), default=2.0)
-    if rule == "coverage":
+    if rule == "coverage_gain":
         covered = {j: max([0.0, *(cosines[j][other] for other in chosen)]) for j in candidates}
         more = [cosines[token][j] - covered[j] for j in candidates]
         return math.fsum(term for term in more if term > NOTHING)
