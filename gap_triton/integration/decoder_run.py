@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import cache_of
+from ..attachment import Attachment
 from ..calls import is_assistant
 from ..config import BEFORE_THE_DECODER, needs_grid
 from ..introspect import layer_type
@@ -55,7 +56,11 @@ def step_of(
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
     """
-    if kept.renumbered or any(state.attachment.windows):
+    if (
+        kept.renumbered
+        or any(state.attachment.windows)
+        or hands_survivors(state.attachment, kept.stages[0].layer)
+    ):
         return None
     cache = cache_of(kwargs)
     begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)
@@ -97,8 +102,14 @@ def run_of_step(
     if past is None:
         past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    run.survivors_only = hands_survivors(state.attachment, kept.stages[0].layer)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     return run
+
+
+def hands_survivors(attachment: Attachment, layer: int) -> bool:
+    """Return whether a decoder from which tokens are dropped first at ``layer`` is handed the survivors alone."""
+    return attachment.survivors_only and layer == BEFORE_THE_DECODER
 
 
 def run_of_prompt(
@@ -139,6 +150,8 @@ def run_of_prompt(
         ID_RULES[state.config.ids].refuse(text)
         refuse_router_logits(run, kwargs)
         kwargs = take_out(run, kwargs)
+    first = kept.stages[0] if run.prefill is None and kept is not None else state.config.stages[0]
+    run.survivors_only = hands_survivors(state.attachment, first.layer)
     if kept is not None and not verifies:
         _refuse_another_turn(run, kept, has_image, kwargs)
     return (None if run.prefill is None and kept is None else run), kwargs

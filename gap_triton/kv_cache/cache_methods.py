@@ -18,6 +18,8 @@ from .kept_tokens import (
     UNFINISHED_ATTRIBUTE,
     KeptRows,
     KeptTokens,
+    counts,
+    layer_that_counts,
     store,
 )
 
@@ -91,13 +93,14 @@ def _wrap_query(
 def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
     """``length`` with what was dropped, where even the first layer lacks tokens; elsewhere what the layer holds."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER or kept.counts_held:
         return length
     return length + kept.dropped_at(layer)
 
 
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
-    full = getattr(cache, LENGTH_ATTRIBUTE, None)
+    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
+    full = getattr(cache, LENGTH_ATTRIBUTE, None) if kept is None or not kept.counts_held else None
     if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
         # Also before a prompt: its buffers may still be as short as the last one made them.
         return full, sizes[1]
@@ -137,7 +140,7 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.
     """
-    length = cache.layers[kept.stages[0].first_later].get_seq_length() + kept.stages[0].dropped
+    length = layer_that_counts(cache, kept.stages[0].first_later).get_seq_length() + kept.stages[0].dropped
     remaining = _length_after_crop(int(length), amount)
     if remaining < kept.covered and kept.renumbered:
         raise ValueError(
@@ -152,6 +155,9 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
         record = after.at(number)
         if record is None:
             layer.crop(amount)
+            continue
+        if not counts(layer):
+            layer.crop(remaining - int(length))  # a state, which knows rows to take back and no columns
             continue
         surplus = int(layer.get_seq_length()) - record.index.shape[1] - (remaining - record.covered)
         if surplus:

@@ -65,6 +65,8 @@ class KeptTokens:
         renumbered: Later tokens have smaller ids in later layers.
         columns: Where the columns of later layers stand in the mask of a decode step; None until a step, or a static cache,
             needs it.
+        counts_held: A decoder runs that is handed the survivors alone, so the cache answers by what it holds; else it
+            answers as if nothing had been dropped.
     """
 
     stages: tuple[KeptRows, ...]
@@ -74,6 +76,7 @@ class KeptTokens:
     dense: bool = field(init=False)
     renumbered: bool = field(init=False)
     columns: Columns | None = field(default=None, init=False, repr=False)
+    counts_held: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.dense = all(stage.dense for stage in self.stages)
@@ -187,9 +190,9 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
     """
     length = -1
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        length = int(cache.layers[0].get_seq_length())
+        length = int(layer_that_counts(cache, 0).get_seq_length())
     for stage in kept.stages:
-        held = int(cache.layers[stage.first_later].get_seq_length())
+        held = int(layer_that_counts(cache, stage.first_later).get_seq_length())
         stands_for = held + stage.dropped
         if held < stage.index.shape[1] or length not in (-1, stands_for):
             raise _changed_from_outside(cache, kept)
@@ -198,10 +201,10 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
 
 
 def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
-    columns = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
+    columns = [int(layer_that_counts(cache, stage.first_later).get_seq_length()) for stage in kept.stages]
     lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        lengths.insert(0, int(cache.layers[0].get_seq_length()))
+        lengths.insert(0, int(layer_that_counts(cache, 0).get_seq_length()))
     by_layer = ", ".join(
         f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
     )
@@ -212,18 +215,30 @@ def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
     )
 
 
+def counts(cache_layer: Any) -> bool:
+    """Return whether a layer of a cache knows how many tokens it holds; recurrent states and layers without cache don't."""
+    return hasattr(cache_layer, "get_seq_length")
+
+
+def layer_that_counts(cache: Any, layer: int) -> Any:
+    """Return the cache's layer of the first attention at or behind decoder layer ``layer``; where none follows, the last."""
+    following = [each for each in cache.layers[layer:] if counts(each)]
+    return following[0] if following else [each for each in cache.layers if counts(each)][-1]
+
+
 def is_static(cache: Any | None, layer: int) -> bool:
-    """Return whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
-    return (
-        cache is not None
-        and layer < len(cache.layers)
-        and getattr(cache.layers[layer], "is_compileable", False)
-    )
+    """Return whether ``cache`` keeps decoder layer ``layer``, or the attention behind it, in a buffer of fixed size."""
+    if cache is None or layer >= len(cache.layers):
+        return False
+    held = cache.layers[layer]
+    return getattr(held if counts(held) else layer_that_counts(cache, layer), "is_compileable", False)
 
 
 def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
+        if not counts(layer):
+            continue
         # A new tensor: the layer's own is counted up in place while the forward runs.
         length = layer.get_seq_length() + kept.dropped_at(index)
         if isinstance(length, int):  # sliding layers count on the host

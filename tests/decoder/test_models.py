@@ -49,7 +49,13 @@ def pruned_by(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def test_every_type_is_accounted_for() -> None:
-    known = {*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT}
+    known = {
+        *model_types.EXACT,
+        *model_types.ALONE,
+        *model_types.BEFORE_ONLY,
+        *model_types.REFUSED,
+        *model_types.NOT_BUILT,
+    }
     assert not set(families.TYPES) - known
     if Version(transformers.__version__) >= Version(model_types.NEWEST):
         assert known - set(families.TYPES) <= {"pixtral"}

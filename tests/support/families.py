@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -78,6 +79,9 @@ TEXT_SIZES = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
 }
 VISION_SIZES = {
     "hidden_size": 32,
@@ -101,6 +105,12 @@ VISION_SIZES = {
     "codebook_size": 64,
     "base_channels": 32,
     "vocab_size": 200,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "adapter_in_dim": 32,
+    "adapter_input_size": 32,
+    "adapter_out_dim": HIDDEN,
+    "max_img_size": 64,
 }
 OUTER_SIZES = {"projection_dim": HIDDEN, "projector_hidden_size": HIDDEN, "mm_tokens_per_image": 9}
 TEXT_NAMES = ("text_config", "language_config", "llm_config", "decoder_config")
@@ -196,6 +206,16 @@ def _qwen3_vl(config: PretrainedConfig) -> None:
 
 
 GLM = _mrope(2, 3, 3, partial_rotary_factor=1.0)
+INDEXER = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}  # few heads would tie at 0
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 
 # What the sizes above do not settle.
 PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
@@ -235,6 +255,37 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "minimax_m3_vl": lambda config: _text(
         config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
     ),
+    "llama4": lambda config: _text(config, attention_chunk_size=WINDOW),
+    # The default configs leave their placeholders to the tokenizer.
+    **dict.fromkeys(
+        ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
+        lambda config: (setattr(config, "image_token_id", IMAGE), setattr(config, "video_token_id", VIDEO)),
+    ),
+    "nemotron_h_omni": lambda config: setattr(config, "image_token_id", IMAGE),
+    # Indexers that choose fewer tokens than a prompt of the tests has.
+    "mistral_large4": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
+    "dots3_note": lambda config: _text(config, num_key_value_heads=4),
+    "hy_v4_vl": lambda config: _text(config, **INDEXER, head_dim=8, num_key_value_heads=4),
+    "glm5_next": lambda config: _text(
+        config,
+        **INDEXER,
+        head_dim=8,
+        num_key_value_heads=4,
+        index_kpool=2,
+        linear_num_heads=4,
+        linear_head_dim=8,
+    ),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_loop"),
+        lambda config: _text(
+            config,
+            unpadded_vocab_size=200,
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=2,
+            swa_head_dim=16,
+            rel_extent=64,
+        ),
+    ),
 }
 
 
@@ -258,7 +309,24 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "moe_intermediate_size": 32,
         }
     },
-    "dots3_note": {"text_config": {"num_hidden_layers": LAYERS}},
+    "dots3_note": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "qk_rope_head_dim": 8,
+            **LATENT,
+            **{f"swa_{name}": value for name, value in LATENT.items()},
+            **INDEXER,
+        }
+    },
+    "mistral_large4": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "qk_rope_head_dim": 8,
+            **LATENT,
+            **INDEXER,
+            "kv_source_layers": [0, 1, 1, 3, 1],  # the fourth has no RoPE, and shares with none
+        }
+    },
     "emu3": {"vocabulary_map": VOCABULARY},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-1, 2], [-1, 4]], "downsample_rate": "1/2"},
     "qwen4_exp": {
@@ -268,6 +336,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "indexer_head_dim": 256,
             "indexer_budget": 8,
             "indexer_compress_ratio": 2,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": 32,
+            "ngram_vocab_size_base": 50,
+            "hc_lowrank": 16,
+            "eos_token_id": EOS,
+            "vocab_size": 200,
+            "num_hidden_layers": LAYERS,
         }
     },
     "vision-encoder-decoder": {
@@ -293,6 +368,9 @@ def build(model_type: str, attn_implementation: str | dict[str, str] | None = No
     With ``attn_implementation`` None the decoder has sdpa, and the rest eager attention, which every vision tower has.
     """
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    if model_type == "llama4" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        # Its forward in transformers 5.24 reads a field that the output of its decoder lacks, and fails.
+        MoeCausalLMOutputWithPast.image_outputs = None
     model = getattr(transformers, name)._from_config(
         config_of(model_type), attn_implementation=attn_implementation or "eager"
     )
@@ -333,7 +411,7 @@ def visual_features(model: PreTrainedModel) -> Iterator[None]:
 def visual_tokens(model_type: str) -> int:
     """Placeholders of one image of `GRID`: one per token; HunYuan ends each row of them with one more."""
     rows, columns = GRID[1] // 2, GRID[2] // 2
-    return rows * (columns + (model_type == "hunyuan_vl"))
+    return rows * (columns + (model_type in ("hunyuan_vl", "hy_v4_vl")))
 
 
 def prompt(

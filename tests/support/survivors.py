@@ -1,0 +1,121 @@
+"""The other oracle: the decoder run by itself on the survivors alone, for decoders in which masking a column means nothing.
+
+A recurrent state or a convolution has taken every token in, so no column can be hidden from it. What is right there is what
+the plain decoder of transformers computes of a sequence that never held the dropped tokens, each survivor with its own
+position id. It is run sample by sample, without padding and without a cache, over prompt and answer at once, so it shares
+neither filler nor caches nor steps with what it checks; and it has no code from the package.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .oracle import core_of
+
+
+class SurvivorsOracle:
+    """Lets ``model``'s decoder see, of each sample, the rows ``stays`` [B, T] only; other rows come out as zeros.
+
+    ``prompt`` is the number of rows before the answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, stays: torch.Tensor, prompt: int) -> None:
+        self.text: Any = core_of(model)[1]
+        self.stays, self.prompt = stays, prompt
+
+    def __enter__(self) -> SurvivorsOracle:
+        self.forward = self.text.forward
+        self.text.forward = self._run
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.text.forward
+
+    def _run(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        full = torch.zeros_like(inputs_embeds)
+        for name in (
+            "cache",
+            "past_key_values",
+            "attention_mask",
+            "use_cache",
+            "logits_to_keep",
+            "input_ids",
+        ):
+            kwargs.pop(name, None)
+        for sample, stays in enumerate(self.stays):
+            rows = stays.nonzero()[:, 0]
+            first = int(rows[0])  # of the tokens that are no padding
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = torch.arange(self.stays.shape[1])[None]
+            own = {name: self._rows_of(name, value, sample, rows) for name, value in kwargs.items()}
+            with relative_distances(self.text, rows):
+                output = self.forward(
+                    inputs_embeds=inputs_embeds[sample : sample + 1, rows],
+                    attention_mask=self._mask(rows - first),
+                    use_cache=False,
+                    **own,
+                )
+            full[sample, rows] = output[0][0]
+        output["last_hidden_state"] = full
+        return output
+
+    def _rows_of(self, name: str, value: Any, sample: int, rows: torch.Tensor) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if name == "position_ids":
+            return value[..., min(sample, value.shape[-2] - 1), :][..., None, rows]
+        return value[min(sample, len(value) - 1)][None, rows]
+
+    def _mask(self, positions: torch.Tensor) -> Any:
+        """A mask of ones, or by layer type where layers look at how far apart tokens stand."""
+        kinds = set(getattr(self.text.config, "layer_types", None) or ())
+        ones = torch.ones(1, len(positions), dtype=torch.long)
+        if not kinds & {*WINDOWS, "chunked_attention", "reference_sliding_attention"}:
+            return ones
+        config, query, key = self.text.config, positions[:, None], positions[None]
+        causal = key <= query
+        masks = {
+            "full_attention": causal,
+            "indexed_attention": causal,
+            "sliding_attention": causal & (key > query - (getattr(config, "sliding_window", None) or 0)),
+        }
+        if "chunked_attention" in kinds:
+            chunk = config.attention_chunk_size
+            masks["chunked_attention"] = causal & (key // chunk == query // chunk)
+        if "reference_sliding_attention" in kinds:
+            of_prompt = key < positions[-1] + 1 - (self.stays.shape[1] - self.prompt)
+            masks["reference_sliding_attention"] = causal & (
+                of_prompt | (key > query - config.sliding_window)
+            )
+        if config._attn_implementation == "eager":
+            least = torch.finfo(torch.float32).min
+            masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, least) for kind, mask in masks.items()}
+        return {kind: mask[None, None] for kind, mask in masks.items()} | {
+            "linear_attention": ones,
+            "conv": ones,
+        }
+
+
+WINDOWS = ("sliding_attention", "hybrid_sliding")
+
+
+@contextmanager
+def relative_distances(text: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Inkling has no rotary embedding but a bias by distance, which it counts by itself: here between ``positions``."""
+    module: Any = sys.modules[type(text).__module__]
+    count = getattr(module, "get_relative_distance", None)
+    if count is None:
+        yield
+        return
+    module.get_relative_distance = lambda *_, **__: positions[:, None] - positions[None]
+    try:
+        yield
+    finally:
+        module.get_relative_distance = count
