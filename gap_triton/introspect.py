@@ -13,7 +13,8 @@ NAME = "gap_triton"  # of the attention implementation
 SCORES = "_gap_scores"  # marks the attention of a vision tower's scoring layer
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 TEXT_MODEL_NAMES = ("language_model", "text_model")
-# Kinds of decoder layers.
+# Kinds of decoder layers: those that look at all tokens, or at those of a window; those that have a state.
+WHOLE = ("full_attention", "indexed_attention")
 SLIDING = ("sliding_attention", "hybrid_sliding")
 CHUNKED = "chunked_attention"
 RECURRENT = ("linear_attention", "conv")

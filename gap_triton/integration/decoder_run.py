@@ -13,7 +13,7 @@ from ..arguments import cache_of
 from ..attachment import Attachment
 from ..calls import is_assistant
 from ..config import BEFORE_THE_DECODER, needs_grid
-from ..introspect import layer_type
+from ..introspect import WHOLE, layer_type
 from ..kv_cache.kept_tokens import (
     KeptTokens,
     dynamic_length,
@@ -101,7 +101,7 @@ def run_of_step(
     """
     if past is None:
         past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past, kept), kept, kept)
     run.survivors_only = hands_survivors(state.attachment, kept.stages[0].layer)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     return run
@@ -132,7 +132,7 @@ def run_of_prompt(
     """
     past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
     visual = state.owner.visual
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past, kept), kept, kept)
     verifies = past > 0 and follows_prompt(state.head, visual, inputs)
     has_image = False
     # A configuration that keeps everything plans nothing; only a cache that lacks tokens must know of another image.
@@ -167,17 +167,30 @@ def begin_to_fill(run: DecoderRun, cache: Any | None) -> None:
 
 
 def _rows_of(
-    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
+    state: ForwardState,
+    text: PreTrainedModel,
+    inputs: torch.Tensor,
+    past: int | torch.Tensor,
+    kept: KeptTokens | None,
 ) -> Rows:
-    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
+    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others, of which the layers hold what was ``kept``."""
     # Padding is read from the caller's mask: by now some models have made another one from it.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
+    if isinstance(mask, dict):
+        mask = _mask_that_tells_padding(mask, text, kept)
     has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
 
     def real() -> torch.Tensor | None:
-        return real_positions(mask, past, queries, batch, layer_type(text.config, 0))
+        return real_positions(mask, past, queries, batch)
 
     return Rows(batch, queries, past, has_4d_mask, real)
+
+
+def _mask_that_tells_padding(masks: dict[str, Any], text: PreTrainedModel, kept: KeptTokens | None) -> Any:
+    """That of the first layer, if nothing was dropped from it; else one without a window, sized as if nothing were."""
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+        return masks.get(layer_type(text.config, 0), next(iter(masks.values())))
+    return next((masks[kind] for kind in WHOLE if masks.get(kind) is not None), None)
 
 
 def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:

@@ -396,7 +396,7 @@ def after_text(
     state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles
     run = state.run
     if run is not None and run.survivors_only:
-        finish(run, output)
+        finish(run, cache_of(kwargs), output)
     if run is None or output is None:
         return None
     mark_finished(run.cache)

@@ -330,7 +330,7 @@ def why_own_attention(text: PreTrainedModel) -> str | None:
             if not calls_interface(module):
                 continue
             reason = _more_than_dense(module)
-            if reason is None and _asks_for_name(type(module).forward):
+            if reason is None and _asks_for_name(type(module)):
                 reason = f"{type(module).__name__} attends in another way under names that it knows"
             if reason is not None:
                 return reason
@@ -338,19 +338,27 @@ def why_own_attention(text: PreTrainedModel) -> str | None:
 
 
 @cache
-def _asks_for_name(forward: Any) -> bool:
-    """Whether ``forward`` compares the name of its implementation of attention with others."""
+def _asks_for_name(kind: Any) -> bool:
+    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others."""
+    return any(
+        _compares_name(each)
+        for each in kind.__mro__
+        if each.__module__.partition(".")[0] not in ("torch", "builtins")
+    )
+
+
+def _compares_name(kind: type) -> bool:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, SyntaxError):
         return False
-    names = (
+    compared = (
         side
         for node in ast.walk(tree)
         if isinstance(node, ast.Compare)
         for side in (node.left, *node.comparators)
     )
-    return any(isinstance(side, ast.Attribute) and side.attr == "_attn_implementation" for side in names)
+    return any(isinstance(side, ast.Attribute) and side.attr == "_attn_implementation" for side in compared)
 
 
 def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:

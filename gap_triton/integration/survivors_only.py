@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..arguments import CACHE, cache_of
 from ..introspect import RECURRENT
-from ..kv_cache.kept_tokens import KeptRows, counts, store
+from ..kv_cache.kept_tokens import KeptRows, count_held, counts, store
 from ..kv_cache.static_cache import fit
 from ..later_layers.inputs import NOT_SHORTENED, mask_by_position, rows_by_position, take_survivors
 from ..later_layers.masks import column_positions
@@ -67,8 +67,7 @@ def hand_survivors(
         dropped = 0 if run.kept_before is None else run.kept_before.stages[0].dropped
         rows = run.rows.queries if run.survivors is None else run.survivors.index.shape[1]
         kwargs["cache_position"] = kwargs["cache_position"][:rows] - dropped
-    if run.kept_before is not None:
-        run.kept_before.counts_held = True
+    count_held(cache, True)
     return args, kwargs
 
 
@@ -122,7 +121,8 @@ def hand_positions(run: DecoderRun, args: Args, kwargs: Kwargs, index: int) -> t
         return None
     window, chunk, mask = attachment.windows[index], attachment.chunks[index], run.given_mask
     if isinstance(mask, dict):
-        mask = mask.get(kind)
+        # Filler sees everything in a mask of fewer rows, and an indexer looks at that. The decoder makes it another one.
+        mask = None if kind == "indexed_attention" else mask.get(kind)
         mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
     distance = kwargs.get("relative_distance")
     reach, past = window or chunk, run.rows.past
@@ -163,16 +163,16 @@ def _distances(run: DecoderRun, kept: KeptRows, cache_layer: Any | None, rows: i
     return positions[:, None, :, None] - columns[:, None, None, :]
 
 
-def finish(run: DecoderRun, output: Any) -> None:
+def finish(run: DecoderRun, cache: Cache | None, output: Any) -> None:
     """Record on the KV cache what it holds, which a decoder may have made by itself; nothing to record if it failed.
 
     Args:
         run: The run of the decoder.
-        output: What the decoder returned; None if it failed.
+        cache: The KV cache that it was given.
+        output: What it returned; None if it failed.
     """
-    if run.kept_before is not None:
-        run.kept_before.counts_held = False
+    count_held(cache, False)
     if output is None or run.prefill is None or run.kept is None:
         return
     values = output if isinstance(output, tuple) else output.values()
-    store(next((value for value in values if isinstance(value, Cache)), run.cache), run.kept)
+    store(next((value for value in values if isinstance(value, Cache)), cache), run.kept)

@@ -14,6 +14,7 @@ from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER
 from .kept_tokens import (
     CACHE_ATTRIBUTE,
+    HELD_ATTRIBUTE,
     LENGTH_ATTRIBUTE,
     UNFINISHED_ATTRIBUTE,
     KeptRows,
@@ -93,14 +94,15 @@ def _wrap_query(
 def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
     """``length`` with what was dropped, where even the first layer lacks tokens; elsewhere what the layer holds."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER or kept.counts_held:
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER or getattr(cache, HELD_ATTRIBUTE, False):
         return length
     return length + kept.dropped_at(layer)
 
 
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
-    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    full = getattr(cache, LENGTH_ATTRIBUTE, None) if kept is None or not kept.counts_held else None
+    if getattr(cache, HELD_ATTRIBUTE, False):
+        return sizes
+    full = getattr(cache, LENGTH_ATTRIBUTE, None)
     if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
         # Also before a prompt: its buffers may still be as short as the last one made them.
         return full, sizes[1]
@@ -156,8 +158,9 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
         if record is None:
             layer.crop(amount)
             continue
-        if not counts(layer):
-            layer.crop(remaining - int(length))  # a state, which knows rows to take back and no columns
+        if not counts(layer) or not layer.is_initialized:
+            # A state, or what a layer holds that attends to another one's keys: they know how much to take back only.
+            layer.crop(remaining - int(length))
             continue
         surplus = int(layer.get_seq_length()) - record.index.shape[1] - (remaining - record.covered)
         if surplus:

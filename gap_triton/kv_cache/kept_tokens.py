@@ -14,6 +14,9 @@ from .columns import Columns, fixed_columns, growing_columns
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
 UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has begun to fill
+HELD_ATTRIBUTE = (
+    "_gap_counts_held"  # of a cache that answers by what it holds, and not as if nothing had been dropped
+)
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 ROOM = 256  # tokens that `Columns` of a cache that grows are made for at once
@@ -65,8 +68,6 @@ class KeptTokens:
         renumbered: Later tokens have smaller ids in later layers.
         columns: Where the columns of later layers stand in the mask of a decode step; None until a step, or a static cache,
             needs it.
-        counts_held: A decoder runs that is handed the survivors alone, so the cache answers by what it holds; else it
-            answers as if nothing had been dropped.
     """
 
     stages: tuple[KeptRows, ...]
@@ -76,7 +77,6 @@ class KeptTokens:
     dense: bool = field(init=False)
     renumbered: bool = field(init=False)
     columns: Columns | None = field(default=None, init=False, repr=False)
-    counts_held: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.dense = all(stage.dense for stage in self.stages)
@@ -149,6 +149,12 @@ def mark_finished(cache: Any | None) -> None:
     """Take away the mark of `mark_unfinished`."""
     if cache is not None:
         delattr(cache, UNFINISHED_ATTRIBUTE)
+
+
+def count_held(cache: Any | None, held: bool) -> None:
+    """Let a cache answer by what it ``held``, as the decoder asks that is handed the survivors alone; or as before."""
+    if cache is not None:
+        setattr(cache, HELD_ATTRIBUTE, held)
 
 
 def length_in_step(
@@ -237,7 +243,7 @@ def is_static(cache: Any | None, layer: int) -> bool:
 def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
-        if not counts(layer):
+        if not counts(layer) or not layer.is_initialized:
             continue
         # A new tensor: the layer's own is counted up in place while the forward runs.
         length = layer.get_seq_length() + kept.dropped_at(index)

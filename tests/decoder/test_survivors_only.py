@@ -6,74 +6,18 @@ import pytest
 import torch
 from support import families, model_types
 from support.comparison import TOLERANCE, error
+from support.hooks import hooks
 from support.installed_types import build_or_skip
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle, core_of
-from support.survivors import SurvivorsOracle
+from support.survivors import CONFIG, TOKENS, SurvivorsOracle, difference, expected_of, pruned_by, stays_of
 from support.tiny import generate
-from transformers import PreTrainedModel
 
 import gap_triton
-from gap_triton import GapConfig
+from gap_triton import GapConfig, Stage
 from gap_triton.integration import survivors_only
 
-TOKENS = 4
-CONFIG = GapConfig(keep=0.4, layer=-1, score="random")
-RANDOM_WORDS = 150  # ids from here on are placeholders, which `generate` is told not to write
 BY_SURVIVORS = tuple(name for name in model_types.BEFORE_ONLY if name != "gemma4_unified")
-
-Inputs = dict[str, torch.Tensor]
-
-
-def pruned_by(model: PreTrainedModel, inputs: Inputs, config: GapConfig = CONFIG, **options: object):
-    """What the pruned model generates, and which rows of the prompt stay, [B, Q] bool."""
-    with families.visual_features(model), gap_triton.pruning(model, config):
-        output = generate(model, inputs, tokens=TOKENS, **options)
-        selection = gap_triton.last_selection(model)
-    return output, stays_of(selection, inputs["attention_mask"])
-
-
-def stays_of(selection: gap_triton.Selection, mask: torch.Tensor) -> torch.Tensor:
-    stays = torch.zeros(*mask.shape, dtype=torch.bool)
-    for sample, rows in enumerate(selection.index.tolist()):
-        stays[sample, [row for row in rows if row >= 0]] = True
-    assert bool((mask.bool() & ~stays).any(dim=1).all())
-    return stays & mask.bool()
-
-
-def with_answer(model: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor) -> Inputs:
-    """The prompt and what was generated after it as one input, with the ids that `generate` gives them."""
-    batch, prompt = inputs["input_ids"].shape
-    answer = sequences.shape[1] - prompt
-
-    def extended(value: torch.Tensor, by: int) -> torch.Tensor:
-        whole = value.shape[:2] == (batch, prompt)
-        return torch.nn.functional.pad(value, (0, answer), value=by) if whole else value
-
-    whole = {name: extended(value, int(name == "attention_mask")) for name, value in inputs.items()}
-    if not hasattr(core_of(model)[0], "get_rope_index"):
-        whole["position_ids"] = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return {**whole, "input_ids": sequences}
-
-
-def expected_of(
-    model_type: str, inputs: Inputs, sequences: torch.Tensor, stays: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None."""
-    reference = build_or_skip(model_type)
-    prompt = inputs["input_ids"].shape[1]
-    whole = with_answer(reference, inputs, sequences)
-    if stays is None:
-        stays = inputs["attention_mask"].bool()
-    stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
-    with torch.no_grad(), families.visual_features(reference), SurvivorsOracle(reference, stays, prompt):
-        logits = reference(**whole).logits
-    return list(logits[:, prompt - 1 : -1].unbind(1))
-
-
-def difference(output, expected: list[torch.Tensor]) -> float:
-    pairs = zip(output.logits, expected, strict=True)
-    return max(float((a - b)[:, :RANDOM_WORDS].abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("model_type", BY_SURVIVORS)
@@ -83,18 +27,13 @@ def test_dropping_equals_a_prompt_without_the_dropped_tokens(model_type: str) ->
     inputs = families.prompt(model)
     with families.visual_features(model):
         dense = generate(model, inputs, tokens=TOKENS)
-    everything, _ = everything_kept_by(model, inputs)
+    everything, _ = pruned_by(model, inputs, GapConfig(1.0, -1, "random"))
     assert torch.equal(everything.sequences, dense.sequences)
     assert error(everything, dense) == 0.0
     pruned, stays = pruned_by(model, inputs)
     assert difference(pruned, expected_of(model_type, inputs, pruned.sequences, stays)) <= TOLERANCE
     # Guards the line above: a model that drops nothing, next to an oracle that drops nothing, would agree too.
     assert difference(pruned, expected_of(model_type, inputs, pruned.sequences, None)) > 100 * TOLERANCE
-
-
-def everything_kept_by(model: PreTrainedModel, inputs: Inputs):
-    with families.visual_features(model), gap_triton.pruning(model, GapConfig(1.0, -1, "random")):
-        return generate(model, inputs, tokens=TOKENS), gap_triton.last_selection(model)
 
 
 @pytest.mark.parametrize("model_type", model_types.MASKED)
@@ -108,6 +47,73 @@ def test_dropping_equals_masking(model_type: str) -> None:
         expected = generate(reference, inputs, tokens=TOKENS)
     assert torch.equal(pruned.sequences, expected.sequences)
     assert error(pruned, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_5", "lfm3_vl", "llama4", "gemma4", "inkling2", "mistral_large4"]
+)
+def test_padding_on_the_right(model_type: str) -> None:
+    """One forward, without a cache, in which ids with gaps would be read as packed sequences if there were no mask."""
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    inputs = families.prompt(model, padding="right")
+    mask = inputs["attention_mask"]
+    if not hasattr(core_of(model)[0], "get_rope_index"):
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), families.visual_features(model), gap_triton.pruning(model, CONFIG):
+        pruned = model(**inputs, use_cache=False).logits
+        stays = stays_of(gap_triton.last_selection(model), mask)
+    with torch.no_grad(), families.visual_features(reference):
+        with SurvivorsOracle(reference, stays, mask.shape[1]):
+            expected = reference(**inputs, use_cache=False).logits
+        unpruned = reference(**inputs, use_cache=False).logits
+    assert float((pruned - expected)[stays].abs().max()) <= TOLERANCE
+    assert float((unpruned - expected)[stays].abs().max()) > 100 * TOLERANCE
+
+
+def test_ids_with_gaps_and_no_mask_are_read_as_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a decoder is always handed a mask."""
+    model = build_or_skip("lfm2_vl")
+    inputs = {name: value[1:] for name, value in families.prompt(model).items()}
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad(), families.visual_features(model), gap_triton.pruning(model, CONFIG):
+            outputs.append(model(**inputs, use_cache=False).logits[:, -1])
+        monkeypatch.setattr(survivors_only, "_mask_of_held", lambda *_: None)
+    assert float((outputs[0] - outputs[1]).abs().max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
+def test_in_the_decoder_it_is_refused_with_what_works_instead(model_type: str) -> None:
+    model = build_or_skip(model_type)
+    instead = r"Before its decoder it can: use GapConfig\(layer=-1, score='text_similarity'\)"
+    reason = rf" in its decoder: .*{model_types.BEFORE_ONLY[model_type]}.* {instead}"
+    for config in (GapConfig(), GapConfig(0.5, -1, "random", then=(Stage(0.2, 1, "text"),))):
+        with pytest.raises(ValueError, match=reason):
+            gap_triton.attach(model, config)
+    with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': .* is handed the survivors alone"):
+        gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
+def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
+    if model_type in model_types.OWN_ATTENTION:
+        build_or_skip(model_type)
+        with pytest.raises(
+            ValueError, match=r"load it under that and call gap_triton.attach\(model, GapConfig"
+        ):
+            families.build(model_type, {"text_config": "gap_triton"})
+        return
+    named, model = build_or_skip(model_type, {"text_config": "gap_triton"}), build_or_skip(model_type)
+    assert "before its decoder, by GapConfig(layer=-1, score='text_similarity'), because" in warnings.text
+    inputs = families.prompt(model)
+    with families.visual_features(named):
+        by_name = generate(named, inputs, tokens=2)
+        assert gap_triton.last_selection(named) is not None
+    with families.visual_features(model), gap_triton.pruning(model):
+        attached = generate(model, inputs, tokens=2)
+    assert torch.equal(by_name.sequences, attached.sequences)
+    assert error(by_name, attached) <= TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------- broken on purpose

@@ -3,7 +3,7 @@
 A recurrent state or a convolution has taken every token in, so no column can be hidden from it. What is right there is what
 the plain decoder of transformers computes of a sequence that never held the dropped tokens, each survivor with its own
 position id. It is run sample by sample, without padding and without a cache, over prompt and answer at once, so it shares
-neither filler nor caches nor steps with what it checks; and it has no code from the package.
+neither filler nor caches nor steps with what it checks, and no code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import gap_triton
+from gap_triton import GapConfig
+
+from . import families
+from .installed_types import build_or_skip
 from .oracle import core_of
+from .tiny import generate
+
+TOKENS = 4
+CONFIG = GapConfig(keep=0.4, layer=-1, score="random")
+WORDS = 150  # ids from here on are placeholders, which `generate` is told not to write
 
 
 class SurvivorsOracle:
@@ -119,3 +129,58 @@ def relative_distances(text: nn.Module, positions: torch.Tensor) -> Iterator[Non
         yield
     finally:
         module.get_relative_distance = count
+
+
+Inputs = dict[str, torch.Tensor]
+
+
+def pruned_by(model: PreTrainedModel, inputs: Inputs, config: GapConfig = CONFIG, **options: object):
+    """What the pruned model generates, and which rows of the prompt stay, [B, Q] bool."""
+    with families.visual_features(model), gap_triton.pruning(model, config):
+        output = generate(model, inputs, tokens=TOKENS, **options)
+        selection = gap_triton.last_selection(model)
+    return output, None if selection is None else stays_of(selection, inputs["attention_mask"])
+
+
+def stays_of(selection: gap_triton.Selection, mask: torch.Tensor) -> torch.Tensor:
+    """Which rows of a prompt with the padding ``mask`` [B, Q] stay, [B, Q] bool."""
+    stays = torch.zeros(*mask.shape, dtype=torch.bool)
+    for sample, rows in enumerate(selection.index.tolist()):
+        stays[sample, [row for row in rows if row >= 0]] = True
+    assert bool((mask.bool() & ~stays).any(dim=1).all())
+    return stays & mask.bool()
+
+
+def with_answer(model: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor) -> Inputs:
+    """The prompt and what was generated after it as one input, with the ids that `generate` gives them."""
+    batch, prompt = inputs["input_ids"].shape
+    answer = sequences.shape[1] - prompt
+
+    def extended(value: torch.Tensor, by: int) -> torch.Tensor:
+        whole = value.shape[:2] == (batch, prompt)
+        return torch.nn.functional.pad(value, (0, answer), value=by) if whole else value
+
+    whole = {name: extended(value, int(name == "attention_mask")) for name, value in inputs.items()}
+    if not hasattr(core_of(model)[0], "get_rope_index"):
+        whole["position_ids"] = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**whole, "input_ids": sequences}
+
+
+def expected_of(
+    model_type: str, inputs: Inputs, sequences: torch.Tensor, stays: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None."""
+    reference = build_or_skip(model_type)
+    prompt = inputs["input_ids"].shape[1]
+    whole = with_answer(reference, inputs, sequences)
+    if stays is None:
+        stays = inputs["attention_mask"].bool()
+    stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
+    with torch.no_grad(), families.visual_features(reference), SurvivorsOracle(reference, stays, prompt):
+        logits = reference(**whole).logits
+    return list(logits[:, prompt - 1 : -1].unbind(1))
+
+
+def difference(output, expected: list[torch.Tensor]) -> float:
+    pairs = zip(output.logits, expected, strict=True)
+    return max(float((a - b)[:, :WORDS].abs().max()) for a, b in pairs)
