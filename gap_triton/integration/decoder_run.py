@@ -56,11 +56,7 @@ def step_of(
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
     """
-    if (
-        kept.renumbered
-        or any(state.attachment.windows)
-        or hands_survivors(state.attachment, kept.stages[0].layer)
-    ):
+    if kept.renumbered or state.attachment.survivors_only or any(state.attachment.windows):
         return None
     cache = cache_of(kwargs)
     begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)

@@ -329,8 +329,9 @@ def why_own_attention(text: PreTrainedModel) -> str | None:
         for module in layer.modules():
             if not calls_interface(module):
                 continue
+            kind: Any = type(module)
             reason = _more_than_dense(module)
-            if reason is None and _asks_for_name(type(module)):
+            if reason is None and _asks_for_name(kind):
                 reason = f"{type(module).__name__} attends in another way under names that it knows"
             if reason is not None:
                 return reason

@@ -196,9 +196,12 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
     """
     length = -1
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        length = int(layer_that_counts(cache, 0).get_seq_length())
+        length = int(cache.get_seq_length())
     for stage in kept.stages:
-        held = int(layer_that_counts(cache, stage.first_later).get_seq_length())
+        layer = cache.layers[stage.first_later]
+        if not hasattr(layer, "get_seq_length"):
+            layer = layer_that_counts(cache, stage.first_later)
+        held = int(layer.get_seq_length())
         stands_for = held + stage.dropped
         if held < stage.index.shape[1] or length not in (-1, stands_for):
             raise _changed_from_outside(cache, kept)
@@ -210,7 +213,7 @@ def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
     columns = [int(layer_that_counts(cache, stage.first_later).get_seq_length()) for stage in kept.stages]
     lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        lengths.insert(0, int(layer_that_counts(cache, 0).get_seq_length()))
+        lengths.insert(0, int(cache.get_seq_length()))
     by_layer = ", ".join(
         f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
     )
@@ -228,6 +231,8 @@ def counts(cache_layer: Any) -> bool:
 
 def layer_that_counts(cache: Any, layer: int) -> Any:
     """Return the cache's layer of the first attention at or behind decoder layer ``layer``; where none follows, the last."""
+    if counts(cache.layers[layer]):
+        return cache.layers[layer]
     following = [each for each in cache.layers[layer:] if counts(each)]
     return following[0] if following else [each for each in cache.layers if counts(each)][-1]
 
@@ -237,7 +242,9 @@ def is_static(cache: Any | None, layer: int) -> bool:
     if cache is None or layer >= len(cache.layers):
         return False
     held = cache.layers[layer]
-    return getattr(held if counts(held) else layer_that_counts(cache, layer), "is_compileable", False)
+    if not hasattr(held, "get_seq_length"):
+        held = layer_that_counts(cache, layer)
+    return getattr(held, "is_compileable", False)
 
 
 def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:

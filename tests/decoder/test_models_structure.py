@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from support import families, ways
+from support import ways
 from support.hooks import hooks
 from support.installed_types import build_or_skip
 from support.oracle import core_of
@@ -463,37 +463,6 @@ def test_refusals_under_a_transformers_that_nobody_has_tested(
     ):
         with pytest.raises(ValueError, match=rf"attn_implementation='sdpa' to run it unpruned{hint}\.$"):
             gap_triton.attach(refused)
-
-
-def test_gemma3n_whose_vision_tower_needs_timm() -> None:
-    """Its decoder alone tells as much: layers share keys and values, and each is handed inputs of its own."""
-    sizes = {
-        key: families.TEXT_SIZES[key]
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-    }
-    config = transformers.Gemma3nTextConfig(
-        **sizes,
-        vocab_size_per_layer_input=200,
-        hidden_size_per_layer_input=8,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_kv_shared_layers=2,
-        layer_types=[
-            "sliding_attention",
-            "full_attention",
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-        ],
-        activation_sparsity_pattern=[0.0] * 5,
-        laurel_rank=4,
-    )
-    model = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="sdpa")
-    with pytest.raises(
-        ValueError, match=r"can't prune Gemma3nForCausalLM.* keys and values of an earlier layer"
-    ):
-        gap_triton.attach(model)
 
 
 def test_an_overlay_of_tokens_that_are_no_square_grid() -> None:

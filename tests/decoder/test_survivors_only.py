@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from support import families, model_types
 from support.comparison import TOLERANCE, error
 from support.hooks import hooks
 from support.installed_types import build_or_skip
+from support.lone import LoneOracle
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle, core_of
+from support.prompts import make_prompt
 from support.survivors import CONFIG, TOKENS, SurvivorsOracle, difference, expected_of, pruned_by, stays_of
-from support.tiny import generate
+from support.tiny import IMAGE, PAD, generate, seed_weights
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.integration import survivors_only
 
-BY_SURVIVORS = tuple(name for name in model_types.BEFORE_ONLY if name != "gemma4_unified")
+BY_NAME = ("qwen3_5", "lfm3_vl", "gemma4")
 
 
-@pytest.mark.parametrize("model_type", BY_SURVIVORS)
+@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
 def test_dropping_equals_a_prompt_without_the_dropped_tokens(model_type: str) -> None:
     """Images in both samples of a left-padded batch, of which as many are left: filler, a cache and steps, against none."""
-    model = build_or_skip(model_type)
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    refuse_in_the_decoder(model, model_types.BEFORE_ONLY[model_type])
     inputs = families.prompt(model)
     with families.visual_features(model):
         dense = generate(model, inputs, tokens=TOKENS)
@@ -31,22 +35,31 @@ def test_dropping_equals_a_prompt_without_the_dropped_tokens(model_type: str) ->
     assert torch.equal(everything.sequences, dense.sequences)
     assert error(everything, dense) == 0.0
     pruned, stays = pruned_by(model, inputs)
-    assert difference(pruned, expected_of(model_type, inputs, pruned.sequences, stays)) <= TOLERANCE
-    # Guards the line above: a model that drops nothing, next to an oracle that drops nothing, would agree too.
-    assert difference(pruned, expected_of(model_type, inputs, pruned.sequences, None)) > 100 * TOLERANCE
+    if model_type in model_types.MASKED:
+        core_of(reference)[1].set_attn_implementation(ORACLE)
+        gone = inputs["attention_mask"].bool() & ~stays
+        with families.visual_features(reference), MaskingOracle(reference, -1, 0.4, "random", gone):
+            expected = generate(reference, inputs, tokens=TOKENS)
+        assert torch.equal(pruned.sequences, expected.sequences)
+        assert error(pruned, expected) <= TOLERANCE
+        unpruned = dense.logits
+    else:
+        expected = expected_of(reference, inputs, pruned.sequences, stays)
+        assert difference(pruned, expected) <= TOLERANCE
+        unpruned = expected_of(reference, inputs, pruned.sequences, None)
+    # Guards the lines above: a model that drops nothing, next to an oracle that drops nothing, would agree too.
+    assert difference(pruned, unpruned) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", model_types.MASKED)
-def test_dropping_equals_masking(model_type: str) -> None:
-    model, reference = build_or_skip(model_type), build_or_skip(model_type)
-    inputs = families.prompt(model)
-    pruned, stays = pruned_by(model, inputs)
-    core_of(reference)[1].set_attn_implementation(ORACLE)
-    gone = inputs["attention_mask"].bool() & ~stays
-    with families.visual_features(reference), MaskingOracle(reference, -1, 0.4, "random", gone):
-        expected = generate(reference, inputs, tokens=TOKENS)
-    assert torch.equal(pruned.sequences, expected.sequences)
-    assert error(pruned, expected) <= TOLERANCE
+def refuse_in_the_decoder(model: transformers.PreTrainedModel, reason: str) -> None:
+    """Check that it is, with what works instead."""
+    instead = r"Before its decoder it can: use GapConfig\(layer=-1, score='text_similarity'\)"
+    for config in (GapConfig(), GapConfig(0.5, -1, "random", then=(Stage(0.2, 1, "text"),))):
+        with pytest.raises(ValueError, match=rf" in its decoder: .*{reason}.* {instead}"):
+            gap_triton.attach(model, config)
+    with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': .* is handed the survivors alone"):
+        gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
+    assert hooks(model) == 0
 
 
 @pytest.mark.parametrize(
@@ -82,28 +95,8 @@ def test_ids_with_gaps_and_no_mask_are_read_as_packed_sequences(monkeypatch: pyt
     assert float((outputs[0] - outputs[1]).abs().max()) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
-def test_in_the_decoder_it_is_refused_with_what_works_instead(model_type: str) -> None:
-    model = build_or_skip(model_type)
-    instead = r"Before its decoder it can: use GapConfig\(layer=-1, score='text_similarity'\)"
-    reason = rf" in its decoder: .*{model_types.BEFORE_ONLY[model_type]}.* {instead}"
-    for config in (GapConfig(), GapConfig(0.5, -1, "random", then=(Stage(0.2, 1, "text"),))):
-        with pytest.raises(ValueError, match=reason):
-            gap_triton.attach(model, config)
-    with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': .* is handed the survivors alone"):
-        gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
-    assert hooks(model) == 0
-
-
-@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
+@pytest.mark.parametrize("model_type", BY_NAME)
 def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
-    if model_type in model_types.OWN_ATTENTION:
-        build_or_skip(model_type)
-        with pytest.raises(
-            ValueError, match=r"load it under that and call gap_triton.attach\(model, GapConfig"
-        ):
-            families.build(model_type, {"text_config": "gap_triton"})
-        return
     named, model = build_or_skip(model_type, {"text_config": "gap_triton"}), build_or_skip(model_type)
     assert "before its decoder, by GapConfig(layer=-1, score='text_similarity'), because" in warnings.text
     inputs = families.prompt(model)
@@ -114,6 +107,61 @@ def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
         attached = generate(model, inputs, tokens=2)
     assert torch.equal(by_name.sequences, attached.sequences)
     assert error(by_name, attached) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", model_types.OWN_ATTENTION)
+def test_by_name_where_attention_is_more_than_it_names(model_type: str) -> None:
+    if model_type not in families.TYPES:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    with pytest.raises(ValueError, match=r"load it under that and call gap_triton.attach\(model, GapConfig"):
+        families.build(model_type, {"text_config": "gap_triton"})
+
+
+def gemma3n() -> transformers.PreTrainedModel:
+    """The decoder alone of Gemma 3n, whose vision tower needs timm: the last layers attend to keys of earlier ones."""
+    sizes = {
+        key: families.TEXT_SIZES[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")
+    }
+    kinds = [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+    ]
+    config = transformers.Gemma3nTextConfig(
+        **sizes,
+        vocab_size_per_layer_input=200,
+        hidden_size_per_layer_input=8,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        layer_types=kinds,
+        activation_sparsity_pattern=[0.0] * 5,
+        laurel_rank=4,
+        pad_token_id=PAD,
+    )
+    return seed_weights(transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="sdpa"))
+
+
+def test_a_decoder_alone_that_is_given_tokens() -> None:
+    """It makes inputs of each layer from the tokens, so it is handed the tokens that are left."""
+    model, reference = gemma3n(), gemma3n()
+    inputs = make_prompt("llava", "left-padded")
+    del inputs["pixel_values"]
+    visual = inputs["input_ids"] == IMAGE
+    with gap_triton.pruning(model, CONFIG):
+        pruned = generate(model, inputs | {"visual_mask": visual}, tokens=TOKENS)
+        stays = stays_of(gap_triton.last_selection(model), inputs["attention_mask"])
+    reference.model.set_attn_implementation(ORACLE)
+    with LoneOracle(reference, -1, 0.4, visual) as oracle:
+        oracle.chosen = inputs["attention_mask"].bool() & ~stays
+        expected = generate(reference, inputs, tokens=TOKENS)
+    assert oracle.chosen.any()
+    assert torch.equal(pruned.sequences, expected.sequences)
+    assert error(pruned, expected) <= TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------- broken on purpose

@@ -21,7 +21,6 @@ import gap_triton
 from gap_triton import GapConfig
 
 from . import families
-from .installed_types import build_or_skip
 from .oracle import core_of
 from .tiny import generate
 
@@ -167,10 +166,9 @@ def with_answer(model: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor)
 
 
 def expected_of(
-    model_type: str, inputs: Inputs, sequences: torch.Tensor, stays: torch.Tensor | None
+    reference: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor, stays: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None."""
-    reference = build_or_skip(model_type)
     prompt = inputs["input_ids"].shape[1]
     whole = with_answer(reference, inputs, sequences)
     if stays is None:

@@ -10,7 +10,7 @@ from support.comparison import TOLERANCE, error
 from support.drafts import answer
 from support.installed_types import build_or_skip
 from support.oracle import core_of
-from support.survivors import CONFIG, TOKENS, SurvivorsOracle, pruned_by, stays_of
+from support.survivors import CONFIG, TOKENS, WORDS, SurvivorsOracle, pruned_by, stays_of
 
 import gap_triton
 from gap_triton.arguments import CACHE
