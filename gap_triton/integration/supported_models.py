@@ -71,7 +71,10 @@ UNSAFE_PARAMETERS = {
     "per_layer_input": PER_LAYER,
     "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
 }
-BEFORE_ONLY = "Before its decoder it can: use GapConfig(layer=-1, score='text_similarity'), or another score of layer=-1. "
+BEFORE_ONLY = (
+    "Before its decoder it can: use GapConfig(layer=-1, score='text_similarity') or another score of layer=-1, as presets "
+    "'text', 'trim', 'random' and 'spatial' do. "
+)
 ATTACH_BEFORE = (
     "Under its own attention it can be pruned before its decoder: load it under that and call gap_triton.attach(model, "
     "GapConfig(layer=-1, score='text_similarity')). "
@@ -287,8 +290,8 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
         _second_decoder(model, owner)
         or _reads_every_row(model, owner)
         or _silent_modules(owner, text)
-        or _no_token_id(owner, text)
         or (_unsafe_before(text) if why_not_in_decoder(text) else None)
+        or _no_token_id(owner, text)
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import GapConfig, Score
-from ..integration.supported_models import find_parts
+from ..integration.supported_models import check_stages, find_parts
 from ..plain import shown
 from ..vision_tower import find_tower
 from . import (
@@ -62,7 +62,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
             vision encoder has none.
 
     Raises:
-        ValueError: There is no such method, or it takes no such option, or the option is out of range.
+        ValueError: There is no such method, or it takes no such option, or the option is out of range; or ``model`` can't be
+            pruned where the method prunes, and then the message names methods that it can be pruned by.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {shown(name)}: expected one of {', '.join(map(repr, PRESETS))}")
@@ -73,7 +74,10 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     if model is not None:
         from_model = {"layers": _layers_of, "score": _score_of}
         options = {option: from_model[option](model) for option in known if option in from_model} | options
-    return PRESETS[name](**options)
+    config = PRESETS[name](**options)
+    if model is not None:
+        check_stages(config, find_parts(model))
+    return config
 
 
 def _layers_of(model: Any) -> int:

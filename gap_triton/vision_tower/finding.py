@@ -30,7 +30,7 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
 )
-ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
+ALTERNATIVE = "use score='random' or 'text_similarity' (presets 'random', 'text'), or prune in the decoder (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 INDICES = 64
 """How many index tensors of a tower stay in memory, each for images of other sizes."""
