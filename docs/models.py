@@ -28,7 +28,7 @@ HEADER = (
 BOTH, BEFORE = "before and in the decoder", "before the decoder"
 # What the tests do with some exact types, next to what they do with all.
 MORE_TESTS = {
-    "vision tower": (*model_types.IMAGES, *tiny.CLASSES),
+    "vision tower": (*model_types.IMAGES, *model_types.IMAGES_BEFORE, *tiny.CLASSES),
     "video": model_types.VIDEOS,
     "ids on several axes": model_types.SEVERAL_AXES,
     "deepstack": model_types.DEEPSTACK,
@@ -52,8 +52,8 @@ def with_table(text: str) -> str:
     rows = [row for name in types if name in families.TYPES for row in (_row(name),)]
     in_decoder, before = len(model_types.EXACT) + len(model_types.ALONE), len(model_types.BEFORE_ONLY)
     summary = (
-        f"{in_decoder + before} types are exact, {in_decoder} of them in the decoder too, and {len(model_types.REFUSED)} are "
-        f"refused, of the {len(rows)} that transformers {model_types.NEWEST} lists."
+        f"{in_decoder + before} types are exact, {in_decoder} of them in the decoder too, and {len(model_types.REFUSED)} "
+        f"are refused, of the {len(rows)} that transformers {model_types.NEWEST} lists."
     )
     published = [
         f"| [{name}](published.md) | 1-D RoPE | {BOTH}, in gap_triton.models | `visual_mask` | vision tower, loading |"

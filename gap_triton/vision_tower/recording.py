@@ -114,6 +114,7 @@ class Recording:
         self.tower, self.needs = tower, needs
         self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
         self._states = 0
+        self._real: Tensor | None = None  # [B, S] bool, False where an image has fewer patches than others
 
     def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
@@ -130,12 +131,18 @@ class Recording:
         Raises:
             ValueError: Heads are missing, or the mask hides tokens in another way than images in one sequence do.
         """
-        if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
+        if module is not self.tower.attention:
+            return
+        self._real = None if mask is None else _padding(mask, query.shape[0])
+        if not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
         query, key = query.detach(), key.detach()
         batch, _, tokens, _ = query.shape
-        first = self.tower.leading
+        of_features = self.tower.of_features(tokens)
+        if self._real is not None:
+            self._record_padded(query, key, self._real, scale)
+            return
         if "cls" in self.needs:
             if mask is not None and len(_sequences(mask)) > 2:
                 raise ValueError(f"{_HIDDEN}: use score='received'")
@@ -150,18 +157,36 @@ class Recording:
             bounds = None if mask is None else _sequences(mask)
             whole = bounds is None or len(bounds) == 2
             score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            self._parts["received"].append(score[:, first:].flatten().float())
+            self._parts["received"].append(score[:, of_features].flatten().float())
         if self.needs & {"key_norm", "keys"}:
-            rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
+            rows = key[:, :, of_features].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
             if "key_norm" in self.needs:
                 self._parts["key_norm"].append(rows.float().norm(dim=-1))
             if "keys" in self.needs:
                 self._parts["keys"].append(rows)
 
+    def _record_padded(self, query: Tensor, key: Tensor, real: Tensor, scale: float | None) -> None:
+        """Score where the patches ``real`` [B, S] of an image see each other, and no others: all images as one sequence."""
+        if "cls" in self.needs:
+            raise ValueError(f"{_HIDDEN}: use score='received'")
+        query, key = (
+            each.transpose(1, 2)[real].transpose(0, 1)[None] for each in (query, key)
+        )  # [1, H, P, D]
+        if "received" in self.needs:
+            bounds = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+            score = attention_received(query, key, scale=scale, cu_seqlens=bounds)
+            self._parts["received"].append(score.flatten().float())
+        rows = key[0].transpose(0, 1).flatten(1)  # [P, Hkv * D]
+        if "key_norm" in self.needs:
+            self._parts["key_norm"].append(rows.float().norm(dim=-1))
+        if "keys" in self.needs:
+            self._parts["keys"].append(rows)
+
     def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""
-        index = torch.arange(self.tower.leading, tokens).expand(batch, -1).contiguous()
-        return to_device(index, device), torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        index = torch.arange(tokens)[self.tower.of_features(tokens)].expand(batch, -1).contiguous()
+        row = tokens - 1 if self.tower.trailing else 0
+        return to_device(index, device), torch.full((batch, 1), row, dtype=torch.int64, device=device)
 
     def record_hidden_states(self, hidden_states: Tensor) -> None:
         """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
@@ -209,7 +234,9 @@ class Recording:
     def _mean_state(self, total: Tensor) -> Tensor:
         """[F, E] float32 of the sum of the hidden states, [B, S, E] or [S, E]."""
         mean = total.float() / self._states
-        return mean[:, self.tower.leading :].flatten(0, 1) if mean.dim() == 3 else mean
+        if self._real is not None:
+            return mean[self._real]
+        return mean[:, self.tower.of_features(mean.shape[1])].flatten(0, 1) if mean.dim() == 3 else mean
 
     def _refuse_if_replaced(self) -> None:
         if not self.tower.is_current():
@@ -238,6 +265,17 @@ class Recording:
 
 
 _HIDDEN = "the vision tower's scoring layer hides some patches from others"
+
+
+def _padding(mask: Tensor, batch: int) -> Tensor | None:
+    """[B, S] bool, the patches of each image that ``mask`` [B or 1, 1, Q, S] shows to all rows, where it hides the others.
+
+    None where it hides nothing, or in another way.
+    """
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    real = allowed[:, :1]
+    hides_columns = (allowed == real).all() & ~real.all()
+    return real[:, 0].expand(batch, -1) if bool(hides_columns) else None
 
 
 def _sequences(mask: Tensor) -> Tensor:

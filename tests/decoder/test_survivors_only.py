@@ -95,6 +95,25 @@ def test_ids_with_gaps_and_no_mask_are_read_as_packed_sequences(monkeypatch: pyt
     assert float((outputs[0] - outputs[1]).abs().max()) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("model_type", "score"),
+    [
+        *((name, "received") for name in model_types.IMAGES_BEFORE),
+        ("lfm2_vl", "spatial"),
+        ("gemma4", "spatial"),
+    ],
+)
+def test_scores_of_the_vision_encoder(model_type: str, score: str) -> None:
+    """Its own images, scored where they are encoded: inside of `generate`, before the forward."""
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    inputs = families.prompt_with_pixels(model, model_types.IMAGES_BEFORE[model_type])
+    with gap_triton.pruning(model, GapConfig(0.4, -1, score, "region" if score == "received" else "topk")):
+        pruned = generate(model, inputs, tokens=TOKENS)
+        stays = stays_of(gap_triton.last_selection(model), inputs["attention_mask"])
+    expected = expected_of(reference, inputs, pruned.sequences, stays, features=False)
+    assert difference(pruned, expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("model_type", BY_NAME)
 def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
     named, model = build_or_skip(model_type, {"text_config": "gap_triton"}), build_or_skip(model_type)

@@ -23,6 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .oracle import core_of
 from .tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
 
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # The forward of Llama 4 in transformers 5.24 reads a field that the output of its decoder lacks, and fails.
+    MoeCausalLMOutputWithPast.image_outputs = None
+
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 WINDOW = 24
 HIDDEN = 64
@@ -255,7 +259,14 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "minimax_m3_vl": lambda config: _text(
         config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
     ),
-    "llama4": lambda config: _text(config, attention_chunk_size=WINDOW),
+    "gemma4": lambda config: setattr(config.vision_config, "pooling_kernel_size", 2),
+    "llama4": lambda config: (
+        _text(config, attention_chunk_size=WINDOW),
+        setattr(config.vision_config, "intermediate_size", 32 * 4),  # of 2 x 2 patches
+        setattr(config.vision_config, "projector_input_dim", 32),
+        setattr(config.vision_config, "projector_output_dim", 32),
+        setattr(config.vision_config, "vision_output_dim", 32),
+    ),
     # The default configs leave their placeholders to the tokenizer.
     **dict.fromkeys(
         ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
@@ -349,6 +360,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "encoder": {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         "decoder": {"model_type": "trocr", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2},
     },
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     # Their vision towers come from timm. No vision tower runs here, so any other will do.
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
     "perception_lm": {"vision_config": {"model_type": "siglip_vision_model"}},
@@ -368,9 +380,6 @@ def build(model_type: str, attn_implementation: str | dict[str, str] | None = No
     With ``attn_implementation`` None the decoder has sdpa, and the rest eager attention, which every vision tower has.
     """
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
-    if model_type == "llama4" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-        # Its forward in transformers 5.24 reads a field that the output of its decoder lacks, and fails.
-        MoeCausalLMOutputWithPast.image_outputs = None
     model = getattr(transformers, name)._from_config(
         config_of(model_type), attn_implementation=attn_implementation or "eager"
     )
@@ -484,6 +493,20 @@ def pixels(layout: str, seed: int = 7) -> dict[str, torch.Tensor]:
         values = noise(2, 2, 3, 24, 24)
         values[0, 1] = 0  # no second image
         return {"pixel_values": values, "pixel_attention_mask": torch.ones(2, 2, 24, 24, dtype=torch.bool)}
+    _, height, width = GRID
+    padded = height * width + 12  # the last are no patches
+    if layout == "padded patches":
+        mask = torch.arange(padded) < height * width
+        return {
+            "pixel_values": noise(3, padded, 3 * 4 * 4),
+            "spatial_shapes": torch.tensor([[height, width]] * 3),
+            "pixel_attention_mask": mask.long().expand(3, -1).contiguous(),
+        }
+    if layout == "patches with positions":
+        places = torch.full((3, padded, 2), -1)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places[:, : height * width] = torch.stack([columns, rows], dim=-1).flatten(0, 1)
+        return {"pixel_values": noise(3, padded, 3 * 4 * 4), "image_position_ids": places}
     grid = {"image_grid_thw": torch.tensor([GRID] * 3)}
     if layout == "patches of two frames":
         return {"pixel_values": noise(patches, 3 * 2 * 4 * 4), **grid}
@@ -501,7 +524,9 @@ def prompt_with_pixels(model: PreTrainedModel, layout: str) -> dict[str, torch.T
     images = pixels(layout)
     with torch.no_grad():
         output = core_of(model)[0].get_image_features(**images)
-    features = getattr(output, "pooler_output", output)
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = getattr(output, "last_hidden_state", output)
     if isinstance(features, (tuple, list)) and not isinstance(features[0], torch.Tensor):
         features = features[0]  # transformers 4: with deepstack features behind
     if isinstance(features, (tuple, list)):

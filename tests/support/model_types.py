@@ -162,6 +162,17 @@ IMAGES = {
     "video_llava": "images",
     "vipllava": "images",
 }
+# The same of types that are pruned before their decoder only.
+IMAGES_BEFORE = {
+    "gemma4": "patches with positions",
+    "lfm2_vl": "padded patches",
+    "glm5_next": "patches of two frames",
+    "llama4": "images",
+    "mistral_large4": "images and sizes",
+    "qwen3_5": "patches of two frames",
+    "qwen3_5_moe": "patches of two frames",
+    "qwen4_exp": "patches of two frames",
+}
 # Of those, the ones whose vision tower can't tell the visual tokens apart, with a part of the sentence that says why.
 TOWERS_REFUSED = {
     "got_ocr2": "found no encoder",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -166,15 +166,23 @@ def with_answer(model: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor)
 
 
 def expected_of(
-    reference: PreTrainedModel, inputs: Inputs, sequences: torch.Tensor, stays: torch.Tensor | None
+    reference: PreTrainedModel,
+    inputs: Inputs,
+    sequences: torch.Tensor,
+    stays: torch.Tensor | None,
+    features: bool = True,
 ) -> list[torch.Tensor]:
-    """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None."""
+    """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None.
+
+    Without ``features`` the images are those of the model's own vision encoder.
+    """
     prompt = inputs["input_ids"].shape[1]
     whole = with_answer(reference, inputs, sequences)
     if stays is None:
         stays = inputs["attention_mask"].bool()
     stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
-    with torch.no_grad(), families.visual_features(reference), SurvivorsOracle(reference, stays, prompt):
+    filled = families.visual_features(reference) if features else nullcontext()
+    with torch.no_grad(), filled, SurvivorsOracle(reference, stays, prompt):
         logits = reference(**whole).logits
     return list(logits[:, prompt - 1 : -1].unbind(1))
 

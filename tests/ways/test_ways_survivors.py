@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,10 @@ from support import families
 from support.comparison import TOLERANCE, error
 from support.drafts import answer
 from support.installed_types import build_or_skip
+from support.model_types import IMAGES_BEFORE
 from support.oracle import core_of
-from support.survivors import CONFIG, TOKENS, WORDS, SurvivorsOracle, pruned_by, stays_of
+from support.survivors import CONFIG, TOKENS, WORDS, SurvivorsOracle, expected_of, pruned_by, stays_of
+from support.tiny import EOS, IMAGE, generate
 
 import gap_triton
 from gap_triton.arguments import CACHE
@@ -122,6 +126,58 @@ def test_drafts(model_type: str, right: tuple[int, ...], drafts) -> None:
     assert max(script.lengths) == 4
     assert torch.equal(assisted.sequences, plain.sequences)
     assert error(assisted, plain) <= TOLERANCE
+
+
+def test_beams() -> None:
+    """The score of each sentence is that of its tokens after the survivors alone, whatever beams it was moved between."""
+    model, reference = build_or_skip(STATE), build_or_skip(STATE)
+    inputs = families.prompt_with_pixels(model, IMAGES_BEFORE[STATE])
+    prompt = inputs["input_ids"].shape[1]
+    with gap_triton.pruning(model, CONFIG):
+        output = generate(model, inputs, tokens=TOKENS, num_beams=3, length_penalty=0.0, output_scores=True)
+        every = stays_of(
+            gap_triton.last_selection(model), inputs["attention_mask"].repeat_interleave(3, dim=0)
+        )
+    stays = every[::3]
+    assert torch.equal(every, stays.repeat_interleave(3, dim=0))
+    logits = expected_of(reference, inputs, output.sequences, stays, features=False)
+    steps = [
+        step.log_softmax(-1).gather(1, output.sequences[:, [prompt + i]]) for i, step in enumerate(logits)
+    ]
+    expected = torch.cat(steps, dim=1).sum(dim=1)
+    assert float((output.sequences_scores - expected).abs().max()) <= TOKENS * TOLERANCE
+    assert output.beam_indices.diff(dim=1)[:, : TOKENS - 1].any()  # some beam was left
+
+
+def test_decode_steps_are_one_graph() -> None:
+    """By `generate` itself, on a static cache: for prompts of one shape, whatever tokens each of them keeps."""
+    model = build_or_skip("lfm2_vl")
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(module: torch.fx.GraphModule, example: list[object]) -> object:
+        graphs.append(module)
+        return module.forward
+
+    config = transformers.CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True  # generate() compiles on accelerators only, unless told so
+    inputs = families.prompt(model)
+    words = (inputs["input_ids"] > EOS) & (inputs["input_ids"] < IMAGE)
+    kept = []
+    with (
+        families.visual_features(model),
+        gap_triton.pruning(model, replace(CONFIG, score="text_similarity")),
+    ):
+        for shift in (0, 1):
+            prompt = inputs | {"input_ids": inputs["input_ids"] + shift * words}
+            eager = generate(model, prompt, tokens=3)
+            kept.append(gap_triton.last_selection(model).index)
+            where = {"cache_implementation": "static", "compile_config": config}
+            compiled = generate(model, prompt, tokens=3, **where)
+            assert torch.equal(compiled.sequences, eager.sequences)
+            assert error(compiled, eager) <= TOLERANCE
+    assert not torch.equal(*kept)
+    assert len(graphs) == 1
 
 
 def test_a_decoder_that_fails_leaves_a_cache_that_answers_as_before() -> None:
