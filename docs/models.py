@@ -25,7 +25,7 @@ PLACE = re.compile(r"(<!-- model types -->\n).*?(<!-- end of model types -->)", 
 HEADER = (
     "| model type | position ids | exact | placeholder | tested besides, or why not |\n|---|---|---|---|---|"
 )
-BOTH, BEFORE = "before and in the decoder", "before the decoder"
+BOTH, SOME, BEFORE = "before and in the decoder", "before the decoder, at some layers", "before the decoder"
 # What the tests do with some exact types, next to what they do with all.
 MORE_TESTS = {
     "vision tower": (*model_types.IMAGES, *model_types.IMAGES_BEFORE, *tiny.CLASSES),
@@ -44,16 +44,18 @@ def with_table(text: str) -> str:
         (
             *model_types.EXACT,
             *model_types.ALONE,
-            *model_types.BEFORE_ONLY,
+            *model_types.NOT_PLAIN,
             *model_types.REFUSED,
             *model_types.NOT_BUILT,
         )
     )
     rows = [row for name in types if name in families.TYPES for row in (_row(name),)]
-    in_decoder, before = len(model_types.EXACT) + len(model_types.ALONE), len(model_types.BEFORE_ONLY)
+    plain, more = len(model_types.EXACT) + len(model_types.ALONE), len(model_types.NOT_PLAIN)
+    at_some = len(model_types.PRUNING_LAYERS)
     summary = (
-        f"{in_decoder + before} types are exact, {in_decoder} of them in the decoder too, and {len(model_types.REFUSED)} "
-        f"are refused, of the {len(rows)} that transformers {model_types.NEWEST} lists."
+        f"{plain + more} types are exact: {plain} of them before the decoder and at all of its layers, {at_some} before it "
+        f"and at some layers, and {more - at_some} before it only. {len(model_types.REFUSED)} are refused, of the "
+        f"{len(rows)} that transformers {model_types.NEWEST} lists."
     )
     published = [
         f"| [{name}](published.md) | 1-D RoPE | {BOTH}, in gap_triton.models | `visual_mask` | vision tower, loading |"
@@ -74,13 +76,14 @@ def _row(name: str) -> str:
         return f"| {name} | 1-D RoPE | {BOTH}, as a decoder alone | `visual_mask` | |"
     owner, text = core_of(model)
     more = ", ".join(test for test, names in MORE_TESTS.items() if name in names)
-    status = BEFORE if name in model_types.BEFORE_ONLY else BOTH
+    status = SOME if name in model_types.PRUNING_LAYERS else BEFORE if name in model_types.NOT_PLAIN else BOTH
     if name in model_types.TEXT_CONFIG_ONLY:
         status += ', loaded with `{"text_config": "gap_triton"}`'
     if name in model_types.OWN_ATTENTION:
         status += ", by `attach`"
-    if name in model_types.BEFORE_ONLY:
-        more = "; ".join(filter(None, (more, f"not in the decoder: {why_not_in_decoder(text)}")))
+    if name in model_types.NOT_PLAIN:
+        where = "at every layer" if name in model_types.PRUNING_LAYERS else "in the decoder"
+        more = "; ".join(filter(None, (more, f"not {where}: {why_not_in_decoder(text)}")))
     return f"| {name} | {_position_ids(owner, text)} | {status} | {_placeholders(model.config)} | {more} |"
 
 

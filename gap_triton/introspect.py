@@ -18,6 +18,7 @@ WHOLE = ("full_attention", "indexed_attention")
 SLIDING = ("sliding_attention", "hybrid_sliding")
 CHUNKED = "chunked_attention"
 RECURRENT = ("linear_attention", "conv")
+WITHOUT_ATTENTION = (*RECURRENT, "moe", "mlp")
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 

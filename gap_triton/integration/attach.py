@@ -30,11 +30,10 @@ from .hooks import (
     before_text,
     hook_layers,
 )
+from .stages import check_stages, default_config
 from .supported_models import (
     Parts,
     check_heads,
-    check_stages,
-    default_config,
     find_parts,
     is_vision_language_model,
     lone_decoder_of,

@@ -172,9 +172,9 @@ def _rows_of(
     """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others, of which the layers hold what was ``kept``."""
     # Padding is read from the caller's mask: by now some models have made another one from it.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
+    has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
     if isinstance(mask, dict):
         mask = _mask_that_tells_padding(mask, text, kept)
-    has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
 
     def real() -> torch.Tensor | None:
         return real_positions(mask, past, queries, batch)

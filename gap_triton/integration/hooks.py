@@ -40,7 +40,8 @@ from ..vision.needs import start_recorder
 from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
 from .prepare import named_prompt
-from .supported_models import check_stages, find_parts, why_not_in_decoder, why_own_attention
+from .stages import check_stages
+from .supported_models import find_parts, why_not_in_decoder, why_own_attention
 from .survivors_only import finish, hand_positions, hand_survivors
 from .unpruned import (
     refuse_export,
@@ -286,9 +287,6 @@ def before_text(
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    if attachment.survivors_only and inputs.shape[1] > 1 and kwargs.get("logits_to_keep"):
-        # Some decoders end with those rows, of which they would not know where they stand. The head takes them too.
-        kwargs = {**kwargs, "logits_to_keep": 0}
     kept = kept_tokens_of(cache_of(kwargs), inputs.shape[0])
     if inputs.shape[1] > 1:
         run, kwargs = run_of_prompt(state, text, inputs, kept, kwargs)
@@ -302,6 +300,7 @@ def before_text(
     else:
         fit(cache_of(kwargs), {})
         return None
+    kwargs = _with_all_rows(kwargs, run is not None)
     if run is None:
         fit(cache_of(kwargs), {})
     else:
@@ -312,6 +311,20 @@ def before_text(
             args, kwargs = hand_survivors(run, text, inputs, args, kwargs)
     state.owner.kwargs = {}
     return args, kwargs
+
+
+def _with_all_rows(kwargs: Kwargs, shortened: bool) -> Kwargs:
+    """``kwargs`` of a decoder that may end its last layers with fewer rows, which the head takes out anyway.
+
+    Of rows that are ``shortened`` it does not know where they stand. Elsewhere Gemma 4 does so under sdpa only where no mask
+    is needed for it, and does not ask that of an implementation that it doesn't know.
+    """
+    rows = kwargs.get("logits_to_keep")
+    if not isinstance(rows, int) or not rows:
+        return kwargs
+    if shortened or rows > 1 or getattr(cache_of(kwargs), "is_compileable", False):
+        return {**kwargs, "logits_to_keep": 0}
+    return kwargs
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -338,6 +351,8 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     drop = None if run.prefill is None else run.prefill.drop_before(index)
     if kept is None and drop is None:
         return None
+    if run.attachment.survivors_only and len(args) > 1:
+        args, kwargs = by_name(layer, args, kwargs)  # Gemma 4's inputs of each layer
     _refuse_positional(layer, args)
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
@@ -419,7 +434,7 @@ def _prepare_steps(run: DecoderRun) -> None:
     kept, windows = run.kept, run.attachment.windows
     if (
         kept is None
-        or run.survivors_only
+        or run.attachment.survivors_only
         or kept.renumbered
         or any(windows)
         or not is_static(run.cache, kept.stages[0].first_later)

@@ -71,10 +71,6 @@ UNSAFE_PARAMETERS = {
     "per_layer_input": PER_LAYER,
     "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
 }
-BEFORE_ONLY = (
-    "Before its decoder it can: use GapConfig(layer=-1, score='text_similarity') or another score of layer=-1, as presets "
-    "'text', 'trim', 'random' and 'spatial' do. "
-)
 ATTACH_BEFORE = (
     "Under its own attention it can be pruned before its decoder: load it under that and call gap_triton.attach(model, "
     "GapConfig(layer=-1, score='text_similarity')). "
@@ -215,10 +211,10 @@ def find_parts(model: nn.Module) -> Parts:
         parts = Parts(decoder, decoder)
     reason = _why_not(model, parts)
     if reason is not None:
-        raise _refusal(model, parts, reason)
+        raise refusal(model, parts, reason)
     if parts is None:
         raise ValueError(
-            f"gap_triton found no vision-language decoder in {_description(model)}: expected a module with a decoder stack "
+            f"gap_triton found no vision-language decoder in {description(model)}: expected a module with a decoder stack "
             f"in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_hint()}"
         )
     return parts
@@ -228,25 +224,35 @@ def check_heads(model: PreTrainedModel, parts: Parts) -> None:
     """Raise ValueError if a head of ``model``, around its ``parts``, reads what pruning takes away."""
     reason = _reads_every_row(model, parts.owner)
     if reason is not None:
-        raise _refusal(model, parts, reason)
+        raise refusal(model, parts, reason)
 
 
-def _refusal(
+def refusal(
     model: PreTrainedModel, parts: Parts | None, reason: str, where: str = "", instead: str = ""
 ) -> ValueError:
+    """Return the refusal of ``model``.
+
+    Args:
+        model: The model.
+        parts: Its parts, None where it has none.
+        reason: The end of a sentence.
+        where: Behind the model's name, where it can't be pruned; empty where nowhere.
+        instead: What can be done; empty where that is to be found out.
+    """
     hint = instead or _decoder_hint(model, parts)
     hint += _unpruned_hint("eager" if PLAIN in reason else "sdpa")
-    return ValueError(f"gap_triton can't prune {_description(model)}{where}: {reason}. {hint}")
+    return ValueError(f"gap_triton can't prune {description(model)}{where}: {reason}. {hint}")
 
 
 def refuse_own_attention(model: PreTrainedModel, parts: Parts) -> None:
     """Raise ValueError if ``model`` is to run under `NAME`, and its attention must keep its own implementation."""
     reason = why_own_attention(parts.text)
     if reason is not None:
-        raise _refusal(model, parts, reason, instead=ATTACH_BEFORE)
+        raise refusal(model, parts, reason, instead=ATTACH_BEFORE)
 
 
-def _description(model: PreTrainedModel) -> str:
+def description(model: PreTrainedModel) -> str:
+    """Return the class and the type of ``model``, for sentences."""
     return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
 
 
@@ -299,8 +305,8 @@ def why_not_in_decoder(text: PreTrainedModel) -> str | None:
     """Return why no token can be dropped between two layers of ``text``, as the end of a sentence; None if it can."""
     return (
         _unsafe_config(text)
-        or _unsafe_parameters(text.layers[0], LAYER_PARAMETERS)
-        or _unsafe_parameters(text, DECODER_PARAMETERS)
+        or unsafe_parameters(text.layers[0], LAYER_PARAMETERS)
+        or unsafe_parameters(text, DECODER_PARAMETERS)
         or _unsafe_layers(text)
     )
 
@@ -412,7 +418,8 @@ def _no_token_id(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
 
 
-def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+def unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Return which argument of ``module`` is not ``known``, and what of it, as the end of a sentence; None if all are."""
     unknown = _unknown(module, known)
     for name in unknown:
         if name in UNSAFE_PARAMETERS:
@@ -435,26 +442,47 @@ def _unknown_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
-    for index, layer in enumerate(map(_inner_module, text.layers)):
-        inside = [m for m in layer.modules() if m is not layer]
-        attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
-        if len(attentions) != 1:
-            names = ", ".join(type(m).__name__ for m in attentions) or "none"
-            return (
-                f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
-                f"found {names}"
-            )
-        attention = attentions[0]
-        others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
-        if others:
-            return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
-        reason = _more_than_dense(attention) or _unsafe_parameters(attention, LAYER_PARAMETERS)
-        if reason is not None:
-            return reason
-        mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
-        if mixing is not None:
-            return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
+    reasons = (unsafe_attention(text, index, LAYER_PARAMETERS) for index in range(len(text.layers)))
+    return next(filter(None, reasons), None)
+
+
+def unsafe_attention(text: PreTrainedModel, index: int, known: frozenset[str]) -> str | None:
+    """Return why decoder layer ``index`` is not plain attention to its own keys, as the end of a sentence; None if it is.
+
+    Args:
+        text: The decoder.
+        index: The layer.
+        known: Arguments that its attention may take.
+    """
+    layer = _inner_module(text.layers[index])
+    attention = attention_at(text, index)
+    if isinstance(attention, str):
+        return attention
+    inside = [m for m in layer.modules() if m is not layer]
+    others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
+    if others:
+        return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
+    reason = _more_than_dense(attention) or unsafe_parameters(attention, known)
+    if reason is not None:
+        return reason
+    mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
+    if mixing is not None:
+        return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
     return None
+
+
+def attention_at(text: PreTrainedModel, index: int) -> nn.Module | str:
+    """Return the one attention module of decoder layer ``index``; else a sentence that says what was found."""
+    layer = _inner_module(text.layers[index])
+    inside = (m for m in layer.modules() if m is not layer)
+    attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
+    if len(attentions) == 1:
+        return attentions[0]
+    names = ", ".join(type(m).__name__ for m in attentions) or "none"
+    return (
+        f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
+        f"found {names}"
+    )
 
 
 def _more_than_dense(attention: nn.Module) -> str | None:
@@ -516,34 +544,6 @@ def _inner_module(module: nn.Module) -> nn.Module:
             break
         (module,) = module.children()
     return module
-
-
-def check_stages(config: GapConfig, parts: Parts) -> None:
-    """Raise ValueError unless tokens can be dropped where ``config`` says, in the decoder of ``parts``."""
-    check_layers(config, len(parts.text.layers))
-    reason = why_not_in_decoder(parts.text)
-    if reason is None:
-        return
-    if any(stage.layer != BEFORE_THE_DECODER for stage in config.stages):
-        raise _refusal(parts.owner, parts, reason, " in its decoder", BEFORE_ONLY)
-    if config.ids != "kept":
-        raise ValueError(
-            f"GapConfig.ids={config.ids!r}: {type(parts.text).__name__} is handed the survivors alone, where renumbering is "
-            f"not defined ({reason}); use ids='kept'"
-        )
-
-
-def default_config(parts: Parts) -> GapConfig:
-    """Return the configuration of a model that was given none: the default or, where that can't be, before the decoder."""
-    reason = why_not_in_decoder(parts.text)
-    if reason is None:
-        return GapConfig()
-    config = GapConfig(layer=BEFORE_THE_DECODER, score="text_similarity")
-    logger.warning_once(
-        f"gap_triton drops visual tokens of {_description(parts.owner)} before its decoder, by GapConfig(layer=-1, "
-        f"score='text_similarity'), because in the decoder it can't: {reason}."
-    )
-    return config
 
 
 def check_layers(config: GapConfig, layers: int) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..arguments import CACHE, cache_of
-from ..introspect import RECURRENT
+from ..introspect import WITHOUT_ATTENTION
 from ..kv_cache.kept_tokens import KeptRows, count_held, counts, store
 from ..kv_cache.static_cache import fit
 from ..later_layers.inputs import NOT_SHORTENED, mask_by_position, rows_by_position, take_survivors
@@ -117,7 +117,7 @@ def hand_positions(run: DecoderRun, args: Args, kwargs: Kwargs, index: int) -> t
     """Return the arguments of layer ``index`` with what depends on how far apart tokens stand; None = as they are."""
     attachment = run.attachment
     kind = attachment.kinds[index]
-    if kind in RECURRENT or run.kept is None:
+    if kind in WITHOUT_ATTENTION or run.kept is None:
         return None
     window, chunk, mask = attachment.windows[index], attachment.chunks[index], run.given_mask
     if isinstance(mask, dict):

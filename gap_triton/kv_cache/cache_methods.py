@@ -142,7 +142,9 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.
     """
-    length = layer_that_counts(cache, kept.stages[0].first_later).get_seq_length() + kept.stages[0].dropped
+    stage = kept.stages[0]
+    first = layer_that_counts(cache, stage.first_later)
+    length = cache.get_seq_length() if first is None else first.get_seq_length() + stage.dropped
     remaining = _length_after_crop(int(length), amount)
     if remaining < kept.covered and kept.renumbered:
         raise ValueError(

@@ -201,6 +201,8 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
         layer = cache.layers[stage.first_later]
         if not hasattr(layer, "get_seq_length"):
             layer = layer_that_counts(cache, stage.first_later)
+        if layer is None:
+            continue
         held = int(layer.get_seq_length())
         stands_for = held + stage.dropped
         if held < stage.index.shape[1] or length not in (-1, stands_for):
@@ -210,13 +212,12 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
 
 
 def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
-    columns = [int(layer_that_counts(cache, stage.first_later).get_seq_length()) for stage in kept.stages]
-    lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
+    counting = ((stage, layer_that_counts(cache, stage.first_later)) for stage in kept.stages)
+    stages = [(stage, int(layer.get_seq_length())) for stage, layer in counting if layer is not None]
+    lengths = [length + stage.dropped for stage, length in stages]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
         lengths.insert(0, int(cache.get_seq_length()))
-    by_layer = ", ".join(
-        f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
-    )
+    by_layer = ", ".join(f"layer {stage.first_later} {length}" for stage, length in stages)
     return ValueError(
         f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
         f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
@@ -229,12 +230,9 @@ def counts(cache_layer: Any) -> bool:
     return hasattr(cache_layer, "get_seq_length")
 
 
-def layer_that_counts(cache: Any, layer: int) -> Any:
-    """Return the cache's layer of the first attention at or behind decoder layer ``layer``; where none follows, the last."""
-    if counts(cache.layers[layer]):
-        return cache.layers[layer]
-    following = [each for each in cache.layers[layer:] if counts(each)]
-    return following[0] if following else [each for each in cache.layers if counts(each)][-1]
+def layer_that_counts(cache: Any, layer: int) -> Any | None:
+    """Return the cache's layer of the first attention at or behind decoder layer ``layer``; None where none follows."""
+    return next((each for each in cache.layers[layer:] if counts(each)), None)
 
 
 def is_static(cache: Any | None, layer: int) -> bool:
@@ -244,7 +242,7 @@ def is_static(cache: Any | None, layer: int) -> bool:
     held = cache.layers[layer]
     if not hasattr(held, "get_seq_length"):
         held = layer_that_counts(cache, layer)
-    return getattr(held, "is_compileable", False)
+    return bool(cache.is_compileable) if held is None else getattr(held, "is_compileable", False)
 
 
 def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
+from ..introspect import WITHOUT_ATTENTION
 from ..kv_cache.kept_tokens import KeptRows
 from ..state import DecoderRun, Rows, Survivors
 from .masks import causal_mask, column_positions, take_from_mask, with_reach_of
@@ -38,11 +39,16 @@ def shorten(
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = run.attachment.windows[index]
     mask = kwargs.get("attention_mask")
-    # Layers of one window and one stage share one mask of the model.
-    kwargs["attention_mask"] = run.compute_once(
-        ("mask", kept.layer, window),
-        lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
-    )
+    if run.attachment.kinds[index] in WITHOUT_ATTENTION:
+        kwargs["attention_mask"] = run.compute_once(
+            ("padding", kept.layer), lambda: _later_padding(run.survivors, mask)
+        )
+    else:
+        # Layers of one window and one stage share one mask of the model.
+        kwargs["attention_mask"] = run.compute_once(
+            ("mask", kept.layer, window),
+            lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
+        )
     if survivors is not None:
         for name, value in kwargs.items():
             if name not in NOT_SHORTENED:
@@ -122,6 +128,17 @@ def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Te
     rows = rows.view(*(rows.shape[i - axis + 1] if i in (axis - 1, axis) else 1 for i in range(value.dim())))
     shape[axis] = rows.shape[axis]
     return value.gather(axis, rows.expand(shape))
+
+
+def _later_padding(survivors: Survivors | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of a layer that attends to nothing: [B, L], nonzero at real rows; None where there is no padding."""
+    if survivors is None or (mask is None and survivors.dense):
+        return mask
+    real = survivors.index >= 0
+    if mask is None:
+        return real
+    real = real.to(mask.device)
+    return mask.expand(real.shape[0], -1).gather(1, survivors.sources.to(mask.device)) * real
 
 
 def _later_mask(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import GapConfig, Score
-from ..integration.supported_models import check_stages, find_parts
+from ..integration.stages import fitted
+from ..integration.supported_models import find_parts
 from ..plain import shown
 from ..vision_tower import find_tower
 from . import (
@@ -56,6 +57,7 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
             ``"spatial"`` (the methods of the GAP paper), ``"nuwa"``, ``"fastv"``, ``"pyramiddrop"``, ``"sparsevlm"``,
             ``"visionzip"``, ``"feather"``.
         model: The model that it is for, which gives ``layers``, and ``score`` where its vision encoder has no CLS token.
+            Stages in its decoder move to layers at which it can be pruned, and a warning says so.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
             whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the
@@ -75,9 +77,7 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
         from_model = {"layers": _layers_of, "score": _score_of}
         options = {option: from_model[option](model) for option in known if option in from_model} | options
     config = PRESETS[name](**options)
-    if model is not None:
-        check_stages(config, find_parts(model))
-    return config
+    return config if model is None else fitted(config, find_parts(model))
 
 
 def _layers_of(model: Any) -> int:

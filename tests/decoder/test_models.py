@@ -53,7 +53,7 @@ def test_every_type_is_accounted_for() -> None:
     known = {
         *model_types.EXACT,
         *model_types.ALONE,
-        *model_types.BEFORE_ONLY,
+        *model_types.NOT_PLAIN,
         *model_types.REFUSED,
         *model_types.NOT_BUILT,
     }

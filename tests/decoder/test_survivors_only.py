@@ -13,21 +13,35 @@ from support.lone import LoneOracle
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle, core_of
 from support.prompts import make_prompt
-from support.survivors import CONFIG, TOKENS, SurvivorsOracle, difference, expected_of, pruned_by, stays_of
-from support.tiny import IMAGE, PAD, generate, seed_weights
+from support.survivors import (
+    CONFIG,
+    LARGE_LOGITS,
+    TOKENS,
+    SurvivorsOracle,
+    difference,
+    expected_of,
+    pruned_by,
+    stays_of,
+)
+from support.tiny import IMAGE, LAYERS, PAD, generate, seed_weights
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.integration import survivors_only
 
-BY_NAME = ("qwen3_5", "lfm3_vl", "gemma4")
+BY_NAME = {
+    "qwen3_5": "at decoder layer 3, by GapConfig(layer=3), because",
+    "gemma4": "at decoder layer 0, by GapConfig(layer=0), because",
+    "llama4": "before its decoder, by GapConfig(layer=-1, score='text_similarity'), because",
+}
 
 
-@pytest.mark.parametrize("model_type", model_types.BEFORE_ONLY)
+@pytest.mark.parametrize("model_type", model_types.NOT_PLAIN)
 def test_dropping_equals_a_prompt_without_the_dropped_tokens(model_type: str) -> None:
     """Images in both samples of a left-padded batch, of which as many are left: filler, a cache and steps, against none."""
     model, reference = build_or_skip(model_type), build_or_skip(model_type)
-    refuse_in_the_decoder(model, model_types.BEFORE_ONLY[model_type])
+    reason, layers = model_types.NOT_PLAIN[model_type], model_types.PRUNING_LAYERS.get(model_type, ())
+    refuse_in_the_decoder(model, reason, layers)
     inputs = families.prompt(model)
     with families.visual_features(model):
         dense = generate(model, inputs, tokens=TOKENS)
@@ -51,15 +65,55 @@ def test_dropping_equals_a_prompt_without_the_dropped_tokens(model_type: str) ->
     assert difference(pruned, unpruned) > 100 * TOLERANCE
 
 
-def refuse_in_the_decoder(model: transformers.PreTrainedModel, reason: str) -> None:
-    """Check that it is, with what works instead."""
+def refuse_in_the_decoder(model: transformers.PreTrainedModel, reason: str, layers: tuple[int, ...]) -> None:
+    """Check that it is but at ``layers``, with what works instead."""
     instead = r"Before its decoder it can: use GapConfig\(layer=-1, score='text_similarity'\)"
-    for config in (GapConfig(), GapConfig(0.5, -1, "random", then=(Stage(0.2, 1, "text"),))):
-        with pytest.raises(ValueError, match=rf" in its decoder: .*{reason}.* {instead}"):
-            gap_triton.attach(model, config)
-    with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': .* is handed the survivors alone"):
+    where = " in its decoder"
+    if layers:
+        wrong = next((layer for layer in range(LAYERS - 1) if layer not in layers), None)
+        where, instead = (
+            f" at decoder layer {wrong}",
+            f"At layer {', '.join(map(str, layers))} it can. {instead}",
+        )
+    if not layers or wrong is not None:
+        with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
+            gap_triton.attach(model, GapConfig(layer=wrong if layers else 2))
+    both = GapConfig(0.5, -1, "random", then=(Stage(0.2, layers[0] if layers else 1, "text"),))
+    where = " both before and in its decoder" if layers else " in its decoder"
+    with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
+        gap_triton.attach(model, both)
+    with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': renumbering is not defined for"):
         gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("model_type", model_types.PRUNING_LAYERS)
+def test_dropping_in_the_decoder(model_type: str) -> None:
+    """Layers up to the pruning layer see every token, recurrent ones too; those behind it survivors only."""
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    inputs, layers = families.prompt(model), model_types.PRUNING_LAYERS[model_type]
+    for layer in dict.fromkeys((layers[0], layers[-1])):
+        pruned, stays = pruned_by(model, inputs, GapConfig(0.4, layer, "text"))
+        if model_type in model_types.LOOKS_AHEAD:
+            expected = masked(reference, inputs, stays, layer)
+        else:
+            expected = expected_of(reference, inputs, pruned.sequences, stays, layer=layer)
+        assert difference(pruned, expected) <= TOLERANCE
+        if layer == layers[0]:  # behind the last one there is little left to differ by
+            elsewhere = expected_of(reference, inputs, pruned.sequences, stays)
+            assert difference(pruned, elsewhere) > 100 * TOLERANCE
+
+
+def masked(
+    reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], stays: torch.Tensor, layer: int
+) -> list[torch.Tensor]:
+    """Logits of each token by a model that masks what is gone, for decoders of attention alone."""
+    core_of(reference)[1].set_attn_implementation(ORACLE)
+    gone = inputs["attention_mask"].bool() & ~stays
+    with families.visual_features(reference), MaskingOracle(reference, layer, 0.4, "text", gone):
+        logits = generate(reference, inputs, tokens=TOKENS).logits
+    core_of(reference)[1].set_attn_implementation("sdpa")
+    return list(logits)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +133,7 @@ def test_padding_on_the_right(model_type: str) -> None:
         with SurvivorsOracle(reference, stays, mask.shape[1]):
             expected = reference(**inputs, use_cache=False).logits
         unpruned = reference(**inputs, use_cache=False).logits
-    assert float((pruned - expected)[stays].abs().max()) <= TOLERANCE
+    assert float((pruned - expected)[stays].abs().max()) <= LARGE_LOGITS
     assert float((unpruned - expected)[stays].abs().max()) > 100 * TOLERANCE
 
 
@@ -117,7 +171,7 @@ def test_scores_of_the_vision_encoder(model_type: str, score: str) -> None:
 @pytest.mark.parametrize("model_type", BY_NAME)
 def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
     named, model = build_or_skip(model_type, {"text_config": "gap_triton"}), build_or_skip(model_type)
-    assert "before its decoder, by GapConfig(layer=-1, score='text_similarity'), because" in warnings.text
+    assert BY_NAME[model_type] in warnings.text
     inputs = families.prompt(model)
     with families.visual_features(named):
         by_name = generate(named, inputs, tokens=2)

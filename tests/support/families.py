@@ -259,7 +259,10 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "minimax_m3_vl": lambda config: _text(
         config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
     ),
-    "gemma4": lambda config: setattr(config.vision_config, "pooling_kernel_size", 2),
+    "gemma4": lambda config: (
+        setattr(config.vision_config, "pooling_kernel_size", 2),
+        _text(config, num_kv_shared_layers=2),  # the last two attend to keys of layers 1 and 2
+    ),
     "llama4": lambda config: (
         _text(config, attention_chunk_size=WINDOW),
         setattr(config.vision_config, "intermediate_size", 32 * 4),  # of 2 x 2 patches

@@ -24,13 +24,13 @@ EXACT, VIDEOS = tuple(_EXACT.split()), tuple(_VIDEOS.split())
 ALONE = ("mistral4",)
 # Models of gap_triton.models, which transformers doesn't have: exact on checkpoints in their authors' layout.
 PUBLISHED = ("shikra", "minigpt_v2")
-# Exact before the decoder, which is handed the survivors alone; with a part of what says why they can't be in the decoder.
+# Exact before the decoder, which is handed the survivors alone; with a part of what says why not at any of its layers.
 RECURRENT = "carries a recurrent state"
 CONVOLUTION = "mixes neighbouring tokens by"
 INDEX = "by an index of its own which tokens"
-BEFORE_ONLY = {
+NOT_PLAIN = {
     "dots3_note": INDEX,
-    "gemma4": "share of every token's input",
+    "gemma4": "keys and values of an earlier layer",
     "gemma4_unified": "keys and values of an earlier layer",
     "glm5_next": RECURRENT,
     "hy_v4_vl": INDEX,
@@ -49,8 +49,23 @@ BEFORE_ONLY = {
     "qwen4_exp": RECURRENT,
     "unlimited_ocr": "slides over answers only",
 }
+# Those of them that are exact in the decoder too, at these layers of the tests' models: with attention, and without keys of
+# earlier layers behind them.
+PRUNING_LAYERS = {
+    "gemma4": (0,),
+    "gemma4_unified": (0, 1, 2, 3),
+    "lfm2_vl": (1, 2, 3),
+    "lfm3_vl": (1, 2),
+    "minicpm_ocr": (1, 3),
+    "minicpmv4_6": (1, 3),
+    "minicpmv4_7": (1, 3),
+    "nemotron_h_omni": (2,),
+    "qwen3_5": (1, 3),
+    "qwen3_5_moe": (1, 3),
+}
 # Those of them whose tokens only attention mixes, so that masking columns says what is right.
 MASKED = ("gemma4", "gemma4_unified", "llama4")
+LOOKS_AHEAD = ("gemma4_unified",)  # its images see all of themselves
 # Those whose attention knows the names of implementations, or is more than dense: attached, and not loaded by name.
 OWN_ATTENTION = ("dots3_note", "glm5_next", "hy_v4_vl", "inkling2", "inkling2_loop", "mistral_large4")
 # Refused, with a part of the sentence that says why.

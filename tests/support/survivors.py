@@ -21,11 +21,14 @@ import gap_triton
 from gap_triton import GapConfig
 
 from . import families
+from .comparison import TOLERANCE
 from .oracle import core_of
 from .tiny import generate
 
 TOKENS = 4
 CONFIG = GapConfig(keep=0.4, layer=-1, score="random")
+# Of long inputs whose logits are tens: in float64 they agree to 1e-5, where a model has no states in float32 to 1e-9.
+LARGE_LOGITS = 5 * TOLERANCE
 WORDS = 150  # ids from here on are placeholders, which `generate` is told not to write
 
 
@@ -106,9 +109,85 @@ class SurvivorsOracle:
         if config._attn_implementation == "eager":
             least = torch.finfo(torch.float32).min
             masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, least) for kind, mask in masks.items()}
-        return {kind: mask[None, None] for kind, mask in masks.items()} | {
-            "linear_attention": ones,
-            "conv": ones,
+        by_kind = {kind: mask[None, None] for kind, mask in masks.items()}
+        if not kinds <= by_kind.keys():
+            by_kind |= {"linear_attention": ones, "conv": ones}
+        return by_kind
+
+
+class LaterLayersOracle(SurvivorsOracle):
+    """The same for layers behind ``layer`` only: those up to it see every token that is no padding."""
+
+    def __init__(
+        self, model: PreTrainedModel, stays: torch.Tensor, real: torch.Tensor, prompt: int, layer: int
+    ):
+        """``real`` [B, T] are the rows that are no padding."""
+        super().__init__(model, stays, prompt)
+        self.real, self.layer = real, layer
+
+    def _run(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        stays, self.stays = self.stays, self.real
+        full, every = torch.zeros_like(inputs_embeds), self.real
+        outputs = []
+        for sample in range(len(stays)):
+            self.left = stays[sample][every[sample]].nonzero()[:, 0]  # among the tokens that are no padding
+            handles = [
+                each.register_forward_pre_hook(self._shorten, with_kwargs=True)
+                for each in self.text.layers[self.layer + 1 :]
+            ]
+            self.stays = every[sample : sample + 1]
+            mine = {name: self._sample_of(name, value, sample) for name, value in kwargs.items()}
+            try:
+                outputs.append(self._run_whole(inputs_embeds[sample : sample + 1], **mine))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            full[sample, stays[sample]] = outputs[-1][0][0]
+        self.stays = stays
+        outputs[-1]["last_hidden_state"] = full
+        return outputs[-1]
+
+    def _run_whole(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        for name in (
+            "cache",
+            "past_key_values",
+            "attention_mask",
+            "use_cache",
+            "logits_to_keep",
+            "input_ids",
+        ):
+            kwargs.pop(name, None)
+        rows = self.stays[0].nonzero()[:, 0]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(self.stays.shape[1])[None]
+        own = {name: self._rows_of(name, value, 0, rows) for name, value in kwargs.items()}
+        self.positions = rows - rows[0]
+        mask = self._mask(self.positions)
+        return self.forward(inputs_embeds=inputs_embeds[:, rows], attention_mask=mask, use_cache=False, **own)
+
+    @staticmethod
+    def _sample_of(name: str, value: Any, sample: int) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        axis = value.dim() - 2 if name == "position_ids" else 0
+        return value.narrow(axis, min(sample, value.shape[axis] - 1), 1)
+
+    def _shorten(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        whole = len(self.positions)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(cut, value))
+            by_token = isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == whole
+            return value[:, self.left] if by_token else value
+
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+            mask = mask[:, :, self.left][..., self.left]
+        elif mask is not None:
+            mask = cut(mask)
+        return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()} | {
+            "attention_mask": mask
         }
 
 
@@ -171,18 +250,22 @@ def expected_of(
     sequences: torch.Tensor,
     stays: torch.Tensor | None,
     features: bool = True,
+    layer: int = -1,
 ) -> list[torch.Tensor]:
     """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None.
 
-    Without ``features`` the images are those of the model's own vision encoder.
+    Without ``features`` the images are those of the model's own vision encoder. Layers up to ``layer`` see every token.
     """
     prompt = inputs["input_ids"].shape[1]
     whole = with_answer(reference, inputs, sequences)
     if stays is None:
         stays = inputs["attention_mask"].bool()
     stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
+    oracle = SurvivorsOracle(reference, stays, prompt)
+    if layer >= 0:
+        oracle = LaterLayersOracle(reference, stays, whole["attention_mask"].bool(), prompt, layer)
     filled = families.visual_features(reference) if features else nullcontext()
-    with torch.no_grad(), filled, SurvivorsOracle(reference, stays, prompt):
+    with torch.no_grad(), filled, oracle:
         logits = reference(**whole).logits
     return list(logits[:, prompt - 1 : -1].unbind(1))
 
