@@ -27,7 +27,8 @@ from support.tiny import IMAGE, LAYERS, PAD, generate, seed_weights
 
 import gap_triton
 from gap_triton import GapConfig, Stage
-from gap_triton.integration import survivors_only
+from gap_triton.integration import stages, survivors_only
+from gap_triton.later_layers import inputs as later_inputs
 
 BY_NAME = {
     "qwen3_5": "at decoder layer 3, by GapConfig(layer=3), because",
@@ -303,3 +304,22 @@ def test_each_kind_of_layer_shows_a_broken_mechanism(
     wrong, stay_too = pruned_by(model, inputs)
     assert torch.equal(stays, stay_too)
     assert difference(wrong, right.logits) > 100 * TOLERANCE
+
+
+def test_a_state_behind_the_pruning_layer_shows_filler(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_or_skip("qwen3_5")
+    inputs, config = families.prompt(model), GapConfig(0.4, 1, "text")
+    right, stays = pruned_by(model, inputs, config)
+    monkeypatch.setattr(later_inputs, "_later_padding", lambda survivors, mask: None)
+    wrong, stay_too = pruned_by(model, inputs, config)
+    assert torch.equal(stays, stay_too)
+    assert difference(wrong, right.logits) > 100 * TOLERANCE
+
+
+def test_keys_that_are_shared_across_the_pruning_layer_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `stages` keeps out: layer 3 attends to the keys of layer 1, which has seen every token."""
+    model = build_or_skip("gemma4")
+    inputs = families.prompt(model)
+    monkeypatch.setattr(stages, "_shares_across", lambda text, layer: False)
+    with pytest.raises(AttributeError, match="'DummyLayer' object has no attribute"):
+        pruned_by(model, inputs, GapConfig(0.4, 1, "text"))
