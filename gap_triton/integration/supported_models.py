@@ -25,13 +25,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.utils import logging
 
 from .._requirements import newer_than_tested
 from ..arguments import ALL_CACHE_NAMES
 from ..config import BEFORE_THE_DECODER, GapConfig
 from ..introspect import (
+    RECURRENT,
     TEXT_MODEL_NAMES,
     TOKEN_ID_FIELDS,
     calls_interface,
@@ -59,6 +60,9 @@ UNSAFE_LAYER_TYPES = {
     "moe": "attends to nothing",
     "mlp": "attends to nothing",
 }
+HYBRID = ("hybrid", "hybrid_sliding")
+# Releases before 5 keep recurrent states and convolutions in caches of their own, which don't tell what each layer holds.
+STATES_IN_CACHE = hasattr(cache_utils, "LinearAttentionLayer")
 # Kinds of layers that can't even be handed the survivors alone, and why.
 UNSAFE_BEFORE = {
     "minimax_m3_sparse": "compares position ids with places in its cache, which are not the same once tokens are missing",
@@ -315,6 +319,8 @@ def _unsafe_before(text: PreTrainedModel) -> str | None:
     """Why ``text`` can't even be handed the survivors alone."""
     for index in range(len(text.layers)):
         kind = layer_type(text.config, index)
+        if kind in (*RECURRENT, *HYBRID) and not STATES_IN_CACHE:
+            return f"decoder layer {index} is {kind!r}: this release of transformers keeps its state in a cache of its own"
         if kind in UNSAFE_BEFORE:
             return f"decoder layer {index} is {kind!r}: it {UNSAFE_BEFORE[kind]}"
         if kind not in SAFE_LAYER_TYPES and kind not in UNSAFE_LAYER_TYPES:

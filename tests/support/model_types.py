@@ -198,4 +198,4 @@ TOWERS_REFUSED = {
     "video_llava": "it has several",
 }
 # Releases before these call the vision tower in other ways.
-IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}
+IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"} | dict.fromkeys(IMAGES_BEFORE, "5")
