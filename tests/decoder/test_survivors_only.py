@@ -188,8 +188,7 @@ def test_by_name(model_type: str, warnings: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("model_type", model_types.OWN_ATTENTION)
 def test_by_name_where_attention_is_more_than_it_names(model_type: str) -> None:
-    if model_type not in families.TYPES:
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    build_or_skip(model_type)
     with pytest.raises(ValueError, match=r"load it under that and call gap_triton.attach\(model, GapConfig"):
         families.build(model_type, {"text_config": "gap_triton"})
 
@@ -324,5 +323,5 @@ def test_keys_that_are_shared_across_the_pruning_layer_do_not_fit(monkeypatch: p
     model = build_or_skip("gemma4")
     inputs = families.prompt(model)
     monkeypatch.setattr(stages, "_shares_across", lambda text, layer: False)
-    with pytest.raises(AttributeError, match="'DummyLayer' object has no attribute"):
+    with pytest.raises((AttributeError, RuntimeError), match=r"no attribute|must match"):
         pruned_by(model, inputs, GapConfig(0.4, 1, "text"))

@@ -18,6 +18,9 @@ def build_or_skip(
     """A tiny model, or the reason why this machine or this transformers has none."""
     if model_type not in families.TYPES:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    since = model_types.NOT_PLAIN_SINCE.get(model_type, "0")
+    if Version(transformers.__version__) < Version(since):
+        pytest.skip(f"transformers {transformers.__version__} has another {model_type} than {since}")
     if not STATES_IN_CACHE and model_types.NOT_PLAIN.get(model_type) in STATES:
         pytest.skip(
             f"transformers {transformers.__version__} keeps states of {model_type} in a cache of its own"

@@ -49,6 +49,8 @@ NOT_PLAIN = {
     "qwen4_exp": RECURRENT,
     "unlimited_ocr": "slides over answers only",
 }
+# Releases before these have layers of other kinds in them, or fail on them.
+NOT_PLAIN_SINCE = {"glm5_next": "5.24", "qwen4_exp": "5.24"}
 # Those of them that are exact in the decoder too, at these layers of the tests' models: with attention, and without keys of
 # earlier layers behind them.
 PRUNING_LAYERS = {
@@ -198,4 +200,8 @@ TOWERS_REFUSED = {
     "video_llava": "it has several",
 }
 # Releases before these call the vision tower in other ways.
-IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"} | dict.fromkeys(IMAGES_BEFORE, "5")
+IMAGES_SINCE = (
+    {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}
+    | dict.fromkeys(IMAGES_BEFORE, "5")
+    | {"llama4": "5.24"}
+)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from support import families
 from support.comparison import TOLERANCE, error
 from support.drafts import answer
@@ -39,6 +40,8 @@ STATE, WINDOW, CHUNK, SHARED, INDEX = "qwen3_5", "lfm3_vl", "llama4", "gemma4", 
     [(STATE, -1), (WINDOW, -1), (CHUNK, -1), (SHARED, -1), (INDEX, -1), (STATE, 1), (WINDOW, 2), (SHARED, 0)],
 )
 def test_static_cache(model_type: str, layer: int, shrinks: bool) -> None:
+    if model_type == CHUNK and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("this transformers fails on masks of chunks for a static cache")
     model, config = build_or_skip(model_type), replace(CONFIG, layer=layer)
     inputs = families.prompt(model)
     dynamic, _ = pruned_by(model, inputs, config)
