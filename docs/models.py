@@ -17,19 +17,21 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support import families, model_types, tiny  # noqa: E402
 from support.oracle import core_of  # noqa: E402
 
-from gap_triton.integration.supported_models import find_parts  # noqa: E402
+from gap_triton.integration.supported_models import find_parts, why_not_in_decoder  # noqa: E402
 from gap_triton.introspect import TOKEN_ID_FIELDS  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 PLACE = re.compile(r"(<!-- model types -->\n).*?(<!-- end of model types -->)", re.DOTALL)
-HEADER = "| model type | position ids | status | placeholder | tested besides |\n|---|---|---|---|---|"
+HEADER = (
+    "| model type | position ids | exact | placeholder | tested besides, or why not |\n|---|---|---|---|---|"
+)
+BOTH, SOME, BEFORE = "before and in the decoder", "before the decoder, at some layers", "before the decoder"
 # What the tests do with some exact types, next to what they do with all.
 MORE_TESTS = {
-    "vision tower": (*model_types.IMAGES, *tiny.CLASSES),
+    "vision tower": (*model_types.IMAGES, *model_types.IMAGES_BEFORE, *tiny.CLASSES),
     "video": model_types.VIDEOS,
     "ids on several axes": model_types.SEVERAL_AXES,
     "deepstack": model_types.DEEPSTACK,
-    "`layer=-1`": model_types.BEFORE_THE_DECODER,
     "several turns": model_types.SEVERAL_TURNS,
     "static cache": model_types.STATIC_CACHE,
     "`inputs_embeds`": model_types.EMBEDDINGS,
@@ -38,14 +40,25 @@ MORE_TESTS = {
 
 def with_table(text: str) -> str:
     """``text`` of the document with its table made anew."""
-    types = sorted((*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT))
+    types = sorted(
+        (
+            *model_types.EXACT,
+            *model_types.ALONE,
+            *model_types.NOT_PLAIN,
+            *model_types.REFUSED,
+            *model_types.NOT_BUILT,
+        )
+    )
     rows = [row for name in types if name in families.TYPES for row in (_row(name),)]
+    plain, more = len(model_types.EXACT) + len(model_types.ALONE), len(model_types.NOT_PLAIN)
+    at_some = len(model_types.PRUNING_LAYERS)
     summary = (
-        f"{len(model_types.EXACT) + len(model_types.ALONE)} types are exact and {len(model_types.REFUSED)} are refused, of "
-        f"the {len(rows)} that transformers {model_types.NEWEST} lists."
+        f"{plain + more} types are exact: {plain} of them before the decoder and at all of its layers, {at_some} before it "
+        f"and at some layers, and {more - at_some} before it only. {len(model_types.REFUSED)} are refused, of the "
+        f"{len(rows)} that transformers {model_types.NEWEST} lists."
     )
     published = [
-        f"| [{name}](published.md) | 1-D RoPE | exact, in gap_triton.models | `visual_mask` | vision tower, loading |"
+        f"| [{name}](published.md) | 1-D RoPE | {BOTH}, in gap_triton.models | `visual_mask` | vision tower, loading |"
         for name in model_types.PUBLISHED
     ]
     table = "\n".join([summary, "", HEADER, *rows, *published])
@@ -54,20 +67,23 @@ def with_table(text: str) -> str:
 
 def _row(name: str) -> str:
     if name in model_types.NOT_BUILT:
-        return f"| {name} | | not tested: {model_types.NOT_BUILT[name]} | | |"
+        return f"| {name} | | not tested | | {model_types.NOT_BUILT[name]} |"
     model = families.build(name)
     if name in model_types.REFUSED:
-        return f"| {name} | | refused: {_reason(model)} | | |"
+        return f"| {name} | | refused | | {_reason(model)} |"
     if name in model_types.ALONE:
         find_parts(model)
-        return f"| {name} | 1-D RoPE | exact, as a decoder alone | `visual_mask` | |"
+        return f"| {name} | 1-D RoPE | {BOTH}, as a decoder alone | `visual_mask` | |"
     owner, text = core_of(model)
     more = ", ".join(test for test, names in MORE_TESTS.items() if name in names)
-    status = (
-        'exact, loaded with `{"text_config": "gap_triton"}`'
-        if name in model_types.TEXT_CONFIG_ONLY
-        else "exact"
-    )
+    status = SOME if name in model_types.PRUNING_LAYERS else BEFORE if name in model_types.NOT_PLAIN else BOTH
+    if name in model_types.TEXT_CONFIG_ONLY:
+        status += ', loaded with `{"text_config": "gap_triton"}`'
+    if name in model_types.OWN_ATTENTION:
+        status += ", by `attach`"
+    if name in model_types.NOT_PLAIN:
+        where = "at every layer" if name in model_types.PRUNING_LAYERS else "in the decoder"
+        more = "; ".join(filter(None, (more, f"not {where}: {why_not_in_decoder(text)}")))
     return f"| {name} | {_position_ids(owner, text)} | {status} | {_placeholders(model.config)} | {more} |"
 
 
@@ -82,8 +98,11 @@ def _reason(model: object) -> str:
 
 
 def _position_ids(owner: object, text: object) -> str:
+    rotary = getattr(text, "rotary_emb", None)
+    if rotary is None:
+        return "no RoPE"
     traits = ["M-RoPE" if hasattr(owner, "get_rope_index") else "1-D RoPE"]
-    if "layer_type" in inspect.signature(text.rotary_emb.forward).parameters:  # type: ignore[attr-defined]
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
         traits.append("by layer type")
     if getattr(text.config, "sliding_window", None):  # type: ignore[attr-defined]
         traits.append("sliding layers")

@@ -33,6 +33,11 @@ class Attachment:
         text: The decoder stack.
         layers: Its layers that carry the hooks; the model may have other layers by now.
         windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
+        chunks: By layer, how many tokens make a chunk that its attention does not look out of; None where there are none.
+        kinds: By layer, its kind in the words of transformers, such as ``"full_attention"``.
+        survivors_only: The decoder's layers can't be handed other inputs than its loop hands them, so what is dropped before
+            the decoder never gets to it.
+        own_attention: The decoder's attention is more than `NAME` computes: it keeps its own implementation.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
         records_sizes: The encoders record the sizes of their images, once a configuration needs positions in them.
@@ -50,6 +55,10 @@ class Attachment:
     text: PreTrainedModel
     layers: tuple[nn.Module, ...] = ()
     windows: tuple[int | None, ...] = ()
+    chunks: tuple[int | None, ...] = ()
+    kinds: tuple[str, ...] = ()
+    survivors_only: bool = False
+    own_attention: bool = False
     heads: list[PreTrainedModel] = field(default_factory=list)
     tower: Tower | None = None
     records_sizes: bool = False
@@ -71,7 +80,8 @@ class Attachment:
 
     def prunes(self, module: nn.Module) -> bool:
         """Return whether a forward of ``module`` prunes: neither in training mode nor under another attention."""
-        return attention_name(self.text.config) == NAME and not (module.training or self.text.training)
+        runs_under_name = self.own_attention or attention_name(self.text.config) == NAME
+        return runs_under_name and not (module.training or self.text.training)
 
     def close(self) -> None:
         """Take everything off, at once or, if calls are running, when the last one ends."""

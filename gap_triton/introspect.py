@@ -13,6 +13,12 @@ NAME = "gap_triton"  # of the attention implementation
 SCORES = "_gap_scores"  # marks the attention of a vision tower's scoring layer
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which a modeling file calls the attention interface
 TEXT_MODEL_NAMES = ("language_model", "text_model")
+# Kinds of decoder layers: those that look at all tokens, or at those of a window; those that have a state.
+WHOLE = ("full_attention", "indexed_attention")
+SLIDING = ("sliding_attention", "hybrid_sliding")
+CHUNKED = "chunked_attention"
+RECURRENT = ("linear_attention", "conv")
+WITHOUT_ATTENTION = (*RECURRENT, "moe", "mlp")
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -64,4 +70,9 @@ def layer_type(config: Any, index: int) -> str:
 
 def sliding_window(config: Any, index: int) -> int | None:
     """Return the sliding window of decoder layer ``index`` in tokens, None where it attends to everything."""
-    return int(config.sliding_window) if layer_type(config, index) == "sliding_attention" else None
+    return int(config.sliding_window) if layer_type(config, index) in SLIDING else None
+
+
+def attention_chunk(config: Any, index: int) -> int | None:
+    """Return how many tokens make one of the chunks in which decoder layer ``index`` attends, None where there are none."""
+    return getattr(config, "attention_chunk_size", None) if layer_type(config, index) == CHUNKED else None

@@ -371,6 +371,9 @@ class DecoderRun(Memo):
         position_ids: [B or 1, Q], or [A, B or 1, Q] on several axes: the ids without pruning of rows that follow renumbered
             ones; None elsewhere.
         deepstack: What a model adds to visual rows after later layers; None = nothing.
+        survivors_only: The decoder is handed the survivors alone.
+        given_mask: The mask that it was given in that case, where that has the shape that attention takes,
+            [B or 1, 1, Q, K], or is a dict of those by layer type; else None.
         memo: Tensors that several later layers share: masks, renumbered ids and their rotary embeddings.
     """
 
@@ -383,6 +386,8 @@ class DecoderRun(Memo):
     cache: Any = None
     position_ids: torch.Tensor | None = None
     deepstack: Deepstack | None = None
+    survivors_only: bool = False
+    given_mask: Any = None
 
     @property
     def survivors(self) -> Survivors | None:

@@ -30,13 +30,14 @@ from .hooks import (
     before_text,
     hook_layers,
 )
+from .stages import check_stages, default_config
 from .supported_models import (
     Parts,
     check_heads,
-    check_layers,
     find_parts,
     is_vision_language_model,
     lone_decoder_of,
+    refuse_own_attention,
     takes_kwargs,
     unwrap,
 )
@@ -52,8 +53,9 @@ OWN_ARGUMENTS = (
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """Prune in ``model`` from now on, whatever attention implementation it was loaded with.
 
-    The text model runs under ``"gap_triton"`` until `detach`, which restores the implementation that it had. On a
-    model that is attached already this sets the configuration, and hooks those modules that were replaced since.
+    The text model runs under ``"gap_triton"`` until `detach`, which restores the implementation that it had. One whose
+    attention is more than that keeps its own, and can be pruned before its decoder only. On a model that is attached
+    already this sets the configuration, and hooks those modules that were replaced since.
 
     Args:
         model: A vision-language model of transformers; or a decoder alone, such as `LlamaForCausalLM`. Of a
@@ -61,7 +63,8 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
             where the configuration needs it, ``visual_grid`` ([H, W], or a list of one per image), their rows and columns.
             Of any model they take ``visual_prompt``, from `gap_triton.prepare`.
             Either may be inside a wrapper: a PeftModel, what `torch.compile` returns, DataParallel.
-        config: What to prune, ``GapConfig()`` if None.
+        config: What to prune. None: ``GapConfig()``, or where tokens can't be dropped in the decoder,
+            ``GapConfig(layer=-1, score="text_similarity")``, with a warning that says so.
 
     Raises:
         ValueError: The model can't be pruned, or not as ``config`` says.
@@ -69,12 +72,12 @@ def attach(model: nn.Module, config: GapConfig | None = None) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
-    config = _check_config(config if config is not None else GapConfig(), parts)
+    config = _check_config(config if config is not None else default_config(parts), parts)
     with attach_lock:
         new = not _attachments_of(parts, model)
         attachment = _ensure_attached(model, parts, config)
         previous = parts.text.config._attn_implementation
-        if previous == NAME:
+        if previous == NAME or attachment.own_attention:
             return
         try:
             parts.text.set_attn_implementation(NAME)
@@ -114,8 +117,11 @@ def configure(model: nn.Module, config: GapConfig) -> None:
     """
     model = unwrap(model)
     parts = find_parts(model)
+    config = _check_config(config, parts)
     with attach_lock:
-        if parts.text.config._attn_implementation != NAME:
+        if parts.text.config._attn_implementation != NAME and not any(
+            attachment.own_attention for attachment in _attachments_of(parts, model)
+        ):
             raise ValueError(
                 f'{type(model).__name__} does not run under "{NAME}": load it with attn_implementation="{NAME}", call '
                 f'model.set_attn_implementation("{NAME}"), or use gap_triton.attach(model, config)'
@@ -125,7 +131,7 @@ def configure(model: nn.Module, config: GapConfig) -> None:
                 f'{type(model).__name__} runs under "{NAME}", but nothing is attached to it: use '
                 "gap_triton.attach(model, config)"
             )
-        _ensure_attached(model, parts, _check_config(config, parts))
+        _ensure_attached(model, parts, config)
 
 
 @contextmanager
@@ -280,7 +286,7 @@ def let_generate_count_generated_tokens() -> None:
 
 def _synchronize(model: PreTrainedModel) -> None:
     for attachment in _attachments_in(model):
-        if attachment.text.config._attn_implementation != NAME:
+        if attachment.text.config._attn_implementation != NAME and not attachment.own_attention:
             attachment.restore = None
             attachment.close()
     for module in model.modules():
@@ -303,6 +309,7 @@ def _ensure_attached_by_name(model: PreTrainedModel, module: PreTrainedModel, te
             return  # the decoder was attached alone, inside a model that can't be
         raise
     check_heads(model, parts)
+    refuse_own_attention(model, parts)
     attachment = _ensure_attached(model, parts, None)
     attachment.restore = None  # the name was given by hand, so there is nothing to go back to
 
@@ -318,7 +325,9 @@ def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -
             f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
             "is still under way: attach again when it has ended"
         )
-    config = config or next((each.config for each in earlier if not each.closing), GapConfig())
+    config = (
+        config or next((each.config for each in earlier if not each.closing), None) or default_config(parts)
+    )
     restore = next((each.restore for each in earlier if each.restore is not None), None)
     for each in replaced:
         each.restore = None
@@ -415,7 +424,7 @@ def _covers(attachment: Attachment, parts: Parts) -> bool:
 def _check_config(config: GapConfig, parts: Parts) -> GapConfig:
     if not isinstance(config, GapConfig):
         raise ValueError(f"config={config!r}: expected a gap_triton.GapConfig")
-    check_layers(config, len(parts.text.layers))
+    check_stages(config, parts)
     ID_RULES[config.ids].refuse(parts.text)
     refuse_unrotated(config, parts.text)
     return config

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import cache_of
+from ..attachment import Attachment
 from ..calls import is_assistant
 from ..config import BEFORE_THE_DECODER, needs_grid
-from ..introspect import layer_type
+from ..introspect import WHOLE, layer_type
 from ..kv_cache.kept_tokens import (
     KeptTokens,
     dynamic_length,
@@ -55,7 +56,7 @@ def step_of(
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
     """
-    if kept.renumbered or any(state.attachment.windows):
+    if kept.renumbered or state.attachment.survivors_only or any(state.attachment.windows):
         return None
     cache = cache_of(kwargs)
     begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)
@@ -96,9 +97,15 @@ def run_of_step(
     """
     if past is None:
         past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past, kept), kept, kept)
+    run.survivors_only = hands_survivors(state.attachment, kept.stages[0].layer)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     return run
+
+
+def hands_survivors(attachment: Attachment, layer: int) -> bool:
+    """Return whether a decoder from which tokens are dropped first at ``layer`` is handed the survivors alone."""
+    return attachment.survivors_only and layer == BEFORE_THE_DECODER
 
 
 def run_of_prompt(
@@ -121,7 +128,7 @@ def run_of_prompt(
     """
     past = original_length(cache_of(kwargs), kept, kwargs.get("cache_position"))
     visual = state.owner.visual
-    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past), kept, kept)
+    run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past, kept), kept, kept)
     verifies = past > 0 and follows_prompt(state.head, visual, inputs)
     has_image = False
     # A configuration that changes nothing plans nothing; only a cache that lacks tokens must know of another image.
@@ -139,6 +146,8 @@ def run_of_prompt(
         ID_RULES[state.config.ids].refuse(text)
         refuse_router_logits(run, kwargs)
         kwargs = take_out(run, kwargs)
+    first = kept.stages[0] if run.prefill is None and kept is not None else state.config.stages[0]
+    run.survivors_only = hands_survivors(state.attachment, first.layer)
     if kept is not None and not verifies:
         _refuse_another_turn(run, kept, has_image, kwargs)
     return (None if run.prefill is None and kept is None else run), kwargs
@@ -154,17 +163,30 @@ def begin_to_fill(run: DecoderRun, cache: Any | None) -> None:
 
 
 def _rows_of(
-    state: ForwardState, text: PreTrainedModel, inputs: torch.Tensor, past: int | torch.Tensor
+    state: ForwardState,
+    text: PreTrainedModel,
+    inputs: torch.Tensor,
+    past: int | torch.Tensor,
+    kept: KeptTokens | None,
 ) -> Rows:
-    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others."""
+    """The rows ``inputs``, [B, Q] or [B, Q, C], after ``past`` others, of which the layers hold what was ``kept``."""
     # Padding is read from the caller's mask: by now some models have made another one from it.
     mask, (batch, queries) = state.owner.attention_mask, inputs.shape[:2]
     has_4d_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    if isinstance(mask, dict):
+        mask = _mask_that_tells_padding(mask, text, kept)
 
     def real() -> torch.Tensor | None:
-        return real_positions(mask, past, queries, batch, layer_type(text.config, 0))
+        return real_positions(mask, past, queries, batch)
 
     return Rows(batch, queries, past, has_4d_mask, real)
+
+
+def _mask_that_tells_padding(masks: dict[str, Any], text: PreTrainedModel, kept: KeptTokens | None) -> Any:
+    """That of the first layer, if nothing was dropped from it; else one without a window, sized as if nothing were."""
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+        return masks.get(layer_type(text.config, 0), next(iter(masks.values())))
+    return next((masks[kind] for kind in WHOLE if masks.get(kind) is not None), None)
 
 
 def _count_without_pruning(run: DecoderRun, kept: KeptTokens, kwargs: Kwargs, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT, by_name, cache_of
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
-from ..introspect import NAME, sliding_window, text_model_of
+from ..introspect import NAME, attention_chunk, layer_type, sliding_window, text_model_of
 from ..kv_cache.kept_tokens import (
     KeptRows,
     is_static,
@@ -40,7 +40,9 @@ from ..vision.needs import start_recorder
 from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
 from .prepare import named_prompt
-from .supported_models import find_parts
+from .stages import check_stages
+from .supported_models import find_parts, why_not_in_decoder, why_own_attention
+from .survivors_only import finish, hand_positions, hand_survivors
 from .unpruned import (
     refuse_export,
     refuse_paged_cache,
@@ -227,7 +229,12 @@ def hook_layers(attachment: Attachment) -> None:
     text = attachment.text
     with attach_lock:
         # Kept, because transformers' configs look attributes up slowly, and every layer asks in every step.
-        attachment.windows = tuple(sliding_window(text.config, index) for index in range(len(text.layers)))
+        layers = range(len(text.layers))
+        attachment.windows = tuple(sliding_window(text.config, index) for index in layers)
+        attachment.chunks = tuple(attention_chunk(text.config, index) for index in layers)
+        attachment.kinds = tuple(layer_type(text.config, index) for index in layers)
+        attachment.survivors_only = why_not_in_decoder(text) is not None
+        attachment.own_attention = why_own_attention(text) is not None
         if attachment.layers == tuple(text.layers):
             return
         for handle in attachment.layer_handles:
@@ -244,7 +251,7 @@ def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
     # A replica of DataParallel has layers of its own, and what was compiled sees no others than it was compiled with.
     if torch.compiler.is_compiling() or tuple(layers) == attachment.layers or text is not attachment.text:
         return
-    find_parts(attachment.owner)  # refuses layers that tokens can't be dropped between
+    check_stages(attachment.config, find_parts(attachment.owner))  # the new layers may be others
     hook_layers(attachment)
 
 
@@ -293,14 +300,31 @@ def before_text(
     else:
         fit(cache_of(kwargs), {})
         return None
+    kwargs = _with_all_rows(kwargs, run is not None)
     if run is None:
         fit(cache_of(kwargs), {})
     else:
         _follow_layers(attachment, text)
         begin_to_fill(run, cache_of(kwargs))
         state.run = run
+        if run.survivors_only:
+            args, kwargs = hand_survivors(run, text, inputs, args, kwargs)
     state.owner.kwargs = {}
     return args, kwargs
+
+
+def _with_all_rows(kwargs: Kwargs, shortened: bool) -> Kwargs:
+    """``kwargs`` of a decoder that may end its last layers with fewer rows, which the head takes out anyway.
+
+    Of rows that are ``shortened`` it does not know where they stand. Elsewhere Gemma 4 does so under sdpa only where no mask
+    is needed for it, and does not ask that of an implementation that it doesn't know.
+    """
+    rows = kwargs.get("logits_to_keep")
+    if not isinstance(rows, int) or not rows:
+        return kwargs
+    if shortened or rows > 1 or getattr(cache_of(kwargs), "is_compileable", False):
+        return {**kwargs, "logits_to_keep": 0}
+    return kwargs
 
 
 def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple[Args, Kwargs] | None:
@@ -321,10 +345,14 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     run = state.run
     if run is None:
         return None
+    if run.survivors_only:
+        return hand_positions(run, args, kwargs, index)
     kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
     drop = None if run.prefill is None else run.prefill.drop_before(index)
     if kept is None and drop is None:
         return None
+    if run.attachment.survivors_only and len(args) > 1:
+        args, kwargs = by_name(layer, args, kwargs)  # Gemma 4's inputs of each layer
     _refuse_positional(layer, args)
     kwargs = dict(kwargs)
     hidden_states = args[0] if args else kwargs.pop("hidden_states")
@@ -382,6 +410,8 @@ def after_text(
         _end(state)
     state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles
     run = state.run
+    if run is not None and run.survivors_only:
+        finish(run, cache_of(kwargs), output)
     if run is None or output is None:
         return None
     mark_finished(run.cache)
@@ -404,6 +434,7 @@ def _prepare_steps(run: DecoderRun) -> None:
     kept, windows = run.kept, run.attachment.windows
     if (
         kept is None
+        or run.attachment.survivors_only
         or kept.renumbered
         or any(windows)
         or not is_static(run.cache, kept.stages[0].first_later)

@@ -1,15 +1,19 @@
 """Finding the parts of a vision-language model that pruning needs, and refusing models that it can't serve.
 
-There is one adapter for all models, and no list of the models that it takes. A model is taken if its decoder is one whose
-later layers can run on fewer tokens unchanged:
+There is one adapter for all models, and no list of the models that it takes. A model is taken if it has
 
 - a stack of layers, ``language_model`` or ``text_model``, under a module that sees ``input_ids``, each of them handing
-  unknown keyword arguments on, which is how the state of a forward gets to the layers;
+  unknown keyword arguments on, which is how the state of a forward gets to the layers.
+
+Before such a decoder tokens can be dropped whatever its layers do, as long as their kind and their arguments are known: it
+is handed the survivors alone (`gap_triton.integration.survivors_only`). In the decoder they can be dropped if its later
+layers can run on fewer tokens unchanged:
+
 - in every layer one attention module, which calls transformers' attention interface, and nothing else that mixes tokens
   or remembers them: full or sliding self-attention over the layer's own keys and values;
 - layers whose arguments `gap_triton.later_layers.inputs` can shorten.
 
-Whatever falls outside is refused, in a sentence that says why.
+Whatever falls outside is refused, in a sentence that says why, and where tokens can be dropped instead.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
+from transformers.utils import logging
 
 from .._requirements import newer_than_tested
 from ..arguments import ALL_CACHE_NAMES
 from ..config import BEFORE_THE_DECODER, GapConfig
 from ..introspect import (
+    RECURRENT,
     TEXT_MODEL_NAMES,
     TOKEN_ID_FIELDS,
     calls_interface,
@@ -35,6 +41,8 @@ from ..introspect import (
     visual_token_ids,
 )
 from .attention import MORE_THAN_DENSE
+
+logger = logging.get_logger(__name__)
 
 CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "encoder_attn")
 PLAIN = "plain dense attention under this name"
@@ -47,6 +55,17 @@ UNSAFE_LAYER_TYPES = {
     "indexed_attention": "chooses by an index of its own which tokens it attends to",
     "minimax_m3_sparse": "chooses by an index of its own which blocks of tokens it attends to",
     "reference_sliding_attention": "slides over answers only, in a cache that counts the tokens of the prompt",
+    "hybrid": "mixes neighbouring tokens by convolutions, and dropping makes others neighbours",
+    "hybrid_sliding": "mixes neighbouring tokens by convolutions, and dropping makes others neighbours",
+    "moe": "attends to nothing",
+    "mlp": "attends to nothing",
+}
+HYBRID = ("hybrid", "hybrid_sliding")
+# Releases before 5 keep recurrent states and convolutions in caches of their own, which don't tell what each layer holds.
+STATES_IN_CACHE = hasattr(cache_utils, "LinearAttentionLayer")
+# Kinds of layers that can't even be handed the survivors alone, and why.
+UNSAFE_BEFORE = {
+    "minimax_m3_sparse": "compares position ids with places in its cache, which are not the same once tokens are missing",
 }
 PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
 UNSAFE_PARAMETERS = {
@@ -56,6 +75,10 @@ UNSAFE_PARAMETERS = {
     "per_layer_input": PER_LAYER,
     "image_embeds": "it puts image features in by itself, and no placeholder token says where they are",
 }
+ATTACH_BEFORE = (
+    "Under its own attention it can be pruned before its decoder: load it under that and call gap_triton.attach(model, "
+    "GapConfig(layer=-1, score='text_similarity')). "
+)
 # Heads of transformers, by the end of their names, that read the last hidden state of every token.
 READS_EVERY_ROW = ("ForRetrieval", "ForTokenClassification", "ForQuestionAnswering")
 SAFE_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -76,6 +99,20 @@ LAYER_PARAMETERS = frozenset(
         "output_attentions",
         "output_router_logits",
         *ALL_CACHE_NAMES,
+    }
+)
+# Arguments of layers that run on the survivors alone, besides those; each is made from what the decoder was handed.
+MORE_LAYER_PARAMETERS = frozenset(
+    {
+        "per_layer_input",
+        "shared_kv_states",
+        "prev_topk_indices",
+        "relative_distance",
+        "block_states",
+        "conv_mask",
+        "ple_input_ids",
+        "input_ids",
+        "cache_params",
     }
 )
 # Arguments that only a module takes that remembers tokens, or that looks at others.
@@ -104,6 +141,12 @@ DECODER_PARAMETERS = frozenset(
         *ALL_CACHE_NAMES,
     }
 )
+
+
+# Arguments of decoders that are handed the survivors alone: those with one entry per token are shortened with them.
+DECODER_PARAMETERS_BEFORE = (
+    DECODER_PARAMETERS - {"visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"}
+) | {"per_layer_inputs", "ple_input_ids", "logits_to_keep"}
 
 
 class Parts(NamedTuple):
@@ -172,10 +215,10 @@ def find_parts(model: nn.Module) -> Parts:
         parts = Parts(decoder, decoder)
     reason = _why_not(model, parts)
     if reason is not None:
-        raise _refusal(model, parts, reason)
+        raise refusal(model, parts, reason)
     if parts is None:
         raise ValueError(
-            f"gap_triton found no vision-language decoder in {_description(model)}: expected a module with a decoder stack "
+            f"gap_triton found no vision-language decoder in {description(model)}: expected a module with a decoder stack "
             f"in .{' or .'.join(TEXT_MODEL_NAMES)}, or a decoder alone. {_unpruned_hint()}"
         )
     return parts
@@ -185,15 +228,35 @@ def check_heads(model: PreTrainedModel, parts: Parts) -> None:
     """Raise ValueError if a head of ``model``, around its ``parts``, reads what pruning takes away."""
     reason = _reads_every_row(model, parts.owner)
     if reason is not None:
-        raise _refusal(model, parts, reason)
+        raise refusal(model, parts, reason)
 
 
-def _refusal(model: PreTrainedModel, parts: Parts | None, reason: str) -> ValueError:
-    hint = _decoder_hint(model, parts) + _unpruned_hint("eager" if PLAIN in reason else "sdpa")
-    return ValueError(f"gap_triton can't prune {_description(model)}: {reason}. {hint}")
+def refusal(
+    model: PreTrainedModel, parts: Parts | None, reason: str, where: str = "", instead: str = ""
+) -> ValueError:
+    """Return the refusal of ``model``.
+
+    Args:
+        model: The model.
+        parts: Its parts, None where it has none.
+        reason: The end of a sentence.
+        where: Behind the model's name, where it can't be pruned; empty where nowhere.
+        instead: What can be done; empty where that is to be found out.
+    """
+    hint = instead or _decoder_hint(model, parts)
+    hint += _unpruned_hint("eager" if PLAIN in reason else "sdpa")
+    return ValueError(f"gap_triton can't prune {description(model)}{where}: {reason}. {hint}")
 
 
-def _description(model: PreTrainedModel) -> str:
+def refuse_own_attention(model: PreTrainedModel, parts: Parts) -> None:
+    """Raise ValueError if ``model`` is to run under `NAME`, and its attention must keep its own implementation."""
+    reason = why_own_attention(parts.text)
+    if reason is not None:
+        raise refusal(model, parts, reason, instead=ATTACH_BEFORE)
+
+
+def description(model: PreTrainedModel) -> str:
+    """Return the class and the type of ``model``, for sentences."""
     return f"{type(model).__name__} (model_type={getattr(model.config, 'model_type', None)!r})"
 
 
@@ -236,11 +299,82 @@ def _why_not(model: PreTrainedModel, parts: Parts | None) -> str | None:
     return (
         _second_decoder(model, owner)
         or _reads_every_row(model, owner)
-        or _unsafe_config(text)
-        or _unsafe_signatures(owner, text)
-        or _unsafe_layers(text)
+        or _silent_modules(owner, text)
+        or (_unsafe_before(text) if why_not_in_decoder(text) else None)
         or _no_token_id(owner, text)
     )
+
+
+def why_not_in_decoder(text: PreTrainedModel) -> str | None:
+    """Return why no token can be dropped between two layers of ``text``, as the end of a sentence; None if it can."""
+    return (
+        _unsafe_config(text)
+        or unsafe_parameters(text.layers[0], LAYER_PARAMETERS)
+        or unsafe_parameters(text, DECODER_PARAMETERS)
+        or _unsafe_layers(text)
+    )
+
+
+def _unsafe_before(text: PreTrainedModel) -> str | None:
+    """Why ``text`` can't even be handed the survivors alone."""
+    for index in range(len(text.layers)):
+        kind = layer_type(text.config, index)
+        if kind in (*RECURRENT, *HYBRID) and not STATES_IN_CACHE:
+            return f"decoder layer {index} is {kind!r}: this release of transformers keeps its state in a cache of its own"
+        if kind in UNSAFE_BEFORE:
+            return f"decoder layer {index} is {kind!r}: it {UNSAFE_BEFORE[kind]}"
+        if kind not in SAFE_LAYER_TYPES and kind not in UNSAFE_LAYER_TYPES:
+            return f"decoder layer {index} is {kind!r}: it is none of those known to be safe"
+    for layer in map(_inner_module, text.layers):
+        biased = [
+            each for each in layer.modules() if calls_interface(each) and "position_bias" in _needs(each)
+        ]
+        if biased and "relative_distance" not in _parameters(layer):
+            return f"{_more_than_dense(biased[0])}; it may count places in a cache and not position ids"
+    known = LAYER_PARAMETERS | MORE_LAYER_PARAMETERS
+    return _unknown_parameters(text.layers[0], known) or _unknown_parameters(text, DECODER_PARAMETERS_BEFORE)
+
+
+def why_own_attention(text: PreTrainedModel) -> str | None:
+    """Return why the attention of ``text`` must run under its own implementation, as the end of a sentence; None if not.
+
+    Either it is more than plain dense attention, or it asks for the name of the implementation.
+    """
+    for layer in map(_inner_module, text.layers):
+        for module in layer.modules():
+            if not calls_interface(module):
+                continue
+            kind: Any = type(module)
+            reason = _more_than_dense(module)
+            if reason is None and _asks_for_name(kind):
+                reason = f"{type(module).__name__} attends in another way under names that it knows"
+            if reason is not None:
+                return reason
+    return None
+
+
+@cache
+def _asks_for_name(kind: Any) -> bool:
+    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others."""
+    return any(
+        _compares_name(each)
+        for each in kind.__mro__
+        if each.__module__.partition(".")[0] not in ("torch", "builtins")
+    )
+
+
+def _compares_name(kind: type) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, SyntaxError):
+        return False
+    compared = (
+        side
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+    )
+    return any(isinstance(side, ast.Attribute) and side.attr == "_attn_implementation" for side in compared)
 
 
 def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
@@ -277,13 +411,11 @@ def _unsafe_config(text: PreTrainedModel) -> str | None:
     return None
 
 
-def _unsafe_signatures(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
+def _silent_modules(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     for module in (owner, text, text.layers[0]):
         if not takes_kwargs(module):
             return f"{type(module).__name__}.forward takes no further keyword arguments, so pruning can't reach its layers"
-    return _unsafe_parameters(text.layers[0], LAYER_PARAMETERS) or _unsafe_parameters(
-        text, DECODER_PARAMETERS
-    )
+    return None
 
 
 def _no_token_id(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
@@ -292,11 +424,23 @@ def _no_token_id(owner: PreTrainedModel, text: PreTrainedModel) -> str | None:
     return f"model.config names no image token; expected one of {', '.join(TOKEN_ID_FIELDS)}"
 
 
-def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
-    unknown = [n for n, p in _parameters(module).items() if n not in known and p.kind != p.VAR_KEYWORD]
+def unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Return which argument of ``module`` is not ``known``, and what of it, as the end of a sentence; None if all are."""
+    unknown = _unknown(module, known)
     for name in unknown:
         if name in UNSAFE_PARAMETERS:
             return f"{UNSAFE_PARAMETERS[name]} ({name!r} of {type(module).__name__}.forward)"
+    return _unknown_parameters(module, known)
+
+
+def _unknown(module: nn.Module, known: frozenset[str]) -> list[str]:
+    return [n for n, p in _parameters(module).items() if n not in known and p.kind != p.VAR_KEYWORD]
+
+
+def _unknown_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
+    unknown = _unknown(module, known)
+    if "image_embeds" in unknown:
+        return f"{UNSAFE_PARAMETERS['image_embeds']} ('image_embeds' of {type(module).__name__}.forward)"
     if unknown:
         names = ", ".join(map(repr, unknown))
         return f"{type(module).__name__}.forward takes {names}, which may belong to tokens that get dropped"
@@ -304,36 +448,64 @@ def _unsafe_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
 
 
 def _unsafe_layers(text: PreTrainedModel) -> str | None:
-    for index, layer in enumerate(map(_inner_module, text.layers)):
-        inside = [m for m in layer.modules() if m is not layer]
-        attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
-        if len(attentions) != 1:
-            names = ", ".join(type(m).__name__ for m in attentions) or "none"
-            return (
-                f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
-                f"found {names}"
-            )
-        attention = attentions[0]
-        others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
-        if others:
-            return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
-        reason = _more_than_dense(attention) or _unsafe_parameters(attention, LAYER_PARAMETERS)
-        if reason is not None:
-            return reason
-        mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
-        if mixing is not None:
-            return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
+    reasons = (unsafe_attention(text, index, LAYER_PARAMETERS) for index in range(len(text.layers)))
+    return next(filter(None, reasons), None)
+
+
+def unsafe_attention(text: PreTrainedModel, index: int, known: frozenset[str]) -> str | None:
+    """Return why decoder layer ``index`` is not plain attention to its own keys, as the end of a sentence; None if it is.
+
+    Args:
+        text: The decoder.
+        index: The layer.
+        known: Arguments that its attention may take.
+    """
+    layer = _inner_module(text.layers[index])
+    attention = attention_at(text, index)
+    if isinstance(attention, str):
+        return attention
+    inside = [m for m in layer.modules() if m is not layer]
+    others = [m for m in inside if m is not attention and not SEES_TOKENS.isdisjoint(_parameters(m))]
+    if others:
+        return f"decoder layer {index} holds a {type(others[0]).__name__}, which looks at other tokens or remembers them"
+    reason = _more_than_dense(attention) or unsafe_parameters(attention, known)
+    if reason is not None:
+        return reason
+    mixing = next((m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))), None)
+    if mixing is not None:
+        return f"decoder layer {index} holds a {type(mixing).__name__}, which mixes neighbouring tokens"
     return None
+
+
+def attention_at(text: PreTrainedModel, index: int) -> nn.Module | str:
+    """Return the one attention module of decoder layer ``index``; else a sentence that says what was found."""
+    layer = _inner_module(text.layers[index])
+    inside = (m for m in layer.modules() if m is not layer)
+    attentions = [m for m in inside if getattr(m, "layer_idx", None) == index and calls_interface(m)]
+    if len(attentions) == 1:
+        return attentions[0]
+    names = ", ".join(type(m).__name__ for m in attentions) or "none"
+    return (
+        f"expected one attention module in decoder layer {index} that calls transformers' attention interface, "
+        f"found {names}"
+    )
 
 
 def _more_than_dense(attention: nn.Module) -> str | None:
     """What ``attention`` needs besides dense attention, read from its code and its attributes."""
-    for keyword, attribute in _keywords_given(inspect.unwrap(type(attention).forward)):
-        # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
-        if isinstance(attribute, str) and getattr(attention, attribute, None) is None:
-            continue
+    for keyword in _needs(attention):
         return f"{type(attention).__name__} needs {MORE_THAN_DENSE[keyword]} ({keyword!r}), and attention is {PLAIN}"
     return None
+
+
+def _needs(attention: nn.Module) -> list[str]:
+    """The keywords of `MORE_THAN_DENSE` that ``attention`` hands to its implementation."""
+    # Of `softcap=self.softcap` it depends on the attribute, which may be None; what a variable holds is not known.
+    return [
+        keyword
+        for keyword, attribute in _keywords_given(inspect.unwrap(type(attention).forward))
+        if attribute is None or getattr(attention, attribute, None) is not None
+    ]
 
 
 @cache

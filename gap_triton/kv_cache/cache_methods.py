@@ -14,10 +14,13 @@ from ..arguments import CACHE
 from ..config import BEFORE_THE_DECODER
 from .kept_tokens import (
     CACHE_ATTRIBUTE,
+    HELD_ATTRIBUTE,
     LENGTH_ATTRIBUTE,
     UNFINISHED_ATTRIBUTE,
     KeptRows,
     KeptTokens,
+    counts,
+    layer_that_counts,
     store,
 )
 
@@ -91,12 +94,14 @@ def _wrap_query(
 def _unpruned_length(cache: Cache, layer: int, length: Any) -> Any:
     """``length`` with what was dropped, where even the first layer lacks tokens; elsewhere what the layer holds."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
-    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER:
+    if kept is None or kept.stages[0].layer != BEFORE_THE_DECODER or getattr(cache, HELD_ATTRIBUTE, False):
         return length
     return length + kept.dropped_at(layer)
 
 
 def _unpruned_sizes(cache: Cache, layer: int, sizes: tuple[Any, int]) -> tuple[Any, int]:
+    if getattr(cache, HELD_ATTRIBUTE, False):
+        return sizes
     full = getattr(cache, LENGTH_ATTRIBUTE, None)
     if full is not None and not getattr(cache.layers[layer], "is_sliding", False):
         # Also before a prompt: its buffers may still be as short as the last one made them.
@@ -137,7 +142,9 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
     Raises:
         ValueError: The crop reaches into a prompt whose tokens were renumbered.
     """
-    length = cache.layers[kept.stages[0].first_later].get_seq_length() + kept.stages[0].dropped
+    stage = kept.stages[0]
+    first = layer_that_counts(cache, stage.first_later)
+    length = cache.get_seq_length() if first is None else first.get_seq_length() + stage.dropped
     remaining = _length_after_crop(int(length), amount)
     if remaining < kept.covered and kept.renumbered:
         raise ValueError(
@@ -152,6 +159,10 @@ def _crop(cache: Cache, kept: KeptTokens, method: Callable[..., Any], amount: in
         record = after.at(number)
         if record is None:
             layer.crop(amount)
+            continue
+        if not counts(layer) or not layer.is_initialized:
+            # A state, or what a layer holds that attends to another one's keys: they know how much to take back only.
+            layer.crop(remaining - int(length))
             continue
         surplus = int(layer.get_seq_length()) - record.index.shape[1] - (remaining - record.covered)
         if surplus:

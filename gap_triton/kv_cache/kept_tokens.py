@@ -14,6 +14,9 @@ from .columns import Columns, fixed_columns, growing_columns
 
 CACHE_ATTRIBUTE = "_gap_kept_tokens"
 UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has begun to fill
+HELD_ATTRIBUTE = (
+    "_gap_counts_held"  # of a cache that answers by what it holds, and not as if nothing had been dropped
+)
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 ROOM = 256  # tokens that `Columns` of a cache that grows are made for at once
@@ -148,6 +151,12 @@ def mark_finished(cache: Any | None) -> None:
         delattr(cache, UNFINISHED_ATTRIBUTE)
 
 
+def count_held(cache: Any | None, held: bool) -> None:
+    """Let a cache answer by what it ``held``, as the decoder asks that is handed the survivors alone; or as before."""
+    if cache is not None:
+        setattr(cache, HELD_ATTRIBUTE, held)
+
+
 def length_in_step(
     cache: Any | None, kept: KeptTokens, cache_position: torch.Tensor | None
 ) -> int | torch.Tensor:
@@ -187,9 +196,14 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
     """
     length = -1
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        length = int(cache.layers[0].get_seq_length())
+        length = int(cache.get_seq_length())
     for stage in kept.stages:
-        held = int(cache.layers[stage.first_later].get_seq_length())
+        layer = cache.layers[stage.first_later]
+        if not hasattr(layer, "get_seq_length"):
+            layer = layer_that_counts(cache, stage.first_later)
+        if layer is None:
+            continue
+        held = int(layer.get_seq_length())
         stands_for = held + stage.dropped
         if held < stage.index.shape[1] or length not in (-1, stands_for):
             raise _changed_from_outside(cache, kept)
@@ -198,13 +212,12 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
 
 
 def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
-    columns = [int(cache.layers[stage.first_later].get_seq_length()) for stage in kept.stages]
-    lengths = [length + stage.dropped for length, stage in zip(columns, kept.stages, strict=True)]
+    counting = ((stage, layer_that_counts(cache, stage.first_later)) for stage in kept.stages)
+    stages = [(stage, int(layer.get_seq_length())) for stage, layer in counting if layer is not None]
+    lengths = [length + stage.dropped for stage, length in stages]
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        lengths.insert(0, int(cache.layers[0].get_seq_length()))
-    by_layer = ", ".join(
-        f"layer {stage.first_later} {length}" for length, stage in zip(columns, kept.stages, strict=True)
-    )
+        lengths.insert(0, int(cache.get_seq_length()))
+    by_layer = ", ".join(f"layer {stage.first_later} {length}" for stage, length in stages)
     return ValueError(
         f"{CACHE} was changed behind its own methods after it was pruned: {by_layer} tokens are held, which with "
         f"what was dropped stand for {' and '.join(map(str, lengths))}, layer 0 first. Use {CACHE}.crop(...), "
@@ -212,18 +225,31 @@ def _changed_from_outside(cache: Any, kept: KeptTokens) -> ValueError:
     )
 
 
+def counts(cache_layer: Any) -> bool:
+    """Return whether a layer of a cache knows how many tokens it holds; recurrent states and layers without cache don't."""
+    return hasattr(cache_layer, "get_seq_length")
+
+
+def layer_that_counts(cache: Any, layer: int) -> Any | None:
+    """Return the cache's layer of the first attention at or behind decoder layer ``layer``; None where none follows."""
+    return next((each for each in cache.layers[layer:] if counts(each)), None)
+
+
 def is_static(cache: Any | None, layer: int) -> bool:
-    """Return whether ``cache`` keeps decoder layer ``layer`` in a buffer of fixed size."""
-    return (
-        cache is not None
-        and layer < len(cache.layers)
-        and getattr(cache.layers[layer], "is_compileable", False)
-    )
+    """Return whether ``cache`` keeps decoder layer ``layer``, or the attention behind it, in a buffer of fixed size."""
+    if cache is None or layer >= len(cache.layers):
+        return False
+    held = cache.layers[layer]
+    if not hasattr(held, "get_seq_length"):
+        held = layer_that_counts(cache, layer)
+    return bool(cache.is_compileable) if held is None else getattr(held, "is_compileable", False)
 
 
 def _static_length(cache: Any, kept: KeptTokens, cache_position: torch.Tensor | None) -> int | torch.Tensor:
     length: int | torch.Tensor = 0
     for index, layer in enumerate(cache.layers):
+        if not counts(layer) or not layer.is_initialized:
+            continue
         # A new tensor: the layer's own is counted up in place while the forward runs.
         length = layer.get_seq_length() + kept.dropped_at(index)
         if isinstance(length, int):  # sliding layers count on the host

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, StaticCache
 
-from .kept_tokens import LENGTH_ATTRIBUTE, is_static
+from .kept_tokens import LENGTH_ATTRIBUTE, counts, is_static
 
 
 def make(config: PretrainedConfig, length: int) -> StaticCache:
@@ -28,7 +28,7 @@ def fit(cache: Any | None, shorter: dict[int, int]) -> None:
     if cache is None or length is None:
         return
     for index, layer in enumerate(cache.layers):
-        if not is_static(cache, index) or getattr(layer, "is_sliding", False):
+        if not counts(layer) or not is_static(cache, index) or getattr(layer, "is_sliding", False):
             continue
         size = length - next((rows for first, rows in reversed(shorter.items()) if first <= index), 0)
         if layer.max_cache_len != size:

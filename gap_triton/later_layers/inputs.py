@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..arguments import ALL_CACHE_NAMES, cache_of
+from ..introspect import WITHOUT_ATTENTION
 from ..kv_cache.kept_tokens import KeptRows
 from ..state import DecoderRun, Rows, Survivors
 from .masks import causal_mask, column_positions, take_from_mask, with_reach_of
@@ -38,11 +39,16 @@ def shorten(
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     window = run.attachment.windows[index]
     mask = kwargs.get("attention_mask")
-    # Layers of one window and one stage share one mask of the model.
-    kwargs["attention_mask"] = run.compute_once(
-        ("mask", kept.layer, window),
-        lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
-    )
+    if run.attachment.kinds[index] in WITHOUT_ATTENTION:
+        kwargs["attention_mask"] = run.compute_once(
+            ("padding", kept.layer), lambda: _later_padding(run.survivors, mask)
+        )
+    else:
+        # Layers of one window and one stage share one mask of the model.
+        kwargs["attention_mask"] = run.compute_once(
+            ("mask", kept.layer, window),
+            lambda: _later_mask(run, kept, mask, cache_layer, hidden_states, window),
+        )
     if survivors is not None:
         for name, value in kwargs.items():
             if name not in NOT_SHORTENED:
@@ -124,6 +130,17 @@ def _take_rows(survivors: Survivors, value: torch.Tensor, axis: int) -> torch.Te
     return value.gather(axis, rows.expand(shape))
 
 
+def _later_padding(survivors: Survivors | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of a layer that attends to nothing: [B, L], nonzero at real rows; None where there is no padding."""
+    if survivors is None or (mask is None and survivors.dense):
+        return mask
+    real = survivors.index >= 0
+    if mask is None:
+        return real
+    real = real.to(mask.device)
+    return mask.expand(real.shape[0], -1).gather(1, survivors.sources.to(mask.device)) * real
+
+
 def _later_mask(
     run: DecoderRun,
     kept: KeptRows,
@@ -133,25 +150,64 @@ def _later_mask(
     window: int | None,
 ) -> torch.Tensor | None:
     """Mask of a later layer; None where plain causal attention, or attention to everything, is right."""
-    length, device, past = hidden_states.shape[1], hidden_states.device, run.rows.past
+    length, past = hidden_states.shape[1], run.rows.past
     static = cache_layer is not None and getattr(cache_layer, "is_compileable", False)
     if mask is None and kept.dense:
         if run.survivors is not None:
             return None
         if length == 1 and not static and (window is None or past + length <= window):
             return None
+    return mask_by_position(run, kept, mask, cache_layer, length, hidden_states.device, window)
+
+
+def mask_by_position(
+    run: DecoderRun,
+    kept: KeptRows,
+    mask: torch.Tensor | None,
+    cache_layer: Any | None,
+    length: int,
+    device: torch.device,
+    window: int | None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Return the mask [B, 1, L, N] of a layer that holds fewer columns than the model knows of, by original positions.
+
+    Args:
+        run: The run of the decoder.
+        kept: What the layer holds after it.
+        mask: The model's own mask of all rows and columns; None where it has none.
+        cache_layer: The layer's cache before it takes the new rows; None without a cache.
+        length: L, the number of rows.
+        device: Where they are.
+        window: Sliding window in original positions, None = unlimited.
+        chunk: Number of original positions that make a chunk, None = no chunks.
+    """
+    past = run.rows.past
     columns = column_positions(kept, cache_layer, length)
-    if run.survivors is not None:
-        query_rows = run.survivors.index
-    else:
-        query_rows = torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
+    query_rows = rows_by_position(run, length, columns)
     if mask is not None and (run.rows.has_4d_mask or run.kept_before is None):
         return take_from_mask(mask, query_rows, columns, past + run.rows.queries)
     # The model sizes a mask by the first cache layer of its type. That layer may lack what was dropped earlier, and then
     # its mask is of no use here.
-    allowed = causal_mask(torch.where(query_rows < 0, -1, query_rows + past), columns, window)
+    starts = None if chunk is None else _first_real(run.rows, columns.device)
+    positions = torch.where(query_rows < 0, -1, query_rows + past)
+    allowed = causal_mask(positions, columns, window, chunk, starts)
     if run.rows.real is not None:
         real = run.rows.real.to(columns.device)
         real = real.gather(1, columns.clamp(min=0, max=real.shape[1] - 1))
         allowed = with_reach_of(allowed & real[:, None, None, :], allowed)
     return with_reach_of(allowed.to(device), allowed)
+
+
+def rows_by_position(run: DecoderRun, length: int, columns: torch.Tensor) -> torch.Tensor:
+    """Return where the ``length`` rows of a later layer stand among those of the forward, [B, L] int64, -1 = filler."""
+    if run.survivors is not None:
+        return run.survivors.index
+    return torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
+
+
+def _first_real(rows: Rows, device: torch.device) -> torch.Tensor | None:
+    """[B] int64, the number of padding tokens in front of each sample, where its first chunk begins; None = no padding."""
+    if rows.real is None:
+        return None
+    return (rows.real.to(device).cumsum(dim=1) == 0).sum(dim=1)

@@ -128,23 +128,33 @@ def take_from_mask(
     return with_reach_of(mask, model_mask)
 
 
-def causal_mask(query_positions: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
+def causal_mask(
+    query_positions: torch.Tensor,
+    columns: torch.Tensor,
+    window: int | None,
+    chunk: int | None = None,
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return [B, 1, L, N] bool causal mask between original positions.
 
     Args:
         query_positions: [B or 1, L] int64, -1 = filler.
         columns: [B, N] int64, -1 = masked.
         window: Sliding window in original positions, None = unlimited.
+        chunk: Number of original positions that make a chunk, outside of which a row sees nothing; None = no chunks.
+        starts: [B] int64, where the first chunk of each sample begins; None = at 0.
     """
     columns = columns[:, None, None, :]
     query_positions = query_positions[:, None, :, None]
     allowed = columns <= query_positions
     if window is not None:
         allowed = allowed & (columns > query_positions - window)
+    if chunk is not None:
+        start = 0 if starts is None else starts[:, None, None, None]
+        allowed = allowed & ((columns - start) // chunk == (query_positions - start) // chunk)
     # No token stands in a filler row. It attends to everything: some back ends fail on a row without a column.
-    return _with_reach(
-        (allowed | (query_positions < 0)) & (columns >= 0), math.inf if window is None else window
-    )
+    reach = window or chunk or math.inf
+    return _with_reach((allowed | (query_positions < 0)) & (columns >= 0), reach)
 
 
 def with_reach_of(mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

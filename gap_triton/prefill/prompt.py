@@ -39,24 +39,18 @@ def find_visual_rows(
     return VisualRows(visual)
 
 
-def real_positions(
-    mask: Any, past: int | torch.Tensor, queries: int, batch: int, first_type: str
-) -> torch.Tensor | None:
+def real_positions(mask: Any, past: int | torch.Tensor, queries: int, batch: int) -> torch.Tensor | None:
     """Return which tokens are real and which padding, read from whatever mask the model was given.
 
     Args:
-        mask: None; [B, N] with nonzero at real tokens; a ready-made mask of four dimensions, bool or additive; or a dict
-            of those by layer type.
+        mask: None; [B, N] with nonzero at real tokens; or a ready-made mask of four dimensions, bool or additive.
         past: Number of tokens before the new rows; a tensor in a decode step on a static cache.
         queries: Q, number of new rows.
         batch: B.
-        first_type: Type of the decoder's first layer, whose mask is sized by a cache that nothing was dropped from.
 
     Returns:
         [B, past + Q] bool; None = no padding. Where ``past`` is a tensor, as wide as the mask and one column more.
     """
-    if isinstance(mask, dict):
-        mask = mask.get(first_type, next(iter(mask.values())))
     if not isinstance(mask, torch.Tensor):
         return None
     if isinstance(past, torch.Tensor):

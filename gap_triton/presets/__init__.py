@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import GapConfig, Score
+from ..integration.stages import fitted
 from ..integration.supported_models import find_parts
 from ..plain import shown
 from ..vision_tower import find_tower
@@ -78,14 +79,15 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
             ``"sparsevlm+"``, ``"visionzip"``, ``"feather"``, ``"divprune"``, ``"cdpruner"``, ``"scope"``, ``"fastervlm"``,
             ``"swiftvlm"``, ``"dart"``, ``"vispruner"``, ``"hiprune"``, ``"vscan"``.
         model: The model that it is for, which gives ``layers``, ``tiles``, and ``score`` where its vision encoder has no CLS
-            token.
+            token. Stages in its decoder move to layers at which it can be pruned, and a warning says so.
         **options: ``budget``, how many visual tokens survive, a share (float) or a count (int), in the sense that the
             method's docstring states; ``layers``, the number of decoder layers, for methods that drop inside the decoder,
             whose published layers are those of 32; ``score="received"``, for methods that rank by the CLS token, where the
             vision encoder has none; ``tiles``, for ``"nuwa"``, whether the model cuts images into tiles.
 
     Raises:
-        ValueError: There is no such method, or it takes no such option, or the option is out of range.
+        ValueError: There is no such method, or it takes no such option, or the option is out of range; or ``model`` can't be
+            pruned where the method prunes, and then the message names methods that it can be pruned by.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {shown(name)}: expected one of {', '.join(map(repr, PRESETS))}")
@@ -96,7 +98,8 @@ def preset(name: str, *, model: Any = None, **options: Any) -> GapConfig:
     if model is not None:
         from_model = {"layers": _layers_of, "score": _score_of, "tiles": _tiles_of}
         options = {option: from_model[option](model) for option in known if option in from_model} | options
-    return PRESETS[name](**options)
+    config = PRESETS[name](**options)
+    return config if model is None else fitted(config, find_parts(model))
 
 
 def _layers_of(model: Any) -> int:

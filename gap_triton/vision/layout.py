@@ -26,7 +26,7 @@ from ..vision_tower.finding import (
     pooling_of,
     resamples,
 )
-from ..vision_tower.sizes import GRID_FIELDS, SIZE_FIELDS, host_sizes
+from ..vision_tower.sizes import GRID_FIELDS, POSITIONS, SHAPES, SIZE_FIELDS, host_sizes
 
 NEWLINE = -1.0
 OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio")  # of `pack_image_features`
@@ -327,6 +327,9 @@ def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str
         return None
     if packs(owner):
         return {"image": _packed(owner, arguments)}
+    for name in (SHAPES, POSITIONS):
+        if arguments.get(name) is not None and name in _parameters(owner):
+            return _by_grids({"image": [(1, *size) for size in arguments[name]]}, pooling_of(owner))
     patch = patch_size_of(getattr(owner.config, "vision_config", None))
     if arguments.get("image_sizes") is not None and "image_sizes" in _parameters(owner) and patch is not None:
         sizes = [(1, height // patch[0], width // patch[1]) for height, width in arguments["image_sizes"]]

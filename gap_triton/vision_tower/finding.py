@@ -6,8 +6,10 @@ layers each hold one attention module that calls transformers' attention interfa
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel
 from ..constants import Constants
 from ..host import to_device
 from ..introspect import calls_interface, text_model_of
-from .sizes import GRID_FIELDS, host_sizes
+from .sizes import GRID_FIELDS, POSITIONS, SHAPES, host_sizes
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 PIXEL_FIELDS = ("pixel_values", "pixel_values_videos")
@@ -29,8 +31,10 @@ POOLING_FIELDS = (
     "scale_factor",
     "hidden_stride",
     "projector_pooling_ratio",
+    "pooling_kernel_size",
 )
-ALTERNATIVE = "use score='random' (preset 'random'), or prune at a decoder layer >= 0 (preset 'fastv')"
+RATIO_FIELDS = ("downsample_ratio", "pixel_shuffle_ratio")
+ALTERNATIVE = "use score='random' or 'text_similarity' (presets 'random', 'text'), or prune in the decoder (preset 'fastv')"
 CLS_PARAMETERS = ("class_embedding", "cls_token")
 EARLIER = {"middle": 3 / 8, "early": 1 / 4}
 """Layers that methods rank by besides the last: the 9th of 24 (HiPrune, arXiv 2508.00553) and the 6th (VScan, arXiv
@@ -52,8 +56,9 @@ class Tower:
         earlier: Attention of layers before it, by the names of `EARLIER`.
         projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
             module.
-        has_cls: The tower's first token is a CLS token.
+        has_cls: The tower has a CLS token.
         leading: Number of tokens before each image that don't become features.
+        trailing: Number of tokens behind each image that don't: 1 where the CLS token comes last (Llama 4).
         merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
         constants: Index tensors by the sizes of images.
@@ -67,6 +72,7 @@ class Tower:
     projector: nn.Module | None
     has_cls: bool
     leading: int
+    trailing: int
     merge: int
     window: int | None
     constants: Constants = field(default_factory=lambda: Constants(INDICES))
@@ -103,6 +109,10 @@ class Tower:
             ]
         )
 
+    def of_features(self, tokens: int) -> slice:
+        """Return which of the ``tokens`` of an image become features."""
+        return slice(self.leading, tokens - self.trailing)
+
     def is_current(self) -> bool:
         """Return whether the model still holds this tower, and none of its parts has been replaced."""
         try:
@@ -130,6 +140,9 @@ class Tower:
         """Rows and columns of patches of each image that the tower takes in raster order; empty where they aren't known."""
         if any(name in arguments for name in GRID_FIELDS.values()):
             return [(height, width) for frames, height, width in _grids_of(arguments) for _ in range(frames)]
+        for name in (SHAPES, POSITIONS):
+            if arguments.get(name) is not None:
+                return list(host_sizes(arguments)[name])
         images, patch = image_shape(arguments), patch_size_of(self.module.config)
         if images is None or patch is None:
             return []
@@ -155,6 +168,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         )
     ((module, layers),) = _candidates(owner)
     has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
+    cls_last = has_cls and _appends_cls(module)
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
     merge = _merge_of(owner, module)
     window = None
@@ -171,7 +185,8 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         },
         projector=_projector_of(owner),
         has_cls=has_cls,
-        leading=int(has_cls if strategy is None else strategy == "default"),
+        leading=0 if cls_last else int(has_cls if strategy is None else strategy == "default"),
+        trailing=int(cls_last),
         merge=merge,
         window=window,
     )
@@ -209,8 +224,9 @@ def pooling_of(owner: PreTrainedModel) -> int:
         sides = (getattr(config, name, None) for config in (owner.config, vision))
         if (side := next((side for side in sides if isinstance(side, int) and side > 0), None)) is not None:
             return side
-    ratio = getattr(owner.config, "downsample_ratio", None)
-    if isinstance(ratio, float) and 0 < ratio <= 1 and ratio * round(1 / ratio) == 1:
+    ratios = (getattr(config, name, None) for name in RATIO_FIELDS for config in (owner.config, vision))
+    ratio = next((ratio for ratio in ratios if isinstance(ratio, float)), None)
+    if ratio is not None and 0 < ratio <= 1 and ratio * round(1 / ratio) == 1:
         return round(1 / ratio)
     tokens, patch = getattr(owner.config, "mm_tokens_per_image", None), patch_size_of(vision)
     if vision is not None and isinstance(tokens, int) and tokens > 0 and patch is not None:
@@ -352,6 +368,20 @@ def _out_of_windows(grids: Sequence[Sequence[int]], merge: int, window: int) -> 
             orders.append(in_windows.argsort() + start)
             start += len(in_windows)
     return torch.cat(orders)
+
+
+def _appends_cls(module: nn.Module) -> bool:
+    """Whether the CLS token of ``module`` comes behind the patches, by its code."""
+    code = inspect.getsource(inspect.unwrap(type(module).forward))
+    return any(
+        isinstance(node, ast.List) and len(node.elts) > 1 and _names_cls(node.elts[-1])
+        for node in ast.walk(ast.parse(textwrap.dedent(code)))
+    )
+
+
+def _names_cls(node: ast.expr) -> bool:
+    names = (getattr(each, "id", getattr(each, "attr", None)) for each in ast.walk(node))
+    return any(name in CLS_PARAMETERS for name in names)
 
 
 def _maps_single_tokens(module: nn.Module) -> bool:

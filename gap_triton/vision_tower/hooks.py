@@ -214,6 +214,8 @@ def _without_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
 def _count(output: Any) -> int:
     """Number of features in what an encoder puts out, 0 if there are none to be put into the prompt."""
     features = getattr(output, "pooler_output", output)
+    if features is None:
+        features = output.last_hidden_state  # Llama 4 maps it afterwards
     if isinstance(features, ModelOutput):
         return 0
     if isinstance(features, (tuple, list)) and not isinstance(features[0], Tensor):

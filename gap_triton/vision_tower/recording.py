@@ -140,6 +140,7 @@ class Recording:
         self.tower, self.needs = tower, needs
         self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
         self._states = 0
+        self._real: Tensor | None = None  # [B, S] bool, False where an image has fewer patches than others
 
     def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
@@ -161,7 +162,10 @@ class Recording:
             if need in self.needs and module is self.tower.earlier[place]:
                 self._check_heads(query)
                 self._parts[need].append(self._score(kind, query, key, mask, scale))
-        if module is not self.tower.attention or not self.needs & FROM_ATTENTION:
+        if module is not self.tower.attention:
+            return
+        self._real = None if mask is None else _padding(mask, query.shape[0])
+        if not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
         kinds: tuple[Literal["cls", "received"], ...] = ("cls", "received")
@@ -169,8 +173,12 @@ class Recording:
             if kind in self.needs:
                 self._parts[kind].append(self._score(kind, query, key, mask, scale))
         if self.needs & {"key_norm", "keys"}:
-            first = self.tower.leading
-            rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
+            if self._real is not None:
+                rows = key.transpose(1, 2)[self._real].flatten(1)  # [P, Hkv * D]
+            else:
+                rows = (
+                    key[:, :, self.tower.of_features(key.shape[2])].transpose(1, 2).flatten(2).flatten(0, 1)
+                )
             if "key_norm" in self.needs:
                 self._parts["key_norm"].append(rows.float().norm(dim=-1))
             if "keys" in self.needs:
@@ -184,13 +192,21 @@ class Recording:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """[B * S] float32, the attention of the CLS row, or what each token receives."""
+        """[B * S] float32, the attention of the CLS row, or what each token receives; without patches that are padding."""
         batch, _, tokens, _ = query.shape
-        bounds = None if mask is None else _sequences(mask)
-        whole = bounds is None or len(bounds) == 2
+        real = None if mask is None else _padding(mask, batch)
+        if real is not None and kind == "received":
+            # Patches of an image see each other, and no others: all images as one sequence.
+            query, key = (each.transpose(1, 2)[real].transpose(0, 1)[None] for each in (query, key))
+            bounds = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+            return attention_received(query, key, scale=scale, cu_seqlens=bounds).flatten().float()
+        if real is not None:
+            raise ValueError(f"{_HIDDEN}: use score='received'")
+        bounds_or_none = None if mask is None else _sequences(mask)
+        whole = bounds_or_none is None or len(bounds_or_none) == 2
         if kind == "received":
-            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            return score[:, self.tower.leading :].flatten().float()
+            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds_or_none)
+            return score[:, self.tower.of_features(tokens)].flatten().float()
         if not whole:
             raise ValueError(f"{_HIDDEN}: use score='received'")
         index, row = self.tower.constants.get(
@@ -203,8 +219,9 @@ class Recording:
 
     def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""
-        index = torch.arange(self.tower.leading, tokens).expand(batch, -1).contiguous()
-        return to_device(index, device), torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        index = torch.arange(tokens)[self.tower.of_features(tokens)].expand(batch, -1).contiguous()
+        row = tokens - 1 if self.tower.trailing else 0
+        return to_device(index, device), torch.full((batch, 1), row, dtype=torch.int64, device=device)
 
     def record_hidden_states(self, hidden_states: Tensor) -> None:
         """Add the output of one of the tower's last layers, [B, S, E] or [S, E]."""
@@ -252,7 +269,9 @@ class Recording:
     def _mean_state(self, total: Tensor) -> Tensor:
         """[F, E] float32 of the sum of the hidden states, [B, S, E] or [S, E]."""
         mean = total.float() / self._states
-        return mean[:, self.tower.leading :].flatten(0, 1) if mean.dim() == 3 else mean
+        if self._real is not None:
+            return mean[self._real]
+        return mean[:, self.tower.of_features(mean.shape[1])].flatten(0, 1) if mean.dim() == 3 else mean
 
     def _refuse_if_replaced(self) -> None:
         if not self.tower.is_current():
@@ -281,6 +300,17 @@ class Recording:
 
 
 _HIDDEN = "the vision tower's scoring layer hides some patches from others"
+
+
+def _padding(mask: Tensor, batch: int) -> Tensor | None:
+    """[B, S] bool, the patches of each image that ``mask`` [B or 1, 1, Q, S] shows to all rows, where it hides the others.
+
+    None where it hides nothing, or in another way.
+    """
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    real = allowed[:, :1]
+    hides_columns = (allowed == real).all() & ~real.all()
+    return real[:, 0].expand(batch, -1) if bool(hides_columns) else None
 
 
 def _sequences(mask: Tensor) -> Tensor:

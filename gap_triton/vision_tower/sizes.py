@@ -10,7 +10,9 @@ from torch import Tensor
 
 # Arguments with the number of frames, rows and columns of patches.
 GRID_FIELDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
-SIZE_FIELDS = (*GRID_FIELDS.values(), "image_sizes", "batch_num_images")
+SHAPES = "spatial_shapes"  # rows and columns of patches of each image (LFM2-VL)
+POSITIONS = "image_position_ids"  # column and row of each patch, -1 where there is none (Gemma 4)
+SIZE_FIELDS = (*GRID_FIELDS.values(), "image_sizes", "batch_num_images", SHAPES, POSITIONS)
 HOST_SIZES = "gap_sizes"
 """Among the arguments of a forward: what the host knows of `SIZE_FIELDS`, by name, so that nothing is read."""
 
@@ -22,8 +24,8 @@ def host_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
         arguments: Of a forward or of an encoder, by name. What is a tuple already stays, and so does what is no size.
 
     Returns:
-        A new dictionary. Sizes in tensors are read from the device with one read for all; those under `HOST_SIZES`, tuples
-        or lists, are taken from there.
+        A new dictionary. In the place of positions of patches are the rows and columns of each image. Sizes in tensors are
+        read from the device with one read for all; those under `HOST_SIZES`, tuples or lists, are taken from there.
     """
     sizes = {name: arguments[name] for name in SIZE_FIELDS if arguments.get(name) is not None}
     found = {}
@@ -34,7 +36,7 @@ def host_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
     tensors = {}
     for name, value in sizes.items():
         if isinstance(value, Tensor):
-            tensors[name] = value
+            tensors[name] = (value.amax(dim=1) + 1).flip(-1) if name == POSITIONS else value
         elif not isinstance(value, tuple):
             found.setdefault(name, _as_tuples(np.asarray(value).tolist()))
     found |= _read({name: value for name, value in tensors.items() if name not in found})

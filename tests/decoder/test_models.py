@@ -14,6 +14,7 @@ from support.installed_types import build_or_skip
 from support.lone import LoneOracle
 from support.oracle import NAME as ORACLE
 from support.oracle import MaskingOracle, core_of
+from support.survivors import stays_of
 from support.tiny import LAYERS, VIDEO, generate
 
 import gap_triton
@@ -49,7 +50,13 @@ def pruned_by(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def test_every_type_is_accounted_for() -> None:
-    known = {*model_types.EXACT, *model_types.ALONE, *model_types.REFUSED, *model_types.NOT_BUILT}
+    known = {
+        *model_types.EXACT,
+        *model_types.ALONE,
+        *model_types.NOT_PLAIN,
+        *model_types.REFUSED,
+        *model_types.NOT_BUILT,
+    }
     assert not set(families.TYPES) - known
     if Version(transformers.__version__) >= Version(model_types.NEWEST):
         assert known - set(families.TYPES) <= {"pixtral"}
@@ -61,13 +68,16 @@ def test_dropping_equals_masking(model_type: str) -> None:
     inputs = families.prompt(model)
     with families.visual_features(model):
         dense = generate(model, inputs, tokens=TOKENS)
-    for layer in (0, 1, LAYERS - 2):
-        everything, _ = pruned_by(model, inputs, GapConfig(keep=1.0, layer=layer))
-        assert torch.equal(everything.sequences, dense.sequences)
-        assert error(everything, dense) == 0.0
-        config = GapConfig(keep=0.4, layer=layer)
-        pruned, _ = pruned_by(model, inputs, config)
-        expected, dropped = expected_from(model_type, inputs, config)
+    everything, _ = pruned_by(model, inputs, GapConfig(keep=1.0, layer=1))
+    assert torch.equal(everything.sequences, dense.sequences)
+    assert error(everything, dense) == 0.0
+    for layer in (-1, 0, 1, LAYERS - 2):
+        config = GapConfig(keep=0.4, layer=layer, score="random" if layer == -1 else "text")
+        pruned, selection = pruned_by(model, inputs, config)
+        chosen = None
+        if layer == -1:
+            chosen = inputs["attention_mask"].bool() & ~stays_of(selection, inputs["attention_mask"])
+        expected, dropped = expected_from(model_type, inputs, config, chosen)
         assert int(dropped.sum()) >= 20
         assert torch.equal(pruned.sequences, expected.sequences)
         assert error(pruned, expected) <= TOLERANCE
@@ -257,20 +267,6 @@ def test_features_added_behind_layers_on_both_sides(model_type: str) -> None:
         # Features as large as the hidden states make more of rounding; in float64 they agree to a float32.
         assert error(pruned, expected) <= 2 * TOLERANCE
         assert error(plain, expected) > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("model_type", model_types.BEFORE_THE_DECODER)
-def test_before_the_decoder(model_type: str) -> None:
-    config = GapConfig(keep=0.4, layer=-1, score="random")
-    model = build_or_skip(model_type)
-    inputs = families.prompt(model)
-    pruned, selection = pruned_by(model, inputs, config)
-    kept = torch.zeros(*inputs["input_ids"].shape, dtype=torch.bool)
-    for b, rows in enumerate(selection.index.tolist()):
-        kept[b, [r for r in rows if r >= 0]] = True
-    expected, _ = expected_from(model_type, inputs, config, chosen=inputs["attention_mask"].bool() & ~kept)
-    assert torch.equal(pruned.sequences, expected.sequences)
-    assert error(pruned, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", model_types.SEVERAL_TURNS)

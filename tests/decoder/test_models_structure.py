@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
-from support import families, ways
+from support import ways
 from support.hooks import hooks
 from support.installed_types import build_or_skip
 from support.oracle import core_of
@@ -120,13 +122,37 @@ REASONS = {
 }
 
 
+# Of those, the ones whose decoder may still be handed the survivors alone.
+BEFORE_THE_DECODER = ("attention", "index", "memory", "convolution", "shared")
+
+
 @pytest.mark.parametrize("what", REASONS)
 def test_a_structure_that_is_not_safe_is_refused(what: str) -> None:
     model = build("llava", "sdpa")
     change(model, what)
-    with pytest.raises(ValueError, match=REASONS[what]):
-        gap_triton.attach(model)
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    instead = (
+        r".* in its decoder: .*Before its decoder it can: use GapConfig\(layer=-1, score='text_similarity'\)"
+    )
+    for config in (GapConfig(), GapConfig(0.4, 1, "random"), GapConfig(0.4, -1, "random")):
+        before = config.layer == -1
+        if before and what in BEFORE_THE_DECODER:
+            continue
+        with pytest.raises(ValueError, match=REASONS[what]) as caught:
+            gap_triton.attach(model, config)
+        assert bool(re.match(instead, str(caught.value))) == (what in BEFORE_THE_DECODER)
+        assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("what", BEFORE_THE_DECODER)
+def test_the_default_of_a_model_that_can_be_pruned_before_its_decoder_only(what: str, warnings) -> None:
+    model = build("llava", "sdpa")
+    change(model, what)
+    gap_triton.attach(model)
+    assert "before its decoder, by GapConfig(layer=-1, score='text_similarity'), because" in warnings.text
+    assert re.search(REASONS[what], warnings.text)
+    if what in ("attention", "memory", "convolution"):  # the others only look so, and can't run
+        generate(model, make_prompt("llava", "left-padded"), tokens=2)
+        assert gap_triton.last_selection(model).visual_index.shape == (2, 18)
 
 
 @pytest.mark.parametrize("silent", ["owner", "decoder"])
@@ -219,7 +245,7 @@ def test_attention_that_asks_for_more_is_refused_before_it_runs(make, way: str) 
     before = model.config._attn_implementation
     function = {
         "set": lambda: model.set_attn_implementation("gap_triton"),
-        "attach": lambda: gap_triton.attach(model),
+        "attach": lambda: gap_triton.attach(model, GapConfig()),
         "configure": lambda: gap_triton.configure(model, GapConfig()),
     }[way]
     with pytest.raises(ValueError, match=message):
@@ -367,7 +393,7 @@ def test_a_released_decoder_of_another_kind_inside_a_known_owner() -> None:
     text = core_of(model)[1]
     text.config.layer_types = ["full_attention"] * 4 + ["chunked_attention"]
     with pytest.raises(ValueError, match=r"decoder layer 4 is 'chunked_attention': it attends in chunks"):
-        gap_triton.attach(model)
+        gap_triton.attach(model, GapConfig())
 
 
 def test_a_rotation_that_has_no_name_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +455,7 @@ def test_refusals_under_a_transformers_that_nobody_has_tested(
 ) -> None:
     monkeypatch.setattr(_requirements, "version", lambda package: installed)
     model = build("llava", "sdpa")
-    change(model, "convolution")
+    change(model, "owner")
     hint = rf" \(transformers {installed} is newer than 5.24, the newest tested\)" if newer else ""
     for refused in (
         model,
@@ -437,37 +463,6 @@ def test_refusals_under_a_transformers_that_nobody_has_tested(
     ):
         with pytest.raises(ValueError, match=rf"attn_implementation='sdpa' to run it unpruned{hint}\.$"):
             gap_triton.attach(refused)
-
-
-def test_gemma3n_whose_vision_tower_needs_timm() -> None:
-    """Its decoder alone tells as much: layers share keys and values, and each is handed inputs of its own."""
-    sizes = {
-        key: families.TEXT_SIZES[key]
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-    }
-    config = transformers.Gemma3nTextConfig(
-        **sizes,
-        vocab_size_per_layer_input=200,
-        hidden_size_per_layer_input=8,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_kv_shared_layers=2,
-        layer_types=[
-            "sliding_attention",
-            "full_attention",
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-        ],
-        activation_sparsity_pattern=[0.0] * 5,
-        laurel_rank=4,
-    )
-    model = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="sdpa")
-    with pytest.raises(
-        ValueError, match=r"can't prune Gemma3nForCausalLM.* keys and values of an earlier layer"
-    ):
-        gap_triton.attach(model)
 
 
 def test_an_overlay_of_tokens_that_are_no_square_grid() -> None:

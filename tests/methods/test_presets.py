@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ways
+from support.installed_types import build_or_skip
 from support.methods import preset as for_model
 from support.tiny import LAYERS
 from support.tiny import build as tiny_build
@@ -384,6 +385,31 @@ def test_a_refused_configuration_changes_nothing() -> None:
     assert unpruned.model.language_model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         assert torch.equal(unpruned(**inputs).logits, ways.build(ways.MROPE, "sdpa")(**inputs).logits)
+
+
+def test_a_preset_of_a_model_that_can_be_pruned_at_some_layers_only(
+    warnings: pytest.LogCaptureFixture,
+) -> None:
+    hybrid = build_or_skip("qwen3_5")  # attention in layers 1 and 3
+    config = GapConfig.preset("fastv", model=hybrid)
+    assert (config.layer, config.score) == (1, "last_token")
+    assert "moves the stages of" in warnings.text
+    assert "from decoder layers 0 to 1, at which it can be pruned" in warnings.text
+    assert [stage.layer for stage in GapConfig.preset("feather", model=hybrid).stages] == [1, 3]
+    with pytest.raises(ValueError, match=r"at layers from .* on: .* At layer 1, 3 it can"):
+        GapConfig.preset("pyramiddrop", model=hybrid)  # three stages
+    with pytest.raises(ValueError, match=r"both before and in its decoder: .*presets 'text', 'trim'"):
+        GapConfig.preset("nuwa", model=hybrid)
+    assert GapConfig.preset("trim", model=hybrid) == GapConfig.preset("trim")
+
+
+def test_a_preset_of_a_model_that_can_be_pruned_before_its_decoder_only() -> None:
+    model = build_or_skip("llama4")
+    with pytest.raises(
+        ValueError, match=r"can't prune Llama4.* in its decoder: .*chunks.*presets 'text', 'trim', 'random'"
+    ):
+        GapConfig.preset("fastv", model=model)
+    assert GapConfig.preset("random", model=model).layer == -1
 
 
 def test_a_composed_method_needs_no_preset() -> None:

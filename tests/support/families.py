@@ -16,11 +16,16 @@ import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .oracle import core_of
 from .tiny import BOS, EOS, IMAGE, LAYERS, PAD, VIDEO, seed_weights
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # The forward of Llama 4 in transformers 5.24 reads a field that the output of its decoder lacks, and fails.
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 WINDOW = 24
@@ -78,6 +83,9 @@ TEXT_SIZES = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
 }
 VISION_SIZES = {
     "hidden_size": 32,
@@ -101,6 +109,12 @@ VISION_SIZES = {
     "codebook_size": 64,
     "base_channels": 32,
     "vocab_size": 200,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "adapter_in_dim": 32,
+    "adapter_input_size": 32,
+    "adapter_out_dim": HIDDEN,
+    "max_img_size": 64,
 }
 OUTER_SIZES = {"projection_dim": HIDDEN, "projector_hidden_size": HIDDEN, "mm_tokens_per_image": 9}
 TEXT_NAMES = ("text_config", "language_config", "llm_config", "decoder_config")
@@ -196,6 +210,16 @@ def _qwen3_vl(config: PretrainedConfig) -> None:
 
 
 GLM = _mrope(2, 3, 3, partial_rotary_factor=1.0)
+INDEXER = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}  # few heads would tie at 0
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 
 # What the sizes above do not settle.
 PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
@@ -235,6 +259,47 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "minimax_m3_vl": lambda config: _text(
         config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
     ),
+    "gemma4": lambda config: (
+        setattr(config.vision_config, "pooling_kernel_size", 2),
+        _text(config, num_kv_shared_layers=2),  # the last two attend to keys of layers 1 and 2
+    ),
+    "llama4": lambda config: (
+        _text(config, attention_chunk_size=WINDOW),
+        setattr(config.vision_config, "intermediate_size", 32 * 4),  # of 2 x 2 patches
+        setattr(config.vision_config, "projector_input_dim", 32),
+        setattr(config.vision_config, "projector_output_dim", 32),
+        setattr(config.vision_config, "vision_output_dim", 32),
+    ),
+    # The default configs leave their placeholders to the tokenizer.
+    **dict.fromkeys(
+        ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
+        lambda config: (setattr(config, "image_token_id", IMAGE), setattr(config, "video_token_id", VIDEO)),
+    ),
+    "nemotron_h_omni": lambda config: setattr(config, "image_token_id", IMAGE),
+    # Indexers that choose fewer tokens than a prompt of the tests has.
+    "mistral_large4": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
+    "dots3_note": lambda config: _text(config, num_key_value_heads=4),
+    "hy_v4_vl": lambda config: _text(config, **INDEXER, head_dim=8, num_key_value_heads=4),
+    "glm5_next": lambda config: _text(
+        config,
+        **INDEXER,
+        head_dim=8,
+        num_key_value_heads=4,
+        index_kpool=2,
+        linear_num_heads=4,
+        linear_head_dim=8,
+    ),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_loop"),
+        lambda config: _text(
+            config,
+            unpadded_vocab_size=200,
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=2,
+            swa_head_dim=16,
+            rel_extent=64,
+        ),
+    ),
 }
 
 
@@ -258,7 +323,24 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "moe_intermediate_size": 32,
         }
     },
-    "dots3_note": {"text_config": {"num_hidden_layers": LAYERS}},
+    "dots3_note": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "qk_rope_head_dim": 8,
+            **LATENT,
+            **{f"swa_{name}": value for name, value in LATENT.items()},
+            **INDEXER,
+        }
+    },
+    "mistral_large4": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "qk_rope_head_dim": 8,
+            **LATENT,
+            **INDEXER,
+            "kv_source_layers": [0, 1, 1, 3, 1],  # the fourth has no RoPE, and shares with none
+        }
+    },
     "emu3": {"vocabulary_map": VOCABULARY},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-1, 2], [-1, 4]], "downsample_rate": "1/2"},
     "qwen4_exp": {
@@ -268,12 +350,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "indexer_head_dim": 256,
             "indexer_budget": 8,
             "indexer_compress_ratio": 2,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": 32,
+            "ngram_vocab_size_base": 50,
+            "hc_lowrank": 16,
+            "eos_token_id": EOS,
+            "vocab_size": 200,
+            "num_hidden_layers": LAYERS,
         }
     },
     "vision-encoder-decoder": {
         "encoder": {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         "decoder": {"model_type": "trocr", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2},
     },
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     # Their vision towers come from timm. No vision tower runs here, so any other will do.
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
     "perception_lm": {"vision_config": {"model_type": "siglip_vision_model"}},
@@ -333,7 +423,7 @@ def visual_features(model: PreTrainedModel) -> Iterator[None]:
 def visual_tokens(model_type: str) -> int:
     """Placeholders of one image of `GRID`: one per token; HunYuan ends each row of them with one more."""
     rows, columns = GRID[1] // 2, GRID[2] // 2
-    return rows * (columns + (model_type == "hunyuan_vl"))
+    return rows * (columns + (model_type in ("hunyuan_vl", "hy_v4_vl")))
 
 
 def prompt(
@@ -406,6 +496,20 @@ def pixels(layout: str, seed: int = 7) -> dict[str, torch.Tensor]:
         values = noise(2, 2, 3, 24, 24)
         values[0, 1] = 0  # no second image
         return {"pixel_values": values, "pixel_attention_mask": torch.ones(2, 2, 24, 24, dtype=torch.bool)}
+    _, height, width = GRID
+    padded = height * width + 12  # the last are no patches
+    if layout == "padded patches":
+        mask = torch.arange(padded) < height * width
+        return {
+            "pixel_values": noise(3, padded, 3 * 4 * 4),
+            "spatial_shapes": torch.tensor([[height, width]] * 3),
+            "pixel_attention_mask": mask.long().expand(3, -1).contiguous(),
+        }
+    if layout == "patches with positions":
+        places = torch.full((3, padded, 2), -1)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places[:, : height * width] = torch.stack([columns, rows], dim=-1).flatten(0, 1)
+        return {"pixel_values": noise(3, padded, 3 * 4 * 4), "image_position_ids": places}
     grid = {"image_grid_thw": torch.tensor([GRID] * 3)}
     if layout == "patches of two frames":
         return {"pixel_values": noise(patches, 3 * 2 * 4 * 4), **grid}
@@ -423,7 +527,9 @@ def prompt_with_pixels(model: PreTrainedModel, layout: str) -> dict[str, torch.T
     images = pixels(layout)
     with torch.no_grad():
         output = core_of(model)[0].get_image_features(**images)
-    features = getattr(output, "pooler_output", output)
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = getattr(output, "last_hidden_state", output)
     if isinstance(features, (tuple, list)) and not isinstance(features[0], torch.Tensor):
         features = features[0]  # transformers 4: with deepstack features behind
     if isinstance(features, (tuple, list)):

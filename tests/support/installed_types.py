@@ -8,6 +8,9 @@ from packaging.version import Version
 
 from . import families, model_types
 
+STATES = (model_types.RECURRENT, model_types.CONVOLUTION)
+STATES_IN_CACHE = hasattr(transformers.cache_utils, "LinearAttentionLayer")
+
 
 def build_or_skip(
     model_type: str, attn_implementation: str | dict[str, str] | None = None
@@ -15,6 +18,13 @@ def build_or_skip(
     """A tiny model, or the reason why this machine or this transformers has none."""
     if model_type not in families.TYPES:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    since = model_types.NOT_PLAIN_SINCE.get(model_type, "0")
+    if Version(transformers.__version__) < Version(since):
+        pytest.skip(f"transformers {transformers.__version__} has another {model_type} than {since}")
+    if not STATES_IN_CACHE and model_types.NOT_PLAIN.get(model_type) in STATES:
+        pytest.skip(
+            f"transformers {transformers.__version__} keeps states of {model_type} in a cache of its own"
+        )
     try:
         return families.build(model_type, attn_implementation)
     except Exception as problem:

@@ -24,54 +24,80 @@ EXACT, VIDEOS = tuple(_EXACT.split()), tuple(_VIDEOS.split())
 ALONE = ("mistral4",)
 # Models of gap_triton.models, which transformers doesn't have: exact on checkpoints in their authors' layout.
 PUBLISHED = ("shikra", "minigpt_v2")
-# Refused, with a part of the sentence that says why.
-CROSS_ATTENTION = "reads the image through cross-attention"
-NO_STACK = "found no vision-language decoder"
-SECOND = "a second decoder"
+# Exact before the decoder, which is handed the survivors alone; with a part of what says why not at any of its layers.
 RECURRENT = "carries a recurrent state"
-REFUSED = {
-    "blip": CROSS_ATTENTION,
-    "blip-2": NO_STACK,
-    "diffusion_gemma": SECOND,
-    "dots3_note": "index of its own",
-    "evolla": "EvollaDecoderLayer.forward takes|found no",
-    "florence2": CROSS_ATTENTION,
-    "gemma4": "share of every token's input",
+CONVOLUTION = "mixes neighbouring tokens by"
+INDEX = "by an index of its own which tokens"
+NOT_PLAIN = {
+    "dots3_note": INDEX,
+    "gemma4": "keys and values of an earlier layer",
     "gemma4_unified": "keys and values of an earlier layer",
-    "git": NO_STACK,
     "glm5_next": RECURRENT,
-    "hy_v4_vl": "index of its own",
-    "idefics": CROSS_ATTENTION,
-    "inkling2": "hybrid_sliding",
-    "inkling2_loop": "hybrid_sliding",
-    "instructblip": NO_STACK,
-    "instructblipvideo": NO_STACK,
-    "kosmos-2": "encoder_hidden_states|found no",
-    "kosmos-2.5": "puts image features in by itself|found no",
-    "lfm2_vl": "mixes neighbouring tokens",
-    "lfm3_vl": "mixes neighbouring tokens",
+    "hy_v4_vl": INDEX,
+    "inkling2": CONVOLUTION,
+    "inkling2_loop": CONVOLUTION,
+    "lfm2_vl": CONVOLUTION,
+    "lfm3_vl": CONVOLUTION,
     "llama4": "attends in chunks",
     "minicpm_ocr": RECURRENT,
     "minicpmv4_6": RECURRENT,
     "minicpmv4_7": RECURRENT,
-    "minimax_m3_vl": "which blocks of tokens",
-    "mistral_large4": "index of its own",
-    "mllama": CROSS_ATTENTION,
+    "mistral_large4": INDEX,
     "nemotron_h_omni": RECURRENT,
-    "pi0": SECOND,
-    "pix2struct": CROSS_ATTENTION,
-    "pp_formulanet": CROSS_ATTENTION,
     "qwen3_5": RECURRENT,
     "qwen3_5_moe": RECURRENT,
     "qwen4_exp": RECURRENT,
+    "unlimited_ocr": "slides over answers only",
+}
+# Releases before these have layers of other kinds in them, or fail on them.
+NOT_PLAIN_SINCE = {"glm5_next": "5.24", "qwen4_exp": "5.24"}
+# Those of them that are exact in the decoder too, at these layers of the tests' models: with attention, and without keys of
+# earlier layers behind them.
+PRUNING_LAYERS = {
+    "gemma4": (0,),
+    "gemma4_unified": (0, 1, 2, 3),
+    "lfm2_vl": (1, 2, 3),
+    "lfm3_vl": (1, 2),
+    "minicpm_ocr": (1, 3),
+    "minicpmv4_6": (1, 3),
+    "minicpmv4_7": (1, 3),
+    "nemotron_h_omni": (2,),
+    "qwen3_5": (1, 3),
+    "qwen3_5_moe": (1, 3),
+}
+# Those of them whose tokens only attention mixes, so that masking columns says what is right.
+MASKED = ("gemma4", "gemma4_unified", "llama4")
+LOOKS_AHEAD = ("gemma4_unified",)  # its images see all of themselves
+# Those whose attention knows the names of implementations, or is more than dense: attached, and not loaded by name.
+OWN_ATTENTION = ("dots3_note", "glm5_next", "hy_v4_vl", "inkling2", "inkling2_loop", "mistral_large4")
+# Refused, with a part of the sentence that says why.
+CROSS_ATTENTION = "reads the image through cross-attention"
+NO_STACK = "found no vision-language decoder"
+SECOND = "a second decoder"
+REFUSED = {
+    "blip": CROSS_ATTENTION,
+    "blip-2": NO_STACK,
+    "diffusion_gemma": SECOND,
+    "evolla": "EvollaDecoderLayer.forward takes|found no",
+    "florence2": CROSS_ATTENTION,
+    "git": NO_STACK,
+    "idefics": CROSS_ATTENTION,
+    "instructblip": NO_STACK,
+    "instructblipvideo": NO_STACK,
+    "kosmos-2": "encoder_hidden_states|found no",
+    "kosmos-2.5": "puts image features in by itself|found no",
+    "minimax_m3_vl": "compares position ids with places in its cache",
+    "mllama": CROSS_ATTENTION,
+    "pi0": SECOND,
+    "pix2struct": CROSS_ATTENTION,
+    "pp_formulanet": CROSS_ATTENTION,
     "t5gemma2": CROSS_ATTENTION,
     "udop": CROSS_ATTENTION,
-    "unlimited_ocr": "slides over answers only",
     "vision-encoder-decoder": CROSS_ATTENTION,
 }
 # Not built in these tests, and why.
 NOT_BUILT = {
-    "gemma3n": "its vision tower needs timm; its decoder alone is refused",
+    "gemma3n": "its vision tower needs timm; its decoder alone is exact before the decoder",
     "inkling_mm_model": "it needs scipy",
     "pixtral": "transformers 4 lists it, and it is a vision tower without a decoder",
 }
@@ -95,16 +121,6 @@ DEEPSTACK = (
     "qwen3_omni_moe_thinker",
     "qwen3_vl",
     "qwen3_vl_moe",
-)
-BEFORE_THE_DECODER = (
-    "cohere2_vision",
-    "ernie4_5_vl_moe",
-    "gemma3",
-    "glm4v",
-    "llava",
-    "paligemma",
-    "qwen2_5_vl",
-    "qwen3_vl",
 )
 # Their vision towers look their attention up in tables of their own, where no name can be added.
 TEXT_CONFIG_ONLY = ("deepseek_ocr2", "deepseek_vl_hybrid")
@@ -163,6 +179,17 @@ IMAGES = {
     "video_llava": "images",
     "vipllava": "images",
 }
+# The same of types that are pruned before their decoder only.
+IMAGES_BEFORE = {
+    "gemma4": "patches with positions",
+    "lfm2_vl": "padded patches",
+    "glm5_next": "patches of two frames",
+    "llama4": "images",
+    "mistral_large4": "images and sizes",
+    "qwen3_5": "patches of two frames",
+    "qwen3_5_moe": "patches of two frames",
+    "qwen4_exp": "patches of two frames",
+}
 # Of those, the ones whose vision tower can't tell the visual tokens apart, with a part of the sentence that says why.
 TOWERS_REFUSED = {
     "got_ocr2": "found no encoder",
@@ -173,4 +200,8 @@ TOWERS_REFUSED = {
     "video_llava": "it has several",
 }
 # Releases before these call the vision tower in other ways.
-IMAGES_SINCE = {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}
+IMAGES_SINCE = (
+    {"got_ocr2": "5", "ovis2": "5", "video_llava": "5.23"}
+    | dict.fromkeys(IMAGES_BEFORE, "5")
+    | {"llama4": "5.24"}
+)

@@ -45,8 +45,11 @@ def core_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         for module in model.modules():
             for name in names:
                 child = getattr(module, name, None)
-                if isinstance(getattr(child, "layers", None), nn.ModuleList):
-                    return module, child
+                # Some hold the decoder with its language-model head around it.
+                inside = getattr(child, "model", None) if name != "model" else None
+                for text in (child, inside):
+                    if isinstance(getattr(text, "layers", None), nn.ModuleList):
+                        return module, text
     raise LookupError(type(model).__name__)
 
 

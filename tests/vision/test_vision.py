@@ -20,6 +20,7 @@ from support.tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
 from support.towers import MERGE, family
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill.prompt import find_visual_rows
@@ -249,7 +250,8 @@ def without_mixing(model: PreTrainedModel) -> PreTrainedModel:
     tower = find_tower(find_parts(model).owner)
     for module in (module for layer in tower.layers for module in layer.modules()):
         for name, child in module.named_children():
-            if name in OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
+            # Some have a linear layer of their own kind.
+            if name == "o_proj" or (name in OUTPUT_PROJECTIONS and isinstance(child, nn.Linear)):
                 for parameter in child.parameters():
                     nn.init.zeros_(parameter)
     return model
@@ -426,17 +428,20 @@ def test_layout_of_images_and_videos_with_grids(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- other types
+KINDS = {**model_types.IMAGES, **model_types.IMAGES_BEFORE}
+
+
 def installed_types() -> list[str]:
     release = tuple(map(int, transformers.__version__.split(".")[:2]))
     since = {name: tuple(map(int, each.split("."))) for name, each in model_types.IMAGES_SINCE.items()}
-    known = [name for name in model_types.IMAGES if name in families.TYPES and release >= since.get(name, ())]
+    known = [name for name in KINDS if name in families.TYPES and release >= since.get(name, ())]
     return [name for name in known if name != "perception_lm" or release >= (5, 23)]  # needs timm before
 
 
 @pytest.mark.parametrize("name", [n for n in installed_types() if n not in model_types.TOWERS_REFUSED])
 def test_a_marked_patch_is_found_where_it_stands(name: str) -> None:
     """The row that changes is that of the patch's cell, and the feature of that row is the one that changes."""
-    model, kind = family(name), model_types.IMAGES[name]
+    model, kind = family(name), KINDS[name]
     inputs = families.prompt_with_pixels(model, kind)
     without_mixing(model)
     seen = look(model, inputs)
@@ -450,7 +455,10 @@ def test_a_marked_patch_is_found_where_it_stands(name: str) -> None:
             patch = (cell[0] * size[1] + cell[1]) * MERGE**2 + in_token
             if kind == "square patches":  # in raster order
                 patch = row * width + column
-            changed_pixels[number * height * width + patch] += 1.0
+            if changed_pixels.dim() == 3:  # by image, in raster order
+                changed_pixels[number, row * width + column] += 1.0
+            else:
+                changed_pixels[number * height * width + patch] += 1.0
         else:
             size = seen.layout.views[number].grid
             cell = (row * size[0] // tiny.GRID, column * size[1] // tiny.GRID)
@@ -470,7 +478,7 @@ def test_a_marked_patch_is_found_where_it_stands(name: str) -> None:
 def test_towers_that_cannot_tell_are_refused(name: str) -> None:
     model = family(name)
     with pytest.raises(ValueError, match=model_types.TOWERS_REFUSED[name]):
-        look(model, families.prompt_with_pixels(model, model_types.IMAGES[name]))
+        look(model, families.prompt_with_pixels(model, KINDS[name]))
 
 
 @dataclass
@@ -555,6 +563,65 @@ def test_images_in_one_sequence_are_scored_apart() -> None:
             expected[need].append(squares.flatten(0, 1))
     for need, parts in expected.items():
         torch.testing.assert_close(getattr(seen.output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("lfm2_vl", "gemma4", "llama4") if name in installed_types()]
+)
+def test_patches_of_padded_images_and_a_cls_token_that_comes_last(name: str) -> None:
+    """LFM2-VL and Gemma 4 fill images up to one number of patches; Llama 4 puts its CLS token behind the patches."""
+    model = family(name)
+    inputs = families.prompt_with_pixels(model, KINDS[name])
+    needs = frozenset(
+        {"received", "keys", "key_norm", "similarity"} | ({"cls"} if name == "llama4" else set())
+    )
+    output = look(model, inputs, needs).output
+    tower = find_tower(find_parts(model).owner)
+    eager = EagerImages(tower.attention)
+    AttentionInterface.register("written_down", eager)
+    AttentionMaskInterface.register("written_down", sdpa_mask)
+    tower.module.set_attn_implementation("written_down")
+    with captured([*tower.layers[-1 - len(tower.layers) // 3 :]]) as states, torch.no_grad():
+        model(**inputs)
+    _, height, width = families.GRID if name != "llama4" else (1, tiny.GRID, tiny.GRID)
+    patches = height * width
+    last = [state[0] if isinstance(state, tuple) else state for state in states]
+
+    def squares(rows: Tensor) -> Tensor:
+        """[F, ...], the mean of each 2 x 2 patches of rows [images, S, ...]."""
+        cells = rows[:, :patches].unflatten(1, (height // MERGE, MERGE, width // MERGE, MERGE))
+        return cells.mean(dim=(2, 4)).flatten(0, 2)
+
+    seen = eager.weights if name == "llama4" else eager.weights[:, :, :patches]
+    expected = {
+        "received": squares(seen.mean(dim=(1, 2))),
+        "keys": squares(eager.keys),
+        "key_norm": squares(eager.keys.norm(dim=-1)),
+        "similarity": squares(torch.stack(last).mean(dim=0)),
+    }
+    if name == "llama4":
+        expected["cls"] = squares(eager.weights[:, :, -1].mean(dim=1))
+    for need, rows in expected.items():
+        torch.testing.assert_close(getattr(output, need), rows, rtol=1e-4, atol=1e-5)
+
+
+@dataclass
+class EagerImages:
+    """An attention function that writes down weights [images, H, S, S] and keys [images, S, H * D]."""
+
+    module: nn.Module
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    keys: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        logits = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+        if attention_mask is not None:
+            hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
+            logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(dim=-1)
+        if module is self.module:
+            self.weights, self.keys = weights, key.transpose(1, 2).flatten(2)
+        return (weights @ value).transpose(1, 2), None
 
 
 # --------------------------------------------------------------------------------------------- generation
