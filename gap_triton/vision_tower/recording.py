@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
 from ..host import to_device
 from .finding import ALTERNATIVE, Tower
+from .scoring import cls_scores, key_rows, received_scores
 
 Need = Literal["cls", "received", "key_norm", "keys", "similarity", "features"]
 Needs = frozenset[Need]
@@ -144,15 +144,14 @@ class Recording:
                 query.device,
                 lambda: self._cls_index(batch, tokens, query.device),
             )
-            score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
-            self._parts["cls"].append(score.flatten().float())
+            self._parts["cls"].append(cls_scores(query, key, index, row, scale))
         if "received" in self.needs:
             bounds = None if mask is None else _sequences(mask)
-            whole = bounds is None or len(bounds) == 2
-            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds)
-            self._parts["received"].append(score[:, first:].flatten().float())
+            if bounds is not None and len(bounds) == 2:
+                bounds = None
+            self._parts["received"].append(received_scores(query, key, first, scale, bounds))
         if self.needs & {"key_norm", "keys"}:
-            rows = key[:, :, first:].transpose(1, 2).flatten(2).flatten(0, 1)  # [B * S, Hkv * D]
+            rows = key_rows(key, first)
             if "key_norm" in self.needs:
                 self._parts["key_norm"].append(rows.float().norm(dim=-1))
             if "keys" in self.needs:
