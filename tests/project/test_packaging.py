@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import email
 import importlib.metadata
 import importlib.util
@@ -124,9 +125,12 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
         assert weights.as_posix() in found
 
 
-def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
+def test_the_command_and_the_plug_in_are_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
-    assert "gap-triton = gap_triton_cli:app" in wheel.read(name).decode()
+    entries = configparser.ConfigParser()
+    entries.read_string(wheel.read(name).decode())
+    assert dict(entries["console_scripts"]) == {"gap-triton": "gap_triton_cli:app"}
+    assert dict(entries["vllm.general_plugins"]) == {"gap_triton": "gap_triton.vllm.register:register"}
 
 
 def test_what_the_metadata_says(metadata: Message) -> None:
@@ -158,7 +162,7 @@ def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> No
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "torchvision", "flash", "bench", "test", "dev"}
+    assert extras == {"demo", "torchvision", "flash", "vllm", "bench", "test", "dev"}
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:
