@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -20,7 +19,7 @@ from .layouts import Grid, Layout, chunks
 from .options import options_of
 from .pipeline import IDS, send_ids
 from .plan import FIELD, Plan, plans_of
-from .positions import PlacedImage, parted, prompt_positions, resolve, with_offsets
+from .positions import PlacedImage, after_encoding, prompt_positions, with_offsets
 from .runner import let_the_runner_ask
 from .scores import TowerScores
 
@@ -132,23 +131,14 @@ class GapModel:
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[list[Tensor], Tensor, int]:
-        """Take the ids off the survivors that the next step reads, and return them, the prompt's ids and the delta.
-
-        The runner asks for every request in every step. A step that reads no image, as all that decode, changes nothing and
-        does not touch the prompt.
-        """
-        delta = int(mrope_positions[0, -1]) + 1 - len(input_ids)  # a prompt ends in text, or in a whole image
-        if not multimodal_embeddings:
-            return [], mrope_positions, delta
-        embeddings, offsets = zip(*map(parted, multimodal_embeddings), strict=True)
-        resolved = resolve(
+        """Take the ids off the survivors that the next step reads; the runner asks for every request in every step."""
+        return after_encoding(
             mrope_positions,
             input_ids,
             self.gap_layout.placeholders,
-            torch.cat(offsets, 1).to(mrope_positions.device),
+            multimodal_embeddings,
             num_computed_tokens,
         )
-        return list(embeddings), resolved, delta
 
     # ------------------------------------------------------------------------------------------- decoding
     def forward(

@@ -88,6 +88,35 @@ def parted(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     return embeddings[:, :-WIDTH], (digits * powers[:, None, None]).sum(0)
 
 
+def after_encoding(
+    positions: Tensor,
+    token_ids: Sequence[int] | Tensor,
+    media: Sequence[int],
+    embeddings: Sequence[Tensor],
+    computed: int,
+) -> tuple[list[Tensor], Tensor, int]:
+    """Take the ids off what was encoded of a prompt.
+
+    A step that reads no image, as every step that decodes, changes nothing and does not touch the prompt.
+
+    Args:
+        positions: [3, L] int64.
+        token_ids: [L], the tokens of the prompt.
+        media: The tokens that stand for images.
+        embeddings: Those of the images that the step reads, each [K, C + 6], or the part of it that the step reads.
+        computed: How many tokens of the prompt were computed before.
+
+    Returns:
+        The embeddings, each [K, C]; the ids [3, L] int64; and what is added to the number of a generated token to get its id.
+    """
+    delta = int(positions[0, -1]) + 1 - len(token_ids)  # a prompt ends in text, or in a whole image
+    if not embeddings:
+        return [], positions, delta
+    features, offsets = zip(*map(parted, embeddings), strict=True)
+    together = torch.cat(offsets, 1).to(positions.device)
+    return list(features), resolve(positions, token_ids, media, together, computed), delta
+
+
 def resolve(
     positions: Tensor, token_ids: Sequence[int] | Tensor, media: Sequence[int], offsets: Tensor, computed: int
 ) -> Tensor:

@@ -176,7 +176,9 @@ def test_vllm_is_imported_where_it_is_installed_alone() -> None:
     }
     assert not needing & outside
     assert not [each for each in IMPORTS if each.importer in outside and room_of(each.imported) == "vllm"]
-    free = {f"vllm.{name}" for name in ("choose", "layouts", "options", "plan", "positions", "refusals", "scores")}
+    free = {
+        f"vllm.{name}" for name in ("choose", "layouts", "options", "plan", "positions", "refusals", "scores")
+    }
     assert not needing & {"vllm", *free}
     assert not [each for each in IMPORTS if each.importer in free and each.imported in needing]
 
