@@ -107,7 +107,7 @@ def after_encoding(
         computed: How many tokens of the prompt were computed before.
 
     Returns:
-        The embeddings, each [K, C]; the ids [3, L] int64; and what is added to the number of a generated token to get its id.
+        The embeddings, each [K, C]; the ids [3, L] int64; and what is added to a generated token's number to get its id.
     """
     delta = int(positions[0, -1]) + 1 - len(token_ids)  # a prompt ends in text, or in a whole image
     if not embeddings:

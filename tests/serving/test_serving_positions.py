@@ -1,4 +1,4 @@
-"""Position ids of prompts whose images are pruned, as an engine computes them: in chunks, again, and with some rows cached."""
+"""Position ids of prompts whose images are pruned, as an engine computes them: in chunks, twice, some rows cached."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def naive(query: Tensor, key: Tensor, bounds: list[int], leading: int) -> dict[s
     batch, _, heads, size = query.shape
     found: dict[str, list[Tensor]] = {"received": [], "cls": [], "key_norm": []}
     for sample in range(batch):
-        for first, after in zip(bounds, bounds[1:], strict=False):
+        for first, after in pairwise(bounds):
             rows = slice(first, after)
             maps = [
                 torch.softmax(
