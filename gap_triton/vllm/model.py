@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
-    get_pp_group,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 
 from .choose import choose
 from .layouts import Grid, Layout, chunks
@@ -57,17 +57,12 @@ class GapModel:
             )
         self.gap_layout = layout
         self._gap_most = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self._gap_scores = None
         let_the_runner_ask(vllm_config)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             send_ids(self)
-        if get_pp_group().is_first_rank and attention is not None:
-            self._gap_scores = TowerScores(
-                attention,
-                layout.leading,
-                get_tensor_model_parallel_world_size(),
-                tensor_model_parallel_all_reduce,
-            )
+        # Every rank of a pipeline has a tower, and profiles memory with it; the first alone encodes what is asked about.
+        ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
+        self._gap_scores = None if attention is None else TowerScores(attention, layout.leading, ranks, total)
         logger.info("gap_triton prunes images before the decoder: %s", options)
 
     # ------------------------------------------------------------------------------------------- encoding
@@ -87,7 +82,7 @@ class GapModel:
 
     def _encode(self, fields: dict[str, Any], plans: Sequence[Plan], grids: Sequence[Grid]) -> list[Tensor]:
         needs = {plan.score for plan, grid in zip(plans, grids, strict=True) if plan.kept < grid[0] * grid[1]}
-        assert self._gap_scores is not None  # only the first rank of a pipeline encodes
+        assert self._gap_scores is not None  # a model without its tower encodes nothing
         with self._gap_scores.record(needs & TOWER_SCORES) as recorded:
             features = super().embed_multimodal(**fields)  # type: ignore[misc]
             scores = {name: self.gap_layout.to_features(rows, grids) for name, rows in recorded.items()}
@@ -154,6 +149,6 @@ class GapModel:
             positions = intermediate_tensors[IDS].T.contiguous()
         axes = positions if self.gap_layout.axes == positions.shape[0] else positions[0]
         output = super().forward(input_ids, axes, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
-        if hasattr(output, "tensors"):
+        if isinstance(output, IntermediateTensors):
             output.tensors[IDS] = positions.T.contiguous()
         return output
