@@ -20,8 +20,9 @@ class ImagesAlone:
     """Mixed into a model's processing information: it takes no videos."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Return that images are supported, however many."""
-        return {"image": None}
+        """Return that no more than 0 of anything but images is taken."""
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
 
 class GapProcessor(ABC):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,6 +24,8 @@ from gap_triton import GapConfig
 from gap_triton.config import BEFORE_THE_DECODER
 from gap_triton.demo.architectures import find
 from gap_triton.demo.scenes import Scenes, held_out
+
+from . import families, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
@@ -111,6 +116,33 @@ def ask(engine: Engine, calls: Sequence[Sequence[Request]]) -> list[Answers]:
         if not result.exists():
             raise RuntimeError(f"the engine failed: {ended.stderr[-6000:]}")
         return [Answers(**each) for each in pickle.loads(result.read_bytes())]
+
+
+def random_weights(model_type: str, folder: Path) -> Engine:
+    """An engine of a tiny model of the Qwen family with random weights, whose tokenizer is an embedded model's."""
+    source = find("qwen2_5_vl")
+    theirs = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = families.config_of(model_type)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, theirs[name])
+    text, vision = config.text_config, config.vision_config
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_size"):
+        setattr(text, name, theirs["text_config"][name])
+    text.num_key_value_heads = text.num_attention_heads = 4
+    text.head_dim = 32  # the least that vLLM's attention takes on a CPU
+    text.rope_parameters["mrope_section"] = [4, 6, 6]
+    setattr(
+        vision, "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size", text.hidden_size
+    )
+    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    torch.manual_seed(0)
+    tiny.seed_weights(kind._from_config(config)).save_pretrained(folder)
+    for path in source.folder.glob("*token*.json"):
+        shutil.copy(path, folder)
+    shutil.copy(source.folder / "preprocessor_config.json", folder)
+    name = kind.__name__.replace("ForConditionalGeneration", "Processor")
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": name}), encoding="utf-8")
+    return Engine(folder, model_type)
 
 
 class Oracle:
