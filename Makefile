@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table clean
+.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance kernel-table vllm serve-demo clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -27,7 +27,9 @@ help:
 	@echo "make compat-newest  the wheel and whatever is newest today, in a new environment: a short core of the tests"
 	@echo "make endurance  1,500 generations in one process, after which nothing may have grown (2 minutes)"
 	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
-	@echo "make clean  remove .venv, .venv-compat-* and what was built"
+	@echo "make vllm   the same tokens from vLLM as from transformers; first installs vLLM into .venv-vllm (7 minutes, 3.5 GB)"
+	@echo "make serve-demo  a server of vLLM with the embedded model, asked the demo's questions through the OpenAI API"
+	@echo "make clean  remove .venv, .venv-vllm, .venv-compat-* and what was built"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
@@ -67,6 +69,18 @@ kernel-table: $(VENV)/.installed-test
 	PYTHONPATH=tests:. $(BIN)/python -m scripts.critical_path
 	$(BIN)/python docs/tables.py
 
+# vLLM pins its own torch and transformers, so it has an environment of its own. RECORD_SERVING=1 writes docs/results/serving.json.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed-vllm: tests/scripts/vllm_environment.py
+	$(PYTHON) tests/scripts/vllm_environment.py $(VLLM)
+
+vllm: $(VLLM)/.installed-vllm
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider -o python_files='engine_*.py' tests/engine $(ARGS)
+
+serve-demo: $(VLLM)/.installed-vllm
+	$(VLLM)/bin/python tests/scripts/serve_demo.py $(ARGS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -75,4 +89,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python $(INPUTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* build demo-output *.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-compat-* build demo-output *.egg-info
