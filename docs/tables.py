@@ -17,7 +17,7 @@ from gap_triton.demo.report import markdown_of
 from gap_triton.demo.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md", "docs/serving.md")
 
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -38,6 +38,8 @@ def table_of(results: dict[str, Any]) -> tuple[str, str]:
     """Return the table of a results file, and where its contents come from."""
     if "copy_tb_per_s" in results:
         return path_table(results)
+    if "matrix" in results:
+        return serving_table(results)
     return kernel_table(results) if "triton" in results else demo_table(results)
 
 
@@ -94,6 +96,32 @@ def path_table(results: dict[str, Any]) -> tuple[str, str]:
             f"| {row['wide_mib']:g} | {row['floor_mib']:g} | {row['floor_us']:g} |"
         )
     return "\n".join(lines) + "\n", f"counted, not timed; sm_90; triton {results['triton']}"
+
+
+def serving_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return how many requests an engine answered with the same tokens, and where that comes from."""
+    trained = ("llava", "qwen2_5_vl")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results["matrix"]:
+        model, engine = row["model"], row["engine"]
+        if model not in trained:
+            model, engine = trained[1], model
+        accuracy = f" ({row['accuracy']:.3f})" if "accuracy" in row else ""
+        cell = f"{row['same']} / {row['requests']}{accuracy}"
+        cells.setdefault((engine, row["what"]), {})[model] = cell
+    lines = [
+        "| engine | kept | LLaVA | Qwen2.5-VL, or the model named |",
+        "|---|---|---|---|",
+        *(
+            f"| {engine} | {what} | {' | '.join(by_model.get(model, '') for model in trained)} |"
+            for (engine, what), by_model in cells.items()
+        ),
+    ]
+    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    source = (
+        f"requests with the same tokens, of all; in brackets the accuracy on the held-out scenes; {versions}"
+    )
+    return "\n".join(lines) + "\n", source
 
 
 if __name__ == "__main__":
