@@ -81,11 +81,11 @@ def with_offsets(embeddings: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([embeddings, digits.T.to(embeddings.device, embeddings.dtype)], 1)
 
 
-def parted(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings [K, C] and the offsets [3, K] int64 that `with_offsets` joined."""
+def offsets_of(embeddings: Tensor) -> Tensor:
+    """Return the offsets [3, K] int64 that `with_offsets` put beside embeddings, [K, C + 6] together."""
     digits = embeddings[:, -WIDTH:].T.long().unflatten(0, (DIGITS, AXES))
     powers = BASE ** torch.arange(DIGITS, device=digits.device)
-    return embeddings[:, :-WIDTH], (digits * powers[:, None, None]).sum(0)
+    return (digits * powers[:, None, None]).sum(0)
 
 
 def after_encoding(
@@ -110,11 +110,12 @@ def after_encoding(
         The embeddings, each [K, C]; the ids [3, L] int64; and what is added to a generated token's number to get its id.
     """
     delta = int(positions[0, -1]) + 1 - len(token_ids)  # a prompt ends in text, or in a whole image
-    if not embeddings:
-        return [], positions, delta
-    features, offsets = zip(*map(parted, embeddings), strict=True)
-    together = torch.cat(offsets, 1).to(positions.device)
-    return list(features), resolve(positions, token_ids, media, together, computed), delta
+    features = [each[:, :-WIDTH] for each in embeddings]
+    # What is known already is not read from the device again.
+    if embeddings and bool((positions[0, computed:] < 0).any()):
+        offsets = torch.cat([offsets_of(each) for each in embeddings], 1).to(positions.device)
+        positions = resolve(positions, token_ids, media, offsets, computed)
+    return features, positions, delta
 
 
 def resolve(
@@ -130,11 +131,8 @@ def resolve(
         computed: How many tokens of the prompt were computed before.
 
     Returns:
-        [3, L] int64, a new tensor; ``positions`` itself where none of these rows waits.
+        [3, L] int64, a new tensor.
     """
-    waits = positions[0, computed:] < 0
-    if not bool(waits.any()):
-        return positions
     ids = torch.as_tensor(token_ids[computed:]).to(positions.device)
     rows = torch.isin(ids, torch.tensor(media, device=ids.device)).nonzero()[: offsets.shape[1], 0] + computed
     if len(rows) != offsets.shape[1]:

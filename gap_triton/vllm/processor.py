@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from vllm.logger import init_logger
@@ -94,8 +95,10 @@ class GapProcessor(ABC):
         if tokens:
             options = self._options(hf_kwargs)
             processed[FIELD] = rows_of(options, tokens)
-            for count in sorted(n for n in set(tokens) if options.kept(n) < n):
-                logger.info_once("gap_triton: an image of %d tokens keeps %d", count, options.kept(count))
+            # Also what the engine keeps by default, which is so said at start, of the largest image.
+            for count, how in product(sorted(set(tokens)), (self._options({}), options)):
+                if how.kept(count) < count:
+                    logger.info_once("gap_triton: an image of %d tokens keeps %d", count, how.kept(count))
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
