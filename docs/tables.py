@@ -40,6 +40,8 @@ def table_of(results: dict[str, Any]) -> tuple[str, str]:
         return path_table(results)
     if "matrix" in results:
         return serving_table(results)
+    if "throughput" in results:
+        return throughput_table(results)
     return kernel_table(results) if "triton" in results else demo_table(results)
 
 
@@ -120,6 +122,29 @@ def serving_table(results: dict[str, Any]) -> tuple[str, str]:
     versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
     source = (
         f"requests with the same tokens, of all; in brackets the accuracy on the held-out scenes; {versions}"
+    )
+    return "\n".join(lines) + "\n", source
+
+
+def throughput_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return what an engine serves relative to one that keeps everything, and where that comes from."""
+    keeps = list(dict.fromkeys(row["keep"] for row in results["throughput"] if row["keep"] < 1))
+    cells: dict[tuple[str, int], dict[float, str]] = {}
+    for row in results["throughput"]:
+        cell = f"{row['throughput']:.2f} / {row['mean_ttft']:.2f} / {row['first_ttft']:.2f}"
+        cells.setdefault((row["images"], row["requests"]), {})[row["keep"]] = cell
+    lines = [
+        f"| images | at once | {' | '.join(f'keep={keep:g}' for keep in keeps)} |",
+        "|" + "---|" * (2 + len(keeps)),
+        *(
+            f"| {images} | {requests} | {' | '.join(by_keep[keep] for keep in keeps)} |"
+            for (images, requests), by_keep in sorted(cells.items())
+        ),
+    ]
+    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    source = (
+        f"requests per second / mean time to the first token / that of the first request, relative to an engine that keeps "
+        f"everything; medians of {results['turns']} turns of {results['clock']}; score {results['score']!r}; {versions}"
     )
     return "\n".join(lines) + "\n", source
 
