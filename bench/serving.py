@@ -41,7 +41,7 @@ SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "m
 
 
 def write_model(folder: Path) -> None:
-    """Write a LLaVA with random weights, small enough for a CPU: 576 visual tokens, 61 M parameters in the decoder."""
+    """Write a LLaVA with random weights, small enough for a CPU: 576 visual tokens, 64 M parameters in the decoder."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from gap_triton.demo.architectures import LLAVA
