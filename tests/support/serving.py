@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM allows on a CPU
 ANSWER = 8  # tokens of an answer
+STARTS_AND_ANSWERS_WITHIN = 1500  # seconds; a pipeline compiles, and a machine may be busy
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "block_size": BLOCK}
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one needs a GPU
@@ -105,16 +108,22 @@ def ask(engine: Engine, calls: Sequence[Sequence[Request]]) -> list[Answers]:
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job"), Path(folder, "result")
         job.write_bytes(pickle.dumps((engine.arguments, ANSWER, calls)))
-        ended = subprocess.run(
-            [sys.executable, str(WORKER), str(job), str(result)],
-            env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": str(ROOT / "tests")},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
+        log = Path(folder, "log")
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, str(WORKER), str(job), str(result)],
+                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": str(ROOT / "tests")},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait(STARTS_AND_ANSWERS_WITHIN)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own processes
+                    os.killpg(process.pid, signal.SIGKILL)
         if not result.exists():
-            raise RuntimeError(f"the engine failed: {ended.stderr[-6000:]}")
+            raise RuntimeError(f"the engine failed: {log.read_text(encoding='utf-8')[-6000:]}")
         return [Answers(**each) for each in pickle.loads(result.read_bytes())]
 
 
