@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance lmms kernel-table hub-kernel docs clean
+.PHONY: help demo test fuzz lint bench instructions gpu-check compat endurance lmms vllm serve-demo kernel-table hub-kernel docs clean
 
 # `make bench` and `make gpu-check` measure what is there: where $(PYTHON) has torch and sees a GPU, that is used as it is,
 # nothing is installed and no network is needed. Elsewhere they use .venv. $(1): arguments of Python, $(2): the extra.
@@ -30,7 +30,9 @@ help:
 	@echo "make kernel-table  what the kernels need on five GPUs, and what is in series; into docs/kernels.md; needs none (about 5 minutes)"
 	@echo "make docs   the documents as a site in build/site/, strictly, with the API reference; and run the notebook"
 	@echo "make hub-kernel  the operators as a kernel of the Hugging Face Hub, in build/hub-kernel/, loaded once by the library kernels"
-	@echo "make clean  remove .venv, .venv-compat-*, .venv-lmms and what was built"
+	@echo "make vllm   the same tokens from vLLM as from transformers; first installs vLLM into .venv-vllm (7 minutes, 3.5 GB)"
+	@echo "make serve-demo  a server of vLLM with the embedded model, asked the demo's questions through the OpenAI API"
+	@echo "make clean  remove .venv, .venv-vllm, .venv-compat-*, .venv-lmms and what was built"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gap-triton demo
@@ -86,6 +88,18 @@ docs: $(VENV)/.installed-docs
 hub-kernel: $(VENV)/.installed-hub
 	$(BIN)/python kernels/hub_kernel.py --check $(ARGS)
 
+# vLLM pins its own torch and transformers, so it has an environment of its own. RECORD_SERVING=1 writes docs/results/serving.json.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed-vllm: tests/scripts/vllm_environment.py
+	$(PYTHON) tests/scripts/vllm_environment.py $(VLLM)
+
+vllm: $(VLLM)/.installed-vllm
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider -o python_files='engine_*.py' tests/engine $(ARGS)
+
+serve-demo: $(VLLM)/.installed-vllm
+	$(VLLM)/bin/python tests/scripts/serve_demo.py $(ARGS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -94,4 +108,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python $(INPUTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* .venv-lmms build demo-output *.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-compat-* .venv-lmms build demo-output *.egg-info

@@ -17,7 +17,7 @@ from gap_triton.demo.report import markdown_of
 from gap_triton.demo.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md", "docs/serving.md")
 
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -38,6 +38,10 @@ def table_of(results: dict[str, Any]) -> tuple[str, str]:
     """Return the table of a results file, and where its contents come from."""
     if "copy_tb_per_s" in results:
         return path_table(results)
+    if "matrix" in results:
+        return serving_table(results)
+    if "throughput" in results:
+        return throughput_table(results)
     return kernel_table(results) if "triton" in results else demo_table(results)
 
 
@@ -95,6 +99,55 @@ def path_table(results: dict[str, Any]) -> tuple[str, str]:
             f"| {row['wide_mib']:g} | {row['floor_mib']:g} | {row['floor_us']:g} |"
         )
     return "\n".join(lines) + "\n", f"counted, not timed; sm_90; triton {results['triton']}"
+
+
+def serving_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return how many requests an engine answered with the same tokens, and where that comes from."""
+    trained = ("llava", "qwen2_5_vl")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results["matrix"]:
+        model, engine = row["model"], row["engine"]
+        if model not in trained:
+            model, engine = trained[1], model
+        accuracy = f" ({row['accuracy']:.3f})" if "accuracy" in row else ""
+        cell = f"{row['same']} / {row['requests']}{accuracy}"
+        cells.setdefault((engine, row["what"]), {})[model] = cell
+    lines = [
+        "| engine | kept | LLaVA | Qwen2.5-VL, or the model named |",
+        "|---|---|---|---|",
+        *(
+            f"| {engine} | {what} | {' | '.join(by_model.get(model, '') for model in trained)} |"
+            for (engine, what), by_model in cells.items()
+        ),
+    ]
+    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    source = (
+        f"requests with the same tokens, of all; in brackets the accuracy on the held-out scenes; {versions}"
+    )
+    return "\n".join(lines) + "\n", source
+
+
+def throughput_table(results: dict[str, Any]) -> tuple[str, str]:
+    """Return what an engine serves relative to one that keeps everything, and where that comes from."""
+    keeps = list(dict.fromkeys(row["keep"] for row in results["throughput"] if row["keep"] < 1))
+    cells: dict[tuple[str, int], dict[float, str]] = {}
+    for row in results["throughput"]:
+        cell = f"{row['throughput']:.2f} / {row['mean_ttft']:.2f} / {row['first_ttft']:.2f}"
+        cells.setdefault((row["images"], row["requests"]), {})[row["keep"]] = cell
+    lines = [
+        f"| images | at once | {' | '.join(f'keep={keep:g}' for keep in keeps)} |",
+        "|" + "---|" * (2 + len(keeps)),
+        *(
+            f"| {images} | {requests} | {' | '.join(by_keep[keep] for keep in keeps)} |"
+            for (images, requests), by_keep in sorted(cells.items())
+        ),
+    ]
+    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    source = (
+        f"requests per second / mean time to the first token / that of the first request, relative to an engine that keeps "
+        f"everything; medians of {results['turns']} turns of {results['clock']}; score {results['score']!r}; {versions}"
+    )
+    return "\n".join(lines) + "\n", source
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..constants import Constants
 from ..host import to_device
 from ..introspect import calls_interface, text_model_of
+from .patches import mean_of_patches, out_of_windows
 from .sizes import GRID_FIELDS, POSITIONS, SHAPES, host_sizes
 
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
@@ -89,7 +90,7 @@ class Tower:
             [F, ...]; ``rows`` where it is not known which patches become one token.
         """
         if self.merge > 1:
-            rows = _mean(rows.unflatten(0, (-1, self.merge**2)), (1,))
+            rows = mean_of_patches(rows.unflatten(0, (-1, self.merge**2)), (1,))
             return (
                 rows if self.window is None else rows[self._out_of_windows(_grids_of(arguments), rows.device)]
             )
@@ -104,7 +105,7 @@ class Tower:
         images = rows.split([height * width for height, width in sizes])
         return torch.cat(
             [
-                _mean(image.unflatten(0, (h // pool, pool, w // pool, pool)), (1, 3)).flatten(0, 1)
+                mean_of_patches(image.unflatten(0, (h // pool, pool, w // pool, pool)), (1, 3)).flatten(0, 1)
                 for image, (h, w) in zip(images, sizes, strict=True)
             ]
         )
@@ -133,7 +134,7 @@ class Tower:
         assert window is not None
         key = ("windows", tuple(map(tuple, grids)), device)
         return self.constants.get(
-            key, device, lambda: to_device(_out_of_windows(grids, merge, window), device)
+            key, device, lambda: to_device(out_of_windows(grids, merge, window), device)
         )
 
     def _sizes(self, arguments: dict[str, Any], patches: int) -> list[tuple[int, int]]:
@@ -341,11 +342,6 @@ def _projector_of(owner: PreTrainedModel) -> nn.Module | None:
     return projector if projector is not None and _maps_single_tokens(projector) else None
 
 
-def _mean(rows: Tensor, dim: tuple[int, ...]) -> Tensor:
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.mean(dim=dim, dtype=dtype).to(rows.dtype)
-
-
 def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
     """Frames, rows and columns of patches of each image or video among an encoder's arguments."""
     sizes = host_sizes(arguments)
@@ -353,21 +349,6 @@ def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
         sizes[name] for name in GRID_FIELDS.values() if name in sizes
     )
     return grids
-
-
-def _out_of_windows(grids: Sequence[Sequence[int]], merge: int, window: int) -> Tensor:
-    """[F] int64: by feature in raster order, its row in a tower that takes each frame window by window."""
-    orders, start = [], 0
-    for frames, height, width in grids:
-        row, column = torch.meshgrid(
-            torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
-        )
-        # A stable sort keeps raster order inside a window.
-        in_windows = ((row // window) * width + column // window).flatten().argsort(stable=True)
-        for _ in range(frames):
-            orders.append(in_windows.argsort() + start)
-            start += len(in_windows)
-    return torch.cat(orders)
 
 
 def _appends_cls(module: nn.Module) -> bool:

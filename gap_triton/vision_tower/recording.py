@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from gap_kernels import attention_received, visual_importance
 from torch import Tensor, nn
 
 from ..host import to_device
 from .finding import ALTERNATIVE, Tower
+from .scoring import cls_scores, key_rows, received_scores
 
 Need = Literal[
     "cls",
@@ -176,9 +176,7 @@ class Recording:
             if self._real is not None:
                 rows = key.transpose(1, 2)[self._real].flatten(1)  # [P, Hkv * D]
             else:
-                rows = (
-                    key[:, :, self.tower.of_features(key.shape[2])].transpose(1, 2).flatten(2).flatten(0, 1)
-                )
+                rows = key_rows(key, self.tower.of_features(key.shape[2]))
             if "key_norm" in self.needs:
                 self._parts["key_norm"].append(rows.float().norm(dim=-1))
             if "keys" in self.needs:
@@ -198,15 +196,16 @@ class Recording:
         if real is not None and kind == "received":
             # Patches of an image see each other, and no others: all images as one sequence.
             query, key = (each.transpose(1, 2)[real].transpose(0, 1)[None] for each in (query, key))
-            bounds = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
-            return attention_received(query, key, scale=scale, cu_seqlens=bounds).flatten().float()
+            ends = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+            return received_scores(query, key, slice(None), scale, ends)
         if real is not None:
             raise ValueError(f"{_HIDDEN}: use score='received'")
-        bounds_or_none = None if mask is None else _sequences(mask)
-        whole = bounds_or_none is None or len(bounds_or_none) == 2
+        bounds = None if mask is None else _sequences(mask)
+        whole = bounds is None or len(bounds) == 2
         if kind == "received":
-            score = attention_received(query, key, scale=scale, cu_seqlens=None if whole else bounds_or_none)
-            return score[:, self.tower.of_features(tokens)].flatten().float()
+            return received_scores(
+                query, key, self.tower.of_features(tokens), scale, None if whole else bounds
+            )
         if not whole:
             raise ValueError(f"{_HIDDEN}: use score='received'")
         index, row = self.tower.constants.get(
@@ -214,8 +213,7 @@ class Recording:
             query.device,
             lambda: self._cls_index(batch, tokens, query.device),
         )
-        score = visual_importance(query, key, index, rows=row, scale=scale, causal=False)
-        return score.flatten().float()
+        return cls_scores(query, key, index, row, scale)
 
     def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""

@@ -33,7 +33,9 @@ def script(name: str):
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md", "docs/serving.md"]
+)
 def test_tables_are_the_measured_ones(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in text

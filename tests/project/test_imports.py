@@ -18,6 +18,7 @@ ROOMS = (
     "__main__",
     "lmms",
     "evaluation",
+    "vllm",
     "latency",
     "demo",
     "published",
@@ -165,6 +166,24 @@ def test_the_operators_import_nothing_of_the_integration() -> None:
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Number of its lines, docstring included."""
     return function.end_lineno - function.lineno + 1  # type: ignore[operator]
+
+
+def test_vllm_is_imported_where_it_is_installed_alone() -> None:
+    """Only the plug-in imports it, nothing but the plug-in imports the plug-in, and half of the plug-in needs no vLLM."""
+    outside = {name for name in FILES if room_of(name) != "vllm"}
+    needing = {
+        name
+        for name, path in FILES.items()
+        for imported, _ in imported_names(ast.parse(path.read_text()), name, path.name == "__init__.py")
+        if imported.split(".")[0] == "vllm"
+    }
+    assert not needing & outside
+    assert not [each for each in IMPORTS if each.importer in outside and room_of(each.imported) == "vllm"]
+    free = {
+        f"vllm.{name}" for name in ("choose", "layouts", "options", "plan", "positions", "refusals", "scores")
+    }
+    assert not needing & {"vllm", *free}
+    assert not [each for each in IMPORTS if each.importer in free and each.imported in needing]
 
 
 def test_no_function_is_long() -> None:

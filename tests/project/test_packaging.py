@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import email
 import importlib.metadata
 import importlib.util
@@ -135,11 +136,13 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
 
 def test_the_command_and_the_plug_in_are_installed(wheel: zipfile.ZipFile) -> None:
     (name,) = (each for each in wheel.namelist() if each.endswith("entry_points.txt"))
-    entry_points = wheel.read(name).decode()
-    assert "gap-triton = gap_triton_cli:app" in entry_points
-    assert "[lmms_eval.models]\ngap_triton = gap_triton.lmms:manifests" in entry_points
+    entries = configparser.ConfigParser()
+    entries.read_string(wheel.read(name).decode())
+    assert dict(entries["console_scripts"]) == {"gap-triton": "gap_triton_cli:app"}
+    assert dict(entries["vllm.general_plugins"]) == {"gap_triton": "gap_triton.vllm.register:register"}
+    assert dict(entries["lmms_eval.models"]) == {"gap_triton": "gap_triton.lmms:manifests"}
     assert (
-        "torch.backends" not in entry_points
+        "torch.backends" not in entries
     )  # that touches every process with torch; `autoload/` is who wants it
 
 
@@ -172,7 +175,19 @@ def test_no_extra_that_make_installs_brings_torchvision(metadata: Message) -> No
             if each.marker is not None and each.marker.evaluate({"extra": extra}):
                 assert each.name != "torchvision"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"demo", "eval", "lmms", "torchvision", "flash", "hub", "bench", "docs", "test", "dev"}
+    assert extras == {
+        "demo",
+        "eval",
+        "lmms",
+        "torchvision",
+        "flash",
+        "hub",
+        "vllm",
+        "bench",
+        "docs",
+        "test",
+        "dev",
+    }
 
 
 def test_the_readme_can_be_read_on_an_index(metadata: Message) -> None:

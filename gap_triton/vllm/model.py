@@ -1,0 +1,154 @@
+"""What the models share: an image is encoded, its tokens are scored and chosen, and the survivors carry their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
+
+from .choose import choose
+from .layouts import Grid, Layout, chunks
+from .options import options_of
+from .pipeline import IDS, send_ids
+from .plan import FIELD, Plan, plans_of
+from .positions import PlacedImage, after_encoding, prompt_positions, with_offsets
+from .runner import let_the_runner_ask
+from .scores import TowerScores
+
+logger = init_logger(f"vllm.{__name__}")
+TOWER_SCORES = frozenset({"cls", "received", "key_norm"})
+
+
+class GapModel:
+    """Mixed into a model of vLLM, in front of it.
+
+    A subclass ends its ``__init__`` with `start_pruning`.
+    """
+
+    supports_mrope = True  # what vLLM calls position ids that a model computes
+    supports_multimodal_pruning = True
+    gap_layout: Layout
+
+    def start_pruning(self, vllm_config: VllmConfig, layout: Layout, attention: nn.Module | None) -> None:
+        """Prepare the model.
+
+        Args:
+            vllm_config: The engine's.
+            layout: How this family lays out its images.
+            attention: The scoring layer of the vision tower.
+
+        Raises:
+            ValueError: The options don't go with this model or this engine.
+        """
+        options = options_of(vllm_config.model_config.hf_config.gap)
+        block = vllm_config.cache_config.block_size
+        if options.block is not None and options.block % block:
+            raise ValueError(
+                f"hf_overrides['gap']: block={options.block} is no multiple of {block}, the tokens of a block of this "
+                "engine's KV cache (--block-size), so an image would not end where a block does"
+            )
+        self.gap_layout = layout
+        self._gap_most = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        let_the_runner_ask(vllm_config)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            send_ids(self)
+        # Every rank of a pipeline has a tower, and profiles memory with it; the first alone encodes what is asked about.
+        ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
+        self._gap_scores = None if attention is None else TowerScores(attention, layout.leading, ranks, total)
+        logger.info("gap_triton prunes images before the decoder: %s", options)
+
+    # ------------------------------------------------------------------------------------------- encoding
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Encode images, and return the survivors of each: [kept, C + 6], with their ids beside them."""
+        rows = kwargs.pop(FIELD, None)
+        if rows is None:
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        plans = plans_of(rows)
+        grids = self.gap_layout.grids(kwargs, len(plans))
+        survivors: list[Tensor] = []
+        # The scheduler counts survivors, so it may send more images at once than memory was profiled with.
+        for first, after in chunks(grids, self._gap_most):
+            fields = self.gap_layout.part(kwargs, first, after)
+            survivors += self._encode(fields, plans[first:after], grids[first:after])
+        return tuple(survivors)
+
+    def _encode(self, fields: dict[str, Any], plans: Sequence[Plan], grids: Sequence[Grid]) -> list[Tensor]:
+        needs = {plan.score for plan, grid in zip(plans, grids, strict=True) if plan.kept < grid[0] * grid[1]}
+        assert self._gap_scores is not None  # a model without its tower encodes nothing
+        with self._gap_scores.record(needs & TOWER_SCORES) as recorded:
+            features = super().embed_multimodal(**fields)  # type: ignore[misc]
+            scores = {name: self.gap_layout.to_features(rows, grids) for name, rows in recorded.items()}
+        survivors, start = [], 0
+        for plan, grid, rows in zip(plans, grids, features, strict=True):
+            after = start + grid[0] * grid[1]
+            if len(rows) != after - start:
+                raise ValueError(f"an image of {grid[0]} x {grid[1]} tokens became {len(rows)} rows")
+            score = scores.get(plan.score)
+            index = choose(plan, grid, None if score is None else score[start:after], rows.device)
+            offsets = self.gap_layout.offsets(grid).to(rows.device)
+            if index is not None:
+                rows, offsets = rows[index], offsets[:, index]
+            survivors.append(with_offsets(rows, offsets))
+            start = after
+        return survivors
+
+    # ------------------------------------------------------------------------------------------- ids
+    def get_mrope_input_positions(
+        self, input_tokens: Sequence[int], mm_features: Sequence[Any]
+    ) -> tuple[Tensor, int]:
+        """Return the ids of a prompt, [3, L] int64, as far as they are known before it is encoded; and the delta."""
+        images = []
+        for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
+            fields = {name: element.data for name, element in feature.data.items()}
+            (plan,) = plans_of(fields.pop(FIELD))
+            (grid,) = self.gap_layout.grids(fields, 1)
+            place = feature.mm_position
+            known = choose(plan, grid)
+            images.append(
+                PlacedImage(
+                    place.offset, place.length, self.gap_layout.offsets(grid), known, plan.ids == "compacted"
+                )
+            )
+        return prompt_positions(len(input_tokens), images)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Sequence[int],
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Take the ids off the survivors that the next step reads; the runner asks for every request in every step."""
+        return after_encoding(
+            mrope_positions,
+            input_ids,
+            self.gap_layout.placeholders,
+            multimodal_embeddings,
+            num_computed_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------- decoding
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the decoder, which may have one axis of ids; to a later rank of a pipeline they come with hidden states."""
+        if intermediate_tensors is not None and IDS in intermediate_tensors.tensors:
+            positions = intermediate_tensors[IDS].T.contiguous()
+        axes = positions if self.gap_layout.axes == positions.shape[0] else positions[0]
+        output = super().forward(input_ids, axes, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        if isinstance(output, IntermediateTensors):
+            output.tensors[IDS] = positions.T.contiguous()
+        return output

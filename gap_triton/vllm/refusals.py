@@ -1,0 +1,85 @@
+"""What an engine may do that was never tried with pruned images, and why it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# What to call it, how it shows in vLLM's configuration, and the reason.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "model runner V2",
+        lambda c: c.use_v2_model_runner,
+        "no GPU has shown yet that it reads the ids; set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    (
+        "mm_encoder_tp_mode='data'",
+        lambda c: c.model_config.multimodal_config.mm_encoder_tp_mode == "data",
+        "images are then encoded past the layer that scores; leave it at 'weights'",
+    ),
+    (
+        "cudagraph_mm_encoder",
+        lambda c: c.compilation_config.cudagraph_mm_encoder,
+        "a CUDA graph of the encoder goes past the choice; leave it off",
+    ),
+    (
+        "compile_mm_encoder",
+        lambda c: c.compilation_config.compile_mm_encoder,
+        "never tried: the scoring layer is watched by a hook; leave it off",
+    ),
+    (
+        "video_pruning_rate",
+        lambda c: bool(c.model_config.multimodal_config.video_pruning_rate),
+        "that is another method, for videos, which these models don't take; leave it out",
+    ),
+    (
+        "a LLaVA with another tower than CLIP's",
+        lambda c: _is_llava(c) and c.model_config.hf_config.vision_config.model_type != "clip_vision_model",
+        "Pixtral's puts tokens between the rows of an image, and no other was tried; use LLaVA-1.5",
+    ),
+    (
+        "a LLaVA whose decoder gets the CLS token",
+        lambda c: _is_llava(c) and c.model_config.hf_config.vision_feature_select_strategy != "default",
+        "it has no place in the image; use vision_feature_select_strategy='default'",
+    ),
+    (
+        "enable_mm_embeds",
+        lambda c: c.model_config.multimodal_config.enable_mm_embeds,
+        "nothing is known of the encoder that made them; pass images",
+    ),
+    (
+        "enable_prompt_embeds",
+        lambda c: c.model_config.enable_prompt_embeds,
+        "never tried: images are found by their placeholders; pass tokens",
+    ),
+    (
+        "speculative decoding",
+        lambda c: c.speculative_config is not None,
+        "drafts read the ids one token ahead, which may wait for an image still; leave it off",
+    ),
+    ("LoRA", lambda c: c.lora_config is not None, "never tried; merge it into the weights"),
+    ("kv_transfer_config", lambda c: c.kv_transfer_config is not None, "never tried; leave it out"),
+    ("ec_transfer_config", lambda c: c.ec_transfer_config is not None, "never tried; leave it out"),
+    (
+        "data_parallel_size above 1",
+        lambda c: c.parallel_config.data_parallel_size > 1,
+        "never tried; start one engine for each replica",
+    ),
+    (
+        "context parallelism",
+        lambda c: (
+            c.parallel_config.prefill_context_parallel_size > 1
+            or c.parallel_config.decode_context_parallel_size > 1
+        ),
+        "never tried; leave it at 1",
+    ),
+)
+
+
+def _is_llava(config: Any) -> bool:
+    return getattr(config.model_config.hf_config, "model_type", None) == "llava"
+
+
+def reasons_against(config: Any) -> list[str]:
+    """Return a sentence for each thing that an engine of this configuration does and that is refused."""
+    return [f"{name} is refused: {reason}" for name, does, reason in REFUSED if does(config)]

@@ -1,0 +1,77 @@
+"""What the scoring layer of a vision tower says of the tokens, while an encoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..vision_tower.scoring import cls_scores, key_rows, received_scores
+
+
+class TowerScores:
+    """Scores by the attention of one layer.
+
+    Args:
+        attention: The module whose arguments are query, key and value: [B, S, H * D] or [B, S, H, D], after RoPE where the
+            tower has it; and ``cu_seqlens`` where several images are in one sequence.
+        leading: Rows before each image that don't become tokens, the CLS token first.
+        ranks: Over how many processes the heads are split.
+        total: Adds up a tensor over these processes, so that all choose alike.
+    """
+
+    def __init__(
+        self, attention: nn.Module, leading: int, ranks: int, total: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._leading, self._ranks, self._total = leading, ranks, total
+        self._of_features = slice(leading, None)
+        self._needs: frozenset[str] = frozenset()
+        self._scores: dict[str, Tensor] = {}
+        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    @contextmanager
+    def record(self, needs: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """Score by ``needs``, some of ``"cls"``, ``"received"`` and ``"key_norm"``, what runs inside.
+
+        Yields:
+            Scores of the tower's patches by name, each [P] float32, once the layer has run.
+        """
+        self._needs, self._scores = frozenset(needs), {}
+        try:
+            yield self._scores
+        finally:
+            self._needs, self._scores = frozenset(), {}
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._needs:
+            return
+        query, key = (
+            args[place] if place < len(args) else kwargs[name] for place, name in enumerate(("query", "key"))
+        )
+        layer: Any = module
+        query, key = _heads_first(query, layer.num_heads), _heads_first(key, layer.num_kv_heads)
+        if "received" in self._needs:
+            bounds = kwargs.get("cu_seqlens")
+            bounds = None if bounds is None else bounds.int()
+            self._scores["received"] = self._mean(
+                received_scores(query, key, self._of_features, layer.scale, bounds)
+            )
+        if "cls" in self._needs:
+            batch, tokens = query.shape[0], query.shape[2]
+            index = torch.arange(self._leading, tokens, device=query.device).expand(batch, -1).contiguous()
+            row = index.new_zeros(batch, 1)
+            self._scores["cls"] = self._mean(cls_scores(query, key, index, row, layer.scale))
+        if "key_norm" in self._needs:
+            norm = key_rows(key, self._of_features).float().norm(dim=-1)
+            self._scores["key_norm"] = norm if self._ranks == 1 else self._total(norm.square()).sqrt()
+
+    def _mean(self, score: Tensor) -> Tensor:
+        return score if self._ranks == 1 else self._total(score) / self._ranks
+
+
+def _heads_first(rows: Tensor, heads: int) -> Tensor:
+    """[B, H, S, D] of [B, S, H * D] or [B, S, H, D]."""
+    return (rows.unflatten(-1, (heads, -1)) if rows.dim() == 3 else rows).transpose(1, 2)

@@ -1,0 +1,234 @@
+"""Engines of vLLM, each in a process of its own, and what gap_triton in transformers answers to the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import gap_triton
+from gap_triton import GapConfig
+from gap_triton.config import BEFORE_THE_DECODER
+from gap_triton.demo.architectures import find
+from gap_triton.demo.scenes import Scenes, held_out
+
+from . import families, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
+BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM allows on a CPU
+ANSWER = 8  # tokens of an answer
+STARTS_AND_ANSWERS_WITHIN = 1500  # seconds; a pipeline compiles, and a machine may be busy
+SETTINGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "block_size": BLOCK}
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one needs a GPU
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+PLUG_IN = {
+    "llava": "GapLlavaForConditionalGeneration",
+    "qwen2_vl": "GapQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "GapQwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "GapQwen3VLForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with its images, and what is kept of them: fields of `GapConfig`."""
+
+    text: str
+    images: tuple[Image.Image, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is started: a folder, its type, what it keeps by default, and what of vLLM's settings differs."""
+
+    folder: Path
+    model_type: str
+    gap: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=lambda: dict(IN_PROCESS))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.LLM``."""
+        overrides = {"architectures": [PLUG_IN[self.model_type]], "gap": self.gap}
+        return {"model": str(self.folder), "seed": 0, "hf_overrides": overrides, **SETTINGS, **self.settings}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine answered to the requests of one call.
+
+    Attributes:
+        tokens: By request.
+        prompt_tokens: How many tokens each prompt had.
+        hits: How many tokens of all prompts were in the prefix cache.
+        preemptions: How often a request lost its place.
+        encoded: How many unpruned tokens went through the vision tower at a time, in a process of its own only.
+    """
+
+    tokens: list[list[int]]
+    prompt_tokens: list[int]
+    hits: int
+    preemptions: int
+    encoded: list[int]
+
+
+def embedded(name: str, **changes: Any) -> Engine:
+    """An engine of an embedded model."""
+    return replace(Engine(find(name).folder, name), **changes)
+
+
+def ask(engine: Engine, calls: Sequence[Sequence[Request]]) -> list[Answers]:
+    """Start ``engine``, make the ``calls`` one after the other, and end it."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job"), Path(folder, "result")
+        job.write_bytes(pickle.dumps((engine.arguments, ANSWER, calls)))
+        log = Path(folder, "log")
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, str(WORKER), str(job), str(result)],
+                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": str(ROOT / "tests")},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait(STARTS_AND_ANSWERS_WITHIN)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own processes
+                    os.killpg(process.pid, signal.SIGKILL)
+        if not result.exists():
+            raise RuntimeError(f"the engine failed: {log.read_text(encoding='utf-8')[-6000:]}")
+        return [Answers(**each) for each in pickle.loads(result.read_bytes())]
+
+
+def random_weights(model_type: str, folder: Path) -> Engine:
+    """An engine of a tiny model of the Qwen family with random weights, whose tokenizer is an embedded model's."""
+    source = find("qwen2_5_vl")
+    theirs = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = families.config_of(model_type)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, theirs[name])
+    text, vision = config.text_config, config.vision_config
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_size"):
+        setattr(text, name, theirs["text_config"][name])
+    text.num_key_value_heads = text.num_attention_heads = 4
+    text.head_dim = 32  # the least that vLLM's attention takes on a CPU
+    text.rope_parameters["mrope_section"] = [4, 6, 6]
+    setattr(
+        vision, "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size", text.hidden_size
+    )
+    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    torch.manual_seed(0)
+    tiny.seed_weights(kind._from_config(config)).save_pretrained(folder)
+    for path in source.folder.glob("*token*.json"):
+        shutil.copy(path, folder)
+    shutil.copy(source.folder / "preprocessor_config.json", folder)
+    name = kind.__name__.replace("ForConditionalGeneration", "Processor")
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": name}), encoding="utf-8")
+    return Engine(folder, model_type)
+
+
+class Oracle:
+    """Gap_triton in transformers, which answers the same requests."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder, attn_implementation="gap_triton", dtype=dtype
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+
+    def answer(self, requests: Sequence[Request], batch: int = 32) -> list[list[int]]:
+        """Return the tokens that each request is answered with, up to the one that ends it."""
+        answers: dict[int, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
+        for number, request in enumerate(requests):
+            key = (tuple(sorted(request.options.items())), len(request.images))
+            groups.setdefault(key, []).append(number)
+        for numbers in groups.values():
+            for start in range(0, len(numbers), batch):
+                part = numbers[start : start + batch]
+                answers |= zip(part, self._generate([requests[number] for number in part]), strict=True)
+        return [answers[number] for number in range(len(requests))]
+
+    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        options = {"keep": 1.0, "score": "received", **requests[0].options}
+        images = len(requests[0].images)
+        if isinstance(options["keep"], int):
+            options["keep"] *= (
+                images  # an engine counts the survivors of an image, transformers those of a sample
+            )
+        gap_triton.configure(self.model, GapConfig(layer=BEFORE_THE_DECODER, **options))
+        inputs = self.processor(
+            images=[list(request.images) for request in requests],
+            text=[request.text for request in requests],
+            padding=True,
+            return_tensors="pt",
+        )
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with torch.no_grad():
+            generated = self.model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER)
+        end = self.model.generation_config.eos_token_id
+        return [
+            row[: row.index(end) + 1] if end in row else row
+            for row in generated[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
+
+
+def same(answers: Answers, expected: Sequence[list[int]]) -> int:
+    """How many requests were answered with the same tokens."""
+    assert len(answers.tokens) == len(expected)
+    return sum(got == wanted for got, wanted in zip(answers.tokens, expected, strict=True))
+
+
+# --------------------------------------------------------------------------------------------- requests
+def questions(name: str, scenes: int | Scenes, **options: Any) -> list[Request]:
+    """The demo's question about each of the first held-out scenes, or of ``scenes``."""
+    drawn = held_out(scenes) if isinstance(scenes, int) else scenes
+    architecture = find(name)
+    return [
+        Request(architecture.prompt(drawn.question(i)), (drawn.image(i),), options) for i in range(len(drawn))
+    ]
+
+
+def about_two_images(name: str, count: int, **options: Any) -> list[Request]:
+    """Questions about pairs of scenes."""
+    drawn, architecture = held_out(2 * count), find(name)
+    return [
+        Request(
+            f"{architecture.image_text} {architecture.prompt(drawn.question(2 * i))}",
+            (drawn.image(2 * i), drawn.image(2 * i + 1)),
+            options,
+        )
+        for i in range(count)
+    ]
+
+
+def of_another_shape(requests: Sequence[Request], size: tuple[int, int]) -> list[Request]:
+    """The same requests, their images stretched to so many pixels in width and height."""
+    return [replace(each, images=tuple(image.resize(size) for image in each.images)) for each in requests]
