@@ -13,6 +13,7 @@ from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
 from ..later_layers.inputs import take_survivors
 from ..selection import Selection
 from ..state import DecoderRun, Drop, Plan, Prefill, Survivors, VisionSelection
+from ..strategies import choose
 from .plan import plan_of
 from .position_ids import ID_RULES
 from .prompt import position_ids_of
@@ -199,22 +200,35 @@ def _selection_of(
 def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageRows) -> PrunedTokens:
     if drop.selection is not None:
         return _prune_selected(drop, rows, drop.selection)
-    plan, stage, attention = rows.plan, drop.stage, None
-    if stage.score in ATTENTION_SCORES:
-        attention = attention_of(run, prefill, stage, plan, rows.rotary)
-        if attention.plain and drop.grid_positions is None and plan.stays is None:
-            return _prune_fused(drop, rows, attention)
-    prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
-    if attention is not None:
-        scores = scores_by_attention(stage, plan, attention)
-    else:
+    plan, stage = rows.plan, drop.stage
+    prompt_rows = None
+    if rows.earlier is not None and drop.grid_positions is not None:
+        prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
+    if stage.score not in ATTENTION_SCORES:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
-    if drop.grid_positions is not None and stage.coverage != "topk":
-        selected = drop.grid_positions.mask_of_chosen(
-            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep)
-        )
-        return _prune_chosen(drop, rows, scores, selected)
-    return _prune_best(drop, rows, scores)
+    else:
+        attention = attention_of(run, prefill, stage, plan, rows.rotary)
+        if attention.plain and plan.stays is None:
+            return _prune_fused(drop, rows, attention, _spread_of(drop, rows, prompt_rows))
+        scores = scores_by_attention(stage, plan, attention)
+    return _prune_best(drop, rows, scores, _spread_of(drop, rows, prompt_rows))
+
+
+def _spread_of(drop: Drop, rows: StageRows, prompt_rows: torch.Tensor | None) -> dict[str, Any]:
+    """The coverage of the stage with what it needs, as keyword arguments of `gap_kernels.prune_tokens`.
+
+    Args:
+        drop: The stage.
+        rows: The rows that it finds.
+        prompt_rows: [B, V] int64, the visual ones by row of the prompt, -1 = filler; None where they are all of it,
+            or nothing asks.
+    """
+    device, positions = rows.plan.visual_index.device, drop.grid_positions
+    if drop.stage.coverage == "region" and positions is not None:
+        return {"coverage": "region", "neighbours": positions.neighbours_of(prompt_rows, device)}
+    if drop.stage.coverage == "stride" and positions is not None:
+        return {"coverage": "stride", "order": positions.order_of(prompt_rows, device)}
+    return {}
 
 
 def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> PrunedTokens:
@@ -222,11 +236,11 @@ def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> 
     device = rows.tokens[0].device
     scores = selection.score.to(device)
     if selection.stays is None:
-        return _prune_best(drop, rows, scores)
+        return _prune_best(drop, rows, scores, {})
     return _prune_chosen(drop, rows, scores, selection.stays.to(device))
 
 
-def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTokens:
+def _prune_fused(drop: Drop, rows: StageRows, attention: Attention, spread: dict[str, Any]) -> PrunedTokens:
     """Score, select and gather in one operator."""
     return prune_tokens(
         attention.query,
@@ -237,22 +251,23 @@ def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTok
         attention_mask=attention.columns,
         scale=attention.scale,
         length=drop.length,
+        **spread,
     )
 
 
-def _prune_best(drop: Drop, rows: StageRows, scores: torch.Tensor) -> PrunedTokens:
-    """Keep as many as the stage says of the best of ``scores`` [B, V], and what stays in any case."""
+def _prune_best(drop: Drop, rows: StageRows, scores: torch.Tensor, spread: dict[str, Any]) -> PrunedTokens:
+    """Keep as many as the stage says by ``scores`` [B, V] and a coverage, and what stays in any case."""
     if rows.plan.stays is not None:
-        return _prune_chosen(drop, rows, scores, _best(scores, rows.plan, max(drop.keep)))
-    return _prune_by_score(drop, rows, scores, rows.plan.keep)
+        return _prune_chosen(drop, rows, scores, _best(scores, rows.plan, max(drop.keep), spread))
+    return _prune_by_score(drop, rows, scores, rows.plan.keep, spread)
 
 
 def _prune_by_score(
-    drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor
+    drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor, spread: dict[str, Any]
 ) -> PrunedTokens:
-    """Keep the ``keep`` best of ``scores`` [B, V], as many in all samples or [B]."""
+    """Keep ``keep`` by ``scores`` [B, V] and a coverage, as many in all samples or [B]."""
     real = rows.plan.real if rows.plan.padded else None
-    return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length)
+    return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length, **spread)
 
 
 def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: torch.Tensor) -> PrunedTokens:
@@ -261,12 +276,16 @@ def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: t
     if plan.stays is not None:
         is_kept = (selected > 0) | plan.stays
         selected, keep = is_kept.float(), is_kept.sum(dim=1)
-    return _prune_by_score(drop, rows, selected, keep)._replace(scores=scores)
+    return _prune_by_score(drop, rows, selected, keep, {})._replace(scores=scores)
 
 
-def _best(scores: torch.Tensor, plan: Plan, most: int) -> torch.Tensor:
-    """[B, V] float32, 1 at the ``plan.keep`` best of each sample, by the operator's own rule, else 0."""
-    scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
-    index = topk_indices(scores, plan.keep, length=most)
+def _best(scores: torch.Tensor, plan: Plan, most: int, spread: dict[str, Any]) -> torch.Tensor:
+    """[B, V] float32, 1 at the ``plan.keep`` that a coverage chooses of each sample, by the operator's own rule, else 0."""
+    if spread:
+        scores = torch.where(plan.visual_index < 0, -torch.inf, scores)  # which is filler's
+        index = choose(scores, plan.keep, length=most, **spread)
+    else:
+        scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
+        index = topk_indices(scores, plan.keep, length=most)
     selected = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
     return selected.scatter_(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Literal, get_args
-
 import torch
 from gap_kernels import grid_neighbours, topk_indices, topk_per_region
+from gap_kernels.prune.coverage import STRIDE_SHARE, Coverage, check_coverage
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
     ShapeChecker,
     check_range,
-    describe,
     describe_number,
     is_readable,
     split_count,
@@ -22,16 +19,7 @@ from torch import Tensor
 from .rows import best_of, last_where, members
 from .spatial import spatial_order
 
-Coverage = Literal["topk", "region", "stride"]
-
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
-
-STRIDE_SHARE = Fraction(3, 10)
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample.
-
-FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
-them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
-"""
 
 
 def choose(
@@ -64,7 +52,7 @@ def choose(
         neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `gap_kernels.grid_neighbours`. In the first
             form a token that is alone in its region and scored -inf or NaN counts as filler.
         per_region: For ``"region"``: how many of each region are candidates, >= 1. Default: as many as ``keep`` needs,
-            ``ceil(keep / regions)`` of each row, which takes reads from the device.
+            ``ceil(keep / regions)`` of each row.
         order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`. Where a row holds several grids,
             each may have its own; equal ranks go to the lower row.
         length: Columns of the result; default ``keep``, or the largest ``keep``, which takes one read from the device.
@@ -79,11 +67,8 @@ def choose(
     shapes = ShapeChecker()
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
-    if not isinstance(coverage, str) or coverage not in get_args(Coverage):
-        raise ValueError(
-            f"coverage: expected one of {', '.join(map(repr, get_args(Coverage)))}, got {describe(coverage)}"
-        )
-    _check_grids(scores, shapes, neighbours, per_region, order)
+    check_coverage(coverage)
+    _check_grids(shapes, neighbours, per_region, order)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if coverage == "topk":
         return topk_indices(scores, keep, length=length)
@@ -133,22 +118,13 @@ def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length
 
 
 def _check_grids(
-    scores: Tensor,
-    shapes: ShapeChecker,
-    neighbours: Tensor | None,
-    per_region: int | None,
-    order: Tensor | None,
+    shapes: ShapeChecker, neighbours: Tensor | None, per_region: int | None, order: Tensor | None
 ) -> None:
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
-    if per_region is not None:
-        check_per_region(per_region)
+    check_per_region(per_region)
     if order is not None:
-        shapes.check("order", order, "G|1 N", (torch.int64,))
-        if order.shape[0] not in (1, scores.shape[0]):
-            raise ValueError(
-                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
-            )
+        shapes.check_shared("order", order, "N", (torch.int64,))
 
 
 def _by_region(
@@ -166,23 +142,7 @@ def _by_region(
         row = torch.arange(scores.shape[1], device=neighbours.device)[:, None]
         others = torch.where((first < scores.shape[1]) & (first != row), first, -1)  # [N, R]
         neighbours = torch.where(filler[..., None], others, neighbours)
-    if per_region is not None:
-        return topk_per_region(scores, neighbours, per_region, keep, length=length)
-    per_region_counts = _needed_per_region(neighbours, keep)
-    index = topk_indices(scores, keep, length=length)
-    for value in set(per_region_counts.tolist()):
-        candidates = topk_per_region(scores, neighbours, value, keep, length=length)
-        index = torch.where((per_region_counts == value)[:, None], candidates, index)
-    return index
-
-
-def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
-    """Return how many of each region must be candidates so that ``keep`` tokens are; [G] int64, at least 1."""
-    row = torch.arange(neighbours.shape[1], device=neighbours.device)
-    # A region is counted at its first token; filler has tokens before it by now.
-    first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1)
-    regions = first.sum(1).clamp(min=1)
-    return ((keep + regions - 1) // regions).clamp(min=1)
+    return topk_per_region(scores, neighbours, per_region, keep, length=length)
 
 
 def _by_stride(scores: Tensor, order: Tensor | None, keep: int | Tensor, length: int) -> Tensor:

@@ -20,18 +20,15 @@ from gap_triton.presets import PRESETS
 GRID = [6, 6]
 BATCH, FIRST, VISUAL, TOKENS = 2, 4, 36, 47
 TOWER = "ranks by its vision encoder, which a decoder alone has none of"
-CANDIDATES = "how many of each region are candidates is read from the device"
 GENERATOR = "torch.compile can't trace a random generator"
 # Why not, where it can't. Strict: what can be after all must leave its list.
 NOT_TRACED = {
     **dict.fromkeys(("prumerge", "prumerge+", "cls", "nuwa", "visionzip"), TOWER),
     **dict.fromkeys(("key norm of the tower", "received, by region"), TOWER),
-    **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
 }
 NOT_COMPILED = {
     **dict.fromkeys(("prumerge", "prumerge+", "cls", "nuwa", "visionzip"), TOWER),
     **dict.fromkeys(("key norm of the tower", "received, by region"), TOWER),
-    **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
     "random in the decoder": GENERATOR,
 }
 NAMES = [*PRESETS, *COMPOSED, "default", "compacted", "permuted"]

@@ -60,9 +60,11 @@ from ..importance.kernel import (
 )
 from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
+from .coverage import Covering
 from .kernel import (
     COPY_BYTES,
     FILL_BLOCK,
+    Spread,
     copy_rows,
     copy_tiles,
     new_outputs,
@@ -94,6 +96,7 @@ LINE = tl.constexpr(32)
         "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
         "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
         "partial_size", "weights_size", "parts", "tiles", "copies", "of_sample", "first_score", "first_copy",
+        "neighbours_stride_b", "order_stride_b", "per_region",
     ]
 )  # fmt: skip
 def prune_kernel(
@@ -108,6 +111,8 @@ def prune_kernel(
     sin,
     ids,
     counts,
+    neighbours,
+    order,
     workspace,
     counter,
     scores,
@@ -152,6 +157,9 @@ def prune_kernel(
     of_sample,
     first_score,
     first_copy,
+    neighbours_stride_b,
+    order_stride_b,
+    per_region,
     scale_log2,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -171,6 +179,8 @@ def prune_kernel(
     AXES: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
     STORED: tl.constexpr,
+    COVERAGE: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     TICKET: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -182,7 +192,7 @@ def prune_kernel(
     """
     AWAITED: tl.constexpr = 0 if lse is not None else (1 if STORED else KEY_HEADS)  # counters of LSE programs
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    # Statistics of the rows, logits or mass of the heads, and the keys of the selection, 4 bytes each.
+    # Statistics of the rows, logits or mass of the heads, keys of the selection, and places of visual tokens, 4 bytes each.
     partial_sum = workspace + partial_size
     weights = partial_sum + partial_size
     keys = (weights + weights_size).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -238,8 +248,9 @@ def prune_kernel(
                 if mask is not None:
                     row_mask = mask + (num_keys - num_query) * mask_stride_s
                 select_survivors(
-                    scores, visual_index, counts, row_mask, keys, index, sample.to(tl.int64),
-                    keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
+                    scores, visual_index, counts, row_mask, neighbours, order, keys, keys + batch * num_query, index,
+                    sample.to(tl.int64), keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
+                    neighbours_stride_b, order_stride_b, per_region, COVERAGE, NEIGHBOURS,
                     BLOCK_SELECT, BLOCK_FILL, True,
                 )  # fmt: skip
                 announce(selected)
@@ -416,6 +427,10 @@ def prune_tokens(
     lse: Tensor | None,
     scale: float | None,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
     *,
     work: Plan | None = None,
     ticket: bool = True,
@@ -439,7 +454,10 @@ def prune_tokens(
 
     partial_size = batch * query_heads * num_rows * work.splits
     weights_size = batch * (query_heads * num_rows * num_keys if work.stored else key_heads * num_visual)
+    spread = Spread.of(Covering(coverage, neighbours, per_region, order))
     workspace = 2 * partial_size + weights_size + batch * num_query
+    if spread.needs_places(mask):
+        workspace += batch * num_visual
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
@@ -449,7 +467,7 @@ def prune_tokens(
         (
             query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask,
             None if lse is None else lse.float().contiguous(), *inputs, ids,
-            None if counts is None else counts.contiguous(),
+            None if counts is None else counts.contiguous(), spread.neighbours, spread.order,
             torch.empty(workspace, dtype=torch.float32, device=device),
             counters(device, LINE.value + batch * work.of_sample),
             scores, index, *outputs,
@@ -462,10 +480,10 @@ def prune_tokens(
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),
             batch, num_query, num_keys, num_rows, num_visual, work.split_keys, work.splits, keep, length,
             partial_size, weights_size, work.parts, work.tiles, work.copies, work.of_sample, work.first_score,
-            work.first_copy,
+            work.first_copy, *spread.sizes,
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
-        work.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
+        work.constants | spread.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
         num_warps=WARPS,
         num_stages=work.stages,
         maxnreg=MAX_REGISTERS,
