@@ -42,6 +42,7 @@ from gap_triton.strategies import (
     spatial_order,
     text_similarity,
 )
+from gap_triton.strategies.grid_positions import LAST, GridPositions
 
 NAN, INF = math.nan, math.inf
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -204,6 +205,38 @@ def test_several_grids_in_one_row_share_the_lattice() -> None:
     # 7 tokens: 2 by the lattice, the first of each grid; 5 by score.
     assert choose(scores, 7, "stride", order=order).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
     assert choose(scores, 2, "stride", order=order).tolist() == [[0, 3]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_places_of_what_is_left(data: st.DataObject) -> None:
+    """Neighbours and ranks of some visual rows, with filler anywhere, from those of all of them."""
+    seeded = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    grids = data.draw(st.lists(GRID, min_size=1, max_size=3))
+    cells = [grid[0] * grid[1] for grid in grids]
+    most, queries = max(cells), max(cells) + 4
+    neighbours = torch.full((len(grids), most, 3), -1, dtype=torch.int32)
+    order, index = torch.full((len(grids), most), LAST), torch.full((len(grids), most), -1)
+    left = torch.full((len(grids), data.draw(st.integers(1, most))), -1)
+    for sample, (grid, count) in enumerate(zip(grids, cells, strict=True)):
+        neighbours[sample, :count], order[sample, :count] = grid_neighbours(grid), spatial_order(grid)
+        index[sample, :count] = torch.randperm(queries, generator=seeded)[:count].sort().values
+        some = index[sample, :count][torch.rand(count, generator=seeded) < 0.7][: left.shape[1]]
+        place = torch.randperm(left.shape[1], generator=seeded)[: len(some)].sort().values
+        left[sample, place] = some
+    positions = GridPositions(neighbours, order, index, queries)
+    ranks = positions.order_of(left, left.device).tolist()
+    around = positions.neighbours_of(left, left.device).tolist()
+    for sample, rows in enumerate(left.tolist()):
+        every = index[sample].tolist()
+        for slot, row in enumerate(rows):
+            number = every.index(row) if row >= 0 else None
+            assert ranks[sample][slot] == (LAST if number is None else order[sample, number])
+            others = [] if number is None else neighbours[sample, number].tolist()
+            expected = {rows.index(every[other]) for other in others if other >= 0 and every[other] in rows}
+            assert {other for other in around[sample][slot] if other >= 0} == expected
+    assert torch.equal(positions.order_of(None, order.device), order)
+    assert torch.equal(positions.neighbours_of(None, order.device), neighbours)
 
 
 SCORES = torch.zeros(2, 6)

@@ -214,8 +214,6 @@ def spread_over(
     coverage: str, samples: int, num_visual: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """What a coverage needs for slots of ``visual_index``: regions of any shape, up to four slots in each."""
-    if coverage == "topk":
-        return {}
     if coverage == "stride":
         return {"order": torch.randint(-1, 6, (samples, num_visual), generator=generator) * 2**28}
     neighbours = torch.full((samples, num_visual, 3), -1, dtype=torch.int32)
@@ -227,8 +225,8 @@ def spread_over(
     return {"neighbours": neighbours}
 
 
-@pytest.mark.parametrize("coverage", ["topk", "region", "stride"])
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("coverage", ["region", "stride"])
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_coverages(coverage: str, data: st.DataObject) -> None:
     """Slots in any order with filler, padding, scores with ties and NaN; of their own for each sample or for all alike."""

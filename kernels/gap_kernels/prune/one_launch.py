@@ -46,9 +46,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..backends import triton_is_interpreted
 from ..handover import announce, wait
 from ..importance.kernel import (
+    block_sizes,
     mean_tile,
     row_lse_tile,
     split_of,
@@ -58,7 +60,6 @@ from ..importance.kernel import (
     stores_logits,
     visual_mass_tile,
 )
-from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
 from .coverage import Covering
 from .kernel import (
@@ -76,9 +77,6 @@ from .workspace import counters
 MAX_ROWS = 8192
 """Longest prompt that is selected from inside the launch, half of it for float32: its keys stay in the registers of one
 program, as long as there are any left. Above, the few warps that suit the other roles would read them again and again."""
-WARPS = 8
-MAX_REGISTERS = 120
-"""Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""
 MAX_WAVES = 4
@@ -310,7 +308,8 @@ class Plan(NamedTuple):
     first_score: int
     first_copy: int
     programs: int
-    stages: int
+    options: dict[str, int]
+    """What the compiler is told."""
     constants: dict[str, int]
 
 
@@ -331,30 +330,31 @@ def plan(
     dtype: torch.dtype,
     copied_dtype: torch.dtype,
     lse_given: bool,
+    device_class: str,
 ) -> Plan:
     """Divide the work; the same sizes come again and again, and host time counts."""
     group = query_heads // key_heads
-    blocks = importance_options(head_dim, group * num_rows, dtype)
-    row_tiles = 0 if lse_given else cdiv(group * num_rows, blocks["BLOCK_M"])
+    chosen = tiles.prune(head_dim, group * num_rows, dtype, device_class)
+    row_tiles = 0 if lse_given else cdiv(group * num_rows, chosen.rows)
     split_keys = splits = 0
     if row_tiles:
-        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, blocks["BLOCK_N"])
-    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, WARPS)
+        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, chosen.columns)
+    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, chosen.warps)
     # As many as a program has registers for.
-    most = max(1, COPY_BYTES * 32 * WARPS // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
+    most = max(1, COPY_BYTES * 32 * chosen.warps // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
     rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY, most)
     parts = row_tiles * splits
     stored = not lse_given and stores_logits(group * num_rows, num_keys, num_visual, head_dim, dtype)
     of_mean = stored_options(query_heads * num_rows, splits)
-    tiles = max(cdiv(num_visual, of_mean["BLOCK_TOKENS"] if stored else blocks["BLOCK_N"]), 1)
+    score_tiles = max(cdiv(num_visual, of_mean["BLOCK_TOKENS"] if stored else chosen.columns), 1)
     copies = cdiv(length, rows_per_program)
     line = LINE.value
     awaited = 0 if lse_given else 1 if stored else key_heads
-    of_sample = (awaited + 1) * line + cdiv(tiles + 2, line) * line
+    of_sample = (awaited + 1) * line + cdiv(score_tiles + 2, line) * line
     first_score = batch * key_heads * parts
-    first_copy = first_score + batch * (1 if stored else key_heads) * tiles
+    first_copy = first_score + batch * (1 if stored else key_heads) * score_tiles
     constants = {
-        "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **blocks,
+        "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **block_sizes(chosen, head_dim),
         "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), **of_mean,
         "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
         "BLOCK_FILL": FILL_BLOCK, **copy, "BLOCK_RESET": RESET_BLOCK,
@@ -365,13 +365,13 @@ def plan(
         splits,
         parts,
         stored,
-        tiles,
+        score_tiles,
         copies,
         of_sample,
         first_score,
         first_copy,
         first_copy + batch * copies,
-        stages_of(blocks, head_dim, dtype, stored),
+        chosen._replace(stages=stages_of(chosen, head_dim, dtype, stored)).options(),
         constants,
     )
 
@@ -393,6 +393,7 @@ def plan_of(
         batch, query_heads, key.shape[1], head_dim, num_query, key.shape[2], 1 if rows is None else rows.shape[1],
         visual_index.shape[1], length, hidden_states.shape[2], cos.shape[2],
         position_ids.shape[0] if position_ids.dim() == 3 else 1, query.dtype, hidden_states.dtype, lse is not None,
+        tiles.architecture(query.device),
     )  # fmt: skip
 
 
@@ -484,9 +485,7 @@ def prune_tokens(
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
         work.constants | spread.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
-        num_warps=WARPS,
-        num_stages=work.stages,
-        maxnreg=MAX_REGISTERS,
+        **work.options,
         launch_cooperative_grid=not ticket,
     )  # fmt: skip
     return *outputs, index, scores
