@@ -226,7 +226,7 @@ def spread_over(
 
 
 @pytest.mark.parametrize("coverage", ["region", "stride"])
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(st.data())
 def test_coverages(coverage: str, data: st.DataObject) -> None:
     """Slots in any order with filler, padding, scores with ties and NaN; of their own for each sample or for all alike."""

@@ -360,7 +360,7 @@ def one_launch_cases() -> Iterator[Case]:
         ("Qwen2.5-VL", QWEN, torch.bfloat16, None, False, True, "topk"),
         ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, False, "topk"),
         ("Qwen2.5-VL, 8,192 rows", QWEN_8K, torch.bfloat16, 64, False, True, "topk"),
-        ("Qwen2.5-VL, 8,192 rows", QWEN_8K, torch.bfloat16, 64, False, True, "stride"),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, True, "stride"),
         ("LLaVA-1.5", LLAVA_15, torch.float32, None, False, False, "topk"),
         ("Qwen2.5-VL", QWEN, torch.float32, 64, False, False, "region"),
         ("head_dim 72", of_heads(16, 16, 72), torch.float16, None, False, False, "topk"),

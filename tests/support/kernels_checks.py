@@ -818,8 +818,11 @@ def test_prune_in_one_launch_of_anything(data: st.DataObject) -> None:
 @pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 4096), (torch.float16, 8192)])
 def test_the_longest_prompt_of_one_launch(dtype: torch.dtype, longest: int) -> None:
     query = torch.empty(1, 1, longest + 1, 1, dtype=dtype, device=DEVICE)
-    assert one_launch.applies(query[:, :, :-1], 9)
-    assert not one_launch.applies(query, 9)
+    for coverage in ("topk", "region"):
+        assert one_launch.applies(query[:, :, :-1], 9, coverage)
+        assert not one_launch.applies(query, 9, coverage)
+    assert one_launch.applies(query[:, :, :4096], 9, "stride")
+    assert not one_launch.applies(query[:, :, :4097], 9, "stride")
 
 
 def test_prompts_too_long_for_one_launch(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,8 @@ def prune_tokens(
     """Score visual tokens by attention and prune: `visual_importance`, then `prune_by_score`.
 
     One launch, where ``length`` is given, no gradient is wanted, the prompt has at most 8,192 rows
-    (float32: 4,096), and the GPU is
-    NVIDIA's from sm_80 on; else several. Scores are those of ``visual_importance`` without its variants.
+    (float32, or by stride: 4,096), and the GPU is NVIDIA's from sm_80 on; else several. Scores are those of
+    ``visual_importance`` without its variants.
 
     Args:
         query: [B, Hq, Q, D], see `visual_importance`.

@@ -30,7 +30,7 @@ def select_survivors(
     neighbours,
     order,
     keys,
-    places,
+    spare,
     index,
     sample,
     keep,
@@ -50,8 +50,8 @@ def select_survivors(
 ):
     """Write the survivors of one sample: scores, visual_index [B, V] -> index [B, length].
 
-    Every row of the prompt gets a key in ``keys`` [B, Q], a workspace; ``places`` [B, V] is one, too, for the coverage
-    ``"region"`` with a mask. In row order, ties go to the lower position by themselves.
+    Every row of the prompt gets a key in ``keys`` [B, Q], a workspace; ``spare`` is one, too, [B, Q] for the coverage
+    ``"stride"``, and [B, V] for ``"region"`` with a mask. In row order, ties go to the lower position by themselves.
     """
     scores += sample * num_visual
     visual_index += sample * num_visual
@@ -66,15 +66,15 @@ def select_survivors(
     budget = tl.minimum(keep, num_visual).to(tl.int32)
     if COVERAGE == "region":
         if mask is not None:
-            places += sample * num_visual
+            spare += sample * num_visual
         budget = write_keys_by_region(
-            scores, visual_index, neighbours + sample * neighbours_stride_b, keys, places, mask,
+            scores, visual_index, neighbours + sample * neighbours_stride_b, keys, spare, mask,
             per_region, budget, num_visual, num_rows, NEIGHBOURS, BLOCK_FILL,
         )  # fmt: skip
     if COVERAGE == "stride":
         threshold, ties, tied, total = select_by_stride(
-            scores, visual_index, order + sample * order_stride_b, keys, budget, num_visual, num_rows,
-            BLOCK, BLOCK_FILL, RESIDENT,
+            scores, visual_index, order + sample * order_stride_b, keys, spare + sample * num_rows,
+            budget, num_visual, num_rows, BLOCK, BLOCK_FILL, RESIDENT,
         )  # fmt: skip
     else:
         threshold, ties, tied, total = select_threshold(keys, num_rows, budget, BLOCK, RESIDENT, False)
@@ -102,7 +102,7 @@ def surviving_rows_kernel(
     neighbours,
     order,
     keys,
-    places,
+    spare,
     index,
     keep,
     num_visual,
@@ -121,7 +121,7 @@ def surviving_rows_kernel(
 ):
     """One program per sample."""
     select_survivors(
-        scores, visual_index, counts, mask, neighbours, order, keys, places, index, tl.program_id(0).to(tl.int64),
+        scores, visual_index, counts, mask, neighbours, order, keys, spare, index, tl.program_id(0).to(tl.int64),
         keep, num_visual, num_rows, length, mask_stride_b, mask_stride_q, neighbours_stride_b, order_stride_b,
         per_region, COVERAGE, NEIGHBOURS, BLOCK, BLOCK_FILL, RESIDENT,
     )  # fmt: skip
@@ -257,9 +257,7 @@ def surviving_rows(
         return index
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
     spread = Spread.of(Covering(coverage, neighbours, per_region, order))
-    places = None
-    if spread.needs_places(mask):
-        places = torch.empty((batch, num_visual), dtype=torch.int32, device=device)
+    spare = spread.spare_columns(mask, num_visual, num_rows)
     tiles = tile_options(num_rows)
     launch(
         surviving_rows_kernel,
@@ -267,7 +265,7 @@ def surviving_rows(
         (
             scores.contiguous(), visual_index.contiguous(), None if counts is None else counts.contiguous(), mask,
             spread.neighbours, spread.order, torch.empty((batch, num_rows), dtype=torch.int32, device=device),
-            places, index,
+            torch.empty((batch, spare), dtype=torch.int32, device=device) if spare else None, index,
         ),
         (),
         (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride()), *spread.sizes),
@@ -302,9 +300,11 @@ class Spread(NamedTuple):
         }
         return cls(neighbours, order, (*strides, covering.per_region), constants)
 
-    def needs_places(self, mask: Tensor | None) -> bool:
-        """Return whether the selection needs a workspace for the places of visual tokens."""
-        return self.neighbours is not None and mask is not None
+    def spare_columns(self, mask: Tensor | None, num_visual: int, num_rows: int) -> int:
+        """Return how much more workspace the selection of a sample needs, int32, beside its keys."""
+        if self.order is not None:
+            return num_rows
+        return 0 if self.neighbours is None or mask is None else num_visual
 
 
 def gather_rows(

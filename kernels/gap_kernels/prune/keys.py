@@ -93,15 +93,17 @@ def write_keys_by_region(
 
 
 @triton.jit
-def mark_sampled(keys, threshold, ties, num_rows, BLOCK: tl.constexpr):
-    """Write SAMPLED in place of the keys of one sample that are selected, text excepted."""
+def take_sample(keys, others, threshold, ties, num_rows, BLOCK: tl.constexpr):
+    """Write SAMPLED in place of the keys of visual rows that are selected, and in place of the other ones ``others`` [Q]."""
     ties_before = tl.full((), 0, tl.int32)
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         code = tl.load(keys + row, mask=row < num_rows, other=DROPPED)
+        visual = (code != ALWAYS) & (code != DROPPED)
         tied = ((code == threshold) & (row < num_rows)).to(tl.int32)
         chosen = (code > threshold) | ((tied > 0) & (ties_before + tl.cumsum(tied, 0) <= ties))
-        tl.store(keys + row, tl.where(chosen & (code != ALWAYS), SAMPLED, code), mask=row < num_rows)
+        other = tl.load(others + row, mask=visual & (row < num_rows), other=DROPPED)
+        tl.store(keys + row, tl.where(chosen, SAMPLED, other), mask=visual & (row < num_rows))
         ties_before += tl.sum(tied, 0)
     tl.debug_barrier()
 
@@ -112,6 +114,7 @@ def select_by_stride(
     visual_index,
     order,
     keys,
+    others,
     budget,
     num_visual,
     num_rows,
@@ -121,29 +124,28 @@ def select_by_stride(
 ):
     """Select twice in one sample: the uniform sample, the first by ``order`` [V]; then the best of the others.
 
-    Both are one loop, as the keys in registers are half of what a thread has.
+    Both are one loop, and it needs nothing but two rows of keys: those in registers are most of what a thread has.
+    ``others`` [Q] is a workspace.
 
     Returns:
         As ``select_threshold``.
     """
+    for start in range(0, num_visual, BLOCK):
+        slot, position, inside = visual_places(visual_index, start, num_visual, num_rows, BLOCK)
+        rank = tl.load(order + slot, mask=inside, other=0)
+        spread = tl.where(rank < 0, float("nan"), 0.0 - rank.to(tl.float32))
+        score = tl.load(scores + slot, mask=inside, other=0.0, cache_modifier=".cg")
+        real = tl.load(keys + position, mask=inside, other=DROPPED) != DROPPED
+        tl.store(keys + position, score_keys(spread), mask=real)
+        tl.store(others + position, score_keys(score), mask=inside)
+    tl.debug_barrier()
     threshold = tl.full((), 0, tl.int32)
     ties = tl.full((), 0, tl.int32)
     tied = tl.full((), 0, tl.int32)
     total = tl.full((), 0, tl.int32)
     for number in range(0, 2):
         if number > 0:
-            mark_sampled(keys, threshold, ties, num_rows, BLOCK)
-        for start in range(0, num_visual, BLOCK):
-            slot, position, inside = visual_places(visual_index, start, num_visual, num_rows, BLOCK)
-            code = tl.load(keys + position, mask=inside, other=DROPPED)
-            if number > 0:
-                score = tl.load(scores + slot, mask=inside, other=0.0, cache_modifier=".cg")
-            else:
-                rank = tl.load(order + slot, mask=inside, other=0)
-                score = tl.where(rank < 0, float("nan"), 0.0 - rank.to(tl.float32))
-            stays = (code == SAMPLED) | (code == DROPPED)  # which is padding
-            tl.store(keys + position, tl.where(stays, code, score_keys(score)), mask=inside)
-        tl.debug_barrier()
+            take_sample(keys, others, threshold, ties, num_rows, BLOCK)
         wanted = tl.where(number > 0, budget, budget * SHARE // OF_SHARES)
         threshold, ties, tied, total = select_threshold(keys, num_rows, wanted, BLOCK_SELECT, RESIDENT, False)
     return threshold, ties, tied, total

@@ -75,8 +75,9 @@ from .kernel import (
 from .workspace import counters
 
 MAX_ROWS = 8192
-"""Longest prompt that is selected from inside the launch, half of it for float32: its keys stay in the registers of one
-program, as long as there are any left. Above, the few warps that suit the other roles would read them again and again."""
+"""Longest prompt that is selected from inside the launch, half of it for float32, and by stride, which selects twice: its
+keys stay in the registers of one program, as long as there are any left. Above, the few warps that suit the other roles
+would read them again and again."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""
 MAX_WAVES = 4
@@ -190,7 +191,7 @@ def prune_kernel(
     """
     AWAITED: tl.constexpr = 0 if lse is not None else (1 if STORED else KEY_HEADS)  # counters of LSE programs
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    # Statistics of the rows, logits or mass of the heads, keys of the selection, and places of visual tokens, 4 bytes each.
+    # Statistics of the rows, logits or mass of the heads, keys of the selection, and what else it needs, 4 bytes each.
     partial_sum = workspace + partial_size
     weights = partial_sum + partial_size
     keys = (weights + weights_size).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -275,9 +276,9 @@ def prune_kernel(
                     tl.store(counter + 1, 0)
 
 
-def applies(query: Tensor, length: int) -> bool:
+def applies(query: Tensor, length: int, coverage: str = "topk") -> bool:
     """Return whether one launch can prune this: a GPU with the memory model that the roles rely on, or the interpreter."""
-    longest = MAX_ROWS if query.element_size() == 2 else MAX_ROWS // 2
+    longest = MAX_ROWS if query.element_size() == 2 and coverage != "stride" else MAX_ROWS // 2
     if query.shape[2] > longest or query.shape[0] == 0 or length == 0:
         return False
     if not query.is_cuda:
@@ -457,8 +458,7 @@ def prune_tokens(
     weights_size = batch * (query_heads * num_rows * num_keys if work.stored else key_heads * num_visual)
     spread = Spread.of(Covering(coverage, neighbours, per_region, order))
     workspace = 2 * partial_size + weights_size + batch * num_query
-    if spread.needs_places(mask):
-        workspace += batch * num_visual
+    workspace += batch * spread.spare_columns(mask, num_visual, num_query)
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)

@@ -140,7 +140,9 @@ def prune_tokens_op(
         query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows, attention_mask, lse, scale,
         length, coverage, neighbours, per_region, order,
     )  # fmt: skip
-    work = _plan_of_one_launch(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    work = _plan_of_one_launch(
+        query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length, coverage
+    )
     if work is None:
         return prune_in_several_launches(*given)
     from . import one_launch
@@ -170,13 +172,14 @@ def _plan_of_one_launch(
     rows: Tensor | None,
     lse: Tensor | None,
     length: int,
+    coverage: str,
 ) -> Plan | None:
     """Return how one launch does it; None if it can't, or if several are a better choice, which give the same."""
     if query.dtype == torch.float64 or not use_triton(query):
         return None
     from . import one_launch
 
-    if not one_launch.applies(query, length):
+    if not one_launch.applies(query, length, coverage):
         return None
     work = one_launch.plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
     return work if one_launch.is_likely_faster(work.programs, query.device) else None
