@@ -72,7 +72,7 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
         mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
         key = key[:, :, -rows:]
         real = None if real is None else real[:, -rows:]
-        query, key = unrotated(scoring.module, rotary, query, key)
+        query, key = unrotated(scoring.module, run.attachment.text, rotary, query, key)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
     plain = mask is None and group is None and stage.score != "key_norm"

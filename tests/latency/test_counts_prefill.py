@@ -21,7 +21,7 @@ LIMITS = {
     "pyramiddrop": 12,
     "sparsevlm": 14,
     # Queries and keys are turned back, in operators of PyTorch.
-    "feather": 40,
+    "feather": 30,
     # Before the decoder.
     "random": 5,
     "spatial": 5,
