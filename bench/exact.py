@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import agree
-from bench.operators import Call, Result
+from bench.operators import Call, Result, spread_of
 from bench.shapes import Inputs
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -47,7 +47,11 @@ def check(call: Call, x: Inputs, operator: Call | None = None) -> float:
             scores, wanted = (result[5], exact[5]) if len(result) == 6 else (x.scores, x.scores)
             agree.close(wanted, scores, torch.float32)
             rows = (x.hidden_states, x.cos, x.sin, x.position_ids, x.visual_index)
-            follows = gap_kernels.prune_by_score(scores, *rows, x.keep, length=x.length)
+            coverage = getattr(operator or call, "keywords", {}).get("coverage", "topk")
+            spread = spread_of(x, coverage)
+            follows = gap_kernels.prune_by_score(
+                scores, *rows, x.keep, length=x.length, coverage=coverage, **spread
+            )
             same = int(differing(result[:5], tuple(follows)[:5])) == 0
             assert same, "rows or indices don't follow from the scores"
             return _error(wanted, scores)

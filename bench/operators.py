@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import gap_kernels
+import torch
+from gap_kernels.prune.coverage import Coverage
 from torch import Tensor
 
 from bench.shapes import Inputs
@@ -63,9 +65,23 @@ def prune_by_score(x: Inputs) -> Result:
     return tuple(gap_kernels.prune_by_score(x.scores, *_rows(x), x.keep, length=x.length))[:5]
 
 
-def prune_tokens(x: Inputs) -> Result:
+def spread_of(x: Inputs, coverage: Coverage) -> dict[str, Any]:
+    """Return what a coverage needs: the regions of the patches, which are the last visual tokens; an order from the end."""
+    if coverage == "region":
+        before = x.visual_index.shape[1] - x.neighbours.shape[1]
+        neighbours = torch.where(x.neighbours < 0, -1, x.neighbours + before)
+        return {"neighbours": torch.nn.functional.pad(neighbours, (0, 0, before, 0), value=-1)}
+    return {"order": x.visual_index.flip(1).contiguous()} if coverage == "stride" else {}
+
+
+def prune_tokens(x: Inputs, coverage: Coverage = "topk") -> Result:
     """Score by the last row and prune."""
-    return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, length=x.length))
+    spread = spread_of(x, coverage)
+    return tuple(
+        gap_kernels.prune_tokens(
+            x.query, x.key, *_rows(x), x.keep, length=x.length, coverage=coverage, **spread
+        )
+    )
 
 
 def prune_tokens_text(x: Inputs) -> Result:
@@ -140,6 +156,8 @@ DECODER_CALLS: dict[str, Call] = {
     "prune_tokens": prune_tokens,
     "prune_tokens, text rows": prune_tokens_text,
     "prune_tokens, lse": prune_tokens_lse,
+    "prune_tokens, region": partial(prune_tokens, coverage="region"),
+    "prune_tokens, stride": partial(prune_tokens, coverage="stride"),
     "attention": attention,
     "attention, importance": attention_importance,
 }

@@ -143,7 +143,7 @@ class Drop:
         dense: Every row after it is a real token, in every sample.
         selection: What was chosen after the vision encoder; None where the stage is in the decoder.
         rankers: [B, Q] bool, the text rows that rank; None where the last row of the prompt does, or no row.
-        grid_positions: Positions of visual rows in their images; None where the stage needs none, or is not in the decoder.
+        grid_positions: Positions of visual tokens in their images; None where the stage needs none, or isn't in the decoder.
     """
 
     stage: Stage

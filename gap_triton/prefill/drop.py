@@ -202,27 +202,45 @@ def _selection_of(
 def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageRows) -> PrunedTokens:
     if drop.selection is not None:
         return _prune_selected(drop, rows, drop.selection)
-    plan, stage, attention = rows.plan, drop.stage, None
-    if stage.score in ATTENTION_SCORES:
-        attention = attention_of(run, prefill, stage, plan, rows.rotary)
-        compares = stage.coverage in BY_FEATURES
-        if attention.plain and drop.grid_positions is None and plan.stays is None and not compares:
-            return _prune_fused(drop, rows, attention)
-    prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
-    if attention is not None:
-        scores = scores_by_attention(stage, plan, attention)
-    else:
+    plan, stage = rows.plan, drop.stage
+    prompt_rows = None
+    if rows.earlier is not None and drop.grid_positions is not None:
+        prompt_rows = rows.to_prompt_rows(plan.visual_index, plan.filled)
+    compares = stage.coverage in BY_FEATURES
+    if stage.score not in ATTENTION_SCORES:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
-    if stage.coverage in BY_FEATURES:
+    else:
+        attention = attention_of(run, prefill, stage, plan, rows.rotary)
+        # The operator spreads the usual part of the budget.
+        if attention.plain and plan.stays is None and not compares and stage.spread is None:
+            return _prune_fused(drop, rows, attention, _covering_of(drop, rows, prompt_rows))
+        scores = scores_by_attention(stage, plan, attention)
+    if compares:
         selected = _chosen_by_features(rows.tokens[0], plan, scores, stage, max(drop.keep))
         return _prune_chosen(drop, rows, scores, selected)
-    if drop.grid_positions is not None and stage.coverage != "topk":
-        selected = drop.grid_positions.mask_of_chosen(
-            scores, plan.visual_index, prompt_rows, plan.keep, stage.coverage, max(drop.keep),
-            per_region=stage.per_region, spread=stage.spread,
-        )  # fmt: skip
+    covering = _covering_of(drop, rows, prompt_rows)
+    if stage.spread is not None:
+        selected = _best(scores, plan, max(drop.keep), {**covering, "spread": stage.spread})
         return _prune_chosen(drop, rows, scores, selected)
-    return _prune_best(drop, rows, scores)
+    return _prune_best(drop, rows, scores, covering)
+
+
+def _covering_of(drop: Drop, rows: StageRows, prompt_rows: torch.Tensor | None) -> dict[str, Any]:
+    """The coverage of the stage with what it needs, as keyword arguments of `gap_kernels.prune_tokens`.
+
+    Args:
+        drop: The stage.
+        rows: The rows that it finds.
+        prompt_rows: [B, V] int64, the visual ones by row of the prompt, -1 = filler; None where they are all of it,
+            or nothing asks.
+    """
+    device, positions = rows.plan.visual_index.device, drop.grid_positions
+    if drop.stage.coverage == "region" and positions is not None:
+        neighbours = positions.neighbours_of(prompt_rows, device)
+        return {"coverage": "region", "neighbours": neighbours, "per_region": drop.stage.per_region}
+    if drop.stage.coverage == "stride" and positions is not None:
+        return {"coverage": "stride", "order": positions.order_of(prompt_rows, device)}
+    return {}
 
 
 def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> PrunedTokens:
@@ -230,11 +248,11 @@ def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> 
     device = rows.tokens[0].device
     scores = selection.score.to(device)
     if selection.stays is None:
-        return _prune_best(drop, rows, scores)
+        return _prune_best(drop, rows, scores, {})
     return _prune_chosen(drop, rows, scores, selection.stays.to(device))
 
 
-def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTokens:
+def _prune_fused(drop: Drop, rows: StageRows, attention: Attention, covering: dict[str, Any]) -> PrunedTokens:
     """Score, select and gather in one operator."""
     return prune_tokens(
         attention.query,
@@ -245,22 +263,23 @@ def _prune_fused(drop: Drop, rows: StageRows, attention: Attention) -> PrunedTok
         attention_mask=attention.columns,
         scale=attention.scale,
         length=drop.length,
+        **covering,
     )
 
 
-def _prune_best(drop: Drop, rows: StageRows, scores: torch.Tensor) -> PrunedTokens:
-    """Keep as many as the stage says of the best of ``scores`` [B, V], and what stays in any case."""
+def _prune_best(drop: Drop, rows: StageRows, scores: torch.Tensor, covering: dict[str, Any]) -> PrunedTokens:
+    """Keep as many as the stage says by ``scores`` [B, V] and a coverage, and what stays in any case."""
     if rows.plan.stays is not None:
-        return _prune_chosen(drop, rows, scores, _best(scores, rows.plan, max(drop.keep)))
-    return _prune_by_score(drop, rows, scores, rows.plan.keep)
+        return _prune_chosen(drop, rows, scores, _best(scores, rows.plan, max(drop.keep), covering))
+    return _prune_by_score(drop, rows, scores, rows.plan.keep, covering)
 
 
 def _prune_by_score(
-    drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor
+    drop: Drop, rows: StageRows, scores: torch.Tensor, keep: int | torch.Tensor, covering: dict[str, Any]
 ) -> PrunedTokens:
-    """Keep the ``keep`` best of ``scores`` [B, V], as many in all samples or [B]."""
+    """Keep ``keep`` by ``scores`` [B, V] and a coverage, as many in all samples or [B]."""
     real = rows.plan.real if rows.plan.padded else None
-    return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length)
+    return prune_by_score(scores, *rows.tokens, keep, attention_mask=real, length=drop.length, **covering)
 
 
 def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: torch.Tensor) -> PrunedTokens:
@@ -269,7 +288,7 @@ def _prune_chosen(drop: Drop, rows: StageRows, scores: torch.Tensor, selected: t
     if plan.stays is not None:
         is_kept = (selected > 0) | plan.stays
         selected, keep = is_kept.float(), is_kept.sum(dim=1)
-    return _prune_by_score(drop, rows, selected, keep)._replace(scores=scores)
+    return _prune_by_score(drop, rows, selected, keep, {})._replace(scores=scores)
 
 
 def _chosen_by_features(
@@ -284,9 +303,13 @@ def _chosen_by_features(
     return members(index, scores.shape[1]).float()
 
 
-def _best(scores: torch.Tensor, plan: Plan, most: int) -> torch.Tensor:
-    """[B, V] float32, 1 at the ``plan.keep`` best of each sample, by the operator's own rule, else 0."""
-    scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
-    index = topk_indices(scores, plan.keep, length=most)
+def _best(scores: torch.Tensor, plan: Plan, most: int, covering: dict[str, Any]) -> torch.Tensor:
+    """[B, V] float32, 1 at the ``plan.keep`` that a coverage chooses of each sample, by the operator's own rule, else 0."""
+    if covering:
+        scores = torch.where(plan.visual_index < 0, -torch.inf, scores)  # which is filler's
+        index = choose(scores, plan.keep, length=most, **covering)
+    else:
+        scores = torch.where(plan.visual_index < 0, torch.nan, scores)  # filler comes last of all
+        index = topk_indices(scores, plan.keep, length=most)
     selected = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
     return selected.scatter_(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]

@@ -1,4 +1,4 @@
-"""Positions of visual rows in their images, for stages in the decoder that spread their choice over the image."""
+"""Positions of visual tokens in their images, for stages in the decoder that spread their choice over the image."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from ..attachment import Attachment
 from ..host import to_device
 from ..state import Prompt
-from ..strategies.grid_positions import LAST, REGION, GridPositions
+from ..strategies.coverage import REGION
+from ..strategies.grid_positions import LAST, GridPositions
 from ..strategies.spatial import spatial_order_on_host
 from ..vision.layout import Layout, layout_of
 
+CELLS = REGION * REGION
+
 
 def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Prompt) -> GridPositions:
-    """Return the positions of the prompt's visual rows in their images.
+    """Return the positions of the prompt's visual tokens in their images.
 
     Args:
         attachment: The attachment of the forward.
@@ -34,37 +37,30 @@ def grid_positions_of(attachment: Attachment, kwargs: dict[str, Any], prompt: Pr
         prompt.visual_counts,
         layouts=attachment.layouts,
     )
-    device, (batch, queries) = prompt.visual.device, prompt.visual.shape
-    positions, regions = layout.constants.get(
+    device = prompt.visual.device
+    neighbours, order = layout.constants.get(
         ("positions", device), device, lambda: _positions_of_tokens(layout, device)
     )
-    # One more row takes the filler.
-    index = prompt.visual_index
-    rows = torch.where(index < 0, queries, index) if min(layout.counts) < index.shape[1] else index
-    nowhere = torch.tensor([-1, 0, LAST])[:, None, None]
-    everywhere = layout.constants.get(
-        ("nowhere", batch, queries, device),
-        device,
-        lambda: to_device(nowhere.expand(-1, batch, queries + 1).contiguous(), device),
-    )
-    by_row = everywhere.scatter(2, rows.expand(3, -1, -1), positions)[..., :-1]
-    region, cell, order = by_row
-    return GridPositions(region, cell, order, regions)
+    return GridPositions(neighbours, order, prompt.visual_index, prompt.visual.shape[1])
 
 
-def _positions_of_tokens(layout: Layout, device: torch.device) -> tuple[torch.Tensor, int]:
-    """[3, B, V] int64, region, cell and order of each visual token, as in `GridPositions`; and the number of regions."""
+def _positions_of_tokens(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V, 3] int32 and [B, V] int64, neighbours and order of each visual token, as in `GridPositions`."""
     shape = (len(layout.counts), max(layout.counts))
-    region, cell, order = np.full(shape, -1), np.zeros(shape, dtype=np.int64), np.full(shape, LAST)
-    regions = [0] * shape[0]
+    neighbours, order = np.full((*shape, CELLS - 1), -1, dtype=np.int32), np.full(shape, LAST)
     for view in layout.views:
         height, width = view.grid
-        number = np.arange(height * width)
-        down, right = number // width, number % width
-        wide = -(-width // REGION)
+        others = _neighbours_on_host(height, width)
         tokens = view.sample, view.numbers
-        region[tokens] = regions[view.sample] + down // REGION * wide + right // REGION
-        cell[tokens] = down % REGION * REGION + right % REGION
+        neighbours[tokens] = np.where(others < 0, -1, view.numbers[others])
         order[tokens] = spatial_order_on_host(view.grid) * LAST // (height * width)
-        regions[view.sample] += -(-height // REGION) * wide
-    return to_device(torch.from_numpy(np.stack([region, cell, order])), device), max(regions)
+    return to_device(torch.from_numpy(neighbours), device), to_device(torch.from_numpy(order), device)
+
+
+def _neighbours_on_host(height: int, width: int) -> np.ndarray:
+    """[H * W, 3] int64, the other cells of each cell's region, -1 = none: `gap_kernels.grid_neighbours` without PyTorch."""
+    number = np.arange(height * width)[:, None]
+    down, right = number // width, number % width
+    cell = (down % REGION * REGION + right % REGION + np.arange(1, CELLS)) % CELLS
+    down, right = down - down % REGION + cell // REGION, right - right % REGION + cell % REGION
+    return np.where((down < height) & (right < width), down * width + right, -1)

@@ -76,7 +76,7 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
         mask = None if mask is None else mask[..., : key.shape[2]][..., -rows:]
         key = key[:, :, -rows:]
         real = None if real is None else real[:, -rows:]
-        query, key = unrotated(scoring.module, rotary, query, key)
+        query, key = unrotated(scoring.module, run.attachment.text, rotary, query, key)
         # They compete among each other alone: the softmax is over visual columns.
         visual = plan.visual.to(key.device)
         real = visual if real is None else visual & real
@@ -107,7 +107,7 @@ def among(mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def scores_without_attention(
-    run: DecoderRun, prefill: Prefill, drop: Drop, plan: Plan, prompt_rows: torch.Tensor
+    run: DecoderRun, prefill: Prefill, drop: Drop, plan: Plan, prompt_rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Return [B, V] float32, the score of each visual token of ``plan``: by an even spread over the image, or at random.
 
@@ -116,10 +116,10 @@ def scores_without_attention(
         prefill: Its prompt.
         drop: The stage.
         plan: Rows that the stage finds.
-        prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler.
+        prompt_rows: [B, V] int64, the same tokens by row of the prompt, -1 = filler; None where they are all of it.
     """
     if drop.stage.score == "spatial" and drop.grid_positions is not None:
-        return -drop.grid_positions.rank_of(prompt_rows).float()
+        return -drop.grid_positions.order_of(prompt_rows, plan.visual.device).float()
     random_scores = draw(run.config.seed, prefill.done, plan.visual_index.shape[1])
     return to_device(random_scores, plan.visual.device).repeat(plan.visual_index.shape[0], 1)
 

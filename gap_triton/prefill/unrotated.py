@@ -15,18 +15,27 @@ ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
 
 
 def unrotated(
-    module: Any, rotary: Any, query: torch.Tensor, key: torch.Tensor
+    module: Any, text: Any, rotary: Any, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn ``query`` [B, Hq, S, D] and ``key`` [B, Hkv, S, D] of the attention ``module`` back, by its own rotation.
 
     A rotation by an angle is undone by one with the negative sine. Whatever the model does besides (only some channels,
     several axes, interleaved pairs), its own function does here too.
 
+    Args:
+        module: The attention.
+        text: The decoder that it belongs to.
+        rotary: What the layer was given: cos and sin.
+        query: [B, Hq, S, D].
+        key: [B, Hkv, S, D].
+
     Raises:
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
     cos, sin = _cos_and_sin(module, rotary, query)
     query, key = _rotate(module, query, key, cos, -sin)
+    if _is_known_not_to_stretch(text):
+        return query, key
     # Some embeddings scale cos and sin (YaRN), in both directions: by now the channels that turn are scaled twice.
     stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
     return query / stretch, key / stretch
@@ -49,6 +58,13 @@ def rotated_ones(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.T
     ones = torch.ones_like(query[:, :1], dtype=torch.float32)
     cos, sin = _cos_and_sin(module, rotary, query)
     return _rotate(module, ones, ones, cos.float(), sin.float())
+
+
+def _is_known_not_to_stretch(text: Any) -> bool:
+    """Return whether the embeddings of the decoder say that they leave cos and sin as they are: nothing to measure then."""
+    scalings = [getattr(child, "attention_scaling", None) for child in text.children()]
+    known = [scaling for scaling in scalings if scaling is not None]
+    return bool(known) and all(isinstance(scaling, (int, float)) and scaling == 1 for scaling in known)
 
 
 def rotation_of(attention: Any) -> Any | None:

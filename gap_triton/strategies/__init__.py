@@ -3,11 +3,13 @@
 ``docs/strategies.md`` lists the values of each axis with their formulas and sources.
 """
 
+from gap_kernels.prune.coverage import STRIDE_SHARE
+
 from .aggregation import LLAVA, LLAVA_NEXT, QWEN, AggregationRule, aggregate
 from .average import average
 from .cluster import cluster
 from .contextual import contextual, contextual_count
-from .coverage import STRIDE_SHARE, Coverage, choose
+from .coverage import Coverage, choose
 from .merged import Merged
 from .nearest import nearest
 from .outliers import outlier_count, similarity_outlier_count

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 import torch.nn.functional as F
 from gap_kernels import grid_neighbours, topk_indices, topk_per_region
+from gap_kernels.prune.coverage import STRIDE_SHARE
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
     FLOAT_DTYPES,
@@ -41,14 +42,8 @@ Coverage = Literal[
     "windows",
 ]
 
+USUAL_SHARE = STRIDE_SHARE.as_integer_ratio()  # torch.compile can't trace fractions
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
-
-STRIDE_SHARE = 0.3
-"""Share of the budget that ``coverage="stride"`` spends on the uniform sample where ``spread`` does not say otherwise.
-
-FEATHER's released settings keep the union of the best 30% of the tokens and a lattice of stride 3, a ninth of
-them. If the two overlap as chance has it, that is 1/9 of 1/9 + 8/9 x 0.3, so 29% of what is kept.
-"""
 
 
 def choose(
@@ -82,7 +77,7 @@ def choose(
         coverage: One of the above.
         neighbours: For ``"region"``: [G, N, R] or [1, N, R] int32, see `grid_neighbours`. In the first form a token that
             is alone in its region and scored -inf or NaN counts as filler.
-        per_region: For ``"region"``: candidates of each region, >= 1. Default: ``ceil(keep / regions)``, which takes reads.
+        per_region: For ``"region"``: candidates of each region, >= 1. Default: ``ceil(keep / regions)``.
         order: For ``"stride"``: [G, N] or [1, N] int64, ranks of `spatial_order`, of each grid of a row its own.
         spread: For ``"stride"``: in 0..1, read as the decimal that was written. Default: ``STRIDE_SHARE``.
         features: For those that compare tokens: [G, N, C], of any float dtype.
@@ -101,7 +96,7 @@ def choose(
     shapes.check("scores", scores, "B N", (torch.float32,))
     length = _check_keep(keep, scores, shapes, length)
     _check_coverage(coverage)
-    _check_grids(scores, shapes, neighbours, per_region, order, spread)
+    _check_grids(shapes, neighbours, per_region, order, spread)
     _check_features(shapes, coverage, features, mask, keep)
     if features is not None and coverage in BY_FEATURES:
         return _by_features(scores, features, keep, coverage, exponent, mask, length)
@@ -178,7 +173,6 @@ def _check_coverage(coverage: Coverage) -> None:
 
 
 def _check_grids(
-    scores: Tensor,
     shapes: ShapeChecker,
     neighbours: Tensor | None,
     per_region: int | None,
@@ -189,14 +183,9 @@ def _check_grids(
         raise ValueError(f"spread: expected a float in 0..1, got {describe(spread)}")
     if neighbours is not None:
         check_neighbours(shapes, neighbours)
-    if per_region is not None:
-        check_per_region(per_region)
+    check_per_region(per_region)
     if order is not None:
-        shapes.check("order", order, "G|1 N", (torch.int64,))
-        if order.shape[0] not in (1, scores.shape[0]):
-            raise ValueError(
-                f"order: expected [B, N] with B = {scores.shape[0]}, or [1, N], got {describe(order)}"
-            )
+        shapes.check_shared("order", order, "N", (torch.int64,))
 
 
 def _check_features(
@@ -259,23 +248,7 @@ def _by_region(
         row = torch.arange(scores.shape[1], device=neighbours.device)[:, None]
         others = torch.where((first < scores.shape[1]) & (first != row), first, -1)  # [N, R]
         neighbours = torch.where(filler[..., None], others, neighbours)
-    if per_region is not None:
-        return topk_per_region(scores, neighbours, per_region, keep, length=length)
-    per_region_counts = _needed_per_region(neighbours, keep)
-    index = topk_indices(scores, keep, length=length)
-    for value in set(per_region_counts.tolist()):
-        candidates = topk_per_region(scores, neighbours, value, keep, length=length)
-        index = torch.where((per_region_counts == value)[:, None], candidates, index)
-    return index
-
-
-def _needed_per_region(neighbours: Tensor, keep: int | Tensor) -> Tensor:
-    """Return how many of each region must be candidates so that ``keep`` tokens are; [G] int64, at least 1."""
-    row = torch.arange(neighbours.shape[1], device=neighbours.device)
-    # A region is counted at its first token; filler has tokens before it by now.
-    first = ((neighbours < 0) | (neighbours > row[:, None])).all(-1)
-    regions = first.sum(1).clamp(min=1)
-    return ((keep + regions - 1) // regions).clamp(min=1)
+    return topk_per_region(scores, neighbours, per_region, keep, length=length)
 
 
 def _by_stride(
@@ -293,5 +266,5 @@ def _by_stride(
 
 def _lattice(keep: Count, spread: float | None) -> Count:
     """``spread`` of ``keep``, rounded down."""
-    numerator, denominator = as_ratio(STRIDE_SHARE if spread is None else float(spread))
+    numerator, denominator = USUAL_SHARE if spread is None else as_ratio(float(spread))
     return keep * numerator // denominator

@@ -1,4 +1,4 @@
-"""The positions of a prompt's rows in their images, as coverages need them."""
+"""The positions of a prompt's visual tokens in their images, as coverages need them."""
 
 from __future__ import annotations
 
@@ -6,83 +6,59 @@ from dataclasses import dataclass
 
 import torch
 
-from .coverage import REGION, Coverage, choose
-
-CELLS = REGION * REGION
-LAST = 2**30  # `GridPositions.order` of a row that an even spread reaches last, or never
+LAST = 2**30  # `GridPositions.order` of a token that an even spread reaches last, or never
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GridPositions:
-    """The position of each row of a prompt in its image.
+    """The position of each visual token of a prompt in its image; tokens go by their number among those of the sample.
 
     Attributes:
-        region: [B, Q] int64, number of its region of 2 x 2 visual tokens within the sample; -1 = in no grid.
-        cell: [B, Q] int64, its cell in that region, 0..3.
-        order: [B, Q] int64 in 0..2**30, its rank in an even spread over the image: 0 comes first.
-        regions: Number of regions, in the sample with the most.
+        neighbours: [B, V, 3] int32, the other tokens of its region of 2 x 2; -1 = none, as for a token that is in no grid.
+        order: [B, V] int64 in 0..2**30, its rank in an even spread over the image: 0 comes first, filler last.
+        visual_index: [B, V] int64, the rows of the tokens, ascending, then -1.
+        queries: Q, number of rows of the prompt.
     """
 
-    region: torch.Tensor
-    cell: torch.Tensor
+    neighbours: torch.Tensor
     order: torch.Tensor
-    regions: int
+    visual_index: torch.Tensor
+    queries: int
 
-    def rank_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return `order` of ``rows`` [B, V] int64; filler comes last."""
-        order = self.order.to(rows.device).gather(1, rows.clamp(min=0))
-        return torch.where(rows < 0, LAST, order)
+    def order_of(self, rows: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Return `order` of the visual ``rows`` [B, W] int64, -1 = filler, which comes last; None = all, in their order."""
+        order = self.order.to(device)
+        if rows is None:
+            return order
+        numbers = self._numbers(rows).clamp(max=order.shape[1] - 1)
+        return torch.where(rows < 0, LAST, order.gather(1, numbers))
 
-    def neighbours_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return which of ``rows`` [B, V] int64 share the region of each of them, by number: [B, V, 3] int32, -1 = none."""
-        batch, count = rows.shape
-        region, cell = (x.to(rows.device).gather(1, rows.clamp(min=0)) for x in (self.region, self.cell))
-        in_grid = (rows >= 0) & (region >= 0)
-        # One more column takes the rows that are in no grid.
-        row_of = torch.full((batch, self.regions * CELLS + 1), -1, device=rows.device)
-        own_cell = torch.where(in_grid, region * CELLS + cell, self.regions * CELLS)
-        row_of = row_of.scatter(1, own_cell, torch.arange(count, device=rows.device).expand(batch, -1))
-        row_of[:, -1] = -1
-        others = []
-        for step in range(1, CELLS):
-            other = torch.where(in_grid, region * CELLS + (cell + step) % CELLS, self.regions * CELLS)
-            others.append(row_of.gather(1, other))
-        return torch.stack(others, dim=2).int()
+    def neighbours_of(self, rows: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Return which of the visual ``rows`` [B, W] int64, -1 = filler, share the region of each of them.
 
-    def mask_of_chosen(
-        self,
-        scores: torch.Tensor,
-        candidates: torch.Tensor,
-        rows: torch.Tensor,
-        keep: int | torch.Tensor,
-        coverage: Coverage,
-        length: int,
-        *,
-        per_region: int | None = None,
-        spread: float | None = None,
-    ) -> torch.Tensor:
-        """Return [B, V] float32: 1 at the candidates that ``coverage`` chooses, else 0.
-
-        Args:
-            scores: [B, V] float32.
-            candidates: [B, V] int64, >= 0 for a candidate, -1 = filler.
-            rows: [B, V] int64, their rows in the prompt.
-            keep: How many to choose, as many in all samples or [B] int64.
-            coverage: How.
-            length: The largest of ``keep``.
-            per_region: As in `gap_triton.Stage`.
-            spread: Likewise.
+        Returns:
+            [B, W, 3] int32, by their number in ``rows``, -1 = none. For None, which is all in their order: `neighbours`.
         """
-        scores = torch.where(candidates < 0, -torch.inf, scores)
-        index = choose(
-            scores,
-            keep,
-            coverage,
-            neighbours=self.neighbours_of(rows) if coverage == "region" else None,
-            order=self.rank_of(rows) if coverage == "stride" else None,
-            per_region=per_region,
-            spread=spread,
-            length=length,
-        )
-        mask = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
-        return mask.scatter(1, torch.where(index < 0, scores.shape[1], index), 1.0)[:, :-1]
+        neighbours = self.neighbours.to(device)
+        if rows is None:
+            return neighbours
+        numbers = self._numbers(rows)
+        batch, count = numbers.shape
+        filler = neighbours.shape[1]
+        # One more column takes the filler, and is what no neighbour is found by.
+        place = torch.full((batch, filler + 1), -1, dtype=torch.int32, device=device)
+        places = torch.arange(count, dtype=torch.int32, device=device).expand(batch, -1)
+        place.scatter_(1, numbers, torch.where(rows < 0, -1, places))
+        others = neighbours.gather(1, numbers.clamp(max=filler - 1)[..., None].expand(-1, -1, 3)).long()
+        others = torch.where((others < 0) | (rows < 0)[..., None], filler, others)
+        return place.gather(1, others.flatten(1)).unflatten(1, (count, 3))
+
+    def _numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, W] int64, the numbers of ``rows`` [B, W]; V at filler."""
+        index = self.visual_index.to(rows.device)
+        batch, count = index.shape
+        # One more row takes the filler.
+        number = torch.full((batch, self.queries + 1), count, device=rows.device)
+        numbers = torch.arange(count, device=rows.device).expand(batch, -1)
+        number.scatter_(1, torch.where(index < 0, self.queries, index), numbers)
+        return torch.where(rows < 0, count, number.gather(1, rows.clamp(min=0)))

@@ -9,6 +9,9 @@ Nothing here was timed. What stands here was chosen by what the compiler makes o
 3. wide instructions of tensor cores: a tile that goes by of 64 columns rather than 16 or 32;
 4. loads ahead: a third stage where shared memory is left over, as the registers allow one program anyway.
 
+Of importance and of pruning in one launch, several programs share a multiprocessor: what counts there is that two or three
+fit, and that loads overlap within the shared memory of one.
+
 An entry of another kernel is one more table and one more function here. ``tests/scripts/kernels_aot.py`` compiles every
 entry for its GPU.
 """
@@ -152,9 +155,39 @@ RECEIVED = {
 }
 """Rows that stay in the first sweep, keys that stay in the second."""
 
+# Vectors whose length is no power of two are read behind a mask, which takes registers.
+_SWEEP = ByLength(
+    short=Tiles(32, 64, 4, 3),
+    odd=Tiles(32, 32, 4, 3),
+    padded=Tiles(32, 32, 4, 3),
+    full=Tiles(32, 64, 4, 3),
+    long=Tiles(32, 32, 4, 3),
+)
+# One buffer: the next tile waits in registers, and another would take so many that fewer programs run.
+_SWEEP_OF_TWO_STAGES = ByLength(*[tiles._replace(stages=2) for tiles in _SWEEP])
+
+IMPORTANCE = {
+    "sm_80": _SWEEP,
+    "sm_86": _SWEEP,
+    "sm_90": _SWEEP,
+    "sm_100": _SWEEP,
+    "sm_120": _SWEEP,
+    "gfx942": _SWEEP_OF_TWO_STAGES,
+    OTHER: _SWEEP_OF_TWO_STAGES,
+}
+"""Query rows of a key head, 16 where there are no more; columns are keys. Stages at most, see ``importance/kernel.py``."""
+
+FEW_ROWS = 16
+"""What an instruction of tensor cores takes."""
+
 # Float32 is not for tensor cores: its operands stay in registers, which hold a part of each vector only.
+IMPORTANCE_FLOAT32 = ByLength(*[Tiles(16, 32, 4, 3, part=16)] * 4, *[Tiles(16, 16, 4, 3, part=16)])
 ATTENTION_FLOAT32 = ByLength(*[Tiles(32, 16, 4, 1, part=16)], *[Tiles(16, 16, 4, 1, part=16)] * 4)
 RECEIVED_FLOAT32 = Tiles(16, 16, 2, 1, part=16)
+
+PRUNE_WARPS = 8
+PRUNE_REGISTERS = 120
+"""Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
 
 SPATIAL_WEIGHTS = Tiles(16, 64, 4, 3, part=128)
 SPATIAL_WEIGHTS_FLOAT32 = Tiles(16, 16, 4, 2, part=16)
@@ -171,6 +204,20 @@ def attention(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
 def received(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Return the tiles of ``token_lse_kernel`` and ``received_mass_kernel``."""
     return RECEIVED_FLOAT32 if dtype == torch.float32 else RECEIVED[architecture(device)].of(head_dim)
+
+
+def importance(head_dim: int, num_rows: int, dtype: torch.dtype, device_class: str) -> Tiles:
+    """Return the tiles of ``row_lse_kernel`` and ``visual_mass_kernel`` for M = ``num_rows`` rows of a head of the grid."""
+    table = IMPORTANCE_FLOAT32 if dtype == torch.float32 else IMPORTANCE[device_class]
+    # A short vector behind a mask takes as many registers as an odd one: at 40 elements, 161 where 144 leave room for three.
+    chosen = table.odd if head_dim < 64 and head_dim not in (16, 32) else table.of(head_dim)
+    return chosen._replace(rows=FEW_ROWS) if num_rows <= FEW_ROWS else chosen
+
+
+def prune(head_dim: int, num_rows: int, dtype: torch.dtype, device_class: str) -> Tiles:
+    """Return the tiles of ``prune_kernel``: those of importance, with the warps that copying and selecting want."""
+    chosen = importance(head_dim, num_rows, dtype, device_class)
+    return chosen._replace(warps=PRUNE_WARPS, registers=PRUNE_REGISTERS)
 
 
 def spatial_weights(dtype: torch.dtype) -> Tiles:

@@ -87,6 +87,26 @@ class ShapeChecker:
                     return
         self._refuse(name, value, names, dtypes)
 
+    def check_shared(self, name: str, value: Tensor, dims: str, dtypes: Sequence[torch.dtype]) -> None:
+        """Check one argument of which each sample may have its own, or all the same: [B, ...] or [1, ...].
+
+        Args:
+            name: Argument name, used in messages.
+            value: The argument.
+            dims: Names of the dimensions behind the first; ``B`` is already known.
+            dtypes: Accepted dtypes.
+
+        Raises:
+            ValueError: If the argument isn't a dense tensor of such a shape, dtype and device.
+        """
+        self.check(name, value, f"B|1 {dims}", dtypes)
+        batch = self.sizes["B"]
+        if value.shape[0] not in (1, batch):
+            rest = dims.replace(" ", ", ")
+            raise ValueError(
+                f"{name}: expected [B, {rest}] with B = {batch}, or [1, {rest}], got {describe(value)}"
+            )
+
     def _refuse(self, name: str, value: object, names: list[str], dtypes: Sequence[torch.dtype]) -> NoReturn:
         """Say what is wrong with an argument; apart from ``check``, which every call pays for."""
         shape = "[" + ", ".join(names) + "]"

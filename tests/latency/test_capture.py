@@ -20,7 +20,6 @@ from gap_triton.presets import PRESETS
 GRID = [6, 6]
 BATCH, FIRST, VISUAL, TOKENS = 2, 4, 36, 47
 TOWER = "ranks by its vision encoder, which a decoder alone has none of"
-CANDIDATES = "how many of each region are candidates is read from the device"
 GENERATOR = "torch.compile can't trace a random generator"
 TOWER_PRESETS = (
     "prumerge",
@@ -40,14 +39,12 @@ NOT_TRACED = {
     **dict.fromkeys(
         ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
     ),
-    **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
 }
 NOT_COMPILED = {
     **dict.fromkeys(TOWER_PRESETS, TOWER),
     **dict.fromkeys(
         ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
     ),
-    **dict.fromkeys(("region in the decoder", "random, then spread"), CANDIDATES),
     "random in the decoder": GENERATOR,
 }
 # These run what `pyramiddrop`, `cls` and others of these lists run.

@@ -77,6 +77,16 @@ def test_batches_that_keep_equally_many_add_few_launches(model: str, prepared: b
     assert_within(added(model, GapConfig(0.25), prepared, batch=3), Added(3 * DEFAULT, not prepared, 0))
 
 
+@WAYS
+@ON_BOTH
+@pytest.mark.parametrize("coverage", ["region", "stride"])
+def test_a_choice_by_places_in_the_image_launches_no_more(coverage: str, model: str, prepared: bool) -> None:
+    """Than the default: where tokens stand follows from sizes, and the choice is in the operator that scores."""
+    reads = 0 if prepared else 1 + (model != "llava")
+    config = GapConfig(0.25, 1, "last_token", coverage)
+    assert_within(added(model, config, prepared), Added(DEFAULT, reads, 0))
+
+
 def test_every_preset_has_a_limit() -> None:
     assert set(LIMITS) == set(PRESETS)
 

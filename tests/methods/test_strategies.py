@@ -45,6 +45,7 @@ from gap_triton.strategies import (
     text_similarity,
 )
 from gap_triton.strategies.coverage import choose_on_grid
+from gap_triton.strategies.grid_positions import LAST, GridPositions
 
 NAN, INF = math.nan, math.inf
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -107,9 +108,7 @@ def test_spatial_order_refuses_what_is_no_grid(grid: object) -> None:
 def test_the_share_of_the_lattice() -> None:
     """What FEATHER keeps by its lattice, rounded: a ninth, beside 30% of the rest."""
     ninth = Fraction(1, 9)
-    assert abs(Fraction(str(STRIDE_SHARE)) - ninth / (ninth + (1 - ninth) * Fraction(3, 10))) < Fraction(
-        1, 100
-    )
+    assert abs(STRIDE_SHARE - ninth / (ninth + (1 - ninth) * Fraction(3, 10))) < Fraction(1, 100)
 
 
 @pytest.mark.parametrize("coverage", ["topk", "region", "stride"])
@@ -217,6 +216,38 @@ def test_several_grids_in_one_row_share_the_lattice() -> None:
     assert choose(scores, 2, "stride", order=order).tolist() == [[0, 3]]
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_places_of_what_is_left(data: st.DataObject) -> None:
+    """Neighbours and ranks of some visual rows, with filler anywhere, from those of all of them."""
+    seeded = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    grids = data.draw(st.lists(GRID, min_size=1, max_size=3))
+    cells = [grid[0] * grid[1] for grid in grids]
+    most, queries = max(cells), max(cells) + 4
+    neighbours = torch.full((len(grids), most, 3), -1, dtype=torch.int32)
+    order, index = torch.full((len(grids), most), LAST), torch.full((len(grids), most), -1)
+    left = torch.full((len(grids), data.draw(st.integers(1, most))), -1)
+    for sample, (grid, count) in enumerate(zip(grids, cells, strict=True)):
+        neighbours[sample, :count], order[sample, :count] = grid_neighbours(grid), spatial_order(grid)
+        index[sample, :count] = torch.randperm(queries, generator=seeded)[:count].sort().values
+        some = index[sample, :count][torch.rand(count, generator=seeded) < 0.7][: left.shape[1]]
+        place = torch.randperm(left.shape[1], generator=seeded)[: len(some)].sort().values
+        left[sample, place] = some
+    positions = GridPositions(neighbours, order, index, queries)
+    ranks = positions.order_of(left, left.device).tolist()
+    around = positions.neighbours_of(left, left.device).tolist()
+    for sample, rows in enumerate(left.tolist()):
+        every = index[sample].tolist()
+        for slot, row in enumerate(rows):
+            number = every.index(row) if row >= 0 else None
+            assert ranks[sample][slot] == (LAST if number is None else order[sample, number])
+            others = [] if number is None else neighbours[sample, number].tolist()
+            expected = {rows.index(every[other]) for other in others if other >= 0 and every[other] in rows}
+            assert {other for other in around[sample][slot] if other >= 0} == expected
+    assert torch.equal(positions.order_of(None, order.device), order)
+    assert torch.equal(positions.neighbours_of(None, order.device), neighbours)
+
+
 SCORES = torch.zeros(2, 6)
 NEIGHBOURS = grid_neighbours((2, 3))[None]
 ORDER = spatial_order((2, 3))[None]
@@ -234,8 +265,8 @@ ORDER = spatial_order((2, 3))[None]
         ((SCORES, 1, "random"), {}, "coverage: expected one of 'topk', 'region', 'stride', .*'distinct', got 'random'"),
         ((SCORES, 1, "region"), {}, "neighbours: coverage='region' needs .* got None; see gap_kernels.grid_neighb"),
         ((SCORES, 1, "stride"), {}, "order: coverage='stride' needs .* got None; see spatial_order"),
-        ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[G\|1, N\]"),
-        ((SCORES, 1, "stride"), {"order": ORDER[:, :4]}, r"order: expected \[G\|1, N\] with N = 6"),
+        ((SCORES, 1, "stride"), {"order": ORDER[0]}, r"order: expected 2 dimensions \[B\|1, N\]"),
+        ((SCORES, 1, "stride"), {"order": ORDER[:, :4]}, r"order: expected \[B\|1, N\] with N = 6"),
         ((SCORES, 1, "stride"), {"order": ORDER.expand(3, -1)}, r"order: expected \[B, N\] with B = 2, or \[1, N\]"),
         ((SCORES, 1, "region"), {"neighbours": NEIGHBOURS[0]}, "neighbours: expected 3 dimensions"),
         ((SCORES, 1, "stride"), {"order": ORDER, "spread": 1.5}, "spread: expected a float in 0..1, got 1.5"),

@@ -97,6 +97,7 @@ ATTENTION = {
 ROWS = {
     "hidden_states": "B Q C", "cos": "B Q F", "sin": "B Q F", "position_ids": "A B Q", "visual_index": "B V", "keep": "B",
 }  # fmt: skip
+SPREAD = {"neighbours": "! V M", "order": "! V"}
 MERGE = {
     "features": "G N C",
     "keys": "G N E",
@@ -118,8 +119,8 @@ SHAPES: dict[str, dict[str, str]] = {
     "attention_received": {
         "query": "B H S D", "key": "B Hkv S D", "attention_mask": "B S", "lse": "B H S", "cu_seqlens": "!",
     },
-    "prune_by_score": {**ROWS, "scores": "B V", "attention_mask": "B Q"},
-    "prune_tokens": {**ATTENTION, **ROWS},
+    "prune_by_score": {**ROWS, **SPREAD, "scores": "B V", "attention_mask": "B Q"},
+    "prune_tokens": {**ATTENTION, **ROWS, **SPREAD},
     "spatial_aggregate": {"features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M"},
     "choose": {"scores": "G N", "keep": "G", "neighbours": "! N R", "order": "! N"},
     "average": MERGE,

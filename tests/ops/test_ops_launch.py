@@ -120,7 +120,7 @@ WORDS = [0, 1, 2, 15, 16, 17, *((1 << bits) + by for bits in (31, 32, 40) for by
 integers = st.sampled_from(WORDS) | st.integers(0, (1 << 63) - 1)
 
 
-@settings(max_examples=1000)
+@settings(deadline=None, max_examples=1000)
 @given(st.lists(st.tuples(integers, integers), min_size=1, max_size=3))
 @example([(1, 1 << 31)])
 @example([(16, 1 << 31), (1, 17)])

@@ -92,6 +92,26 @@ def test_opcheck_prune_tokens(full: bool) -> None:
     opcheck(OPS.prune_tokens.default, (*x.values(), 2, counts, *optional, 9))
 
 
+BY_REGION = ("region", torch.tensor([[[1], [0], [3], [2], [-1]]], dtype=torch.int32), 0)
+BY_STRIDE = ("stride", None, 0, torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("spread", [BY_REGION, BY_STRIDE], ids=["region", "stride"])
+def test_opcheck_coverages(spread: tuple[object, ...]) -> None:
+    x = inputs()
+    opcheck(OPS.prune_tokens.default, (*x.values(), 2, None, None, None, None, None, 9, *spread))
+    opcheck(OPS.surviving_rows.default, (torch.randn(2, 5), x["visual_index"], 2, None, None, 9, 11, *spread))
+
+
+@pytest.mark.parametrize("spread", [BY_REGION, BY_STRIDE], ids=["region", "stride"])
+def test_compile_coverages(spread: tuple[object, ...]) -> None:
+    coverage, neighbours, _, order = (*spread, None)[:4]
+    eager, compiled = eager_and(
+        lambda x, n, o: prune_tokens(**x, keep=2, length=9, coverage=coverage, neighbours=n, order=o)
+    )
+    assert_same(compiled(inputs(), neighbours, order), eager(inputs(), neighbours, order))
+
+
 def test_compile_topk_indices() -> None:
     scores = torch.randn(2, 7)
     eager, compiled = eager_and(lambda s: topk_indices(s, 3))
@@ -246,7 +266,8 @@ SCHEMAS = (
     (
         "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin,"
         " Tensor position_ids, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows,"
-        " Tensor? attention_mask, Tensor? lse, float? scale, SymInt length)"
+        " Tensor? attention_mask, Tensor? lse, float? scale, SymInt length"
+        ', str coverage="topk", Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None)'
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     (
@@ -260,7 +281,8 @@ SCHEMAS = (
     ),
     (
         "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"
-        " Tensor? attention_mask, SymInt num_rows, SymInt length) -> Tensor"
+        ' Tensor? attention_mask, SymInt num_rows, SymInt length, str coverage="topk",'
+        " Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None) -> Tensor"
     ),
     "text_raters(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from gap_kernels import tiles
 from gap_kernels.prune import one_launch
 
 from bench import shapes
@@ -32,6 +33,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(one_launch, "launch", launch)
     monkeypatch.setattr(one_launch, "counters", lambda device, count: None)
     monkeypatch.setattr(one_launch, "_properties", lambda device: H200)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     return seen
 
 
@@ -85,6 +87,7 @@ def named(name: str, batch: int, rows: int = 1) -> one_launch.Plan:
     return one_launch.plan(
         batch, shape.query_heads, shape.key_heads, shape.head_dim, shape.tokens, shape.tokens, rows, shape.visual,
         shape.length, shape.channels, shape.head_dim, shape.axes, torch.bfloat16, torch.bfloat16, False,
+        "sm_90",
     )  # fmt: skip
 
 

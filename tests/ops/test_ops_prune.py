@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, visual_importance
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.naive.prune import check_rows, oracle
 from torch import Tensor
 
 NAN = math.nan
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def rows_of(
@@ -203,9 +210,100 @@ def test_gradient_flows_to_the_sources() -> None:
     )
 
 
+def spread_over(
+    coverage: str, samples: int, num_visual: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What a coverage needs for slots of ``visual_index``: regions of any shape, up to four slots in each."""
+    if coverage == "stride":
+        return {"order": torch.randint(-1, 6, (samples, num_visual), generator=generator) * 2**28}
+    neighbours = torch.full((samples, num_visual, 3), -1, dtype=torch.int32)
+    for sample in neighbours:
+        for together in torch.randperm(num_visual, generator=generator).split(4):
+            for slot in together.tolist():
+                others = [other for other in together.tolist() if other != slot]
+                sample[slot, : len(others)] = torch.tensor(others)
+    return {"neighbours": neighbours}
+
+
+@pytest.mark.parametrize("coverage", ["region", "stride"])
+@settings(deadline=None, max_examples=12)
+@given(st.data())
+def test_coverages(coverage: str, data: st.DataObject) -> None:
+    """Slots in any order with filler, padding, scores with ties and NaN; of their own for each sample or for all alike."""
+    seeded = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    batch, num_rows = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 14))
+    num_visual = data.draw(st.integers(0, num_rows))
+    visual = torch.rand(batch, num_rows, generator=seeded).argsort(1)[:, :num_visual]
+    visual[torch.rand(visual.shape, generator=seeded) < 0.15] = -1
+    scores = torch.randint(-4, 5, visual.shape, generator=seeded) / 4
+    scores[torch.rand(visual.shape, generator=seeded) < 0.1] = NAN
+    mask = torch.rand(batch, num_rows, generator=seeded) < 0.8 if data.draw(st.booleans()) else None
+    keep = data.draw(st.lists(st.integers(0, num_visual + 1), min_size=batch, max_size=batch))
+    spread = spread_over(coverage, data.draw(st.sampled_from([1, batch])), num_visual, seeded)
+    per_region = data.draw(st.sampled_from([None, 1, 2, 4, 9])) if coverage == "region" else None
+    expected = oracle(
+        scores.tolist(),
+        visual.tolist(),
+        keep,
+        num_rows,
+        None if mask is None else mask.tolist(),
+        per_region=per_region,
+        **{name: value.expand(batch, *value.shape[1:]).tolist() for name, value in spread.items()},
+    )
+    rows = rows_of(batch, num_rows)
+    for length in (None, num_rows):
+        pruned = prune_by_score(
+            scores, **rows, visual_index=visual, keep=torch.tensor(keep), attention_mask=mask, length=length,
+            coverage=coverage, per_region=per_region, **spread,
+        )  # fmt: skip
+        check_rows(pruned, rows, expected, max(map(len, expected)) if length is None else length)
+
+
+@pytest.mark.parametrize("coverage", ["region", "stride"])
+@pytest.mark.parametrize("length", [None, 11])
+def test_prune_tokens_by_coverage_is_scoring_then_pruning(
+    coverage: str, length: int | None, generator: torch.Generator
+) -> None:
+    inputs, rows = attention_inputs(3), rows_of(2, 9)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :5] = False
+    spread = spread_over(coverage, 2, 4, generator)
+    options = {"attention_mask": mask, "rows": torch.tensor([[7, 8], [-1, 8]])}
+    how = {"keep": 2, "length": length, "coverage": coverage, **spread}
+    pruned = prune_tokens(**inputs, **rows, **options, **how)
+    scores = visual_importance(**inputs, **options)
+    expected = prune_by_score(
+        scores, **rows, visual_index=inputs["visual_index"], attention_mask=mask[:, 3:], **how
+    )
+    for found, wanted in zip(pruned, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_region_is_kept_where_the_best_would_not(generator: torch.Generator) -> None:
+    """Slots 0, 1 and 2, 3 are regions; rows 0 and 6 are text."""
+    neighbours = torch.tensor([[[1], [0], [3], [2]]], dtype=torch.int32)
+    how = {"visual_index": torch.tensor([[2, 3, 4, 5]]), "keep": 2, "neighbours": neighbours}
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    for per_region, visual in ((1, [2, 5]), (2, [2, 3]), (None, [2, 5])):
+        pruned = prune_by_score(scores, **rows_of(1, 7), **how, coverage="region", per_region=per_region)
+        assert pruned.index.tolist() == [[0, 1, *visual, 6]]
+
+
+def test_the_uniform_sample_comes_first_and_the_best_fill_the_rest() -> None:
+    """3 of 10 by order alone, among them the worst-scored of all."""
+    scores = torch.arange(12.0)[None]
+    order = torch.tensor([[0, 1, -1, 9, 9, 9, 9, 9, 2, 9, 9, 9]])
+    pruned = prune_by_score(
+        scores, **rows_of(1, 13), visual_index=torch.arange(12)[None], keep=10, coverage="stride", order=order
+    )
+    assert pruned.index.tolist() == [[0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
+
+
 ROWS = rows_of(2, 5)
 SCORES = torch.tensor([[0.3, 0.2], [0.1, 0.4]])
 VISUAL = torch.tensor([[1, 2], [2, 3]])
+NEIGHBOURS = torch.tensor([[[1], [0]]], dtype=torch.int32)
+BY_REGION = {"coverage": "region", "neighbours": NEIGHBOURS}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +334,34 @@ VISUAL = torch.tensor([[1, 2], [2, 3]])
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected dtype torch.bool"),
         ({"length": 3}, "length: expected at least 4, the most rows that stay in a sample, got 3"),
         ({"length": 0}, "length: expected at least 1, got 0"),
+        ({"coverage": "random"}, "coverage: expected one of 'topk', 'region', 'stride', got 'random'"),
+        ({"coverage": "region"}, r"neighbours: expected \[B or 1, V, M\].* with coverage='region', got None"),
+        ({"coverage": "stride"}, r"order: expected \[B or 1, V\].* with coverage='stride', got None"),
+        ({"neighbours": NEIGHBOURS}, "neighbours: expected None with coverage='topk', got shape"),
+        ({"order": VISUAL, **BY_REGION}, "order: expected None with coverage='region', got shape"),
+        (
+            {"coverage": "stride", "order": VISUAL, "per_region": 1},
+            "per_region: expected None .*'stride', got 1",
+        ),
+        ({**BY_REGION, "per_region": 0}, "per_region: expected at least 1, got 0"),
+        ({**BY_REGION, "per_region": 1.0}, r"per_region: expected an int or None, got 1.0 \(float\)"),
+        ({**BY_REGION, "neighbours": NEIGHBOURS[:, :1]}, r"neighbours: expected \[B\|1, V, M\] with V = 2"),
+        (
+            {**BY_REGION, "neighbours": NEIGHBOURS.long()},
+            "neighbours: expected dtype torch.int32, got .*int64",
+        ),
+        (
+            {**BY_REGION, "neighbours": NEIGHBOURS.expand(3, 2, 1)},
+            r"neighbours: expected \[B, V, M\] with B = 2, or",
+        ),
+        ({**BY_REGION, "neighbours": NEIGHBOURS + 1}, "neighbours: expected values in -1..1, got 2"),
+        (
+            {**BY_REGION, "neighbours": 1 - NEIGHBOURS},
+            "neighbours: expected the others .* entry 0 beside itself",
+        ),
+        ({"coverage": "stride", "order": VISUAL.int()}, "order: expected dtype torch.int64, got .*int32"),
+        ({"coverage": "stride", "order": VISUAL[:, :1]}, r"order: expected \[B\|1, V\] with V = 2"),
+        ({"coverage": "stride", "order": VISUAL[[0, 1, 1]]}, r"order: expected \[B, V\] with B = 2, or"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

@@ -46,7 +46,7 @@ def test_grids(data: st.DataObject) -> None:
     n, batch = grid[0] * grid[1], data.draw(st.integers(1, 3))
     scores = data.draw(st.lists(st.lists(SCORE, min_size=n, max_size=n), min_size=batch, max_size=batch))
     neighbours = grid_neighbours(grid, region)[None]
-    per_region = data.draw(st.integers(1, region[0] * region[1] + 1))
+    per_region = data.draw(st.none() | st.integers(1, region[0] * region[1] + 1))
     tensor = torch.tensor(scores, dtype=torch.float32)
 
     k = data.draw(st.integers(0, n + 2))
@@ -275,8 +275,8 @@ SCORES, NEIGHBOURS = torch.zeros(2, 6), grid_neighbours((2, 3))[None]
         ((SCORES.to_sparse(), NEIGHBOURS, 1, 2), {}, r"scores: expected a dense tensor \[B, N\], got .* layout"),
         ((SCORES, NEIGHBOURS.to("meta"), 1, 2), {}, "neighbours: expected device cpu, got .*meta"),
         ((SCORES, NEIGHBOURS, 0, 2), {}, "per_region: expected at least 1, got 0"),
-        ((SCORES, NEIGHBOURS, 1.0, 2), {}, r"per_region: expected an int, got 1.0 \(float\)"),
-        ((SCORES, NEIGHBOURS, True, 2), {}, r"per_region: expected an int, got True \(bool\)"),
+        ((SCORES, NEIGHBOURS, 1.0, 2), {}, r"per_region: expected an int or None, got 1.0 \(float\)"),
+        ((SCORES, NEIGHBOURS, True, 2), {}, r"per_region: expected an int or None, got True \(bool\)"),
         ((SCORES, NEIGHBOURS, 1, -1), {}, "k: expected a count >= 0, got -1"),
         ((SCORES, NEIGHBOURS, 1, 0.5), {}, r"k: expected an int or an int64 tensor \[B\], got 0.5 \(float\)"),
         ((SCORES, NEIGHBOURS, 1, torch.tensor([1])), {}, r"k: expected \[B\] with B = 2, got shape \[1\]"),

@@ -59,7 +59,8 @@ def test_the_interpreter_has_one_class() -> None:
 
 
 def test_every_class_has_tiles_for_every_kernel() -> None:
-    assert set(tiles.ATTENTION) == set(tiles.RECEIVED) == {*CARDS.values(), "gfx942"}
+    classes = {*CARDS.values(), "gfx942"}
+    assert set(tiles.ATTENTION) == set(tiles.RECEIVED) == set(tiles.IMPORTANCE) == classes
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,31 @@ def test_float32_and_the_other_dtypes_differ(kernel) -> None:
     half, exact = (kernel(128, dtype, cpu) for dtype in (torch.bfloat16, torch.float32))
     assert exact.part == 16 < half.part
     assert kernel(128, torch.float16, cpu) == half
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rows", "dtype", "expected"),
+    [
+        (128, 1, torch.bfloat16, (16, 64)),
+        (128, 17, torch.bfloat16, (32, 64)),
+        (80, 64, torch.bfloat16, (32, 32)),
+        (32, 64, torch.bfloat16, (32, 64)),
+        (48, 64, torch.bfloat16, (32, 32)),
+        (256, 64, torch.float16, (32, 32)),
+        (64, 64, torch.float32, (16, 32)),
+        (256, 64, torch.float32, (16, 16)),
+    ],
+)
+def test_one_launch_divides_scoring_as_several_do(
+    head_dim: int, rows: int, dtype: torch.dtype, expected: tuple[int, int]
+) -> None:
+    """Or sums in the interpreter would not agree bit for bit. Its programs have more warps, and room for two."""
+    for device_class in tiles.IMPORTANCE:
+        several = tiles.importance(head_dim, rows, dtype, device_class)
+        one = tiles.prune(head_dim, rows, dtype, device_class)
+        assert one[:2] == several[:2] == expected
+        assert (one.warps, several.warps) == (8, 4)
+        assert one.warps * 32 * 2 * one.registers <= 65536
 
 
 def test_what_the_compiler_is_told() -> None:

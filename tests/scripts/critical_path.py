@@ -11,7 +11,6 @@ import ast
 import functools
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -90,7 +89,8 @@ ALIASES = {
     "mean_tile": {"BLOCK": "BLOCK_N"},
     "count_valid": {"BLOCK": "BLOCK_ROWS"},
     "prune_kernel": {"first_row": "0"},
-    "select_survivors": {"num_rows": "num_query", "BLOCK": "BLOCK_SELECT"},
+    "write_row_keys": {"num_rows": "num_query", "BLOCK": "BLOCK_FILL"},
+    "write_score_keys": {"BLOCK": "BLOCK_FILL"},
     "write_selected": {"n": "num_query", "BLOCK": "BLOCK_FILL"},
     "select_threshold": {"n": "num_query", "BLOCK": "BLOCK_SELECT"},
 }
@@ -136,7 +136,11 @@ def loop_at(path: str, line: int) -> tuple[str, ast.For] | None:
 
 
 def times_of(values: dict[str, Any], body: Sequence[ptx.Instruction]) -> int:
-    """Return how often a loop of a kernel runs that is launched with ``values``; once where its bounds aren't known."""
+    """Return how often a loop of a kernel runs that is launched with ``values``; once where it is a ``while``.
+
+    Raises:
+        ValueError: If its bounds aren't known.
+    """
     # What counts the rounds is of the loop's own line. Of loops in one another the outermost has the others in its body.
     places = sorted({(each.place.depth, each.place.line, each.place.path) for each in body})
     found = next(filter(None, (loop_at(path, line) for _, line, path in places)), None)
@@ -149,11 +153,7 @@ def times_of(values: dict[str, Any], body: Sequence[ptx.Instruction]) -> int:
         names[name] = evaluated(expression, names, names.get(name))
     bounds = [evaluated(ast.unparse(bound), names) for bound in getattr(loop.iter, "args", ())]
     if not bounds or None in bounds:
-        print(
-            f"{function}: the bounds of `{ast.unparse(loop.iter)}` aren't known; counted once",
-            file=sys.stderr,
-        )
-        return 1
+        raise ValueError(f"{function}: the bounds of `{ast.unparse(loop.iter)}` aren't known; see ALIASES")
     return len(range(*bounds))
 
 

@@ -229,9 +229,7 @@ def select_cases() -> Iterator[Case]:
 def region_cases() -> Iterator[Case]:
     for side, cells, per_sample in (
         (24, (2, 2), False),
-        (24, (2, 2), True),
         (24, (3, 3), False),
-        (40, (2, 2), False),
         (64, (2, 2), False),
         (90, (3, 3), False),
         (128, (2, 2), False),
@@ -320,8 +318,23 @@ def importance_variants() -> Iterator[Case]:
         yield described(name, dtype, num_rows, with_lse), partial(importance.visual_importance, *given)
 
 
+def spread_over(coverage: str, num_visual: int) -> tuple[Any, ...]:
+    """Return a coverage with what it needs."""
+    neighbours = torch.zeros(1, num_visual, 3, dtype=torch.int32) if coverage == "region" else None
+    order = torch.arange(num_visual)[None] if coverage == "stride" else None
+    return coverage, neighbours, 0, order
+
+
 def prune_cases() -> Iterator[Case]:
-    for num_rows, with_mask in ((640, True), (640, False), (2944, True), (8192, True), (16448, True)):
+    for num_rows, with_mask, coverage in (
+        (640, True, "topk"),
+        (640, False, "region"),
+        (640, True, "stride"),
+        (2944, True, "topk"),
+        (8192, True, "region"),
+        (16448, True, "topk"),
+        (16448, True, "stride"),
+    ):
         index, scores = torch.arange(num_rows - 64)[None], empty(1, num_rows - 64)
         name = f"{num_rows:,} rows"
         given: tuple[Any, ...] = (scores, index, 64, None, None, num_rows, 128)
@@ -329,7 +342,8 @@ def prune_cases() -> Iterator[Case]:
             name += ", mask, keep per sample"
             mask = torch.ones(1, num_rows, dtype=torch.bool)
             given = (scores, index, 0, torch.tensor([64]), mask, num_rows, 128)
-        yield name, partial(prune.surviving_rows, *given)
+        name += "" if coverage == "topk" else f", {coverage}"
+        yield name, partial(prune.surviving_rows, *given, *spread_over(coverage, num_rows - 64))
     for dtype, axes in ((torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float32, 3)):
         rows, rotary = empty(1, 640, 4096, dtype=dtype), empty(1, 640, 128, dtype=dtype)
         given = (rows, rotary, rotary, torch.zeros(axes, 1, 640).long(), torch.zeros(1, 128).long())
@@ -338,20 +352,20 @@ def prune_cases() -> Iterator[Case]:
 
 
 def one_launch_cases() -> Iterator[Case]:
-    for name, shape, dtype, num_rows, with_lse, ticket in (
-        ("LLaVA-1.5", LLAVA_15, torch.bfloat16, None, False, False),
-        ("LLaVA-1.5", LLAVA_15, torch.bfloat16, None, False, True),
-        ("LLaVA-1.5", LLAVA_15, torch.float16, None, True, False),
-        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, None, False, False),
-        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, 64, True, True),
-        ("Qwen2.5-VL", QWEN, torch.bfloat16, None, False, True),
-        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, False),
-        ("Qwen2.5-VL, 8,192 rows", QWEN_8K, torch.bfloat16, 64, False, True),
-        ("LLaVA-1.5", LLAVA_15, torch.float32, None, False, False),
-        ("Qwen2.5-VL", QWEN, torch.float32, 64, False, False),
-        ("head_dim 72", of_heads(16, 16, 72), torch.float16, None, False, False),
-        ("head_dim 256", of_heads(8, 4, 256), torch.bfloat16, 16, False, False),
-        ("head_dim 256", of_heads(8, 4, 256), torch.float32, None, False, False),
+    for name, shape, dtype, num_rows, with_lse, ticket, coverage in (
+        ("LLaVA-1.5", LLAVA_15, torch.bfloat16, None, False, True, "topk"),
+        ("LLaVA-1.5", LLAVA_15, torch.float16, None, True, False, "topk"),
+        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, None, False, False, "topk"),
+        ("LLaVA-NeXT", LLAVA_NEXT, torch.bfloat16, 64, True, True, "region"),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, None, False, True, "topk"),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, False, "topk"),
+        ("Qwen2.5-VL, 8,192 rows", QWEN_8K, torch.bfloat16, 64, False, True, "topk"),
+        ("Qwen2.5-VL", QWEN, torch.bfloat16, 64, False, True, "stride"),
+        ("LLaVA-1.5", LLAVA_15, torch.float32, None, False, False, "topk"),
+        ("Qwen2.5-VL", QWEN, torch.float32, 64, False, False, "region"),
+        ("head_dim 72", of_heads(16, 16, 72), torch.float16, None, False, False, "topk"),
+        ("head_dim 256", of_heads(8, 4, 256), torch.bfloat16, 16, False, False, "topk"),
+        ("head_dim 256", of_heads(8, 4, 256), torch.float32, None, False, False, "topk"),
     ):
         query, key, index = prompt(shape, dtype)
         hidden, rotary = empty(1, shape.tokens, 4096, dtype=dtype), empty(1, shape.tokens, 128, dtype=dtype)
@@ -372,8 +386,10 @@ def one_launch_cases() -> Iterator[Case]:
             lse,
             None,
             shape.tokens // 2,
+            *spread_over(coverage, shape.visual),
         )
         name = described(name, dtype, num_rows, with_lse) + (", ticket" if ticket else "")
+        name += "" if coverage == "topk" else f", {coverage}"
         yield name, partial(one_launch.prune_tokens, *given, ticket=ticket)
 
 

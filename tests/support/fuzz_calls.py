@@ -248,7 +248,9 @@ def topk_per_region(source: Source) -> Call:
     batch, entries = source.size(0, 3), source.size(0, 10)
     scores = source.scores(batch, entries)
     neighbours = neighbours_of(source, source.pick([1, batch]), entries)
-    per_region = source.pick([1, 2, 3, 9, 2**40, 10**30])
+    per_region = source.pick([None, 1, 2, 3, 9, 2**40, 10**30])
+    if per_region is None:
+        neighbours = gap_kernels.grid_neighbours((1, max(entries, 1)))[None, :entries]
     k = source.pick([source.counts(batch, entries + 3), 2**62, 10**30])
     counts = [min(count, entries) for count in listed(k, batch)]
     most = max(counts, default=0) if isinstance(k, Tensor) else min(k, entries)
@@ -409,12 +411,33 @@ def pruning(source: Source, batch: int, rows: int) -> dict[str, Any]:
     return {"visual_index": visual_index, "keep": keep}
 
 
+def coverage_of(source: Source, batch: int, num_visual: int) -> dict[str, Any]:
+    """How scores choose, with what that needs; neighbours are mutual where these say how many are candidates."""
+    coverage = source.pick(["topk", "region", "stride"])
+    groups, given = source.pick([1, batch]), dict.fromkeys(("neighbours", "per_region", "order"))
+    if coverage == "stride":
+        given["order"] = source.ints(-2, 2 * num_visual, groups, num_visual)
+    elif coverage == "region":
+        given["per_region"] = source.pick([None, 1, 2, 10**30])
+        given["neighbours"] = neighbours_of(source, groups, num_visual)
+        if given["per_region"] is None:
+            pairs = (torch.arange(num_visual) ^ 1)[:, None].int()
+            given["neighbours"] = torch.where(pairs < num_visual, pairs, -1).expand(groups, -1, -1)
+    return {"coverage": coverage, **given}
+
+
 def expected_survivors(
-    scores: Tensor, visual_index: Tensor, keep: int | Tensor, rows: int, mask: Tensor | None
+    scores: Tensor, how: dict[str, Any], spread: dict[str, Any], rows: int, mask: Tensor | None
 ) -> list[list[int]]:
-    counts = [min(count, 99) for count in listed(keep, len(visual_index))]
+    batch = len(how["visual_index"])
+    counts = [min(count, 99) for count in listed(how["keep"], batch)]
     real = None if mask is None else mask.tolist()
-    return naive_prune.oracle(scores.tolist(), visual_index.tolist(), counts, rows, real)
+    given = {
+        name: value.expand(batch, *value.shape[1:]).tolist() if isinstance(value, Tensor) else value
+        for name, value in spread.items()
+        if name != "coverage"
+    }
+    return naive_prune.oracle(scores.tolist(), how["visual_index"].tolist(), counts, rows, real, **given)
 
 
 def assert_pruned(
@@ -429,9 +452,10 @@ def prune_by_score(source: Source) -> Call:
     kept, how = prompt_rows(source, batch, rows), pruning(source, batch, rows)
     scores = source.scores(*how["visual_index"].shape)
     mask = source.maybe(lambda: source.bools(batch, rows))
-    wanted = expected_survivors(scores, how["visual_index"], how["keep"], rows, mask)
+    spread = coverage_of(source, batch, how["visual_index"].shape[1])
+    wanted = expected_survivors(scores, how, spread, rows, mask)
     length = source.length(max(1, *(len(row) for row in wanted), 1))
-    arguments = {"scores": scores, **kept, **how, "attention_mask": mask, "length": length}
+    arguments = {"scores": scores, **kept, **how, "attention_mask": mask, "length": length, **spread}
     return Call(
         gap_kernels.prune_by_score, arguments, lambda found: assert_pruned(found, wanted, kept, length)
     )
@@ -449,14 +473,15 @@ def prune_tokens(source: Source) -> Call:
     }
     scores, _ = naive_importance.oracle(query.detach(), key.detach(), how["visual_index"], **options)
     length = source.maybe(lambda: rows + source.size(0, 3))
+    spread = coverage_of(source, batch, how["visual_index"].shape[1])
 
     def check(found: gap_kernels.PrunedTokens) -> None:
         torch.testing.assert_close(found.scores.double(), scores, rtol=1e-4, atol=1e-5)
         real = None if mask is None else mask[:, keys - rows :]
-        wanted = expected_survivors(found.scores, how["visual_index"], how["keep"], rows, real)
+        wanted = expected_survivors(found.scores, how, spread, rows, real)
         assert_pruned(found, wanted, kept, length)
 
-    arguments = {"query": query, "key": key, **kept, **how, **options, "length": length}
+    arguments = {"query": query, "key": key, **kept, **how, **options, "length": length, **spread}
     return Call(gap_kernels.prune_tokens, arguments, check)
 
 

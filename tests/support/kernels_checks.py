@@ -452,9 +452,26 @@ def test_what_tensor_cores_cut_off_is_allowed(head_dim: int, generator: torch.Ge
     assert cut_off(head_dim) / 10 < error < cut_off(head_dim)
 
 
+def spread_over(coverage: str, num_visual: int, generator: torch.Generator) -> tuple[Any, ...]:
+    """A coverage with what it needs: neighbours in other tiles, of three samples; one order for all, with ties."""
+    if coverage == "topk":
+        return ("topk", None, 0, None)
+    if coverage == "stride":
+        order = torch.randint(-1, 1 + num_visual // 2, (1, num_visual), generator=generator) * 2**15
+        return ("stride", None, 0, order.to(DEVICE))
+    together = torch.rand(3, num_visual, generator=generator).argsort(1)
+    place = together.argsort(1)
+    others = [place - place % 4 + (place + step) % 4 for step in (1, 2, 3)]
+    inside = torch.stack(others, 2).clamp(max=max(num_visual - 1, 0))
+    neighbours = together.gather(1, inside.flatten(1)).view_as(inside)
+    neighbours = torch.where(torch.stack(others, 2) < num_visual, neighbours, -1).int()
+    return ("region", neighbours.to(DEVICE), 2 if coverage == "two of each region" else 0, None)
+
+
 @pytest.mark.parametrize("num_rows", [37, 1100, 8300])
 @pytest.mark.parametrize("masked", [False, True])
-def test_surviving_rows(num_rows: int, masked: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("coverage", ["topk", "region", "two of each region", "stride"])
+def test_surviving_rows(num_rows: int, masked: bool, coverage: str, generator: torch.Generator) -> None:
     num_visual = num_rows - 12
     visual_index = torch.stack([torch.randperm(num_rows, generator=generator)[:num_visual] for _ in range(3)])
     visual_index[1, ::5] = -1
@@ -463,9 +480,11 @@ def test_surviving_rows(num_rows: int, masked: bool, generator: torch.Generator)
     visual_index = visual_index.to(DEVICE)
     mask = (torch.rand(3, num_rows, generator=generator) < 0.8).to(DEVICE) if masked else None
     ragged = torch.tensor([0, num_visual // 2, 10 * num_rows], device=DEVICE)
+    spread = spread_over(coverage, num_visual, generator)
+    lengths = (num_rows, num_rows // 2, num_rows + 200)[: 3 if coverage == "topk" else 1]
     for keep, counts in ((num_rows // 3, None), (0, ragged)):
-        for length in (num_rows, num_rows // 2, num_rows + 200):
-            arguments = (scores, visual_index, keep, counts, mask, num_rows, length)
+        for length in lengths:
+            arguments = (scores, visual_index, keep, counts, mask, num_rows, length, *spread)
             assert torch.equal(prune.surviving_rows(*arguments), prune_reference.surviving_rows(*arguments))
 
 
@@ -503,6 +522,10 @@ class Prompts(NamedTuple):
     lse: Tensor | None
     scale: float | None
     length: int
+    coverage: str = "topk"
+    neighbours: Tensor | None = None
+    per_region: int = 0
+    order: Tensor | None = None
 
 
 def prompts(
@@ -519,6 +542,7 @@ def prompts(
     masked: bool = False,
     with_lse: bool = False,
     channels: int = 96,
+    coverage: str = "topk",
 ) -> Prompts:
     """Prompts with filler, padding and more columns than survivors, as asked."""
     query, key, visual_index, rows, mask = importance_case(
@@ -529,6 +553,7 @@ def prompts(
     query, key = query.to(dtype), key.to(dtype)
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     ids = torch.arange(2 * num_query, device=DEVICE).reshape(2, num_query) + 7
+    name, neighbours, per_region, order = spread_over(coverage, num_visual, generator)
     return Prompts(
         query,
         key,
@@ -544,6 +569,10 @@ def prompts(
         row_lse(query, key, rows, mask) if with_lse else None,
         None,
         num_query + 3,
+        name,
+        None if neighbours is None else neighbours[:2],
+        per_region,
+        order,
     )
 
 
@@ -562,7 +591,7 @@ def assert_pruned(case: Prompts, result: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(scores.double(), exact, rtol=rounding_of_scores(case.query), atol=1e-7)
     num_query, num_keys = case.query.shape[2], case.key.shape[2]
     mask = None if case.attention_mask is None else case.attention_mask[:, num_keys - num_query :]
-    selection = (scores, case.visual_index, case.keep, case.counts, mask, num_query, case.length)
+    selection = (scores, case.visual_index, case.keep, case.counts, mask, num_query, case.length, *case[14:])
     assert torch.equal(index, prune_reference.surviving_rows(*selection))
     expected = prune_reference.gather_rows(case.hidden_states, case.cos, case.sin, case.position_ids, index)
     assert all(torch.equal(row, wanted) for row, wanted in zip(rows, expected, strict=True))
@@ -592,6 +621,9 @@ def assert_pruned(case: Prompts, result: tuple[Tensor, ...]) -> None:
             "channels": 8,
         },  # several rows of a program
         {"heads": (2, 1), "head_dim": 72, "num_rows": 3, "ragged": True, "masked": True, "with_lse": True},
+        {"num_query": 65, "masked": True, "coverage": "region", "num_visual": 60, "ragged": True},
+        {"heads": (2, 1), "num_rows": 9, "coverage": "two of each region"},
+        {"heads": (2, 1), "num_rows": 20, "masked": True, "coverage": "stride", "ragged": True},
     ],
     ids=lambda shape: "-".join(shape),
 )
@@ -620,7 +652,7 @@ def test_prune_in_one_launch(
             "num_visual": 130,
             "ragged": True,
         },
-        {"heads": (2, 2), "num_rows": 16, "with_lse": True},
+        {"heads": (2, 2), "num_rows": 16, "with_lse": True, "coverage": "region"},
     ],
     ids=lambda shape: "-".join(shape),
 )
@@ -774,6 +806,7 @@ def test_prune_in_one_launch_of_anything(data: st.DataObject) -> None:
         masked=data.draw(st.booleans()),
         with_lse=data.draw(st.booleans()),
         channels=data.draw(st.integers(1, 40)),
+        coverage=data.draw(st.sampled_from(["topk", "region", "two of each region", "stride"])),
     )
     case = case._replace(
         keep=data.draw(st.integers(0, 50)),
@@ -785,8 +818,11 @@ def test_prune_in_one_launch_of_anything(data: st.DataObject) -> None:
 @pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 4096), (torch.float16, 8192)])
 def test_the_longest_prompt_of_one_launch(dtype: torch.dtype, longest: int) -> None:
     query = torch.empty(1, 1, longest + 1, 1, dtype=dtype, device=DEVICE)
-    assert one_launch.applies(query[:, :, :-1], 9)
-    assert not one_launch.applies(query, 9)
+    for coverage in ("topk", "region"):
+        assert one_launch.applies(query[:, :, :-1], 9, coverage)
+        assert not one_launch.applies(query, 9, coverage)
+    assert one_launch.applies(query[:, :, :4096], 9, "stride")
+    assert not one_launch.applies(query[:, :, :4097], 9, "stride")
 
 
 def test_prompts_too_long_for_one_launch(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..backends import triton_is_interpreted
 from ..handover import wait
 from ..launch import cdiv, launch, next_power_of_2
+from ..tiles import Tiles
 
 # How the keys are split among programs: a guess that was never measured, and the same on every device, so that the
 # sums are too.
@@ -39,7 +41,7 @@ ENOUGH_PROGRAMS = 512
 MAX_SPLITS = 64
 MEAN_BLOCK = 128
 MAX_BLOCK_HEADS = tl.constexpr(32)
-WARPS = 4
+WARPS = 4  # of stored_mean_kernel
 # What the tiles of a loop may take of shared memory, so that two programs of eight warps fit every multiprocessor.
 BUFFER_BYTES = 40 << 10
 # What a program of stored_mean_kernel has at a time: logits of this many rows at this many visual tokens, and this many
@@ -669,15 +671,15 @@ def visual_importance(
     scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
     heads = {"KEY_HEADS": key_heads, "GROUP": group, "D": head_dim}
     flags = {"UPCAST": triton_is_interpreted(), "CAUSAL": causal}
-    per_head = head_reduction == "max"
+    per_head, device_class = head_reduction == "max", tiles.architecture(query.device)
     mass_heads, mass_rows = (query_heads, num_rows) if per_head else (key_heads, group * num_rows)
 
     partial_max = partial_sum = stored = None
     splits = 0
     if lse is None:
-        tiles = tile_options(head_dim, group * num_rows, query.dtype)
-        row_tiles = cdiv(group * num_rows, tiles["BLOCK_M"])
-        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, tiles["BLOCK_N"])
+        chosen = tiles.importance(head_dim, group * num_rows, query.dtype, device_class)
+        row_tiles = cdiv(group * num_rows, chosen.rows)
+        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, chosen.columns)
         shape = (batch, key_heads, group * num_rows, splits)
         partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
         partial_sum = torch.empty_like(partial_max)
@@ -692,45 +694,45 @@ def visual_importance(
             strides,
             (*mask_strides, num_query, num_keys, num_rows, split_keys),
             (scale_log2,),
-            {**heads, **tiles, **flags},
-            num_warps=WARPS,
-            num_stages=stages_of(tiles, head_dim, query.dtype, stored is not None),
+            {**heads, **block_sizes(chosen, head_dim), **flags},
+            num_warps=chosen.warps,
+            num_stages=stages_of(chosen, head_dim, query.dtype, stored is not None),
         )
     else:
         lse = lse.float().contiguous()
     if stored is not None:
-        tiles = stored_options(query_heads * num_rows, splits)
+        of_mean = stored_options(query_heads * num_rows, splits)
         launch(
             stored_mean_kernel,
-            (cdiv(num_visual, tiles["BLOCK_TOKENS"]), batch),
+            (cdiv(num_visual, of_mean["BLOCK_TOKENS"]), batch),
             (stored, visual_index, rows, partial_max, partial_sum, scores),
             (),
             (num_query, num_keys, num_rows, num_visual, splits),
             (),
-            {"QUERY_HEADS": query_heads, **tiles, "BLOCK_SPLITS": next_power_of_2(splits)},
+            {"QUERY_HEADS": query_heads, **of_mean, "BLOCK_SPLITS": next_power_of_2(splits)},
             num_warps=WARPS,
         )
         return scores
     mass = torch.empty((batch, mass_heads, num_visual), dtype=torch.float32, device=query.device)
-    tiles = tile_options(head_dim, mass_rows, query.dtype)
+    chosen = tiles.importance(head_dim, mass_rows, query.dtype, device_class)
     launch(
         visual_mass_kernel,
-        (cdiv(num_visual, tiles["BLOCK_N"]), batch * mass_heads),
+        (cdiv(num_visual, chosen.columns), batch * mass_heads),
         (query, key, visual_index, rows, mask, lse, partial_max, partial_sum, mass, value),
         (*strides, *((0, 0, 0) if value is None else value.stride()[:3])),
         (*mask_strides, num_query, num_keys, num_rows, num_visual, splits),
         (scale_log2,),
         {
             **heads,
-            **tiles,
+            **block_sizes(chosen, head_dim),
             "BLOCK_SPLITS": next_power_of_2(max(splits, 1)),
             **flags,
             "PER_HEAD": per_head,
         }
         | value_options(value),
-        num_warps=WARPS,
+        num_warps=chosen.warps,
         # A single tile of rows leaves nothing to load ahead.
-        num_stages=1 if mass_rows <= tiles["BLOCK_M"] else stages_of(tiles, head_dim, query.dtype, False),
+        num_stages=1 if mass_rows <= chosen.rows else stages_of(chosen, head_dim, query.dtype, False),
         maxnreg=MAX_REGISTERS,
     )
     launch(
@@ -745,17 +747,13 @@ def visual_importance(
     return scores
 
 
-def tile_options(head_dim: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return tile sizes for M = ``num_rows`` rows per program of the grid's head axis."""
+def block_sizes(chosen: Tiles, head_dim: int) -> dict[str, int]:
+    """Return tile sizes as the kernels take them."""
     block_d = max(16, next_power_of_2(head_dim))
-    # What fits the registers on every target. Vectors whose length is no power of two need masks, which take registers;
-    # float32 isn't for tensor cores: its operands stay in registers, which hold a part of each vector only.
-    exact = dtype == torch.float32
-    block_n = 32 if exact or block_d > 128 or block_d != head_dim else 64
     return {
-        "BLOCK_M": 16 if exact or num_rows <= 16 else 32,
-        "BLOCK_N": 16 if exact and block_d > 128 else block_n,
-        "BLOCK_K": part_of(head_dim, min(block_d, 16) if exact else block_d),
+        "BLOCK_M": chosen.rows,
+        "BLOCK_N": chosen.columns,
+        "BLOCK_K": part_of(head_dim, min(block_d, chosen.part)),
     }
 
 
@@ -780,18 +778,16 @@ def stored_options(num_rows: int, splits: int) -> dict[str, int]:
     }
 
 
-def stages_of(tiles: dict[str, int], head_dim: int, dtype: torch.dtype, stored: bool) -> int:
-    """Return the stages of the loops over tiles: 3 where shared memory has room for two of them, else 2.
+def stages_of(chosen: Tiles, head_dim: int, dtype: torch.dtype, stored: bool) -> int:
+    """Return the stages of the loops over tiles: 3 where shared memory has room for two of them, and 3 may be, else 2.
 
     With two stages there is one buffer, and the next tile is asked for only when this one has been used. Queries come with
-    the keys where logits are stored, or vectors are read in parts. On AMD GPUs two are enough: the next tile waits in
-    registers, and a third would take so many that fewer programs run.
+    the keys where logits are stored, or vectors are read in parts.
     """
-    if torch.version.hip:
-        return 2
-    queries = tiles["BLOCK_M"] if stored or tiles["BLOCK_K"] < head_dim else 0
-    vectors = tiles["BLOCK_N"] + queries
-    return 3 if 2 * vectors * next_power_of_2(head_dim) * dtype.itemsize <= BUFFER_BYTES else 2
+    queries = chosen.rows if stored or block_sizes(chosen, head_dim)["BLOCK_K"] < head_dim else 0
+    vectors = chosen.columns + queries
+    fits = 2 * vectors * next_power_of_2(head_dim) * dtype.itemsize <= BUFFER_BYTES
+    return min(chosen.stages, 3 if fits else 2)
 
 
 def value_options(value: Tensor | None) -> dict[str, int]:

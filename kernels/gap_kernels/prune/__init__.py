@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..importance.op import check_importance, visual_importance_op
 from ..validation import ShapeChecker, check_length, read_max, split_count
+from .coverage import Coverage, Covering, covering
 from .op import check_rows, gather_rows_op, prune_tokens_op, surviving_rows_op
 
 __all__ = ["PrunedTokens", "prune_by_score", "prune_tokens"]
@@ -42,12 +43,24 @@ def prune_by_score(
     *,
     attention_mask: Tensor | None = None,
     length: int | None = None,
+    coverage: Coverage = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int | None = None,
+    order: Tensor | None = None,
 ) -> PrunedTokens:
     """Keep the best-scored visual tokens and all text, in order, every survivor with its own position ids.
 
     A sample's survivors are:
 
-    - its ``keep`` best visual tokens: higher scores first, NaN last, ties to the lower position;
+    - ``keep`` of its visual tokens, as ``coverage`` says; higher scores are better, NaN is worst, ties go to the lower
+      position:
+
+      - ``"topk"``: the best;
+      - ``"region"``: the best of those that fewer than ``per_region`` of their neighbours beat; and if these are fewer
+        than ``keep``, all of them and the best of the others (Nüwa, arXiv 2602.02951, see `topk_per_region`);
+      - ``"stride"``: three tenths of ``keep``, rounded down, by ``order`` alone, then the best of the others (FEATHER,
+        arXiv 2412.13180, which keeps a lattice of its own beside the best);
+
     - every row that is neither visual nor padding;
     - its last row, whatever it is, because the next token is predicted from it. A visual last row that isn't
       among the ``keep`` best is one survivor more.
@@ -67,23 +80,33 @@ def prune_by_score(
         length: Rows of the result, L. Default: the largest number of survivors in the batch, which takes one
             read from the device; required under ``torch.compile``, ``torch.export`` and CUDA graph capture.
             More than needed means more filler.
+        coverage: How scores choose: ``"topk"``, ``"region"`` or ``"stride"``.
+        neighbours: For ``"region"``: [B, V, M] int32, or [1, V, M] for all samples alike, with M of 0..8: for each slot of
+            ``visual_index`` the other slots of its region, distinct, in any order; -1 = none. See `grid_neighbours`.
+            Neighbours that are filler or padding count as none.
+        per_region: For ``"region"``: candidates of a region, >= 1. None: as many as ``keep`` needs of each region,
+            ``ceil(keep / regions)``; neighbours must be mutual then.
+        order: For ``"stride"``: [B, V] int64, or [1, V] for all samples alike: the rank of each slot in the uniform
+            sample, compared as float32, the lowest first; negative = last.
 
     Returns:
         The survivors. Gradients flow back through ``hidden_states``, ``cos`` and ``sin``.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device. On the CPU also if a position is out of
-            range or repeated, a count negative, or ``length`` less than a sample's survivors (elsewhere,
-            where checking would need a read, the surplus on the left is lost).
+        ValueError: If an argument has another shape, dtype or device, or a coverage lacks what it needs, or has what
+            another needs. On the CPU also if a position or a neighbour is out of range or repeated, a count negative,
+            or ``length`` less than a sample's survivors (elsewhere, where checking would need a read, the surplus on
+            the left is lost).
     """
     shapes = ShapeChecker()
     check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
     shapes.check("scores", scores, "B V", (torch.float32,))
     if attention_mask is not None:
         shapes.check("attention_mask", attention_mask, "B Q", (torch.bool,))
+    spread = covering(shapes, coverage, neighbours, per_region, order)
     return _prune(
-        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length
-    )
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, spread
+    )  # fmt: skip
 
 
 def prune_tokens(
@@ -101,12 +124,16 @@ def prune_tokens(
     lse: Tensor | None = None,
     scale: float | None = None,
     length: int | None = None,
+    coverage: Coverage = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int | None = None,
+    order: Tensor | None = None,
 ) -> PrunedTokens:
     """Score visual tokens by attention and prune: `visual_importance`, then `prune_by_score`.
 
     One launch, where ``length`` is given, no gradient is wanted, the prompt has at most 8,192 rows
-    (float32: 4,096), and the GPU is
-    NVIDIA's from sm_80 on; else several. Scores are those of ``visual_importance`` without its variants.
+    (float32, or by stride: 4,096), and the GPU is NVIDIA's from sm_80 on; else several. Scores are those of
+    ``visual_importance`` without its variants.
 
     Args:
         query: [B, Hq, Q, D], see `visual_importance`.
@@ -121,7 +148,11 @@ def prune_tokens(
         attention_mask: [B, S] bool; its last Q columns belong to the rows.
         lse: [B, Hq, R] float32, see `visual_importance`.
         scale: Factor of ``q k^T``; default ``D ** -0.5``.
-        length: Rows of the result, see `prune_by_score`.
+        length: Rows of the result, see `prune_by_score`, like the next arguments.
+        coverage: ``"topk"``, ``"region"`` or ``"stride"``.
+        neighbours: [B or 1, V, M] int32, for ``"region"``.
+        per_region: Int, for ``"region"``.
+        order: [B or 1, V] int64, for ``"stride"``.
 
     Returns:
         The survivors. Scores of float64 queries are rounded to float32 before the selection.
@@ -132,6 +163,7 @@ def prune_tokens(
     shapes = ShapeChecker()
     check_importance(shapes, query, key, visual_index, rows, attention_mask, lse, scale)
     check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
+    spread = covering(shapes, coverage, neighbours, per_region, order)
     differentiable = (query, key, hidden_states, cos, sin)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     if length is not None and not needs_gradient:
@@ -140,15 +172,15 @@ def prune_tokens(
         return PrunedTokens(
             *prune_tokens_op(
                 query, key, hidden_states, cos, sin, position_ids, visual_index, count, counts, rows,
-                attention_mask, lse, scale, length,
+                attention_mask, lse, scale, length, *spread,
             )
         )  # fmt: skip
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
     if attention_mask is not None:
         attention_mask = attention_mask[:, key.shape[2] - query.shape[2] :]
     return _prune(
-        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length
-    )
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, spread
+    )  # fmt: skip
 
 
 def _kept_count(keep: int | Tensor, shapes: ShapeChecker) -> tuple[int, Tensor | None]:
@@ -168,15 +200,15 @@ def _prune(
     keep: int | Tensor,
     attention_mask: Tensor | None,
     length: int | None,
+    spread: Covering,
 ) -> PrunedTokens:
     """Select and gather; all arguments but ``keep`` and ``length`` are checked already."""
     count, counts = _kept_count(keep, shapes)
     if length is not None:
         check_length(length, at_least=1)
     num_rows = hidden_states.shape[1]
-    index = surviving_rows_op(
-        scores, visual_index, count, counts, attention_mask, num_rows, num_rows if length is None else length
-    )
+    width = num_rows if length is None else length
+    index = surviving_rows_op(scores, visual_index, count, counts, attention_mask, num_rows, width, *spread)
     if length is None:
         survivors = read_max((index >= 0).sum(-1), "the number of rows depends on what stays")
         index = index[:, num_rows - survivors :].contiguous()

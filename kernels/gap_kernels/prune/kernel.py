@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
-from ..select.kernel import (
-    ALWAYS,
-    DROPPED,
-    MAX_REGISTERS,
-    score_keys,
-    select_threshold,
-    tile_options,
-    write_selected,
-)
+from ..select.kernel import MAX_REGISTERS, select_threshold, tile_options, write_selected
+from .coverage import Covering
+from .keys import select_by_stride, write_keys_by_region, write_row_keys, write_score_keys
 
 FILL_BLOCK = 1024
 COPY_BYTES = 128
@@ -31,7 +27,10 @@ def select_survivors(
     visual_index,
     counts,
     mask,
+    neighbours,
+    order,
     keys,
+    spare,
     index,
     sample,
     keep,
@@ -40,40 +39,45 @@ def select_survivors(
     length,
     mask_stride_b,
     mask_stride_q,
+    neighbours_stride_b,
+    order_stride_b,
+    per_region,
+    COVERAGE: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_FILL: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     """Write the survivors of one sample: scores, visual_index [B, V] -> index [B, length].
 
-    Every row of the prompt gets a key in ``keys`` [B, Q], a workspace: text is selected ALWAYS, padding is DROPPED,
-    and a visual row has the key of its score. In row order, ties go to the lower position by themselves.
+    Every row of the prompt gets a key in ``keys`` [B, Q], a workspace; ``spare`` is one, too, [B, Q] for the coverage
+    ``"stride"``, and [B, V] for ``"region"`` with a mask. In row order, ties go to the lower position by themselves.
     """
+    scores += sample * num_visual
+    visual_index += sample * num_visual
     keys += sample * num_rows
-    for start in range(0, num_rows, BLOCK_FILL):
-        row = start + tl.arange(0, BLOCK_FILL)
-        code = tl.full((BLOCK_FILL,), ALWAYS, tl.int32)
-        if mask is not None:
-            real = tl.load(mask + sample * mask_stride_b + row * mask_stride_q, mask=row < num_rows, other=0)
-            code = tl.where(real != 0, code, DROPPED)
-        tl.store(keys + row, code, mask=row < num_rows)
-    tl.debug_barrier()  # other threads of this program overwrite and then read these keys
-    for start in range(0, num_visual, BLOCK_FILL):
-        slot = start + tl.arange(0, BLOCK_FILL)
-        position = tl.load(visual_index + sample * num_visual + slot, mask=slot < num_visual, other=-1)
-        inside = (position >= 0) & (position < num_rows)
-        score = tl.load(scores + sample * num_visual + slot, mask=inside, other=0.0, cache_modifier=".cg")
-        code = score_keys(score)
-        if mask is not None:
-            real = tl.load(mask + sample * mask_stride_b + position * mask_stride_q, mask=inside, other=0)
-            code = tl.where(real != 0, code, DROPPED)
-        tl.store(keys + position, code, mask=inside)
-    tl.debug_barrier()
-
+    if mask is not None:
+        mask += sample * mask_stride_b
+    write_row_keys(keys, mask, num_rows, mask_stride_q, BLOCK_FILL)
+    if COVERAGE == "topk":
+        write_score_keys(scores, visual_index, keys, mask, num_visual, num_rows, mask_stride_q, BLOCK_FILL)
     if counts is not None:
         keep = tl.load(counts + sample)
     budget = tl.minimum(keep, num_visual).to(tl.int32)
-    threshold, ties, tied, total = select_threshold(keys, num_rows, budget, BLOCK, RESIDENT, False)
+    if COVERAGE == "region":
+        if mask is not None:
+            spare += sample * num_visual
+        budget = write_keys_by_region(
+            scores, visual_index, neighbours + sample * neighbours_stride_b, keys, spare, mask,
+            per_region, budget, num_visual, num_rows, NEIGHBOURS, BLOCK_FILL,
+        )  # fmt: skip
+    if COVERAGE == "stride":
+        threshold, ties, tied, total = select_by_stride(
+            scores, visual_index, order + sample * order_stride_b, keys, spare + sample * num_rows,
+            budget, num_visual, num_rows, BLOCK, BLOCK_FILL, RESIDENT,
+        )  # fmt: skip
+    else:
+        threshold, ties, tied, total = select_threshold(keys, num_rows, budget, BLOCK, RESIDENT, False)
     # The last row comes last among its ties; where it isn't selected it is one survivor more.
     last = tl.load(keys + num_rows - 1)
     selected = (last > threshold) | ((last == threshold) & (tied <= ties))
@@ -84,13 +88,21 @@ def select_survivors(
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
-@triton.jit(do_not_specialize=["keep", "num_visual", "num_rows", "length", "mask_stride_b", "mask_stride_q"])
+@triton.jit(
+    do_not_specialize=[
+        "keep", "num_visual", "num_rows", "length", "mask_stride_b", "mask_stride_q", "neighbours_stride_b",
+        "order_stride_b", "per_region",
+    ]
+)  # fmt: skip
 def surviving_rows_kernel(
     scores,
     visual_index,
     counts,
     mask,
+    neighbours,
+    order,
     keys,
+    spare,
     index,
     keep,
     num_visual,
@@ -98,14 +110,20 @@ def surviving_rows_kernel(
     length,
     mask_stride_b,
     mask_stride_q,
+    neighbours_stride_b,
+    order_stride_b,
+    per_region,
+    COVERAGE: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_FILL: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     """One program per sample."""
     select_survivors(
-        scores, visual_index, counts, mask, keys, index, tl.program_id(0).to(tl.int64),
-        keep, num_visual, num_rows, length, mask_stride_b, mask_stride_q, BLOCK, BLOCK_FILL, RESIDENT,
+        scores, visual_index, counts, mask, neighbours, order, keys, spare, index, tl.program_id(0).to(tl.int64),
+        keep, num_visual, num_rows, length, mask_stride_b, mask_stride_q, neighbours_stride_b, order_stride_b,
+        per_region, COVERAGE, NEIGHBOURS, BLOCK, BLOCK_FILL, RESIDENT,
     )  # fmt: skip
 
 
@@ -226,29 +244,67 @@ def surviving_rows(
     attention_mask: Tensor | None,
     num_rows: int,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Launch the selection; arguments and result as in ``reference.py``."""
     batch, num_visual = visual_index.shape
-    index = torch.empty((batch, length), dtype=torch.int64, device=scores.device)
+    device = scores.device
+    index = torch.empty((batch, length), dtype=torch.int64, device=device)
     if index.numel() == 0:
         return index
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
+    spread = Spread.of(Covering(coverage, neighbours, per_region, order))
+    spare = spread.spare_columns(mask, num_visual, num_rows)
     tiles = tile_options(num_rows)
     launch(
         surviving_rows_kernel,
         (batch,),
         (
             scores.contiguous(), visual_index.contiguous(), None if counts is None else counts.contiguous(), mask,
-            torch.empty((batch, num_rows), dtype=torch.int32, device=scores.device), index,
+            spread.neighbours, spread.order, torch.empty((batch, num_rows), dtype=torch.int32, device=device),
+            torch.empty((batch, spare), dtype=torch.int32, device=device) if spare else None, index,
         ),
         (),
-        (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride())),
+        (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride()), *spread.sizes),
         (),
-        {"BLOCK": tiles["BLOCK"], "BLOCK_FILL": FILL_BLOCK, "RESIDENT": tiles["RESIDENT"]},
+        spread.constants
+        | {"BLOCK": tiles["BLOCK"], "BLOCK_FILL": FILL_BLOCK, "RESIDENT": tiles["RESIDENT"]},
         num_warps=tiles["num_warps"],
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return index
+
+
+class Spread(NamedTuple):
+    """What ``select_survivors`` takes of a coverage."""
+
+    neighbours: Tensor | None
+    order: Tensor | None
+    sizes: tuple[int, ...]
+    """Of ``neighbours`` and ``order``, how far samples are apart; and how many of each region are candidates."""
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, covering: Covering) -> Spread:
+        """Return it with tensors that are contiguous."""
+        neighbours, order = (
+            None if x is None else x.contiguous() for x in (covering.neighbours, covering.order)
+        )
+        strides = (0 if x is None or len(x) == 1 else x.stride(0) for x in (neighbours, order))
+        constants = {
+            "COVERAGE": covering.coverage,
+            "NEIGHBOURS": 0 if neighbours is None else neighbours.shape[2],
+        }
+        return cls(neighbours, order, (*strides, covering.per_region), constants)
+
+    def spare_columns(self, mask: Tensor | None, num_visual: int, num_rows: int) -> int:
+        """Return how much more workspace the selection of a sample needs, int32, beside its keys."""
+        if self.order is not None:
+            return num_rows
+        return 0 if self.neighbours is None or mask is None else num_visual
 
 
 def gather_rows(

@@ -46,9 +46,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..backends import triton_is_interpreted
 from ..handover import announce, wait
 from ..importance.kernel import (
+    block_sizes,
     mean_tile,
     row_lse_tile,
     split_of,
@@ -58,11 +60,12 @@ from ..importance.kernel import (
     stores_logits,
     visual_mass_tile,
 )
-from ..importance.kernel import tile_options as importance_options
 from ..launch import cdiv, launch, next_power_of_2
+from .coverage import Covering
 from .kernel import (
     COPY_BYTES,
     FILL_BLOCK,
+    Spread,
     copy_rows,
     copy_tiles,
     new_outputs,
@@ -72,11 +75,9 @@ from .kernel import (
 from .workspace import counters
 
 MAX_ROWS = 8192
-"""Longest prompt that is selected from inside the launch, half of it for float32: its keys stay in the registers of one
-program, as long as there are any left. Above, the few warps that suit the other roles would read them again and again."""
-WARPS = 8
-MAX_REGISTERS = 120
-"""Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
+"""Longest prompt that is selected from inside the launch, half of it for float32, and by stride, which selects twice: its
+keys stay in the registers of one program, as long as there are any left. Above, the few warps that suit the other roles
+would read them again and again."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That run at the same time on every GPU: 2 x 8 warps x 32 threads x 128 registers are the 65,536 that there are."""
 MAX_WAVES = 4
@@ -94,6 +95,7 @@ LINE = tl.constexpr(32)
         "mask_stride_b", "mask_stride_s", "ids_stride_a", "ids_stride_b", "ids_stride_q",
         "batch", "num_query", "num_keys", "num_rows", "num_visual", "split_keys", "splits", "keep", "length",
         "partial_size", "weights_size", "parts", "tiles", "copies", "of_sample", "first_score", "first_copy",
+        "neighbours_stride_b", "order_stride_b", "per_region",
     ]
 )  # fmt: skip
 def prune_kernel(
@@ -108,6 +110,8 @@ def prune_kernel(
     sin,
     ids,
     counts,
+    neighbours,
+    order,
     workspace,
     counter,
     scores,
@@ -152,6 +156,9 @@ def prune_kernel(
     of_sample,
     first_score,
     first_copy,
+    neighbours_stride_b,
+    order_stride_b,
+    per_region,
     scale_log2,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -171,6 +178,8 @@ def prune_kernel(
     AXES: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
     STORED: tl.constexpr,
+    COVERAGE: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     TICKET: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -182,7 +191,7 @@ def prune_kernel(
     """
     AWAITED: tl.constexpr = 0 if lse is not None else (1 if STORED else KEY_HEADS)  # counters of LSE programs
     program = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if TICKET else tl.program_id(0)
-    # Statistics of the rows, logits or mass of the heads, and the keys of the selection, 4 bytes each.
+    # Statistics of the rows, logits or mass of the heads, keys of the selection, and what else it needs, 4 bytes each.
     partial_sum = workspace + partial_size
     weights = partial_sum + partial_size
     keys = (weights + weights_size).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -238,8 +247,9 @@ def prune_kernel(
                 if mask is not None:
                     row_mask = mask + (num_keys - num_query) * mask_stride_s
                 select_survivors(
-                    scores, visual_index, counts, row_mask, keys, index, sample.to(tl.int64),
-                    keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
+                    scores, visual_index, counts, row_mask, neighbours, order, keys, keys + batch * num_query, index,
+                    sample.to(tl.int64), keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
+                    neighbours_stride_b, order_stride_b, per_region, COVERAGE, NEIGHBOURS,
                     BLOCK_SELECT, BLOCK_FILL, True,
                 )  # fmt: skip
                 announce(selected)
@@ -266,9 +276,9 @@ def prune_kernel(
                     tl.store(counter + 1, 0)
 
 
-def applies(query: Tensor, length: int) -> bool:
+def applies(query: Tensor, length: int, coverage: str = "topk") -> bool:
     """Return whether one launch can prune this: a GPU with the memory model that the roles rely on, or the interpreter."""
-    longest = MAX_ROWS if query.element_size() == 2 else MAX_ROWS // 2
+    longest = MAX_ROWS if query.element_size() == 2 and coverage != "stride" else MAX_ROWS // 2
     if query.shape[2] > longest or query.shape[0] == 0 or length == 0:
         return False
     if not query.is_cuda:
@@ -299,7 +309,8 @@ class Plan(NamedTuple):
     first_score: int
     first_copy: int
     programs: int
-    stages: int
+    options: dict[str, int]
+    """What the compiler is told."""
     constants: dict[str, int]
 
 
@@ -320,30 +331,31 @@ def plan(
     dtype: torch.dtype,
     copied_dtype: torch.dtype,
     lse_given: bool,
+    device_class: str,
 ) -> Plan:
     """Divide the work; the same sizes come again and again, and host time counts."""
     group = query_heads // key_heads
-    blocks = importance_options(head_dim, group * num_rows, dtype)
-    row_tiles = 0 if lse_given else cdiv(group * num_rows, blocks["BLOCK_M"])
+    chosen = tiles.prune(head_dim, group * num_rows, dtype, device_class)
+    row_tiles = 0 if lse_given else cdiv(group * num_rows, chosen.rows)
     split_keys = splits = 0
     if row_tiles:
-        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, blocks["BLOCK_N"])
-    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, WARPS)
+        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, chosen.columns)
+    copy = copy_tiles(channels, rotary, copied_dtype.itemsize, chosen.warps)
     # As many as a program has registers for.
-    most = max(1, COPY_BYTES * 32 * WARPS // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
+    most = max(1, COPY_BYTES * 32 * chosen.warps // (copy["BLOCK_COPY"] * copied_dtype.itemsize))
     rows_per_program = min(next_power_of_2(cdiv(batch * length, ENOUGH_COPIES)), MAX_ROWS_PER_COPY, most)
     parts = row_tiles * splits
     stored = not lse_given and stores_logits(group * num_rows, num_keys, num_visual, head_dim, dtype)
     of_mean = stored_options(query_heads * num_rows, splits)
-    tiles = max(cdiv(num_visual, of_mean["BLOCK_TOKENS"] if stored else blocks["BLOCK_N"]), 1)
+    score_tiles = max(cdiv(num_visual, of_mean["BLOCK_TOKENS"] if stored else chosen.columns), 1)
     copies = cdiv(length, rows_per_program)
     line = LINE.value
     awaited = 0 if lse_given else 1 if stored else key_heads
-    of_sample = (awaited + 1) * line + cdiv(tiles + 2, line) * line
+    of_sample = (awaited + 1) * line + cdiv(score_tiles + 2, line) * line
     first_score = batch * key_heads * parts
-    first_copy = first_score + batch * (1 if stored else key_heads) * tiles
+    first_copy = first_score + batch * (1 if stored else key_heads) * score_tiles
     constants = {
-        "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **blocks,
+        "KEY_HEADS": key_heads, "GROUP": group, "D": head_dim, **block_sizes(chosen, head_dim),
         "BLOCK_SPLITS": next_power_of_2(max(splits, 1)), **of_mean,
         "BLOCK_SELECT": max(next_power_of_2(num_query), 128),
         "BLOCK_FILL": FILL_BLOCK, **copy, "BLOCK_RESET": RESET_BLOCK,
@@ -354,13 +366,13 @@ def plan(
         splits,
         parts,
         stored,
-        tiles,
+        score_tiles,
         copies,
         of_sample,
         first_score,
         first_copy,
         first_copy + batch * copies,
-        stages_of(blocks, head_dim, dtype, stored),
+        chosen._replace(stages=stages_of(chosen, head_dim, dtype, stored)).options(),
         constants,
     )
 
@@ -382,6 +394,7 @@ def plan_of(
         batch, query_heads, key.shape[1], head_dim, num_query, key.shape[2], 1 if rows is None else rows.shape[1],
         visual_index.shape[1], length, hidden_states.shape[2], cos.shape[2],
         position_ids.shape[0] if position_ids.dim() == 3 else 1, query.dtype, hidden_states.dtype, lse is not None,
+        tiles.architecture(query.device),
     )  # fmt: skip
 
 
@@ -416,6 +429,10 @@ def prune_tokens(
     lse: Tensor | None,
     scale: float | None,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
     *,
     work: Plan | None = None,
     ticket: bool = True,
@@ -439,7 +456,9 @@ def prune_tokens(
 
     partial_size = batch * query_heads * num_rows * work.splits
     weights_size = batch * (query_heads * num_rows * num_keys if work.stored else key_heads * num_visual)
+    spread = Spread.of(Covering(coverage, neighbours, per_region, order))
     workspace = 2 * partial_size + weights_size + batch * num_query
+    workspace += batch * spread.spare_columns(mask, num_visual, num_query)
     outputs = new_outputs(hidden_states, cos, sin, position_ids, length)
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=device)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
@@ -449,7 +468,7 @@ def prune_tokens(
         (
             query, key, visual_index.contiguous(), None if rows is None else rows.contiguous(), mask,
             None if lse is None else lse.float().contiguous(), *inputs, ids,
-            None if counts is None else counts.contiguous(),
+            None if counts is None else counts.contiguous(), spread.neighbours, spread.order,
             torch.empty(workspace, dtype=torch.float32, device=device),
             counters(device, LINE.value + batch * work.of_sample),
             scores, index, *outputs,
@@ -462,13 +481,11 @@ def prune_tokens(
             *((0, 0) if mask is None else mask.stride()), *ids.stride(),
             batch, num_query, num_keys, num_rows, num_visual, work.split_keys, work.splits, keep, length,
             partial_size, weights_size, work.parts, work.tiles, work.copies, work.of_sample, work.first_score,
-            work.first_copy,
+            work.first_copy, *spread.sizes,
         ),
         ((head_dim**-0.5 if scale is None else scale) * math.log2(math.e),),
-        work.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
-        num_warps=WARPS,
-        num_stages=work.stages,
-        maxnreg=MAX_REGISTERS,
+        work.constants | spread.constants | {"TICKET": ticket, "UPCAST": triton_is_interpreted()},
+        **work.options,
         launch_cooperative_grid=not ticket,
     )  # fmt: skip
     return *outputs, index, scores

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import use_triton
 from ..importance.op import visual_importance_op
 from ..library import fake, gradient, operator
+from ..region.op import check_neighbour_values
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, describe
 from . import reference
 
@@ -31,18 +32,25 @@ def surviving_rows_op(
     attention_mask: Tensor | None,
     num_rows: int,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Return the last ``length`` surviving rows of each sample, [B, length] int64; see ``reference.py``."""
     if scores.is_cpu:
-        _check_values(visual_index, counts, num_rows)
+        _check_values(visual_index, counts, num_rows, neighbours)
     # On the CPU the result is made wide enough for every row first, so that a lack of columns can be seen.
     width = max(length, num_rows) if scores.is_cpu else length
+    given = (
+        scores, visual_index, keep, counts, attention_mask, num_rows, width, coverage, neighbours, per_region, order,
+    )  # fmt: skip
     if use_triton(scores):
         from . import kernel
 
-        index = kernel.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
+        index = kernel.surviving_rows(*given)
     else:
-        index = reference.surviving_rows(scores, visual_index, keep, counts, attention_mask, num_rows, width)
+        index = reference.surviving_rows(*given)
     if scores.is_cpu:
         _check_wide_enough(index, length)
     return index[:, width - length :].contiguous()
@@ -122,26 +130,34 @@ def prune_tokens_op(
     lse: Tensor | None,
     scale: float | None,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, select and gather without a gradient: the fields of ``PrunedTokens``, in one launch where possible."""
     given = (
         query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows, attention_mask, lse, scale,
-        length,
+        length, coverage, neighbours, per_region, order,
     )  # fmt: skip
-    work = _plan_of_one_launch(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
+    work = _plan_of_one_launch(
+        query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length, coverage
+    )
     if work is None:
         return prune_in_several_launches(*given)
     from . import one_launch
 
     num_query = query.shape[2]
     if query.is_cpu:
-        _check_values(visual_index, counts, num_query)
+        _check_values(visual_index, counts, num_query, neighbours)
         if rows is not None:
             check_range("rows", rows, -1, num_query - 1)
     result = one_launch.prune_tokens(*given, work=work)
     if query.is_cpu:
         mask = _mask_of_rows(attention_mask, key, num_query)
-        every = reference.surviving_rows(result[5], visual_index, keep, counts, mask, num_query, num_query)
+        every = reference.surviving_rows(
+            result[5], visual_index, keep, counts, mask, num_query, num_query, coverage, neighbours, per_region, order
+        )  # fmt: skip
         _check_wide_enough(every, length)
     return result
 
@@ -156,13 +172,14 @@ def _plan_of_one_launch(
     rows: Tensor | None,
     lse: Tensor | None,
     length: int,
+    coverage: str,
 ) -> Plan | None:
     """Return how one launch does it; None if it can't, or if several are a better choice, which give the same."""
     if query.dtype == torch.float64 or not use_triton(query):
         return None
     from . import one_launch
 
-    if not one_launch.applies(query, length):
+    if not one_launch.applies(query, length, coverage):
         return None
     work = one_launch.plan_of(query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length)
     return work if one_launch.is_likely_faster(work.programs, query.device) else None
@@ -183,12 +200,18 @@ def prune_in_several_launches(
     lse: Tensor | None,
     scale: float | None,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Do the same by the operators that ``prune_tokens`` can be made of, whatever their path."""
     num_query = query.shape[2]
     mask = _mask_of_rows(attention_mask, key, num_query)
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
-    index = surviving_rows_op(scores, visual_index, keep, counts, mask, num_query, length)
+    index = surviving_rows_op(
+        scores, visual_index, keep, counts, mask, num_query, length, coverage, neighbours, per_region, order
+    )
     return *gather_rows_op(hidden_states, cos, sin, position_ids, index), index, scores
 
 
@@ -235,10 +258,14 @@ def check_rows(
     shapes.check("visual_index", visual_index, "B V", (torch.int64,))
 
 
-def _check_values(visual_index: Tensor, counts: Tensor | None, num_rows: int) -> None:
+def _check_values(
+    visual_index: Tensor, counts: Tensor | None, num_rows: int, neighbours: Tensor | None
+) -> None:
     """Check what can only be checked by reading, on the CPU."""
     check_range("visual_index", visual_index, -1, num_rows - 1)
     check_distinct("visual_index", visual_index, num_rows)
+    if neighbours is not None:
+        check_neighbour_values(neighbours, visual_index.shape[1])
     if counts is not None and bool((counts < 0).any()):
         raise ValueError(f"keep: expected counts >= 0, got {int(counts.min())}")
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..region.reference import candidates_first
 from ..select import reference as select_reference
+from .coverage import STRIDE_SHARE
 
 
 def surviving_rows(
@@ -17,6 +19,10 @@ def surviving_rows(
     attention_mask: Tensor | None,
     num_rows: int,
     length: int,
+    coverage: str = "topk",
+    neighbours: Tensor | None = None,
+    per_region: int = 0,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Return which rows of the prompt stay, see `gap_kernels.prune_by_score`.
 
@@ -28,6 +34,10 @@ def surviving_rows(
         attention_mask: [B, Q] bool or None.
         num_rows: Q.
         length: Columns of the result.
+        coverage: How scores choose.
+        neighbours: [B, V, M] or [1, V, M] int32, for ``"region"``.
+        per_region: For ``"region"``; 0 = as many as are needed.
+        order: [B, V] or [1, V] int64, for ``"stride"``.
 
     Returns:
         [B, length] int64: the last ``length`` survivors, ascending, filled with -1 on the left.
@@ -39,10 +49,20 @@ def surviving_rows(
     # Slots in the order of their positions, so that ties go to the lower position; those that can't be chosen
     # go last with the lowest score there is, behind a candidate whose score is NaN.
     position, slot = torch.where(candidate, visual_index, num_rows).sort(dim=-1, stable=True)
-    ranked = torch.where(candidate, scores, float("nan")).gather(1, slot)
+    is_real = candidate.gather(1, slot)
+    ranked = torch.where(is_real, scores.gather(1, slot), float("nan"))
     available = candidate.sum(-1)
     budget = available.clamp(max=keep) if counts is None else torch.minimum(available, counts)
-    chosen = select_reference.topk_indices(ranked, 0, budget, num_visual)  # [B, V] slots
+    if coverage == "region":
+        assert neighbours is not None
+        others = _in_other_order(neighbours.expand(batch, -1, -1), slot)
+        best = candidates_first(ranked, others, per_region, budget, is_real)
+    elif coverage == "stride":
+        assert order is not None
+        best = _sample_first(ranked, order.expand(batch, -1).gather(1, slot), budget, is_real)
+    else:
+        best = select_reference.best_first(ranked)
+    chosen = select_reference.first_ascending(best, 0, budget, num_visual)  # [B, V] slots
     chosen = torch.where(chosen >= 0, position.gather(1, chosen.clamp(min=0)), num_rows)
 
     # Column `num_rows` takes the writes of what is no position of this sample.
@@ -54,6 +74,24 @@ def surviving_rows(
     # Sorting moves the -1 of what doesn't stay to the left, where the filler belongs.
     index = torch.where(stays[:, :num_rows], rows, -1).sort(dim=-1).values
     return F.pad(index, (length - num_rows, 0), value=-1)  # a negative amount of padding cuts columns off
+
+
+def _in_other_order(neighbours: Tensor, slot: Tensor) -> Tensor:
+    """Return neighbours [B, V, M] of and by slots, of and by the places that ``slot`` [B, V] gives to these."""
+    num_visual = slot.shape[1]
+    neighbours = neighbours.gather(1, slot[:, :, None].expand_as(neighbours)).long()
+    inside = (neighbours >= 0) & (neighbours < num_visual)
+    place = slot.argsort(-1).gather(1, torch.where(inside, neighbours, 0).flatten(1)).view_as(neighbours)
+    return torch.where(inside, place, -1)
+
+
+def _sample_first(scores: Tensor, order: Tensor, budget: Tensor, real: Tensor) -> Tensor:
+    """Return the entries [B, V] of each sample, those of the uniform sample first, then from the best to the worst."""
+    sampled = budget * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+    spread = select_reference.best_first(torch.where(real & (order >= 0), -order.float(), float("nan")))
+    in_sample = spread.argsort(-1) < sampled[:, None]
+    place = select_reference.best_first(scores).argsort(-1)
+    return torch.where(in_sample, place - place.shape[1], place).argsort(-1)
 
 
 def gather_rows(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..validation import ShapeChecker, split_count, width_of
 from .grid import grid_neighbours
-from .op import check_region, topk_per_region_op
+from .op import candidates_of, check_region, topk_per_region_op
 
 __all__ = ["grid_neighbours", "topk_per_region"]
 
@@ -14,7 +14,7 @@ __all__ = ["grid_neighbours", "topk_per_region"]
 def topk_per_region(
     scores: Tensor,
     neighbours: Tensor,
-    per_region: int,
+    per_region: int | None,
     k: int | Tensor,
     *,
     length: int | None = None,
@@ -33,7 +33,8 @@ def topk_per_region(
         scores: [B, N] float32; B and N may be 0. Rows may lie apart, as those of a slice do.
         neighbours: [B, N, R] int32, or [1, N, R] for all samples alike, with R of 0..8: the other entries of each
             entry's region, distinct, in any order; -1 = none. See `grid_neighbours`.
-        per_region: Candidates of a region, >= 1.
+        per_region: Candidates of a region, >= 1. None: as many as ``k`` needs of each region, ``ceil(k / regions)``, found
+            without a read; a region is counted at its first entry, so that neighbours must be mutual then.
         k: How many to select, >= 0: an int, or an int64 tensor [B] with a count per sample. More than N means all.
         length: Columns of the result; default ``min(k, N)``, or that of the largest ``k`` of the batch, which takes
             one read from the device. Give it under ``torch.compile`` or CUDA graphs if ``k`` is a tensor. More than
@@ -55,5 +56,5 @@ def topk_per_region(
     count = min(count, num_entries)
     largest = width_of("k", count, counts, length)
     length = min(largest, num_entries) if length is None else length
-    per_region = min(per_region, neighbours.shape[2] + 1)  # of which everything is a candidate
-    return topk_per_region_op(scores, neighbours, per_region, count, counts, length)
+    candidates = candidates_of(per_region, neighbours)
+    return topk_per_region_op(scores, neighbours, candidates, count, counts, length)

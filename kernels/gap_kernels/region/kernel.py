@@ -28,40 +28,45 @@ from ..select.kernel import (
 
 
 @triton.jit
-def rank_in_region(scores, neighbours, entry, own, n, R: tl.constexpr, CACHE: tl.constexpr):
+def places_of(positions, entry, n, num_keys):
+    """Return where the keys of entries stand, and which of them stand anywhere.
+
+    ``positions`` [N], filler outside 0..num_keys-1; None: each at its own number.
+    """
+    inside = (entry >= 0) & (entry < n)
+    place = entry
+    if positions is not None:
+        place = tl.load(positions + entry, mask=inside, other=-1)
+    return place, inside & (place >= 0) & (place < num_keys)
+
+
+@triton.jit
+def rank_in_region(
+    scores, neighbours, positions, entry, place, own, n, num_keys, R: tl.constexpr, CACHE: tl.constexpr
+):
     """Count the neighbours that beat each entry of a tile; ``own`` are its keys, neighbours is [N, R]."""
     rank = tl.zeros_like(entry)
-    for place in tl.static_range(R):
-        other = tl.load(neighbours + entry * R + place, mask=entry < n, other=-1)
-        real = (other >= 0) & (other < n)
-        key = score_keys(tl.load(scores + other, mask=real, other=0.0, cache_modifier=CACHE))
-        rank += (real & ((key > own) | ((key == own) & (other < entry)))).to(tl.int32)
+    for number in tl.static_range(R):
+        other = tl.load(neighbours + entry * R + number, mask=entry < n, other=-1)
+        other_place, real = places_of(positions, other, n, num_keys)
+        # Not behind the load of its place.
+        score = tl.load(scores + other, mask=(other >= 0) & (other < n), other=0.0, cache_modifier=CACHE)
+        key = score_keys(score)
+        rank += (real & ((key > own) | ((key == own) & (other_place < place)))).to(tl.int32)
     return rank
 
 
 @triton.jit
-def entries_of_tile(positions, start, n, num_keys, BLOCK: tl.constexpr):
-    """Return the entries of a tile, where their keys stand, and which of them stand anywhere.
-
-    ``positions`` [N] int64, filler outside 0..num_keys-1; None: each at its own number.
-    """
-    entry = start + tl.arange(0, BLOCK)
-    place = entry
-    if positions is not None:
-        place = tl.load(positions + entry, mask=entry < n, other=-1)
-    return entry, place, (entry < n) & (place >= 0) & (place < num_keys)
-
-
-@triton.jit
 def count_regions(neighbours, positions, n, num_keys, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Count the regions that have an entry which is no filler; each is counted at its first one."""
+    """Count the regions that have an entry which is no filler; each is counted at the first of these."""
     regions = tl.full((), 0, tl.int32)
     for start in range(0, n, BLOCK):
-        entry, _, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
-        first = real
-        for place in range(R):  # not unrolled, or all of them would be loaded at once, in as many registers
-            other = tl.load(neighbours + entry * R + place, mask=entry < n, other=-1)
-            first = first & ((other < 0) | (other > entry))
+        entry = start + tl.arange(0, BLOCK)
+        place, first = places_of(positions, entry, n, num_keys)
+        for number in range(R):  # not unrolled, or all of them would be loaded at once, in as many registers
+            other = tl.load(neighbours + entry * R + number, mask=entry < n, other=-1)
+            other_place, real = places_of(positions, other, n, num_keys)
+            first = first & (~real | (other_place > place))
         regions += tl.sum(first.to(tl.int32), 0)
     return regions
 
@@ -88,7 +93,7 @@ def write_region_keys(
     Args:
         scores: [N].
         neighbours: [N, R].
-        positions: Where keys stand, see ``entries_of_tile``; the keys of filler aren't written.
+        positions: Where keys stand, see ``places_of``. The keys of filler aren't written, and it beats nothing.
         keys: [num_keys]; what stands at no entry's place is left as it is.
         per_region: How many of a region are candidates; 0 = as many as the budget needs, where regions are of one size.
         budget: How many are selected, int32.
@@ -100,16 +105,18 @@ def write_region_keys(
         wanted = tl.maximum((budget + regions - 1) // regions, 1)
     candidates = tl.full((), 0, tl.int32)
     for start in range(0, n, BLOCK):
-        entry, place, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
+        entry = start + tl.arange(0, BLOCK)
+        place, real = places_of(positions, entry, n, num_keys)
         own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0, cache_modifier=CACHE))
-        rank = rank_in_region(scores, neighbours, entry, own, n, R, CACHE)
+        rank = rank_in_region(scores, neighbours, positions, entry, place, own, n, num_keys, R, CACHE)
         candidate = (rank < wanted) & real
         tl.store(keys + place, tl.where(candidate, own, DROPPED), mask=real)
         candidates += tl.sum(candidate.to(tl.int32), 0)
     tl.debug_barrier()  # other threads of this program read these keys
     if candidates < budget:
         for start in range(0, n, BLOCK):
-            entry, place, real = entries_of_tile(positions, start, n, num_keys, BLOCK)
+            entry = start + tl.arange(0, BLOCK)
+            place, real = places_of(positions, entry, n, num_keys)
             others = tl.load(keys + place, mask=real, other=0) == DROPPED
             own = score_keys(tl.load(scores + entry, mask=entry < n, other=0.0, cache_modifier=CACHE))
             tl.store(keys + place, tl.where(others, own, ALWAYS), mask=real)

@@ -35,15 +35,7 @@ def _(scores: Tensor, length: int) -> Tensor:
 
 def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, length: int) -> None:
     """Check what only CPU tensors are checked for."""
-    check_range("neighbours", neighbours, -1, num_entries - 1)
-    entry = torch.arange(num_entries)[:, None]
-    if bool((found := neighbours == entry).any()):
-        raise ValueError(
-            f"neighbours: expected the others of a region, got entry {_entry(found)} beside itself"
-        )
-    ordered = neighbours.sort(-1).values
-    if bool((found := (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        raise ValueError(f"neighbours: expected distinct entries, got one twice beside entry {_entry(found)}")
+    check_neighbour_values(neighbours, num_entries)
     if counts is None or not counts.numel():
         return
     if int(counts.min()) < 0:
@@ -53,12 +45,29 @@ def _check_values(neighbours: Tensor, num_entries: int, counts: Tensor | None, l
         raise ValueError(f"length: expected at least the largest min(k, N), {largest}, got {length}")
 
 
+def check_neighbour_values(neighbours: Tensor, num_entries: int) -> None:
+    """Check the neighbours of entries, on the CPU.
+
+    Raises:
+        ValueError: If one is out of range, repeated, or the entry itself.
+    """
+    check_range("neighbours", neighbours, -1, num_entries - 1)
+    entry = torch.arange(num_entries)[:, None]
+    if bool((found := neighbours == entry).any()):
+        raise ValueError(
+            f"neighbours: expected the others of a region, got entry {_entry(found)} beside itself"
+        )
+    ordered = neighbours.sort(-1).values
+    if bool((found := (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+        raise ValueError(f"neighbours: expected distinct entries, got one twice beside entry {_entry(found)}")
+
+
 def _entry(found: Tensor) -> int:
     """Return the first entry of [B, N, R] bool that has a True."""
     return int(found.any(-1).nonzero()[0, 1])
 
 
-def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_region: int) -> None:
+def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_region: int | None) -> None:
     """Check the arguments of `gap_kernels.topk_per_region` that ``topk_indices`` doesn't have.
 
     Raises:
@@ -69,18 +78,14 @@ def check_region(shapes: ShapeChecker, scores: Tensor, neighbours: Tensor, per_r
     check_per_region(per_region)
 
 
-def check_neighbours(shapes: ShapeChecker, neighbours: Tensor) -> None:
-    """Check the neighbours of entries whose ``B`` and ``N`` are known.
+def check_neighbours(shapes: ShapeChecker, neighbours: Tensor, dims: str = "N R") -> None:
+    """Check the neighbours of entries, whose number is known as the first of ``dims``, as is ``B``.
 
     Raises:
         ValueError: If they have another shape, dtype or device than documented.
     """
-    shapes.check("neighbours", neighbours, "B|1 N R", (torch.int32,))
-    batch, groups, most = shapes.sizes["B"], neighbours.shape[0], neighbours.shape[2]
-    if groups not in (1, batch):
-        raise ValueError(
-            f"neighbours: expected [B, N, R] with B = {batch}, or [1, N, R], got {describe(neighbours)}"
-        )
+    shapes.check_shared("neighbours", neighbours, dims, (torch.int32,))
+    most = neighbours.shape[2]
     if most > MAX_NEIGHBOURS:
         raise ValueError(f"neighbours: expected R = 0..{MAX_NEIGHBOURS} of an entry, got {most}")
 
@@ -89,9 +94,16 @@ def check_per_region(per_region: object) -> None:
     """Check the number of candidates of a region.
 
     Raises:
-        ValueError: If it isn't an int >= 1.
+        ValueError: If it is neither an int >= 1 nor None.
     """
+    if per_region is None:
+        return
     if not is_int(per_region):
-        raise ValueError(f"per_region: expected an int, got {describe(per_region)}")
+        raise ValueError(f"per_region: expected an int or None, got {describe(per_region)}")
     if per_region < 1:
         raise ValueError(f"per_region: expected at least 1, got {describe_number(per_region)}")
+
+
+def candidates_of(per_region: int | None, neighbours: Tensor) -> int:
+    """Return ``per_region`` as the operators take it: 0 = as many as are needed, and at most the entries of a region."""
+    return 0 if per_region is None else min(per_region, neighbours.shape[2] + 1)

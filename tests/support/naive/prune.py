@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from gap_kernels import PrunedTokens
 from torch import Tensor
+
+from . import region
 
 
 def oracle(
@@ -15,14 +18,29 @@ def oracle(
     keep: list[int],
     num_rows: int,
     mask: list[list[bool]] | None = None,
+    neighbours: list[list[list[int]]] | None = None,
+    per_region: int | None = None,
+    order: list[list[int]] | None = None,
 ) -> list[list[int]]:
-    """The surviving rows of each sample, without filler."""
+    """The surviving rows of each sample, without filler: by region with ``neighbours``, by stride with ``order``."""
     survivors = []
     for b, positions in enumerate(visual_index):
         real = [True] * num_rows if mask is None else mask[b]
-        candidates = [(p, s) for p, s in zip(positions, scores[b], strict=True) if p >= 0 and real[p]]
-        best = sorted(candidates, key=lambda c: (math.isnan(c[1]), 0 if math.isnan(c[1]) else -c[1], c[0]))
-        stays = {p for p, _ in best[: keep[b]]}
+        slots = [slot for slot, p in enumerate(positions) if p >= 0 and real[p]]
+        slots.sort(key=lambda slot: positions[slot])
+        count = min(keep[b], len(slots))
+        of_slots = [scores[b][slot] for slot in slots]
+        best = sorted(range(len(slots)), key=lambda i: region.worse(of_slots, i))
+        if neighbours is not None:
+            around = [
+                [slots.index(other) for other in neighbours[b][slot] if other in slots] for slot in slots
+            ]
+            best = region.oracle(of_slots, around, per_region, count)
+        elif order is not None:
+            ranks = [math.inf if order[b][slot] < 0 else order[b][slot] for slot in slots]
+            spread = sorted(best, key=lambda i: (ranks[i], i))[: int(count * Fraction(3, 10))]
+            best = spread + [i for i in best if i not in spread]
+        stays = {positions[slots[i]] for i in best[:count]}
         stays |= {row for row in range(num_rows) if real[row] and row not in positions}
         stays.add(num_rows - 1)
         survivors.append(sorted(stays))

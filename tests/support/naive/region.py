@@ -10,8 +10,16 @@ def worse(scores: list[float], i: int) -> tuple[bool, float, int]:
     return (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i], i)
 
 
-def oracle(scores: list[float], neighbours: list[list[int]], per_region: int, k: int) -> list[int]:
+def needed(neighbours: list[list[int]], k: int) -> int:
+    """How many of each region there must be for k in all, from neighbours that are mutual."""
+    together = {frozenset([i, *(j for j in around if j >= 0)]) for i, around in enumerate(neighbours)}
+    return max(1, math.ceil(k / max(1, len(together))))
+
+
+def oracle(scores: list[float], neighbours: list[list[int]], per_region: int | None, k: int) -> list[int]:
     """Rank within regions, then take candidates and after them the others, best first."""
+    if per_region is None:
+        per_region = needed(neighbours, k)
     candidates, others = [], []
     for i, around in enumerate(neighbours):
         rank = sum(j >= 0 and worse(scores, j) < worse(scores, i) for j in around)
