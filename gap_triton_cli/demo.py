@@ -15,7 +15,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for pictures and results.json; made if missing.")
     ] = Path("demo-output"),
-    samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 2048,
 ) -> None:
     """Prune the embedded model with and without GAP: a table, two pictures and results.json.
 
