@@ -7,7 +7,7 @@ from ._requirements import check_versions
 
 check_versions()
 
-from .config import GapConfig, Stage  # noqa: E402
+from .config import RECOMMENDED, GapConfig, Stage  # noqa: E402
 from .integration.attach import (  # noqa: E402
     attach,
     configure,
@@ -38,6 +38,7 @@ let_generate_count_generated_tokens()
 __version__ = "0.1.0"
 
 __all__ = [
+    "RECOMMENDED",
     "GapConfig",
     "Selection",
     "Stage",

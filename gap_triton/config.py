@@ -361,3 +361,11 @@ def _as_tuple(values: object) -> object:
 
 def _joined(values: tuple[str, ...]) -> str:
     return ", ".join(map(repr, values))
+
+
+RECOMMENDED = GapConfig(coverage="coverage_gain")
+"""What lost least in the decoder on the embedded models: tokens that stand for the others, weighed by the text's attention.
+
+It is not the default, which selects in the launch that scores: this compares hidden states, one token after another, and
+adds 14 launches to a prefill (docs/choosing.md). ``dataclasses.replace(RECOMMENDED, keep=0.25)`` sets another budget.
+"""

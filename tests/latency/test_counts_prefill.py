@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.embedded import MODELS, Added, added, load
@@ -16,14 +18,15 @@ from gap_triton.presets import PRESETS
 
 # At most so many launches.
 DEFAULT = 4
+RECOMMENDED = 18
 LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
     "sparsevlm": 14,
     # Attention is computed head by head, and divided, in operators of PyTorch.
-    "sparsevlm+": 193,
+    "sparsevlm+": 191,
     # Keys are turned back, and an even spread over the image is merged with the best, in operators of PyTorch.
-    "feather": 86,
+    "feather": 69,
     # Before the decoder.
     "random": 5,
     "spatial": 5,
@@ -69,6 +72,13 @@ def test_keeping_everything_adds_nothing(model: str, prepared: bool) -> None:
 @ON_BOTH
 def test_the_default_adds_few_launches(model: str, prepared: bool) -> None:
     assert_within(added(model, GapConfig(0.25), prepared), Added(DEFAULT, not prepared, 0))
+
+
+@WAYS
+@ON_BOTH
+def test_what_is_recommended_adds_some_more(model: str, prepared: bool) -> None:
+    config = replace(gap_triton.RECOMMENDED, keep=0.25)
+    assert_within(added(model, config, prepared), Added(RECOMMENDED, not prepared, 0))
 
 
 @WAYS
