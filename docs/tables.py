@@ -17,7 +17,14 @@ from gap_triton.demo.report import markdown_of
 from gap_triton.demo.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/choosing.md", "docs/layers.md", "docs/methods.md", "docs/kernels.md", "docs/serving.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/layers.md",
+    "docs/methods.md",
+    "docs/kernels.md",
+    "docs/serving.md",
+)
 
 PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -310,7 +310,7 @@ def of_another_type(folder: Path, **changes: object) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "line 1 column 2"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(bytes(99)), "invalid JSON in header"),
-        (lambda folder: families.config_of("llama4").save_pretrained(folder), "attends in chunks"),
+        (lambda folder: families.config_of("mllama").save_pretrained(folder), "cross-attention"),
         (
             lambda folder: of_another_type(folder, text_config={**LLAMA, "hidden_size": 64}),
             "mismatch",

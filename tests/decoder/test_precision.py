@@ -90,9 +90,10 @@ def test_autocast_is_off_in_what_we_own(name: str, model_name: str, calls: list[
     model, inputs = pruned(name, model_name)
     with torch.autocast("cpu", torch.bfloat16):
         logits, found = forward(model, inputs)
-    visual = (inputs["input_ids"] == ways.IMAGE).sum(1).tolist()
+    visual = left = (inputs["input_ids"] == ways.IMAGE).sum(1).tolist()
     for stage, selection in zip(method(name, LAYERS, model_name == "llava").stages, found, strict=True):
-        assert (selection.visual_index >= 0).sum(1).tolist() == [stage.count(count) for count in visual]
+        left = [stage.count(count) for count in (left if stage.share_of == "left" else visual)]
+        assert (selection.visual_index >= 0).sum(1).tolist() == left
         assert selection.score.dtype == torch.float32
     assert logits.isfinite().all()
     assert calls

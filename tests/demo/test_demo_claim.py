@@ -96,7 +96,7 @@ def test_run_on_an_image_file(tmp_path) -> None:
         assert min(picture.size) > 200
     result = cli(*arguments, "--keep", "0.25", "--method", "nuwa", "--overlay", str(overlay))
     assert result.exit_code == 0, result.output
-    assert "kept 23 of 64 visual tokens before the decoder, 10 after layer 2, ids kept" in result.output
+    assert "kept 23 of 64 visual tokens before the decoder, 9 after layer 2, ids kept" in result.output
     result = cli(*arguments, "--keep", "1.0")
     assert "nothing dropped" in result.output
 

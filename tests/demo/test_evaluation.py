@@ -534,7 +534,7 @@ def test_a_sweep_of_one_id_rule_has_a_line_for_each_method() -> None:
             ["--samples", "17179869185"],
             "count is 17179869185; it must be at least 1, and at most 17179869184",
         ),
-        (["--split", "training"], "'training' is not one of"),
+        (["--split", "training"], "'training': expected one of development, choice, report, sealed"),
     ],
 )
 def test_eval_refuses(tmp_path, monkeypatch, options: list[str], message: str) -> None:
