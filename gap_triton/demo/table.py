@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import gap_triton
 
 from .. import GapConfig
 from ..arguments import CACHE
+from ..clock import seconds
 from ..config import BEFORE_THE_DECODER, Stage
 from .architecture import VISUAL
 from .grounding import prepare
@@ -145,9 +145,9 @@ def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[G
             gap_triton.configure(model, config)
             cache = DynamicCache(config=model.config.get_text_config())
             call = partial(model, **inputs, **{CACHE: cache}, logits_to_keep=1)
-            seconds = _timed(call, model.device)
+            duration = seconds(call, model.device)
             if round_number:
-                config_times.append(seconds)
+                config_times.append(duration)
                 continue
             # The first round warms up.
             size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
@@ -158,15 +158,3 @@ def prefill_cost(model: Any, processor: Any, scenes: Scenes, configs: Sequence[G
         for config_times in times
     ]
     return [Cost(ratio, *cache) for ratio, cache in zip(ratios, caches, strict=True)]
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start

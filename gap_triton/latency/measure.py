@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..clock import clock_of, seconds
 from .counting import Counts, count
 from .variants import Variant
 
@@ -126,25 +126,6 @@ def rotated(variants: Sequence[Variant], turn: int) -> list[Variant]:
     """The variants, beginning with another one in each turn."""
     first = turn % len(variants)
     return [*variants[first:], *variants[:first]]
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device; on a single thread of a CPU its own time only."""
-    clock = clock_of(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = clock()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """What tells the time: with a single thread, the time that this process had, as others may take some in between."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.process_time
-    return time.perf_counter
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

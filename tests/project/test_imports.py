@@ -45,6 +45,7 @@ ROOMS = (
     "plain",
     "visual_prompt",
     "memo",
+    "clock",
     "_requirements",
 )
 
