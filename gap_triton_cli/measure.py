@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gap_triton import GapConfig
+from gap_triton.clock import clock_of
 from gap_triton.environment import device_name, environment
 from gap_triton.introspect import visual_token_ids
 from gap_triton.latency import Subject, measure, random_subject, variants_of
-from gap_triton.clock import clock_of
 from gap_triton.latency.measure import check_against_oracle
 from gap_triton.latency.report import bytes_in_words, ratios_of, rows_of, table_of, verdict
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..clock import clock_of, seconds
+from ..clock import seconds
 from .counting import Counts, count
 from .variants import Variant
 
