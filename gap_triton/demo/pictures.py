@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -53,6 +54,15 @@ def dim_dropped(image: Tensor, kept: Tensor) -> Tensor:
     return torch.where(alive, image, (image.float() * 0.25).to(torch.uint8))
 
 
+def draw_box(axes: Axes, box: Sequence[float], colour: str, line: Literal["-", "--"], width: float) -> None:
+    """Draw the outline of ``box``, left, top, right and bottom in pixels of the image that ``axes`` show."""
+    x0, y0, x1, y1 = box
+    corner = (x0 - 0.5, y0 - 0.5)
+    axes.add_patch(
+        Rectangle(corner, x1 - x0, y1 - y0, fill=False, linewidth=width, linestyle=line, edgecolor=colour)
+    )
+
+
 def draw_example(axes: Axes, example: Example) -> None:
     """Draw image, kept tokens and boxes of one example."""
     _, height, width = example.image.shape
@@ -60,18 +70,11 @@ def draw_example(axes: Axes, example: Example) -> None:
     for label, box in example.boxes.items():
         if bool(box.isnan().any()):
             continue
-        x0, y0, x1, y1 = (box * torch.tensor([width, height, width, height])).tolist()
-        axes.add_patch(
-            Rectangle(
-                (x0 - 0.5, y0 - 0.5),
-                x1 - x0,
-                y1 - y0,
-                fill=False,
-                linewidth=2.4 if label != "truth" else 1.4,
-                linestyle="-" if label != "truth" else "--",
-                edgecolor=TRUTH if label == "truth" else COLOURS[label],
-            )
-        )
+        corners = (box * torch.tensor([width, height, width, height])).tolist()
+        if label == "truth":
+            draw_box(axes, corners, TRUTH, "--", 1.4)
+        else:
+            draw_box(axes, corners, COLOURS[label], "-", 2.4)
     axes.set_title(example.title, fontsize=9)
     axes.set_axis_off()
 

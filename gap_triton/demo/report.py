@@ -19,9 +19,9 @@ from .scenes import Split, seeds_of
 from .table import IOU_THRESHOLD, NO_PRUNING, Row
 
 
-def table_of(rows: Sequence[Row], title: str) -> Table:
-    """Return the rows as a table for the terminal, with a line before each new method and share."""
-    table = Table(
+def empty_table(title: str) -> Table:
+    """Return a table for the terminal without columns, as narrow as can be."""
+    return Table(
         title=title,
         title_justify="left",
         caption_justify="left",
@@ -29,6 +29,11 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    """Return the rows as a table for the terminal, with a line before each new method and share."""
+    table = empty_table(title)
     for name in ("tokens", "position ids"):
         table.add_column(name, no_wrap=True)
     for name in ("accuracy (95% CI)", "mean IoU", "prefill", "KV cache"):

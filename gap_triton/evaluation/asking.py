@@ -77,6 +77,7 @@ class Asker:
         embedded: Architecture | None = None,
         max_new_tokens: int = 64,
     ) -> None:
+        self.generator: Any = model
         self.model, self.processor, self.format = model, processor, box_format
         self.embedded, self.max_new_tokens = embedded, max_new_tokens
         image_processor = getattr(processor, "image_processor", None)
@@ -125,7 +126,7 @@ class Asker:
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int | None = None) -> Any:
         """Run ``generate`` greedily; returns its output as a dictionary, with the cache."""
-        return self.model.generate(
+        return self.generator.generate(
             **batch.inputs,
             do_sample=False,
             max_new_tokens=max_new_tokens or self.max_new_tokens,

@@ -13,10 +13,10 @@ matplotlib.use("Agg")  # writes files; needs no screen
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from PIL import Image
 
-from ..demo.pictures import COLOURS, DPI
+from ..demo.pictures import COLOURS, DPI, draw_box
 from .boxes import Box
 from .question import Question
 from .records import Record
@@ -139,18 +139,6 @@ def _draw(axes: Axes, case: Case) -> None:
     for label, box in case.boxes.items():
         if box is None:
             continue
-        colour, line, width = STYLES.get(label, OTHER_IDS)
-        x0, y0, x1, y1 = box
-        axes.add_patch(
-            Rectangle(
-                (x0 - 0.5, y0 - 0.5),
-                x1 - x0,
-                y1 - y0,
-                fill=False,
-                edgecolor=colour,
-                linestyle=line,
-                linewidth=width,
-            )
-        )
+        draw_box(axes, box, *STYLES.get(label, OTHER_IDS))
     shown = case.text if len(case.text) <= 40 else case.text[:37] + "..."
     axes.set_title(f"\n{shown}\n{case.words}", fontsize=8)  # an empty line for the heading

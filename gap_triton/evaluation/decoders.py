@@ -47,7 +47,7 @@ class DecoderAsker(Asker):
         *,
         max_new_tokens: int = 64,
     ) -> None:
-        self.whole, self.model, self.processor = whole, whole.decoder, tokenizer
+        self.generator, self.model, self.processor = whole, whole.decoder, tokenizer
         self.format, self.max_new_tokens = box_format, max_new_tokens
         self._image_processor, self._background = image_processor, background_of(image_processor)
         self._template, self._prompt_ids, self._visual_tokens = template, prompt_ids, visual_tokens
@@ -86,16 +86,6 @@ class DecoderAsker(Asker):
     def visual_tokens(self, batch: Batch) -> list[int]:
         """Return how many visual tokens each prompt has."""
         return (batch.inputs["input_ids"] == IMAGE_TOKEN).sum(1).tolist()
-
-    @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int | None = None) -> Any:
-        """Run ``generate`` greedily; returns its output as a dictionary, with the cache."""
-        return self.whole.generate(
-            **batch.inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens or self.max_new_tokens,
-            return_dict_in_generate=True,
-        )
 
     def new_tokens(self, batch: Batch, output: Any) -> torch.Tensor:
         """Return what was generated: all of it, as always from ``inputs_embeds``."""

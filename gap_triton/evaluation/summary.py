@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..demo.intervals import paired_difference, wilson_interval
-from ..demo.report import budget_name, markdown
+from ..demo.report import budget_name, empty_table, markdown
 from .costs import Cost
 from .records import Record
 from .reported import Reported
@@ -229,14 +228,7 @@ def notes_of(rows: Sequence[Row], reported: Sequence[Reported]) -> list[str]:
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
     """Return the rows as a table for the terminal, 80 columns wide, with a line for each method and budget."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = empty_table(title)
     for name in ("position ids", "accuracy (95% CI)", "IoU", "no box", "tokens", "TTFT", "KV cache"):
         table.add_column(name, justify="left" if name == "position ids" else "right", no_wrap=True)
     previous = None

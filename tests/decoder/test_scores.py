@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -127,16 +128,22 @@ def test_key_norm(name: str, batch: str) -> None:
         assert torch.allclose(selection.score[b, : len(rows)], norms[b, rows], rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images", "single"])
-def test_raters_are_the_relevant_rows_of_text(batch: str) -> None:
-    """Rows are found by plain loops over the embeddings; then the score is that of the rows, one by one."""
-    model, inputs = model_and_prompt("llava", batch, "sdpa")
+def embeds_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, Q, C], what the decoder is given."""
     embeds: list[torch.Tensor] = []
     model.model.language_model.register_forward_pre_hook(
         lambda m, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True
     )
     with torch.no_grad():
         model(**inputs)
+    return embeds[0]
+
+
+@pytest.mark.parametrize("batch", ["even", "left-padded", "right-padded", "ragged-images", "single"])
+def test_raters_are_the_relevant_rows_of_text(batch: str) -> None:
+    """Rows are found by plain loops over the embeddings; then the score is that of the rows, one by one."""
+    model, inputs = model_and_prompt("llava", batch, "sdpa")
+    embeds = embeds_of(model, inputs)
     _, (query, key) = heard("llava", batch, "q_proj", "k_proj")
     rotary = model.model.language_model.rotary_emb
     by_raters = selected("llava", batch, GapConfig(0.4, LAYER, "raters"))
@@ -146,7 +153,7 @@ def test_raters_are_the_relevant_rows_of_text(batch: str) -> None:
         real = inputs["attention_mask"][b].bool()
         visual = (ids == IMAGE).nonzero()[:, 0]
         text = [i for i in range(int(visual[-1]) + 1, len(ids)) if real[i]]
-        shares = (embeds[0][b, visual] @ embeds[0][b, text].T).softmax(1).mean(0)
+        shares = (embeds[b, visual] @ embeds[b, text].T).softmax(1).mean(0)
         rows = [row for row, share in zip(text, shares, strict=True) if share >= shares.mean()]
         fewer = fewer or len(rows) < len(text)
         # Attention of those rows, with RoPE, over what each may see.
@@ -178,12 +185,7 @@ def rope_of_ones(inv_freq: torch.Tensor, distance: torch.Tensor) -> float:
 def test_corrected_raters_against_loops(batch: str) -> None:
     """SparseVLM+ in float64: attention over what RoPE makes of equal vectors, of the heads that have the most of it."""
     model, inputs = model_and_prompt("llava", batch, "sdpa")
-    embeds: list[torch.Tensor] = []
-    model.model.language_model.register_forward_pre_hook(
-        lambda m, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
+    embeds = embeds_of(model, inputs)
     _, (query, key) = heard("llava", batch, "q_proj", "k_proj")
     query, key = query.double(), key.double()
     inv_freq = model.model.language_model.rotary_emb.inv_freq
@@ -195,7 +197,7 @@ def test_corrected_raters_against_loops(batch: str) -> None:
         position = (inputs["attention_mask"][b].cumsum(0) - 1).clamp(min=0)
         visual = (ids == IMAGE).nonzero()[:, 0].tolist()
         text = [i for i in range(visual[-1] + 1, len(ids)) if real[i]]
-        shares = (embeds[0][b, visual] @ embeds[0][b, text].T).softmax(1).mean(0)
+        shares = (embeds[b, visual] @ embeds[b, text].T).softmax(1).mean(0)
         rows = [row for row, share in zip(text, shares, strict=True) if share >= shares.mean()]
 
         def turned(x: torch.Tensor, row: int, position=position) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from support.command_line import cli
+from support.methods import BY_TOWER
 
 import gap_triton.demo.evaluation
 from gap_triton import GapConfig, Stage
@@ -247,20 +248,7 @@ def test_without_cls_token_attention_received_ranks() -> None:
     assert not refused
     assert len(cases) == len(PRESETS) * len(SHARES) * 2
     first = {case.method: case.config.score for case in cases}
-    assert {name for name, score in first.items() if score == "received"} == {
-        *(
-            "prumerge",
-            "prumerge+",
-            "cls",
-            "nuwa",
-            "visionzip",
-            "scope",
-            "fastervlm",
-            "vispruner",
-            "hiprune",
-            "vscan",
-        )
-    }
+    assert {name for name, score in first.items() if score == "received"} == set(BY_TOWER)
     assert not any(case.config.score == "cls" for case in cases + coverage_cases(model, SHARES))
     named = methods_markdown(
         [

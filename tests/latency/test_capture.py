@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.methods import COMPOSED, preset
+from support.methods import BY_TOWER, COMPOSED, preset
 from support.tiny import TEXT, seed_weights
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,27 +21,15 @@ GRID = [6, 6]
 BATCH, FIRST, VISUAL, TOKENS = 2, 4, 36, 47
 TOWER = "ranks by its vision encoder, which a decoder alone has none of"
 GENERATOR = "torch.compile can't trace a random generator"
-TOWER_PRESETS = (
-    "prumerge",
-    "prumerge+",
-    "cls",
-    "nuwa",
-    "visionzip",
-    "scope",
-    "fastervlm",
-    "vispruner",
-    "hiprune",
-    "vscan",
-)
 # Why not, where it can't. Strict: what can be after all must leave its list.
 NOT_TRACED = {
-    **dict.fromkeys(TOWER_PRESETS, TOWER),
+    **dict.fromkeys(BY_TOWER, TOWER),
     **dict.fromkeys(
         ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
     ),
 }
 NOT_COMPILED = {
-    **dict.fromkeys(TOWER_PRESETS, TOWER),
+    **dict.fromkeys(BY_TOWER, TOWER),
     **dict.fromkeys(
         ("key norm of the tower", "received, by region", "distinct, merged", "tile by tile"), TOWER
     ),

@@ -22,6 +22,9 @@ def preset(name: str, layers: int, cls: bool, budget: float | str = SHARE) -> Ga
     return GapConfig.preset(name, **options)
 
 
+# Presets that rank by the vision encoder's attention: "cls", or "received" where it has no CLS token.
+_BY_TOWER = "prumerge prumerge+ cls nuwa visionzip scope fastervlm vispruner hiprune vscan"
+BY_TOWER = tuple(_BY_TOWER.split())
 # Points of the space that no preset is at.
 COMPOSED = {
     "region in the decoder": GapConfig(0.4, 1, "text", "region"),

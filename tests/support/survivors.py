@@ -32,6 +32,10 @@ LARGE_LOGITS = 5 * TOLERANCE
 WORDS = 150  # ids from here on are placeholders, which `generate` is told not to write
 
 
+# Arguments of a decoder that say nothing of its rows, or that the oracle makes by itself.
+MADE_ANEW = ("cache", "past_key_values", "attention_mask", "use_cache", "logits_to_keep", "input_ids")
+
+
 class SurvivorsOracle:
     """Lets ``model``'s decoder see, of each sample, the rows ``stays`` [B, T] only; other rows come out as zeros.
 
@@ -52,14 +56,7 @@ class SurvivorsOracle:
 
     def _run(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
         full = torch.zeros_like(inputs_embeds)
-        for name in (
-            "cache",
-            "past_key_values",
-            "attention_mask",
-            "use_cache",
-            "logits_to_keep",
-            "input_ids",
-        ):
+        for name in MADE_ANEW:
             kwargs.pop(name, None)
         for sample, stays in enumerate(self.stays):
             rows = stays.nonzero()[:, 0]
@@ -148,14 +145,7 @@ class LaterLayersOracle(SurvivorsOracle):
         return outputs[-1]
 
     def _run_whole(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
-        for name in (
-            "cache",
-            "past_key_values",
-            "attention_mask",
-            "use_cache",
-            "logits_to_keep",
-            "input_ids",
-        ):
+        for name in MADE_ANEW:
             kwargs.pop(name, None)
         rows = self.stays[0].nonzero()[:, 0]
         if kwargs.get("position_ids") is None:
