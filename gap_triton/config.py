@@ -246,7 +246,8 @@ class GapConfig(Stage):
 
     ``keep``, ``layer``, ``score``, ``coverage``, ``exponent`` and ``merge`` are those of the first place at which tokens are
     dropped, as in `Stage`; ``then`` adds more. `GapConfig.preset` gives the methods of the field by name. The defaults run
-    on every supported model, and are the best that does so early in the decoder on the embedded models (docs/layers.md).
+    on every model that can be pruned at that layer, and their score is the best early in the decoder by plain top-k on the
+    embedded models (docs/layers.md); `RECOMMENDED` loses less, and launches more.
 
     Attributes:
         ids: Which position ids the survivors carry in the later layers. ``"kept"`` is GAP (arXiv 2506.21873): each

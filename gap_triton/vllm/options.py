@@ -109,7 +109,7 @@ def refuse(config: GapConfig) -> None:
     reason = None
     if config.layer != BEFORE_THE_DECODER or config.then:
         reason = (
-            f"layer={config.layer}",
+            f"then={config.then!r}" if config.layer == BEFORE_THE_DECODER else f"layer={config.layer}",
             "an engine counts the same tokens of a request for all layers, so nothing can be dropped inside the decoder",
         )
     elif isinstance(config.keep, str):
@@ -127,7 +127,7 @@ def refuse(config: GapConfig) -> None:
     elif config.coverage not in COVERAGES:
         reason = (
             f"coverage={config.coverage!r}",
-            "comparing tokens by their features has not been built for an engine",
+            "choosing by features, or by two layers of the encoder, has not been built for an engine",
         )
     elif config.ids not in IDS:
         reason = (
