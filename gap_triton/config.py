@@ -347,6 +347,7 @@ def needs_grid(stage: Stage) -> bool:
         return spreads
     return (
         spreads
+        or stage.budget_by == "tiles"
         or stage.merge not in ("none", "average", "cluster")
         or stage.score not in ("random", "text_similarity")
     )

@@ -297,6 +297,7 @@ class Prefill:
             them, where the decoder counts by itself.
         keeps: [stages, B] int64, how many tokens each stage keeps; None where all samples keep equally many.
         scoring: What the attention of the scoring layer recorded, until the stage has scored.
+        rotary: The rotary embeddings that the scoring layer was handed, until then: the next layer's may be others.
         survivors: The survivors of each stage so far.
         embeds: [B, Q, C], what enters the first layer where tokens are dropped before it; else None.
         selection: What was kept, for users to look at.
@@ -309,6 +310,7 @@ class Prefill:
     position_ids: torch.Tensor | None
     keeps: torch.Tensor | None = None
     scoring: Scoring | None = None
+    rotary: Any = None
     survivors: list[Survivors] = field(default_factory=list)
     embeds: torch.Tensor | None = None
     selection: Selection | None = None

@@ -48,14 +48,12 @@ class StageRows:
         plan: What is to be dropped from them.
         earlier: What the stage before left, of which these are the rows; None where they are all of the prompt.
         tokens: Their hidden states [B, S, C], cos and sin [B, S, D], position ids [B, S] or [A, B, S], and visual rows.
-        rotary: Their rotary embeddings, as the layer brings them.
         has_cos_sin: ``cos`` and ``sin`` are the layer's own, and no empty stand-ins.
     """
 
     plan: Plan
     earlier: Survivors | None
     tokens: FiveTensors
-    rotary: Any
     has_cos_sin: bool
 
     def to_prompt_rows(self, rows: torch.Tensor, dense: bool) -> torch.Tensor:
@@ -84,7 +82,7 @@ def drop_tokens(
     position_ids = _unpruned_ids(run, prefill, hidden_states.device, kwargs.get("position_ids"))
     rows = _stage_rows(run, prefill, drop, hidden_states, position_ids, rotary)
     pruned = _score_and_prune(run, prefill, drop, rows)
-    prefill.scoring = None
+    prefill.scoring = prefill.rotary = None
     index = rows.to_prompt_rows(pruned.index, drop.dense)
     record = _record_of(run, prefill, drop, index)
     rule = ID_RULES[run.config.ids]
@@ -148,7 +146,7 @@ def _stage_rows(
     cos, sin = (x.to(device).expand(run.rows.batch, -1, -1) for x in (cos, sin))
     # Some M-RoPE models count in floats. The ids in the state stay what they are; the operator gathers integers.
     ids = position_ids.long() if earlier is None else earlier.ids.to(device)
-    return StageRows(plan, earlier, (hidden_states, cos, sin, ids, plan.visual_index), rotary, has_cos_sin)
+    return StageRows(plan, earlier, (hidden_states, cos, sin, ids, plan.visual_index), has_cos_sin)
 
 
 def _record_of(run: DecoderRun, prefill: Prefill, drop: Drop, index: torch.Tensor) -> KeptRows:
@@ -210,7 +208,7 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
     if stage.score not in ATTENTION_SCORES:
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
     else:
-        attention = attention_of(run, prefill, stage, plan, rows.rotary)
+        attention = attention_of(run, prefill, stage, plan, prefill.rotary)
         # The operator spreads the usual part of the budget.
         if attention.plain and plan.stays is None and not compares and stage.spread is None:
             return _prune_fused(drop, rows, attention, _covering_of(drop, rows, prompt_rows))

@@ -17,7 +17,7 @@ from ..later_layers.masks import is_plain
 from ..state import DecoderRun, Drop, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
-from .unrotated import rotated_ones, unrotated
+from .unrotated import BY_ROTATION, rotated_ones, unrotated
 
 PRIORITY_HEADS, PUBLISHED_HEADS = 14, 32  # of SparseVLM+'s released code, for decoders of 7B
 BLOCK = 1 << 22
@@ -51,7 +51,7 @@ class Attention:
 
 
 def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, rotary: Any) -> Attention:
-    """Return query, key and mask of the layer that scores for ``stage``, for the rows of ``plan`` and their ``rotary``."""
+    """Return query, key and mask of the layer that scores for ``stage``, for the rows of ``plan``; by its ``rotary``."""
     scoring = prefill.scoring
     if scoring is None:
         raise RuntimeError(
@@ -92,9 +92,7 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
                 "score='raters'"
             )
         ones = rotated_ones(scoring.module, rotary, query)
-    plain = (
-        mask is None and group is None and stage.score not in ("key_norm", "unrotated", "raters_corrected")
-    )
+    plain = mask is None and group is None and stage.score not in ("key_norm", *BY_ROTATION)
     return Attention(query, key, real, mask, scoring.scale, group, plain, ones)
 
 

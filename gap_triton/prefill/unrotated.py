@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +16,9 @@ from ..introspect import calls_interface
 
 # Names under which modeling files keep the function that rotates queries and keys.
 ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
+HAS_COS_AND_SIN = "position_embeddings is not None"
+# Scores that need the rotation.
+BY_ROTATION = ("unrotated", "raters_corrected")
 
 
 def unrotated(
@@ -32,7 +39,7 @@ def unrotated(
     Raises:
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
-    cos, sin = _cos_and_sin(module, rotary, query)
+    cos, sin = _cos_and_sin(module, rotary, query, "unrotated")
     query, key = _rotate(module, query, key, cos, -sin)
     if _is_known_not_to_stretch(text):
         return query, key
@@ -56,7 +63,7 @@ def rotated_ones(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.T
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
     ones = torch.ones_like(query[:, :1], dtype=torch.float32)
-    cos, sin = _cos_and_sin(module, rotary, query)
+    cos, sin = _cos_and_sin(module, rotary, query, "raters_corrected")
     return _rotate(module, ones, ones, cos.float(), sin.float())
 
 
@@ -68,14 +75,42 @@ def _is_known_not_to_stretch(text: Any) -> bool:
 
 
 def rotation_of(attention: Any) -> Any | None:
-    """Return the function by which ``attention`` rotates queries and keys; None if it has none under a known name."""
+    """Return the function by which ``attention`` rotates all queries and keys; None if it has none under a known name.
+
+    It takes queries and keys, or one of them at a time, then cos and sin.
+    """
     functions = vars(inspect.getmodule(type(attention)))
-    return next((functions[name] for name in ROTATIONS if name in functions), None)
+    rotate = next((functions[name] for name in ROTATIONS if name in functions), None)
+    if rotate is None or not _always_rotates(inspect.unwrap(type(attention).forward)):
+        return None
+    parameters = list(inspect.signature(rotate).parameters)
+    return rotate if ["cos", "sin"] in (parameters[1:3], parameters[2:4]) else None
 
 
-def _cos_and_sin(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@cache
+def _always_rotates(forward: Callable[..., Any]) -> bool:
+    """Return whether the ``forward`` of an attention rotates whenever it is handed cos and sin, by its code."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return False
+    return _rotates(tree)
+
+
+def _rotates(node: ast.AST) -> bool:
+    """Return whether ``node`` calls a rotation that no condition but that on cos and sin stands before."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) != HAS_COS_AND_SIN:
+        return False
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ROTATIONS:
+        return True
+    return any(map(_rotates, ast.iter_child_nodes(node)))
+
+
+def _cos_and_sin(
+    module: Any, rotary: Any, query: torch.Tensor, score: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     if rotation_of(module) is None or not isinstance(rotary, tuple) or len(rotary) != 2:
-        raise _no_rotation(module)
+        raise _no_rotation(module, score)
     cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
     return cos, sin
 
@@ -88,6 +123,8 @@ def _rotate(
     if "mrope_section" in inspect.signature(rotate).parameters:
         parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
         sections = (parameters["mrope_section"],)
+    if list(inspect.signature(rotate).parameters)[1] == "cos":  # one tensor at a time
+        return rotate(query, cos, sin), rotate(key, cos, sin)
     query, key = rotate(query, key, cos, sin, *sections)
     return query, key
 
@@ -95,16 +132,16 @@ def _rotate(
 def refuse_unrotated(config: GapConfig, text: Any) -> None:
     """Raise ValueError if a stage needs to undo the rotation of a layer of the decoder ``text`` that has no known one."""
     for stage in config.stages:
-        if stage.score not in ("unrotated", "raters_corrected"):
+        if stage.score not in BY_ROTATION:
             continue
         attention = next(module for module in text.layers[stage.layer].modules() if calls_interface(module))
         if rotation_of(attention) is None:
             raise _no_rotation(attention, stage.score)
 
 
-def _no_rotation(attention: Any, score: str = "unrotated") -> ValueError:
+def _no_rotation(attention: Any, score: str) -> ValueError:
     other = {"raters_corrected": "raters"}.get(score, "last_token")
     return ValueError(
-        f"score={score!r}: {type(attention).__name__} has no {' or '.join(ROTATIONS)} with one cos and sin, so its "
-        f"rotation can't be undone; use score={other!r}"
+        f"score={score!r}: {type(attention).__name__} does not rotate all queries and keys by {' or '.join(ROTATIONS)} with "
+        f"one cos and sin, so its rotation can't be undone; use score={other!r}"
     )

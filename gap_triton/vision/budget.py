@@ -67,7 +67,7 @@ def budget_of(layout: Layout, stage: Stage, outliers: Sequence[int] | None) -> B
 
 
 def _by_tiles(layout: Layout, stage: Stage, in_views: Sequence[int]) -> tuple[int, ...]:
-    """How many tokens of each view survive if every tile keeps equally many; ``in_views`` is how many tokens a sample has.
+    """How many tokens of each view survive if every tile keeps equally many, at least one; ``in_views``: tokens of a sample.
 
     An image's first view is its overview, one tile; the others are of as many tiles as it takes to cover them, for what
     belongs to no pixel was cut off at the rim.
@@ -82,7 +82,7 @@ def _by_tiles(layout: Layout, stage: Stage, in_views: Sequence[int]) -> tuple[in
         of_sample[view.sample] += number
     keeps = [stage.keep if isinstance(stage.keep, int) else stage.count(count) for count in in_views]
     return tuple(
-        min(keeps[view.sample] // of_sample[view.sample] * number, view.size)
+        min(max(keeps[view.sample] // of_sample[view.sample], 1) * number, view.size)
         for view, number in zip(layout.views, tiles, strict=True)
     )
 

@@ -29,16 +29,21 @@ EARLIER_SCORES: dict[tuple[str, str], Need] = {
 TOWER_SCORES: tuple[Need, ...] = ("cls", "received", "key_norm")
 
 
+def compares_entering(stage: Stage) -> bool:
+    """Return whether tokens are compared as they enter the projector: where the encoder ranks. Else as the decoder has them.
+
+    They may be recorded for a merge all the same.
+    """
+    return stage.coverage in FEATURE_COVERAGES and stage.score in TOWER_SCORES
+
+
 def needs_of(config: GapConfig) -> Needs:
     """Return what must be recorded of the vision encoder for ``config``; empty where that is nothing."""
     stage: Stage = config.stages[0]
     if stage.layer != BEFORE_THE_DECODER:
         return frozenset()
     of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
-    of_coverage: Needs = frozenset()
-    # Of an encoder that doesn't rank, nothing is recorded to compare tokens: that is done as the decoder gets them.
-    if of_score and stage.coverage in FEATURE_COVERAGES:
-        of_coverage = frozenset({"features"})
+    of_coverage: Needs = frozenset({"features"}) if compares_entering(stage) else frozenset()
     if (stage.coverage, stage.score) in EARLIER_SCORES:
         of_coverage = frozenset({EARLIER_SCORES[stage.coverage, stage.score]})
     return of_score | of_coverage | MERGE_NEEDS[stage.merge]

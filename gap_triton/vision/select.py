@@ -45,7 +45,7 @@ from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, View, layout_of
-from .needs import EARLIER_SCORES, FEATURE_COVERAGES, MERGE_NEEDS
+from .needs import EARLIER_SCORES, MERGE_NEEDS, compares_entering
 from .places import Group, Places
 
 Kwargs = dict[str, Any]
@@ -226,7 +226,7 @@ def _beside(
         return places.at_features(tower.rows[earlier]).flatten()
     if stage.coverage not in BY_FEATURES:
         return None
-    entering = tower.features if stage.coverage in FEATURE_COVERAGES else None
+    entering = tower.features if compares_entering(stage) else None
     if entering is not None:
         return places.at_features(entering).flatten(0, 1)
     return _rows_of(_embeds_of(stage, kwargs), prompt.visual_index, prompt.visual_counts).flatten(0, 1)

@@ -141,6 +141,9 @@ class Recording:
         self._parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
         self._states = 0
         self._real: Tensor | None = None  # [B, S] bool, False where an image has fewer patches than others
+        # The last mask, and what was read from it.
+        self._padding_of: tuple[Tensor, Tensor | None] | None = None
+        self._sequences_of: tuple[Tensor, Tensor | None] | None = None
 
     def record_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
@@ -164,7 +167,8 @@ class Recording:
                 self._parts[need].append(self._score(kind, query, key, mask, scale))
         if module is not self.tower.attention:
             return
-        self._real = None if mask is None else _padding(mask, query.shape[0])
+        if self.needs & (FROM_ATTENTION | {"similarity"}):
+            self._real = self._real_of(mask, query.shape[0])
         if not self.needs & FROM_ATTENTION:
             return
         self._check_heads(query)
@@ -192,7 +196,7 @@ class Recording:
     ) -> Tensor:
         """[B * S] float32, the attention of the CLS row, or what each token receives; without patches that are padding."""
         batch, _, tokens, _ = query.shape
-        real = None if mask is None else _padding(mask, batch)
+        real = self._real_of(mask, batch)
         if real is not None and kind == "received":
             # Patches of an image see each other, and no others: all images as one sequence.
             query, key = (each.transpose(1, 2)[real].transpose(0, 1)[None] for each in (query, key))
@@ -200,13 +204,10 @@ class Recording:
             return received_scores(query, key, slice(None), scale, ends)
         if real is not None:
             raise ValueError(f"{_HIDDEN}: use score='received'")
-        bounds = None if mask is None else _sequences(mask)
-        whole = bounds is None or len(bounds) == 2
+        bounds = self._bounds_of(mask)
         if kind == "received":
-            return received_scores(
-                query, key, self.tower.of_features(tokens), scale, None if whole else bounds
-            )
-        if not whole:
+            return received_scores(query, key, self.tower.of_features(tokens), scale, bounds)
+        if bounds is not None:
             raise ValueError(f"{_HIDDEN}: use score='received'")
         index, row = self.tower.constants.get(
             ("cls", batch, tokens, query.device),
@@ -214,6 +215,23 @@ class Recording:
             lambda: self._cls_index(batch, tokens, query.device),
         )
         return cls_scores(query, key, index, row, scale)
+
+    def _real_of(self, mask: Tensor | None, batch: int) -> Tensor | None:
+        """As `_padding`; one read for all layers and scores that have the same mask."""
+        if mask is None:
+            return None
+        if self._padding_of is None or self._padding_of[0] is not mask:
+            self._padding_of = mask, _padding(mask, batch)
+        return self._padding_of[1]
+
+    def _bounds_of(self, mask: Tensor | None) -> Tensor | None:
+        """As `_sequences`, None for a single one; once for all layers and scores that have the same mask."""
+        if mask is None:
+            return None
+        if self._sequences_of is None or self._sequences_of[0] is not mask:
+            bounds = _sequences(mask)
+            self._sequences_of = mask, None if len(bounds) == 2 else bounds
+        return self._sequences_of[1]
 
     def _cls_index(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[B, S] int64, the tokens that become features, and [B, 1] int64, the CLS row."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support import ways
+from support import families, ways
+from support.installed_types import build_or_skip
 from support.prompts import make_prompt
 from support.tiny import IMAGE, build
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill import scores as scores_of_decoder
 from gap_triton.prefill import unrotated
 from gap_triton.strategies import STRIDE_SHARE, spatial_order
@@ -101,6 +105,76 @@ def test_unrotated_in_a_later_stage_and_turn() -> None:
     attended = (logits / math.sqrt(query.shape[-1])).softmax(-1).mean(0)
     expected = torch.stack([attended[left.index(row)] for row in selection.candidates[0].tolist()])
     assert torch.allclose(selection.score[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def rotations(model: Any, config: GapConfig, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was turned back in each stage, with all that the model has rotated: queries and keys before and by layers."""
+    module = inspect.getmodule(type(find_parts(model).text.layers[0]))
+    rotate: Any = vars(module)["apply_rotary_pos_emb"]
+    before: list[torch.Tensor] = []
+
+    @functools.wraps(rotate)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        before.extend(x for x in args[:2] if x.dim() == 4)
+        return rotate(*args, **kwargs)
+
+    turned: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = scores_of_decoder.unrotated
+
+    def turning(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", rotate)
+        turned.append(real(*args))
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", noting)
+        return turned[-1]
+
+    monkeypatch.setattr(scores_of_decoder, "unrotated", turning)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", noting)
+    with torch.no_grad(), families.visual_features(model), gap_triton.pruning(model, config):
+        model(**inputs)
+    return [
+        min(
+            (x - y).abs().max().item()
+            for seen in before
+            for y in (seen, seen.transpose(1, 2))
+            if x.shape == y.shape
+        )
+        for pair in turned
+        for x in pair
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"), [("gemma3", (0, 1)), ("step3p7", (0, 1)), ("gemma4", (0,))]
+)
+def test_a_rotation_is_taken_back_by_that_of_its_own_layer(
+    model_type: str, layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that slide have rotary embeddings of their own, and the next layer may be of the other kind."""
+    model = build_or_skip(model_type)
+    inputs = families.prompt(model)
+    for layer in layers:
+        for off in rotations(model, GapConfig(0.5, layer, "unrotated"), inputs, monkeypatch):
+            assert off < 1e-5
+
+
+@pytest.mark.parametrize("ids", ["kept", "compacted", "stretched"])
+def test_a_later_stage_takes_back_the_ids_that_its_layer_had(
+    ids: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = model_and_prompt("llava", "left-padded", "sdpa")
+    config = GapConfig(0.5, 1, "unrotated", ids=ids, then=(Stage(0.25, 3, "unrotated"),))
+    found = rotations(model, config, inputs, monkeypatch)
+    assert len(found) == 4
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize("score", ["unrotated", "raters_corrected"])
+def test_layers_that_do_not_always_rotate_are_refused(score: str) -> None:
+    """Cohere 2 rotates where it slides only: elsewhere nothing could be taken back."""
+    with pytest.raises(
+        ValueError, match=f"score='{score}': Cohere2Attention does not rotate all queries and keys"
+    ):
+        gap_triton.attach(families.build("cohere2_vision"), GapConfig(0.5, 1, score))
 
 
 def test_unrotated_takes_back_a_stretched_rotation() -> None:

@@ -242,6 +242,20 @@ def test_tokens_are_compared_as_the_docs_say(coverage: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("coverage", ["coverage_gain", "distinct"])
+def test_a_merge_does_not_change_what_is_compared(coverage: str) -> None:
+    """It records what enters the projector, by which nothing is compared where the vision encoder doesn't rank."""
+    model = build("llava", "gap_triton")
+    inputs = prompt("llava", images=((Image(),), (Image(),)))
+    chosen = []
+    for merge in ("none", "aggregation"):
+        gap_triton.configure(model, GapConfig(0.3, -1, "text_similarity", coverage, merge))
+        with torch.no_grad():
+            model(**inputs)
+        chosen.append(gap_triton.last_selection(model).visual_index)
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("coverage", ["coverage_gain", "distinct"])
 def test_without_a_projector_they_are_compared_as_the_decoder_gets_them(coverage: str) -> None:
     model, inputs = ways.build(ways.MROPE, "gap_triton"), ways.make(ways.MROPE, "even")
     gap_triton.configure(model, GapConfig(0.4, -1, "received", coverage))

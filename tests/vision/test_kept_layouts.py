@@ -242,3 +242,15 @@ def test_tiles_share_a_budget_equally_and_newlines_stay_besides(merge: str) -> N
         newlines = set(numbers[numbers >= 0].tolist()) - in_grids[sample]
         assert newlines
         assert newlines <= kept[sample]
+
+
+def test_every_tile_keeps_at_least_one_token() -> None:
+    model = ways.build("llava_next", "gap_triton")
+    inputs = prompt("llava_next", images=((Image(48, 48),),), before=(3,), after=(4,))
+    kept = {}
+    for keep in (2, 5):
+        gap_triton.configure(model, GapConfig(keep, -1, "random", budget_by="tiles"))
+        with torch.no_grad():
+            model(**inputs)
+        kept[keep] = gap_triton.last_selection(model).visual_index.tolist()
+    assert kept[2] == kept[5]  # one of each of the five
