@@ -402,7 +402,8 @@ def test_a_rotation_that_has_no_name_is_refused_when_it_is_asked_for(monkeypatch
     model, config = build("llava", "gap_triton"), GapConfig(keep=0.4, layer=1, score="unrotated")
     for function in (gap_triton.attach, gap_triton.configure):
         with pytest.raises(
-            ValueError, match="score='unrotated': LlamaAttention has no spin with one cos and sin"
+            ValueError,
+            match="score='unrotated': LlamaAttention does not rotate .* by spin with one cos and sin",
         ):
             function(model, config)
 
