@@ -403,7 +403,7 @@ def test_a_rotation_that_has_no_name_is_refused_when_it_is_asked_for(monkeypatch
     for function in (gap_triton.attach, gap_triton.configure):
         with pytest.raises(
             ValueError,
-            match="score='unrotated': LlamaAttention does not rotate .* by spin with one cos and sin",
+            match=r"score='unrotated': LlamaAttention does not rotate .* by spin with one cos and sin",
         ):
             function(model, config)
 
