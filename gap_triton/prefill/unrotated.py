@@ -6,8 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,20 +73,43 @@ def _is_known_not_to_stretch(text: Any) -> bool:
     return bool(known) and all(isinstance(scaling, (int, float)) and scaling == 1 for scaling in known)
 
 
-def rotation_of(attention: Any) -> Any | None:
-    """Return the function by which ``attention`` rotates all queries and keys; None if it has none under a known name.
+class Rotation(NamedTuple):
+    """How the attentions of a class rotate queries and keys.
 
-    It takes queries and keys, or one of them at a time, then cos and sin.
+    Attributes:
+        rotate: Their function. It takes queries and keys, or one of them at a time, then cos and sin.
+        one_at_a_time: Whether it takes one of them.
+        sections: Whether it takes the channels of each axis, too (M-RoPE).
     """
-    functions = vars(inspect.getmodule(type(attention)))
+
+    rotate: Callable[..., Any]
+    one_at_a_time: bool
+    sections: bool
+
+
+# By class of attention. Filled when a configuration is checked: source code can't be read while a graph is captured.
+_rotations: dict[type, Rotation | None] = {}
+
+
+def rotation_of(attention: Any) -> Rotation | None:
+    """Return how ``attention`` rotates all its queries and keys; None if not by a function under a known name."""
+    kind = type(attention)
+    if kind not in _rotations:
+        _rotations[kind] = _find_rotation(kind)
+    return _rotations[kind]
+
+
+def _find_rotation(kind: type) -> Rotation | None:
+    functions = vars(inspect.getmodule(kind))
     rotate = next((functions[name] for name in ROTATIONS if name in functions), None)
-    if rotate is None or not _always_rotates(inspect.unwrap(type(attention).forward)):
+    if rotate is None or not _always_rotates(inspect.unwrap(kind.forward)):
         return None
-    parameters = list(inspect.signature(rotate).parameters)
-    return rotate if ["cos", "sin"] in (parameters[1:3], parameters[2:4]) else None
+    names = list(inspect.signature(rotate).parameters)
+    if ["cos", "sin"] not in (names[1:3], names[2:4]):
+        return None
+    return Rotation(rotate, names[1] == "cos", "mrope_section" in names)
 
 
-@cache
 def _always_rotates(forward: Callable[..., Any]) -> bool:
     """Return whether the ``forward`` of an attention rotates whenever it is handed cos and sin, by its code."""
     try:
@@ -118,14 +140,14 @@ def _cos_and_sin(
 def _rotate(
     module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rotate: Any = rotation_of(module)
+    rotation: Any = rotation_of(module)
+    if rotation.one_at_a_time:
+        return rotation.rotate(query, cos, sin), rotation.rotate(key, cos, sin)
     sections: tuple[Any, ...] = ()
-    if "mrope_section" in inspect.signature(rotate).parameters:
+    if rotation.sections:
         parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
         sections = (parameters["mrope_section"],)
-    if list(inspect.signature(rotate).parameters)[1] == "cos":  # one tensor at a time
-        return rotate(query, cos, sin), rotate(key, cos, sin)
-    query, key = rotate(query, key, cos, sin, *sections)
+    query, key = rotation.rotate(query, key, cos, sin, *sections)
     return query, key
 
 

@@ -95,6 +95,22 @@ def test_no_visual_tokens_at_all() -> None:
     check([[], []], [[], []], 3, 4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("coverage", ["region", "stride"])
+def test_no_visual_tokens_to_cover(coverage: str, masked: bool, generator: torch.Generator) -> None:
+    rows, inputs = rows_of(2, 9), attention_inputs(3)
+    mask = torch.tensor([[False] * 2 + [True] * 7, [True] * 9]) if masked else None
+    expected = [[row for row in range(9) if mask is None or mask[sample, row]] for sample in range(2)]
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    how = {"keep": 3, "length": 9, "coverage": coverage, **spread_over(coverage, 1, 0, generator)}
+    pruned = prune_by_score(torch.zeros(2, 0), **rows, visual_index=none, attention_mask=mask, **how)
+    assert [[row for row in index if row >= 0] for index in pruned.index.tolist()] == expected
+    if mask is not None:
+        mask = torch.cat([torch.ones(2, 3, dtype=torch.bool), mask], 1)
+    in_one = prune_tokens(**inputs | {"visual_index": none}, **rows, attention_mask=mask, **how)
+    assert torch.equal(in_one.index, pruned.index)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_prompt_that_ends_in_visual_tokens(keep: int) -> None:
     # In sample 0 the last row is the best visual token, in sample 1 the worst: one survivor more there.

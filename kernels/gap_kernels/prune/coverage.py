@@ -74,6 +74,8 @@ def covering(
         check_neighbours(shapes, neighbours, "V M")  # R are query rows
     if order is not None:
         shapes.check_shared("order", order, "V", (torch.int64,))
+    if shapes.sizes["V"] == 0:
+        return Covering()  # nothing to choose, nor anything to choose by
     candidates = 0 if neighbours is None else candidates_of(per_region, neighbours)
     return Covering(str(coverage), neighbours, candidates, order)
 
