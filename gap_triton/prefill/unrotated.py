@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -73,50 +72,32 @@ def _is_known_not_to_stretch(text: Any) -> bool:
     return bool(known) and all(isinstance(scaling, (int, float)) and scaling == 1 for scaling in known)
 
 
-class Rotation(NamedTuple):
-    """How the attentions of a class rotate queries and keys.
+def rotation_of(attention: Any) -> Any | None:
+    """Return the function by which ``attention`` rotates all queries and keys; None if it has none under a known name.
 
-    Attributes:
-        rotate: Their function. It takes queries and keys, or one of them at a time, then cos and sin.
-        one_at_a_time: Whether it takes one of them.
-        sections: Whether it takes the channels of each axis, too (M-RoPE).
+    It takes queries and keys, or one of them at a time, then cos and sin.
     """
-
-    rotate: Callable[..., Any]
-    one_at_a_time: bool
-    sections: bool
+    functions = vars(inspect.getmodule(type(attention)))
+    rotate = next((functions[name] for name in ROTATIONS if name in functions), None)
+    if rotate is None or not _always_rotates(type(attention)):
+        return None
+    parameters = list(inspect.signature(rotate).parameters)
+    return rotate if ["cos", "sin"] in (parameters[1:3], parameters[2:4]) else None
 
 
 # By class of attention. Filled when a configuration is checked: source code can't be read while a graph is captured.
-_rotations: dict[type, Rotation | None] = {}
+_known_to_rotate: dict[type, bool] = {}
 
 
-def rotation_of(attention: Any) -> Rotation | None:
-    """Return how ``attention`` rotates all its queries and keys; None if not by a function under a known name."""
-    kind = type(attention)
-    if kind not in _rotations:
-        _rotations[kind] = _find_rotation(kind)
-    return _rotations[kind]
-
-
-def _find_rotation(kind: type) -> Rotation | None:
-    functions = vars(inspect.getmodule(kind))
-    rotate = next((functions[name] for name in ROTATIONS if name in functions), None)
-    if rotate is None or not _always_rotates(inspect.unwrap(kind.forward)):
-        return None
-    names = list(inspect.signature(rotate).parameters)
-    if ["cos", "sin"] not in (names[1:3], names[2:4]):
-        return None
-    return Rotation(rotate, names[1] == "cos", "mrope_section" in names)
-
-
-def _always_rotates(forward: Callable[..., Any]) -> bool:
-    """Return whether the ``forward`` of an attention rotates whenever it is handed cos and sin, by its code."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, SyntaxError):
-        return False
-    return _rotates(tree)
+def _always_rotates(kind: Any) -> bool:
+    """Return whether attentions of class ``kind`` rotate whenever they are handed cos and sin, by the code of their forward."""
+    if kind not in _known_to_rotate:
+        try:
+            code = inspect.getsource(inspect.unwrap(kind.forward))
+            _known_to_rotate[kind] = _rotates(ast.parse(textwrap.dedent(code)))
+        except (OSError, SyntaxError):
+            _known_to_rotate[kind] = False
+    return _known_to_rotate[kind]
 
 
 def _rotates(node: ast.AST) -> bool:
@@ -140,14 +121,14 @@ def _cos_and_sin(
 def _rotate(
     module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rotation: Any = rotation_of(module)
-    if rotation.one_at_a_time:
-        return rotation.rotate(query, cos, sin), rotation.rotate(key, cos, sin)
+    rotate: Any = rotation_of(module)
     sections: tuple[Any, ...] = ()
-    if rotation.sections:
+    if "mrope_section" in inspect.signature(rotate).parameters:
         parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
         sections = (parameters["mrope_section"],)
-    query, key = rotation.rotate(query, key, cos, sin, *sections)
+    if list(inspect.signature(rotate).parameters)[1] == "cos":  # one tensor at a time
+        return rotate(query, cos, sin), rotate(key, cos, sin)
+    query, key = rotate(query, key, cos, sin, *sections)
     return query, key
 
 

@@ -327,7 +327,6 @@ def test_heads_that_are_split_can_not_be_compared(monkeypatch: pytest.MonkeyPatc
 
 def test_without_a_known_rotation_the_correction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unrotated, "ROTATIONS", ("spin",))
-    monkeypatch.setattr(unrotated, "_rotations", {})
     with pytest.raises(
         ValueError,
         match=r"score='raters_corrected': LlamaAttention does not rotate .* by spin .* use score='raters'",
