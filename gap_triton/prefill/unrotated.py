@@ -90,7 +90,7 @@ _known_to_rotate: dict[type, bool] = {}
 
 
 def _always_rotates(kind: Any) -> bool:
-    """Return whether attentions of class ``kind`` rotate whenever they are handed cos and sin, by the code of ``forward``."""
+    """Return whether attentions of class ``kind`` rotate whenever they get cos and sin, by the code of ``forward``."""
     if kind not in _known_to_rotate:
         try:
             code = inspect.getsource(inspect.unwrap(kind.forward))
