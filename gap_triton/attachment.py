@@ -17,6 +17,7 @@ from .selection import Selection
 from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+ENCODER_ATTRIBUTE = "_gap_encoder"  # on a decoder alone: what encodes images for it
 LAYOUTS = 32
 """How many layouts stay in memory, each for prompts with other numbers of visual tokens or sizes of images."""
 
@@ -73,6 +74,11 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
+
+    @property
+    def encoder(self) -> Any:
+        """The module that encodes images: the owner, or what `gap_triton.models` has put before a decoder alone."""
+        return self.owner.__dict__.get(ENCODER_ATTRIBUTE, self.owner)
 
     def modules(self) -> list[PreTrainedModel]:
         """Return the modules that carry hooks for a whole forward, outermost first."""

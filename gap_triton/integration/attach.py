@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
+from ..arguments import VISUAL_ENCODING, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -47,6 +47,7 @@ OWN_ARGUMENTS = (
     VISUAL_MASK,
     VISUAL_GRID,
     VISUAL_PROMPT,
+    VISUAL_ENCODING,
 )  # arguments of forward() and generate() that attached models take
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT, by_name, cache_of
+from ..arguments import (
+    HEAD_KEY,
+    STATE_KEY,
+    VISUAL_ENCODING,
+    VISUAL_GRID,
+    VISUAL_MASK,
+    VISUAL_PROMPT,
+    by_name,
+    cache_of,
+)
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
 from ..introspect import NAME, attention_chunk, layer_type, sliding_window, text_model_of
@@ -37,6 +46,7 @@ from ..prefill.drop import drop_tokens
 from ..prefill.prompt import find_visual_rows
 from ..state import DecoderRun, DecodeStep, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
+from ..vision_tower.hooks import ENCODER_OUTPUTS
 from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
 from .prepare import named_prompt
@@ -168,7 +178,7 @@ def before_owner(
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
-    prepared = kwargs.pop(VISUAL_PROMPT, None)
+    prepared, encoding = kwargs.pop(VISUAL_PROMPT, None), kwargs.pop(VISUAL_ENCODING, None)
     if prepared is not None:
         prepared = named_prompt(prepared)
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
@@ -204,6 +214,8 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
         if prepared is not None:
             state.owner.kwargs[HOST_SIZES] = prepared.sizes
+        if encoding is not None:
+            state.owner.kwargs[ENCODER_OUTPUTS] = {"image": encoding}
         if not state.config.changes_nothing:
             start_recorder(state)
     if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`

@@ -55,7 +55,8 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     Raises:
         ValueError: There is no vision encoder that could give it; the message has what can be done instead.
     """
-    if attachment.tower is not None and not attachment.tower.is_current():
+    encoder, tower = attachment.encoder, attachment.tower
+    if tower is not None and (tower.owner is not encoder or not tower.is_current()):
         for handle in reversed(attachment.tower_handles):
             handle.remove()
         attachment.tower, attachment.tower_handles, attachment.records_sizes = None, [], False
@@ -66,7 +67,7 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     attachment.layouts.clear()
     if not needs_of(config):
         return
-    tower = attachment.tower or find_tower(attachment.owner)
+    tower = attachment.tower or find_tower(encoder)
     check_needs(tower, _needs_from(tower, config))
     if attachment.tower is None:
         attachment.tower = tower

@@ -60,7 +60,8 @@ class Tower:
         has_cls: The tower has a CLS token.
         leading: Number of tokens before each image that don't become features.
         trailing: Number of tokens behind each image that don't: 1 where the CLS token comes last (Llama 4).
-        merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
+        patches: How many patches become one token, where the tower gets them one after the other: those of a square, or of a
+            row (MiniGPT-v2); else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
         constants: Index tensors by the sizes of images.
     """
@@ -74,7 +75,7 @@ class Tower:
     has_cls: bool
     leading: int
     trailing: int
-    merge: int
+    patches: int
     window: int | None
     constants: Constants = field(default_factory=lambda: Constants(INDICES))
 
@@ -89,8 +90,8 @@ class Tower:
         Returns:
             [F, ...]; ``rows`` where it is not known which patches become one token.
         """
-        if self.merge > 1:
-            rows = mean_of_patches(rows.unflatten(0, (-1, self.merge**2)), (1,))
+        if self.patches > 1:
+            rows = mean_of_patches(rows.unflatten(0, (-1, self.patches)), (1,))
             return (
                 rows if self.window is None else rows[self._out_of_windows(_grids_of(arguments), rows.device)]
             )
@@ -127,10 +128,10 @@ class Tower:
 
     def asks_for_sizes(self) -> bool:
         """Return whether `to_features` may ask for the sizes of images."""
-        return self.window is not None or (self.merge == 1 and pooling_of(self.owner) > 1)
+        return self.window is not None or (self.patches == 1 and pooling_of(self.owner) > 1)
 
     def _out_of_windows(self, grids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        merge, window = self.merge, self.window
+        merge, window = math.isqrt(self.patches), self.window
         assert window is not None
         key = ("windows", tuple(map(tuple, grids)), device)
         return self.constants.get(
@@ -188,7 +189,7 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         has_cls=has_cls,
         leading=0 if cls_last else int(has_cls if strategy is None else strategy == "default"),
         trailing=int(cls_last),
-        merge=merge,
+        patches=getattr(owner, "patches_per_token", merge**2),
         window=window,
     )
 
