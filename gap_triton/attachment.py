@@ -75,11 +75,6 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
 
-    @property
-    def encoder(self) -> Any:
-        """The module that encodes images: the owner, or what `gap_triton.models` has put before a decoder alone."""
-        return self.owner.__dict__.get(ENCODER_ATTRIBUTE, self.owner)
-
     def modules(self) -> list[PreTrainedModel]:
         """Return the modules that carry hooks for a whole forward, outermost first."""
         return list(dict.fromkeys((*self.heads, self.owner, self.text)))
@@ -113,6 +108,11 @@ class Attachment:
 def attachment_of(module: Any) -> Attachment | None:
     """Return the attachment whose hooks ``module`` carries for a whole forward."""
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+
+
+def encoder_of(owner: PreTrainedModel) -> Any:
+    """Return the module that encodes images: ``owner``, or what `gap_triton.models` has put before a decoder alone."""
+    return owner.__dict__.get(ENCODER_ATTRIBUTE, owner)
 
 
 _selections = threading.local()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ..attachment import Attachment
+from ..attachment import Attachment, encoder_of
 from ..calls import current_config
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
 from ..state import ForwardState
@@ -55,7 +55,7 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     Raises:
         ValueError: There is no vision encoder that could give it; the message has what can be done instead.
     """
-    encoder, tower = attachment.encoder, attachment.tower
+    encoder, tower = encoder_of(attachment.owner), attachment.tower
     if tower is not None and (tower.owner is not encoder or not tower.is_current()):
         for handle in reversed(attachment.tower_handles):
             handle.remove()

@@ -12,12 +12,21 @@ from support.comparison import TOLERANCE, error
 from support.lone import lone
 from support.methods import BY_TOWER, preset
 from support.model_types import PUBLISHED
-from support.published import PROJECTION, Case, clip, eva_state, minigpt_features, minigpt_state, noise
+from support.published import (
+    HIDDEN,
+    PROJECTION,
+    Case,
+    clip,
+    eva_state,
+    minigpt_features,
+    minigpt_state,
+    noise,
+)
 from support.tiny import IMAGE, LAYERS, PATCH, VISION, generate, text_config
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.models.visual_decoder import IMAGE_TOKEN
+from gap_triton.models.visual_decoder import IMAGE_TOKEN, Tower, VisualDecoder
 from gap_triton.strategies import LLAVA, aggregate
 from gap_triton.vision_tower import TowerRecorder, find_tower, install
 
@@ -145,6 +154,11 @@ def test_shikra_is_pruned_as_the_same_model_of_transformers(tmp_path: Path) -> N
         (output, selection), (expected, as_there) = outputs
         assert torch.equal(selection.visual_index, as_there.visual_index), name
         assert error(output, expected) <= TOLERANCE, name
+    by_model = (
+        GapConfig.preset("prumerge", model=case.model.decoder),
+        GapConfig.preset("prumerge", model=reference),
+    )
+    assert by_model == (GapConfig.preset("prumerge"),) * 2
     dense = generate(lone(), case.merged, tokens=2)
     assert error(output, dense) > 100 * TOLERANCE
 
@@ -227,6 +241,28 @@ def test_another_tower_for_the_same_decoder(tmp_path: Path) -> None:
     assert gap_triton.last_selection(model.decoder).visual_index.shape == (1, 4)
     gap_triton.detach(model.decoder)
     assert "get_image_features" not in {**vars(tower), **vars(model.tower)}
+
+
+class SiglipPatches(Tower):
+    """A tower without a token for the class."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).last_hidden_state
+
+
+def test_any_other_tower_before_a_decoder() -> None:
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)).eval()
+    model = VisualDecoder(
+        SiglipPatches(siglip), torch.nn.Linear(VISION["hidden_size"], HIDDEN), lone()
+    ).eval()
+    config = GapConfig.preset("prumerge", model=model.decoder, budget=4)
+    assert config.score == "received"
+    ids = torch.tensor([[5, *[IMAGE_TOKEN] * 36, 6, 7]])
+    with gap_triton.pruning(model.decoder, config), torch.no_grad():
+        model(ids, noise(1, 3, 24, 24, seed=1))
+        assert gap_triton.last_selection(model.decoder).visual_index.shape == (1, 4)
+    with pytest.raises(ValueError, match="SiglipVisionModel has no CLS token"):
+        gap_triton.attach(model.decoder, GapConfig(4, -1, "cls"))
 
 
 def test_a_decoder_that_nothing_encodes_for_is_refused() -> None:
