@@ -193,6 +193,32 @@ def test_by_name_where_attention_is_more_than_it_names(model_type: str) -> None:
         families.build(model_type, {"text_config": "gap_triton"})
 
 
+def with_blocks_of_four(topk: int) -> transformers.PreTrainedModel:
+    """MiniMax M3, each row of which attends to ``topk`` blocks of four tokens, the last of them its own."""
+    model = build_or_skip("minimax_m3_vl")
+    for layer in core_of(model)[1].layers[1:]:
+        layer.self_attn.indexer.block_size, layer.self_attn.indexer.topk_blocks = 4, topk
+    return model
+
+
+def test_an_index_of_blocks_counts_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares position ids with places in its cache, and is handed places; in prompt and steps, in any cache."""
+    inputs = {name: value[1:] for name, value in families.prompt(with_blocks_of_four(2)).items()}
+    model, (pruned, stays) = with_blocks_of_four(2), pruned_by(with_blocks_of_four(2), inputs)
+    expected = expected_of(with_blocks_of_four(2), inputs, pruned.sequences, stays)
+    assert difference(pruned, expected) <= TOLERANCE
+    static, _ = pruned_by(model, inputs, cache_implementation="static")
+    assert error(static, pruned) <= TOLERANCE
+    # Guards the lines above: the index leaves something out, of which more would be seen.
+    every = expected_of(with_blocks_of_four(99), inputs, pruned.sequences, stays)
+    assert difference(pruned, every) > 100 * TOLERANCE
+    monkeypatch.setattr(survivors_only, "BY_PLACES", ())
+    with pytest.raises(
+        (RuntimeError, IndexError), match="out of bounds"
+    ):  # ids stand in blocks that there are not
+        pruned_by(model, inputs)
+
+
 def gemma3n() -> transformers.PreTrainedModel:
     """The decoder alone of Gemma 3n, whose vision tower needs timm: the last layers attend to keys of earlier ones."""
     sizes = {

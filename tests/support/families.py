@@ -256,8 +256,14 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     ),
     # As released; the default config names none of these layers.
     "lfm2_vl": lambda config: _text(config, layer_types=["conv", *["full_attention"] * (LAYERS - 1)]),
-    "minimax_m3_vl": lambda config: _text(
-        config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
+    "minimax_m3_vl": lambda config: (
+        setattr(config, "merged_hidden_size", 4 * HIDDEN),
+        _text(
+            config,
+            layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)],
+            index_n_heads=2,  # as many as there are key heads
+            index_head_dim=16,
+        ),
     ),
     "gemma4": lambda config: (
         setattr(config.vision_config, "pooling_kernel_size", 2),

@@ -64,7 +64,7 @@ class SurvivorsOracle:
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = torch.arange(self.stays.shape[1])[None]
             own = {name: self._rows_of(name, value, sample, rows) for name, value in kwargs.items()}
-            with relative_distances(self.text, rows):
+            with relative_distances(self.text, rows), places(self.text):
                 output = self.forward(
                     inputs_embeds=inputs_embeds[sample : sample + 1, rows],
                     attention_mask=self._mask(rows - first),
@@ -197,6 +197,24 @@ def relative_distances(text: nn.Module, positions: torch.Tensor) -> Iterator[Non
         yield
     finally:
         module.get_relative_distance = count
+
+
+@contextmanager
+def places(text: nn.Module) -> Iterator[None]:
+    """MiniMax M3 compares position ids with places among the keys that there are: here both are places."""
+    attentions = [layer.self_attn for layer in text.layers if getattr(layer, "self_attn", None) is not None]
+    counting = [each for each in attentions if hasattr(getattr(each, "indexer", None), "build_block_mask")]
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "position_ids": torch.arange(hidden_states.shape[1])}
+
+    handles = [each.register_forward_pre_hook(count, with_kwargs=True) for each in counting]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 Inputs = dict[str, torch.Tensor]

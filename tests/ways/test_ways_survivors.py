@@ -31,7 +31,14 @@ import gap_triton
 from gap_triton.arguments import CACHE
 from gap_triton.kv_cache.kept_tokens import HELD_ATTRIBUTE
 
-STATE, WINDOW, CHUNK, SHARED, INDEX = "qwen3_5", "lfm3_vl", "llama4", "gemma4", "qwen4_exp"
+STATE, WINDOW, CHUNK, SHARED, INDEX, BLOCKS = (
+    "qwen3_5",
+    "lfm3_vl",
+    "llama4",
+    "gemma4",
+    "qwen4_exp",
+    "minimax_m3_vl",
+)
 
 
 @pytest.mark.parametrize("shrinks", [False, True], ids=["full", "shrunk"])
@@ -93,7 +100,8 @@ def test_a_cache_that_the_decoder_makes_by_itself(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "layer"), [(STATE, -1), (WINDOW, -1), (SHARED, -1), (STATE, 1), (WINDOW, 2), (SHARED, 0)]
+    ("model_type", "layer"),
+    [(STATE, -1), (WINDOW, -1), (SHARED, -1), (BLOCKS, -1), (STATE, 1), (WINDOW, 2), (SHARED, 0)],
 )
 def test_another_turn_with_an_image_on_the_same_cache(model_type: str, layer: int) -> None:
     """Two turns with images in them, generated tokens after each; against the survivors of the whole conversation."""
@@ -135,7 +143,7 @@ def test_another_turn_with_an_image_on_the_same_cache(model_type: str, layer: in
 
 
 @pytest.mark.parametrize("right", [(4,), (2, 0), (0,)], ids=str)
-@pytest.mark.parametrize("model_type", [WINDOW, SHARED])
+@pytest.mark.parametrize("model_type", [WINDOW, SHARED, BLOCKS])
 def test_drafts(model_type: str, right: tuple[int, ...], drafts) -> None:
     """Drafts are taken back from convolutions, windows and what shares keys; transformers refuses it of recurrent states."""
     model = build_or_skip(model_type)
