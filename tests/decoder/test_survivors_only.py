@@ -96,6 +96,7 @@ def test_dropping_in_the_decoder(model_type: str) -> None:
     inputs, layers = families.prompt(model), model_types.PRUNING_LAYERS[model_type]
     for layer in dict.fromkeys((layers[0], layers[-1])):
         pruned, stays = pruned_by(model, inputs, GapConfig(0.4, layer, "text"))
+        assert torch.equal(inputs["attention_mask"].bool() & ~stays, ranked_last(reference, inputs, layer))
         if model_type in model_types.LOOKS_AHEAD:
             expected = masked(reference, inputs, stays, layer)
         else:
@@ -104,6 +105,22 @@ def test_dropping_in_the_decoder(model_type: str) -> None:
         if layer == layers[0]:  # behind the last one there is little left to differ by
             elsewhere = expected_of(reference, inputs, pruned.sequences, stays)
             assert difference(pruned, elsewhere) > 100 * TOLERANCE
+
+
+def ranked_last(
+    reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], layer: int
+) -> torch.Tensor:
+    """[B, Q] bool, what eager attention of ``layer``, which sees every token, weighs least in the rows behind the image."""
+    core_of(reference)[1].set_attn_implementation(ORACLE)
+    with (
+        torch.no_grad(),
+        families.visual_features(reference),
+        MaskingOracle(reference, layer, 0.4, "text") as oracle,
+    ):
+        reference(**inputs)
+    core_of(reference)[1].set_attn_implementation("sdpa")
+    assert oracle.dropped is not None
+    return oracle.dropped
 
 
 def masked(
