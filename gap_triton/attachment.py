@@ -36,8 +36,8 @@ class Attachment:
         windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
         chunks: By layer, how many tokens make a chunk that its attention does not look out of; None where there are none.
         kinds: By layer, its kind in the words of transformers, such as ``"full_attention"``.
-        survivors_only: The decoder's layers can't be handed other inputs than its loop hands them, so what is dropped before
-            the decoder never gets to it.
+        survivors_only: Not all of the decoder's layers can be handed other inputs than its loop hands them. What is dropped
+            before the decoder never gets to it, where nothing is dropped in it.
         own_attention: The decoder's attention is more than `NAME` computes: it keeps its own implementation.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import transformers
@@ -80,10 +82,9 @@ def refuse_in_the_decoder(model: transformers.PreTrainedModel, reason: str, laye
     if not layers or wrong is not None:
         with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
             gap_triton.attach(model, GapConfig(layer=wrong if layers else 2))
-    both = GapConfig(0.5, -1, "random", then=(Stage(0.2, layers[0] if layers else 1, "text"),))
-    where = " both before and in its decoder" if layers else " in its decoder"
-    with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
-        gap_triton.attach(model, both)
+        both = GapConfig(0.5, -1, "random", then=(Stage(0.2, wrong if layers else 2, "text"),))
+        with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
+            gap_triton.attach(model, both)
     with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': renumbering is not defined for"):
         gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
     assert hooks(model) == 0
@@ -107,6 +108,26 @@ def test_dropping_in_the_decoder(model_type: str) -> None:
             assert difference(pruned, elsewhere) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("model_type", model_types.PRUNING_LAYERS)
+def test_dropping_before_and_in_the_decoder(model_type: str) -> None:
+    """Layers up to the pruning layer see what the first stage leaves, and those behind it what both leave."""
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    inputs, layer = families.prompt(model), model_types.PRUNING_LAYERS[model_type][0]
+    config = GapConfig(0.7, -1, "random", then=(Stage(0.3, layer, "text"),))
+    with families.visual_features(model), gap_triton.pruning(model, config):
+        pruned = generate(model, inputs, tokens=TOKENS)
+        selection = gap_triton.last_selection(model)
+    before, stays = (stays_of(each, inputs["attention_mask"]) for each in (selection.before, selection))
+    assert bool((before & ~stays).any(dim=1).all())
+    if model_type in model_types.LOOKS_AHEAD:
+        expected = masked(reference, inputs, before, -1, then=[(layer, before & ~stays)])
+    else:
+        expected = expected_of(reference, inputs, pruned.sequences, stays, layer=layer, before=before)
+    assert difference(pruned, expected) <= TOLERANCE
+    elsewhere = expected_of(reference, inputs, pruned.sequences, stays, layer=layer)
+    assert difference(pruned, elsewhere) > 100 * TOLERANCE
+
+
 def ranked_last(
     reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], layer: int
 ) -> torch.Tensor:
@@ -124,12 +145,16 @@ def ranked_last(
 
 
 def masked(
-    reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], stays: torch.Tensor, layer: int
+    reference: transformers.PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    stays: torch.Tensor,
+    layer: int,
+    then: Sequence[tuple[int, torch.Tensor]] = (),
 ) -> list[torch.Tensor]:
-    """Logits of each token by a model that masks what is gone, for decoders of attention alone."""
+    """Logits of each token by a model that masks what is gone, and ``then`` more, for decoders of attention alone."""
     core_of(reference)[1].set_attn_implementation(ORACLE)
     gone = inputs["attention_mask"].bool() & ~stays
-    with families.visual_features(reference), MaskingOracle(reference, layer, 0.4, "text", gone):
+    with families.visual_features(reference), MaskingOracle(reference, layer, 0.4, "text", gone, then):
         logits = generate(reference, inputs, tokens=TOKENS).logits
     core_of(reference)[1].set_attn_implementation("sdpa")
     return list(logits)

@@ -259,19 +259,24 @@ def expected_of(
     stays: torch.Tensor | None,
     features: bool = True,
     layer: int = -1,
+    before: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None.
 
-    Without ``features`` the images are those of the model's own vision encoder. Layers up to ``layer`` see every token.
+    Without ``features`` the images are those of the model's own vision encoder. Layers up to ``layer`` see every token, or
+    those that stay ``before`` the decoder.
     """
     prompt = inputs["input_ids"].shape[1]
     whole = with_answer(reference, inputs, sequences)
     if stays is None:
         stays = inputs["attention_mask"].bool()
-    stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
+    seen = inputs["attention_mask"].bool() if before is None else before
+    stays, seen = (
+        torch.nn.functional.pad(rows, (0, sequences.shape[1] - prompt), value=True) for rows in (stays, seen)
+    )
     oracle = SurvivorsOracle(reference, stays, prompt)
     if layer >= 0:
-        oracle = LaterLayersOracle(reference, stays, whole["attention_mask"].bool(), prompt, layer)
+        oracle = LaterLayersOracle(reference, stays, seen, prompt, layer)
     filled = families.visual_features(reference) if features else nullcontext()
     with torch.no_grad(), filled, oracle:
         logits = reference(**whole).logits
