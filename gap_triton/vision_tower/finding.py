@@ -169,8 +169,8 @@ def find_tower(owner: PreTrainedModel) -> Tower:
             f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {ALTERNATIVE.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
-    has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
-    cls_last = has_cls and _appends_cls(module)
+    has_cls = _has_cls(module)
+    cls_last = has_cls and bool(_appends_cls(module))
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
     merge = _merge_of(owner, module)
     window = None
@@ -271,6 +271,10 @@ def _why_not(owner: PreTrainedModel) -> str | None:
     full = getattr(module.config, "fullatt_block_indexes", None)
     if full is not None and not any(index < len(layers) for index in full):
         return f"each of its {len(layers)} layers attends within windows (fullatt_block_indexes={full!r})"
+    if _has_cls(module) and _appends_cls(module) is None:
+        return (
+            f"the code of {type(module).__name__} can't be read, so where it puts its CLS token is not known"
+        )
     overlapping = next(
         (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None
     )
@@ -352,12 +356,23 @@ def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
     return grids
 
 
-def _appends_cls(module: nn.Module) -> bool:
-    """Whether the CLS token of ``module`` comes behind the patches, by its code."""
-    code = inspect.getsource(inspect.unwrap(type(module).forward))
+def _has_cls(module: nn.Module) -> bool:
+    return any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
+
+
+def _appends_cls(module: nn.Module) -> bool | None:
+    """Whether the CLS token of ``module`` comes behind the patches, by its code.
+
+    None where that names the token, and there is no source. Where modules inside of it do, the token comes first.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return False if set(CLS_PARAMETERS).isdisjoint(forward.__code__.co_names) else None
     return any(
         isinstance(node, ast.List) and len(node.elts) > 1 and _names_cls(node.elts[-1])
-        for node in ast.walk(ast.parse(textwrap.dedent(code)))
+        for node in ast.walk(code)
     )
 
 

@@ -687,6 +687,24 @@ def test_a_cls_score_needs_a_cls_token() -> None:
         check_needs(tower, frozenset({"cls"}))
 
 
+def test_a_tower_without_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bundle of compiled files. Its CLS token comes first, but where the tower itself puts it somewhere."""
+
+    def fail(function: object) -> str:
+        raise OSError("could not get source code")
+
+    clip = find_parts(llava()).owner
+    last = find_parts(family("llama4")).owner if "llama4" in installed_types() else None
+    monkeypatch.setattr(inspect, "getsource", fail)
+    tower = find_tower(clip)
+    assert (tower.leading, tower.trailing) == (1, 0)
+    if last is not None:
+        with pytest.raises(
+            ValueError, match=r"code of Llama4VisionModel can't be read, so where it puts its CLS token"
+        ):
+            find_tower(last)
+
+
 def test_features_need_a_projector_of_single_tokens() -> None:
     tower = find_tower(find_parts(family("gemma3")).owner)
     assert tower.projector is None
