@@ -191,6 +191,7 @@ IMAGES = {
 IMAGES_BEFORE = {
     "gemma4": "patches with positions",
     "lfm2_vl": "padded patches",
+    "lfm3_vl": "patches of two frames",
     "glm5_next": "patches of two frames",
     "llama4": "images",
     "minimax_m3_vl": "patches of two frames",
