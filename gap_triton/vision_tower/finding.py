@@ -33,6 +33,7 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
     "pooling_kernel_size",
+    "merge_kernel_size",  # rows and columns
 )
 RATIO_FIELDS = ("downsample_ratio", "pixel_shuffle_ratio")
 ALTERNATIVE = "use score='random' or 'text_similarity' (presets 'random', 'text'), or prune in the decoder (preset 'fastv')"
@@ -225,8 +226,8 @@ def pooling_of(owner: PreTrainedModel) -> int:
     """
     vision = getattr(owner.config, "vision_config", None)
     for name in POOLING_FIELDS:
-        sides = (getattr(config, name, None) for config in (owner.config, vision))
-        if (side := next((side for side in sides if isinstance(side, int) and side > 0), None)) is not None:
+        sides = (side_of(getattr(config, name, None)) for config in (owner.config, vision))
+        if (side := next(filter(None, sides), None)) is not None:
             return side
     ratios = (getattr(config, name, None) for name in RATIO_FIELDS for config in (owner.config, vision))
     ratio = next((ratio for ratio in ratios if isinstance(ratio, float)), None)
@@ -236,6 +237,13 @@ def pooling_of(owner: PreTrainedModel) -> int:
     if vision is not None and isinstance(tokens, int) and tokens > 0 and patch is not None:
         return max(vision.image_size // patch[0] // math.isqrt(tokens), 1)
     return 1
+
+
+def side_of(size: Any) -> int | None:
+    """Return the side of a square of this ``size``: one number, or two of the same; None if it is no square."""
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def resamples(owner: PreTrainedModel) -> bool:

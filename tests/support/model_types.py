@@ -165,6 +165,7 @@ IMAGES = {
     "idefics3": "images by sample",
     "internvl": "images",
     "janus": "images",
+    "kimi_k25": "square patches",
     "lighton_ocr": "images and sizes",
     "llava": "images",
     "mistral3": "images and sizes",
