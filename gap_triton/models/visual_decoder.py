@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..arguments import VISUAL_ENCODING, VISUAL_GRID, VISUAL_MASK
 from ..attachment import ENCODER_ATTRIBUTE
 from ..integration.attach import is_attached
+from ..integration.supported_models import unwrap
 
 IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
 MAX_LISTED = 20
@@ -22,15 +23,19 @@ MAX_LISTED = 20
 class Tower(nn.Module):
     """Features of images by ``model``, a vision tower whose patches make a grid.
 
-    It has what transformers' models have that encode images, so its scores are found as theirs are
-    (`gap_triton.vision_tower`).
+    A subclass has a ``forward`` from pixel values [I, 3, H, W] to features [I, N, F], row by row. What else it has is what
+    transformers' models have that encode images, so its scores are found as theirs are (`gap_triton.vision_tower`).
 
     Args:
         model: The vision tower.
         layer: Which of its hidden states the features are, counted from the last where negative; None = what it puts out.
+
+    Attributes:
+        patches_per_token: How many patches, neighbours in a row, make one of the N tokens.
+        multi_modal_projector: The projector, once a `VisualDecoder` has it.
     """
 
-    patches_per_token = 1  # neighbours in a row
+    patches_per_token = 1
     multi_modal_projector: nn.Linear
 
     def __init__(self, model: PreTrainedModel, layer: int | None = None) -> None:
@@ -60,7 +65,7 @@ class VisualDecoder(nn.Module):
         super().__init__()
         self.tower, self.decoder = tower, decoder
         tower.multi_modal_projector = projector
-        object.__setattr__(decoder.base_model, ENCODER_ATTRIBUTE, tower)  # no part of the decoder
+        object.__setattr__(unwrap(decoder).base_model, ENCODER_ATTRIBUTE, tower)  # no part of the decoder
 
     @property
     def projector(self) -> nn.Linear:

@@ -434,6 +434,10 @@ def test_the_evaluation_asks_them_in_batches(name: str, tmp_path: Path) -> None:
     for each in answers:
         assert each.visual_tokens == tokens
         assert each.kept_tokens == pytest.approx((2 * tokens + (LAYERS - 2) * kept) / LAYERS)
+    if name == "shikra":  # by its tower, and before the decoder, so that all layers hold as many
+        by_tower = GapConfig(0.25, -1, "cls")
+        gap_triton.configure(asker.model, by_tower)
+        assert [each.kept_tokens for each in asker.ask(questions, by_tower)] == [kept] * 3
     # Shikra sees the image padded to a square.
     padded = Image.new("RGB", (50, 50), tuple(int(255 * mean) for mean in processor.image_mean))
     padded.paste(images[0], (0, 15))

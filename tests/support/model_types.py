@@ -165,6 +165,7 @@ IMAGES = {
     "idefics3": "images by sample",
     "internvl": "images",
     "janus": "images",
+    "kimi_k25": "square patches",
     "lighton_ocr": "images and sizes",
     "llava": "images",
     "mistral3": "images and sizes",
@@ -191,6 +192,7 @@ IMAGES = {
 IMAGES_BEFORE = {
     "gemma4": "patches with positions",
     "lfm2_vl": "padded patches",
+    "lfm3_vl": "patches of two frames",
     "glm5_next": "patches of two frames",
     "llama4": "images",
     "minimax_m3_vl": "patches of two frames",

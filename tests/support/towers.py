@@ -22,7 +22,11 @@ GRID_MODELS = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
-    *(("qwen3_5", "minimax_m3_vl") if Version(transformers.__version__) >= Version("5.24") else ()),
+    *(
+        ("qwen3_5", "minimax_m3_vl", "lfm3_vl")
+        if Version(transformers.__version__) >= Version("5.24")
+        else ()
+    ),
 )
 
 

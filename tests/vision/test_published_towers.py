@@ -265,6 +265,18 @@ def test_any_other_tower_before_a_decoder() -> None:
         gap_triton.attach(model.decoder, GapConfig(4, -1, "cls"))
 
 
+def test_a_decoder_inside_a_wrapper(tmp_path: Path) -> None:
+    """As what PEFT returns: the tower is found from the decoder itself."""
+    case = Case(tmp_path, "shikra")
+    wrapped = torch.nn.Sequential(case.model.decoder)
+    wrapped.get_input_embeddings = case.model.decoder.get_input_embeddings
+    model = VisualDecoder(copy.deepcopy(case.model.tower), case.model.projector, wrapped).eval()
+    gap_triton.attach(wrapped, GapConfig(4, -1, "cls"))
+    with torch.no_grad():
+        case.model.decoder(**model.merge(case.input_ids, case.pixel_values))
+    assert gap_triton.last_selection(wrapped).visual_index.shape == (2, 4)
+
+
 def test_a_decoder_that_nothing_encodes_for_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"can't watch the vision tower of LlamaModel: it has no get_image_features"

@@ -435,6 +435,18 @@ def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
         torch.testing.assert_close(getattr(output, need), rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif("lfm3_vl" not in installed_types(), reason="this transformers has no LFM3-VL")
+def test_layers_without_attention_are_passed_over() -> None:
+    """Convolutions inside of a tower: the last layer that attends scores, and of the earlier ones the nearest."""
+    config = families.config_of("lfm3_vl")
+    config.vision_config.num_hidden_layers = 6
+    config.vision_config.layer_types = ["conv", "full_attention", "conv", "full_attention", "conv", "conv"]
+    owner = transformers.Lfm3VlForConditionalGeneration._from_config(config).model
+    tower, layers = find_tower(owner), owner.vision_tower.layers
+    assert tower.attention is layers[3].self_attn
+    assert set(tower.earlier.values()) == {layers[1].self_attn}
+
+
 def test_images_in_one_sequence_are_scored_apart() -> None:
     """Pixtral's tower takes images of any size in one sequence, and its projector patches in raster order."""
     model = family("mistral3")

@@ -212,7 +212,8 @@ def test_beams() -> None:
     assert output.beam_indices.diff(dim=1)[:, : TOKENS - 1].any()  # some beam was left
 
 
-def test_decode_steps_are_one_graph() -> None:
+@pytest.mark.parametrize("layers", [(-1,), (-1, 1)], ids=str)
+def test_decode_steps_are_one_graph(layers: tuple[int, ...]) -> None:
     """By `generate` itself, on a static cache: for prompts of one shape, whatever tokens each of them keeps."""
     model = build_or_skip("lfm2_vl")
     torch._dynamo.reset()
@@ -229,7 +230,7 @@ def test_decode_steps_are_one_graph() -> None:
     kept = []
     with (
         families.visual_features(model),
-        gap_triton.pruning(model, replace(CONFIG, score="text_similarity")),
+        gap_triton.pruning(model, replace(config_at(*layers), score="text_similarity")),
     ):
         for shift in (0, 1):
             prompt = inputs | {"input_ids": inputs["input_ids"] + shift * words}
