@@ -56,6 +56,13 @@ def bench(
             help="Measure prefills and decode steps as CUDA graphs on static caches, too. Needs a GPU.",
         ),
     ] = False,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals",
+            help="Measure kvpress and sparsevlm, too, where they are installed and run on this model.",
+        ),
+    ] = False,
     output_len: Annotated[int, typer.Option(min=2, help="Decode steps to time.")] = 64,
     rounds: Annotated[int, typer.Option(min=2, help="Prefills to time.")] = 20,
     device: Annotated[
@@ -110,7 +117,7 @@ def bench(
         run(
             Run(
                 model, config, picture, prompt, visual_tokens, pruning.config_for, batch, cache == "static", compile,
-                output_len, rounds, device, dtype, revision, trust_remote_code, threads, json, graph,
+                output_len, rounds, device, dtype, revision, trust_remote_code, threads, json, graph, rivals,
             ),
             console,
         )  # fmt: skip

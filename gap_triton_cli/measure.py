@@ -21,6 +21,7 @@ from gap_triton.latency import Subject, measure, random_subject, variants_of
 from gap_triton.latency.graphs import captured_variants, refuse_what_is_not_captured, refuse_without_cuda
 from gap_triton.latency.measure import check_all
 from gap_triton.latency.report import bytes_in_words, ratios_of, rows_of, table_of, verdict
+from gap_triton.latency.rivals import rivals_of
 
 from .loading import Source, torch_device
 from .prompts import inputs_of, with_images
@@ -50,6 +51,7 @@ class Run:
     threads: int | None
     json: Path | None
     graph: bool = False
+    rivals: bool = False
 
 
 def load(run: Run, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -96,6 +98,10 @@ def run(run: Run, console: Console) -> None:
         if run.graph:
             variants += captured_variants(subject, config, steps=steps)
         error = check_all(variants)
+        rivals, absent = (
+            rivals_of(subject, {each.name: each for each in variants}) if run.rivals else ([], {})
+        )
+        variants += rivals
     console.print(
         f"{subject.name}, {str(dtype).removeprefix('torch.')} on {device_name(device)}: "
         f"{subject.visual_tokens} visual tokens in a prompt of {subject.prompt_tokens}, batch {subject.batch}\n"
@@ -130,6 +136,8 @@ def run(run: Run, console: Console) -> None:
     console.print(
         f"KV cache {saved:.0%} smaller: {bytes_in_words(found['pruned'].kv_bytes)}", highlight=False
     )
+    for name, why in absent.items():
+        console.print(f"{name} is not in the table: {why}", highlight=False, soft_wrap=True)
     if run.json is not None:
         report = {
             "environment": environment(),
@@ -151,6 +159,7 @@ def run(run: Run, console: Console) -> None:
                 for name, pair in ratios_of(found).items()
             },
             "verdict": words,
+            "absent": absent,
         }
         run.json.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {run.json}", highlight=False, soft_wrap=True)
