@@ -349,7 +349,10 @@ def why_own_attention(text: PreTrainedModel) -> str | None:
 
 @cache
 def _asks_for_name(kind: Any) -> bool:
-    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others."""
+    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others than "eager".
+
+    In transformers 4.57 every attention asks for that one, and calls the interface under all others.
+    """
     return any(
         _compares_name(each)
         for each in kind.__mro__
@@ -362,13 +365,16 @@ def _compares_name(kind: type) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, SyntaxError):
         return False
-    compared = (
-        side
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare)
-        for side in (node.left, *node.comparators)
-    )
-    return any(isinstance(side, ast.Attribute) and side.attr == "_attn_implementation" for side in compared)
+    comparisons = ((node.left, *node.comparators) for node in ast.walk(tree) if isinstance(node, ast.Compare))
+    return any(any(map(_is_name, sides)) and not any(map(_is_eager, sides)) for sides in comparisons)
+
+
+def _is_name(side: ast.expr) -> bool:
+    return isinstance(side, ast.Attribute) and side.attr == "_attn_implementation"
+
+
+def _is_eager(side: ast.expr) -> bool:
+    return isinstance(side, ast.Constant) and side.value == "eager"
 
 
 def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:
