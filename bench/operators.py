@@ -36,6 +36,11 @@ def text_raters(x: Inputs) -> Result:
     return (gap_kernels.text_raters(x.hidden_states * scale, x.visual_index, x.text_rows).long(),)
 
 
+def text_cosine(x: Inputs) -> Result:
+    """Compare the image with the text."""
+    return (gap_kernels.text_cosine(x.hidden_states, x.visual_index, x.text_rows),)
+
+
 def topk_indices(x: Inputs) -> Result:
     """Select from given scores."""
     return (gap_kernels.topk_indices(x.scores, x.keep),)
@@ -148,6 +153,7 @@ def spatial_aggregate(x: Inputs) -> Result:
 DECODER_CALLS: dict[str, Call] = {
     "read_prompt": read_prompt,
     "text_raters": text_raters,
+    "text_cosine": text_cosine,
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,

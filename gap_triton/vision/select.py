@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gap_kernels import text_cosine
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -234,15 +235,13 @@ def _beside(
 
 def _text_similarities(prompt: Prompt, embeds: Tensor) -> Tensor:
     """Cosine to the mean embedding of the text after the image; where there is none, of all text. [B, V] float32."""
+    device = embeds.device
+    if all(prompt.text_counts):
+        return text_cosine(embeds, prompt.visual_index.to(device), prompt.text_rows.to(device))
+    text = prompt.text_after
+    text = torch.where(text.any(dim=1, keepdim=True), text, prompt.query_rows & ~prompt.visual)
     visual = _rows_of(embeds, prompt.visual_index, prompt.visual_counts)
-    if not all(prompt.text_counts):
-        text = prompt.text_after
-        text = torch.where(text.any(dim=1, keepdim=True), text, prompt.query_rows & ~prompt.visual)
-        return text_similarity(visual, embeds, text.to(embeds.device))
-    mask = None
-    if min(prompt.text_counts) < prompt.text_rows.shape[1]:
-        mask = (prompt.text_rows >= 0).to(embeds.device)
-    return text_similarity(visual, _rows_of(embeds, prompt.text_rows, prompt.text_counts), mask)
+    return text_similarity(visual, embeds, text.to(device))
 
 
 def _rows_of(embeds: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ if find_spec("torch") is None:
 
 from .aggregate import spatial_aggregate
 from .backends import backend
+from .cosine import text_cosine
 from .flash_attention import AttentionOutput, attention
 from .greedy import greedy_indices
 from .importance import visual_importance
@@ -30,6 +31,7 @@ __all__ = [
     "prune_tokens",
     "read_prompt",
     "spatial_aggregate",
+    "text_cosine",
     "text_raters",
     "topk_indices",
     "topk_per_region",

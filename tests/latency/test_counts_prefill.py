@@ -31,8 +31,8 @@ LIMITS = {
     "random": 5,
     "spatial": 5,
     "cls": 8,
-    "text": 15,
-    "trim": 26,
+    "text": 6,
+    "trim": 17,
     "nuwa": 31,
     "prumerge": 34,
     "visionzip": 35,
@@ -41,7 +41,7 @@ LIMITS = {
     "swiftvlm": 12,
     "divprune": 9,
     "scope": 16,
-    "cdpruner": 28,
+    "cdpruner": 19,
     # Cosines to four pivots, and what is least like each of them in turn.
     "dart": 59,
     # Duplicates are removed eight at a time, here in five steps.

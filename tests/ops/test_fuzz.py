@@ -111,6 +111,7 @@ SHAPES: dict[str, dict[str, str]] = {
         "tokens": "B Q", "attention_mask": "B Q", "answer": "B Q", "rankers": "B Q", "index": "B S",
     },
     "text_raters": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
+    "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},

@@ -284,6 +284,7 @@ SCHEMAS = (
         ' Tensor? attention_mask, SymInt num_rows, SymInt length, str coverage="topk",'
         " Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None) -> Tensor"
     ),
+    "text_cosine(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "text_raters(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
     (

@@ -25,6 +25,7 @@ REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
     for name in (
         "aggregate",
+        "cosine",
         "flash_attention",
         "greedy",
         "importance",

@@ -26,6 +26,7 @@ import triton
 from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.cosine import kernel as cosine
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.greedy import kernel as greedy
 from gap_kernels.importance import kernel as importance
@@ -86,6 +87,8 @@ SYSTEM_SHARED_KIB = 1
 BUDGETS = {
     "text_share_kernel": ((128, 20), (160, 12)),
     "text_rater_kernel": ((64, 1), (64, 1)),
+    "text_sum_kernel": ((64, 2), (64, 2)),
+    "text_cosine_kernel": ((128, 2), (128, 2)),
     "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
@@ -169,12 +172,12 @@ def cases(target: str) -> Iterator[Case]:
     """Name every launch for a target."""
     if target == ENTRIES_ONLY:
         yield from entry_cases()
-        yield from aggregate_cases()
         for name, launch in entry_cases():
             yield f"{name}, other GPUs", partial(launch_as_other_gpus, launch)
         return
     yield from prompt_cases()
     yield from raters_cases()
+    yield from cosine_cases()
     yield from select_cases()
     yield from region_cases()
     yield from importance_cases()
@@ -215,6 +218,16 @@ def raters_cases() -> Iterator[Case]:
         yield (
             f"{channels:,} channels, {DTYPES[dtype]}",
             partial(raters.text_raters, embeds, rows, rows[:, :64]),
+        )
+
+
+def cosine_cases() -> Iterator[Case]:
+    rows = torch.zeros(2, LLAVA_15.visual, dtype=torch.int64)
+    for dtype, channels in ((torch.bfloat16, 4096), (torch.float32, 1000)):
+        embeds = empty(2, LLAVA_15.tokens, channels, dtype=dtype)
+        yield (
+            f"{channels:,} channels, {DTYPES[dtype]}",
+            partial(cosine.text_cosine, embeds, rows, rows[:, :64]),
         )
 
 

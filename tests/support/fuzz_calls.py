@@ -23,6 +23,7 @@ from gap_triton import strategies
 
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
+from .naive import cosine as naive_cosine
 from .naive import greedy as naive_greedy
 from .naive import importance as naive_importance
 from .naive import prompt as naive_prompt
@@ -176,6 +177,22 @@ def text_raters(source: Source) -> Call:
 
     arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
     return Call(gap_kernels.text_raters, arguments, check)
+
+
+def text_cosine(source: Source) -> Call:
+    batch, rows = source.size(0, 3), source.size(1, 12)
+    embeds = source.floats(batch, rows, source.size(0, 5))
+    visual_index = source.rows(batch, rows, source.size(0, rows))
+    text_rows = source.rows(batch, rows, source.size(0, rows))
+
+    def check(found: Tensor) -> None:
+        for sample, named in enumerate(text_rows.tolist()):
+            total = embeds[sample].detach().double()[[row for row in named if row >= 0]].sum(0)
+            assume(float(total.norm()) == 0 or float(total.norm()) > 1e-3)
+        naive_cosine.assert_cosines(found, embeds, visual_index, text_rows)
+
+    arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
+    return Call(gap_kernels.text_cosine, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -853,6 +870,7 @@ def raters(source: Source) -> Call:
 MAKERS: dict[str, Callable[[Source], Call]] = {
     "read_prompt": read_prompt,
     "text_raters": text_raters,
+    "text_cosine": text_cosine,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "greedy_indices": greedy_indices,
