@@ -150,6 +150,23 @@ def spatial_aggregate(x: Inputs) -> Result:
     )
 
 
+def collect_nearest(x: Inputs) -> Result:
+    """One patch in five collects all others: which are the nearest few could be decided by rounding."""
+    features, similarity, _, _ = aggregated(x)
+    patches = features.shape[1]
+    scores = x.scores[:, -patches:].contiguous()
+    return (gap_kernels.collect_nearest(features, similarity, scores, x.anchors, patches),)
+
+
+def merge_nearest(x: Inputs) -> Result:
+    """Every patch has the key of one of the first few, which it goes to: rounding decides nothing."""
+    features, similarity, _, _ = aggregated(x)
+    count = x.anchors.shape[1]
+    patch = torch.arange(features.shape[1], device=features.device)
+    targets = patch[:count].expand(len(features), -1)
+    return (gap_kernels.merge_nearest(features, similarity[:, patch % count], targets),)
+
+
 DECODER_CALLS: dict[str, Call] = {
     "read_prompt": read_prompt,
     "text_raters": text_raters,
@@ -171,6 +188,8 @@ TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
     "topk_per_region": topk_per_region,
     "spatial_aggregate": spatial_aggregate,
+    "collect_nearest": collect_nearest,
+    "merge_nearest": merge_nearest,
     "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
     "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
     "greedy_indices, coverage": partial(greedy_indices, rule="coverage_gain"),

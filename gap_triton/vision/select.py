@@ -7,13 +7,13 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from gap_kernels import text_cosine
+from gap_kernels import collect_nearest, merge_nearest, text_cosine
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,13 +34,13 @@ from ..strategies import (
 from ..strategies.aggregation import aggregate_without_filler
 from ..strategies.by_features import BY_FEATURES
 from ..strategies.coverage import choose_on_grid
+from ..strategies.nearest import COLLECT_COUNT
 from ..strategies.without_filler import (
     average_of_rest,
     best_first,
     best_of_rest,
     contextual_of_rest,
-    means_of_all,
-    nearest_of_all,
+    rest_of,
 )
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
@@ -287,50 +287,72 @@ def _survivors_of(
 
     if merging is None or keep == group.size[1]:
         return [chosen(keep)], None
-    if merging.merge in ADDS_ONE and stage.coverage == "topk":
-        survivors = best_first(score, keep)
-    elif merging.merge in ADDS_ONE:
-        kept = chosen(keep - 1)
-        survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+    if merging.merge == "contextual":
+        survivors, changed = _with_contextual(group, merging, score, chosen, stage.coverage)
     else:
-        count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
-        survivors = chosen(keep - count)
-    changed = _merge(group, merging, score, survivors)
+        if merging.merge not in ADDS_ONE:
+            index = chosen(keep)
+        elif stage.coverage == "topk":
+            index = best_first(score, keep)
+        else:
+            kept = chosen(keep - 1)
+            index = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+        survivors, changed = [index], _merge(group, merging, score, index)
     if merging.before_projector:
         changed = changed._replace(features=merging.tower.project(changed.features))
-    return [survivors, changed.index] if merging.merge == "contextual" else [survivors], changed
+    return survivors, changed
+
+
+def _with_contextual(
+    group: Group, merging: Merging, score: Tensor, chosen: Callable[[int], Tensor], coverage: str
+) -> tuple[list[Tensor], Merged]:
+    """The dominant tokens of each view and the contextual ones; and these with their features."""
+    num_rows = group.size[1]
+    count = int(contextual_count(group.keep))
+    dominant = group.keep - count
+    if coverage == "topk":
+        order = best_first(score, num_rows)
+        kept, rest = order[:, :dominant], order[:, dominant:].sort(dim=1).values
+    else:
+        kept = chosen(dominant)
+        rest = rest_of(kept, num_rows)
+    features = _features_of(group, merging)
+    keys = group.at_features(merging.tower.rows["keys"]).to(features.device)
+    merged = contextual_of_rest(features, keys, kept.to(features.device), rest.to(features.device), count)
+    merged = merged._replace(index=merged.index.to(score.device))
+    return [kept, merged.index], merged
+
+
+def _features_of(group: Group, merging: Merging) -> Tensor:
+    """What is merged, [G, N, C]: tokens as they enter the projector, or as the decoder gets them."""
+    if merging.before_projector:
+        return group.at_features(merging.tower.rows["features"])
+    return merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
 
 
 def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> Merged:
-    """The tokens of each view that change, with their features.
+    """The tokens of each view that change, with their features; but by ``"contextual"``.
 
     Args:
         group: The views.
         merging: How.
         score: [G, N] float32.
-        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last; contextual ones are not yet
-            among them.
+        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last.
     """
     recorded: Mapping[Any, Tensor] = merging.tower.rows
-    if merging.before_projector:
-        features = group.at_features(recorded["features"])
-    else:
-        features = merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
+    features = _features_of(group, merging)
     device = features.device
     score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
         return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
     if merging.merge == "cluster":
-        return Merged(survivors, means_of_all(features, index))
+        return Merged(survivors, merge_nearest(features, features, index, average=True))
     if merging.merge == "aggregation":
         similarity = group.at_features(recorded["similarity"]).to(device)
         merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
         return merged._replace(index=survivors)
     keys = group.at_features(recorded["keys"]).to(device)
-    if merging.merge == "nearest":
-        return Merged(survivors, nearest_of_all(features, keys, score, index[:, :-1]))
-    merged = contextual_of_rest(features, keys, index, group.keep - survivors.shape[1])
-    return merged._replace(index=merged.index.to(survivors.device))
+    return Merged(survivors, collect_nearest(features, keys, score, index[:, :-1], COLLECT_COUNT))
 
 
 def _merging(

@@ -11,6 +11,7 @@ from .cosine import text_cosine
 from .flash_attention import AttentionOutput, attention
 from .greedy import greedy_indices
 from .importance import visual_importance
+from .merge import collect_nearest, merge_nearest
 from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .raters import text_raters
@@ -25,8 +26,10 @@ __all__ = [
     "attention",
     "attention_received",
     "backend",
+    "collect_nearest",
     "greedy_indices",
     "grid_neighbours",
+    "merge_nearest",
     "prune_by_score",
     "prune_tokens",
     "read_prompt",

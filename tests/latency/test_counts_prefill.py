@@ -34,9 +34,9 @@ LIMITS = {
     "text": 6,
     "trim": 17,
     "nuwa": 31,
-    "prumerge": 34,
-    "visionzip": 35,
-    "prumerge+": 42,
+    "prumerge": 17,
+    "visionzip": 21,
+    "prumerge+": 25,
     "fastervlm": 8,
     "swiftvlm": 12,
     "divprune": 9,
@@ -47,7 +47,7 @@ LIMITS = {
     # Duplicates are removed eight at a time, here in five steps.
     "vispruner": 74,
     "hiprune": 31,
-    "vscan": 73,
+    "vscan": 59,
 }
 # These ask where a visual token stands, or record a vision encoder of the second model, and so ask for sizes of its images.
 ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"} | {

@@ -36,9 +36,9 @@ LIMITS = {
     "cls": (0, 1),
     "text": (1, 0),
     "trim": (12, 0),
-    "prumerge": (26, 1),
-    "prumerge+": (34, 1),
-    "visionzip": (27, 1),
+    "prumerge": (9, 1),
+    "prumerge+": (17, 1),
+    "visionzip": (13, 1),
     "nuwa": (17, 3),
     "divprune": (4, 0),
     "cdpruner": (14, 0),
@@ -46,7 +46,7 @@ LIMITS = {
     "fastervlm": (0, 1),
     "vispruner": (66, 1),
     "hiprune": (20, 2),
-    "vscan": (58, 2),
+    "vscan": (44, 2),
 }
 # These record nothing of a vision encoder, and all but one don't ask where tokens stand.
 UNRECORDED = ("random", "spatial", "text", "trim", "divprune", "cdpruner")

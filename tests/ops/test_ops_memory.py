@@ -29,6 +29,7 @@ REFERENCES = [
         "flash_attention",
         "greedy",
         "importance",
+        "merge",
         "prune",
         "raters",
         "received",

@@ -30,6 +30,7 @@ from gap_kernels.cosine import kernel as cosine
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.greedy import kernel as greedy
 from gap_kernels.importance import kernel as importance
+from gap_kernels.merge import kernel as merge
 from gap_kernels.prompt import kernel as prompt_kernel
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
@@ -105,6 +106,10 @@ BUDGETS = {
     "received_mean_kernel": ((40, 1), (32, 2)),
     "spatial_weights_kernel": ((168, 48), (192, 48)),
     "spatial_aggregate_kernel": ((96, 48), (160, 48)),
+    "cosines_kernel": ((192, 48), (144, 48)),
+    "collect_kernel": ((128, 3), (128, 3)),
+    "assign_kernel": ((168, 48), (208, 48)),
+    "merge_kernel": ((96, 48), (160, 48)),
     "squares_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
@@ -187,6 +192,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from attention_cases()
     yield from received_cases()
     yield from aggregate_cases()
+    yield from merge_cases()
     yield from greedy_cases()
 
 
@@ -468,6 +474,17 @@ def aggregate_cases() -> Iterator[Case]:
         name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
         given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
         yield name, partial(aggregate.spatial_aggregate, *given)
+
+
+def merge_cases() -> Iterator[Case]:
+    for channels, length, dtype in ((4096, 1024, torch.bfloat16), (75, 33, torch.float32)):
+        features, keys = empty(1, 576, channels, dtype=dtype), empty(1, 576, length, dtype=dtype)
+        kept, name = (
+            torch.zeros(1, 112).long(),
+            f"{channels:,} channels, cosines of {length:,}, {DTYPES[dtype]}",
+        )
+        yield name, partial(merge.collect_nearest, features, keys, empty(1, 576), kept, 32)
+        yield name, partial(merge.merge_nearest, features, keys, kept, kept, False)
 
 
 def greedy_cases() -> Iterator[Case]:
