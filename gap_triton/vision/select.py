@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gap_kernels import collect_nearest, merge_nearest, text_cosine
+from gap_kernels import collect_nearest, merge_nearest, text_cosine, topk_indices
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,8 +33,9 @@ from ..strategies import (
 )
 from ..strategies.aggregation import aggregate_without_filler
 from ..strategies.by_features import BY_FEATURES
-from ..strategies.coverage import choose_on_grid
+from ..strategies.coverage import choose_on_grid, ranks_on_grid
 from ..strategies.nearest import COLLECT_COUNT
+from ..strategies.rows import best_last
 from ..strategies.without_filler import (
     average_of_rest,
     best_first,
@@ -110,10 +111,10 @@ def select_before_decoder(
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
     beside = _beside(prompt, stage, places, tower, kwargs)
-    stays, merged = _choose(places, scores, budget, stage, merging, beside)
+    ranks, merged = _choose(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
-    return VisionSelection(reported, stays, tuple(keep)), kwargs
+    return VisionSelection(reported, ranks, tuple(keep)), kwargs
 
 
 def _choose(
@@ -124,7 +125,7 @@ def _choose(
     merging: Merging | None,
     beside: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change.
+    """Ranks as in `VisionSelection`, given ``scores`` [B, V]; and slots and embeddings of the tokens that change.
 
     ``beside`` [B * V, ...] is what the coverage looks at beside scores, None where that is nothing.
     """
@@ -132,18 +133,25 @@ def _choose(
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
     if are_best and merging is None:
         return None, []
-    stays = None if are_best else places.stays(budget)
+    groups = places.groups(budget.views)
+    # And where it is told by what: every slot is of a view, and in its order.
+    is_whole = places.one_view_each() and len(groups) == 1 and groups[0].are_all
+    ranks: Tensor | None = None
     merged: list[tuple[Tensor, Tensor]] = []
-    for group in places.groups(budget.views):
+    for group in groups:
         beside_score = None if beside is None else group.at_slots(beside).to(scores.device)
         score = group.at_slots(scores.flatten())
-        survivors, changed = _survivors_of(group, score, stage, merging, beside_score)
-        if stays is not None:
-            for index in survivors:
-                stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
-        if changed is not None:
-            merged.append((group.slots_at(changed.index), changed.features))
-    return stays, merged
+        chosen = _survivors_of(group, score, stage, merging, beside_score, is_whole)
+        if chosen.changed is not None:
+            merged.append((group.slots_at(chosen.changed.index), chosen.changed.features))
+        if are_best:
+            continue
+        if is_whole and chosen.ranks is not None:
+            return chosen.ranks.view(places.shape), merged
+        ranks = places.stays(budget) if ranks is None else ranks
+        for index in chosen.index:
+            ranks.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
+    return places.stays(budget) if ranks is None and not are_best else ranks, merged
 
 
 def _with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -264,14 +272,36 @@ def _outliers(places: Places, scores: Tensor, stage: Stage) -> list[int]:
     return [by_view[number] for number in range(len(views))]
 
 
-def _survivors_of(
-    group: Group, score: Tensor, stage: Stage, merging: Merging | None, beside: Tensor | None
-) -> tuple[list[Tensor], Merged | None]:
-    """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
+class _Survivors(NamedTuple):
+    """What survives of the views of a group.
 
-    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it.
+    Attributes:
+        ranks: [G, N] float32, of which the ``keep`` largest survive; None where that is not known.
+        index: [G, K] int64, the survivors in one or several parts; none where ranks suffice.
+        changed: Those that others were merged into, as embeddings; None where there are none.
+    """
+
+    ranks: Tensor | None
+    index: list[Tensor]  # type: ignore[assignment]  # hides tuple.index, which is not needed here
+    changed: Merged | None
+
+
+def _survivors_of(
+    group: Group,
+    score: Tensor,
+    stage: Stage,
+    merging: Merging | None,
+    beside: Tensor | None,
+    is_whole: bool,
+) -> _Survivors:
+    """Choose from the views of a group, and merge.
+
+    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it. With ``is_whole`` ranks suffice.
     """
     keep = group.keep
+
+    def ranks_of(count: int) -> Tensor | None:
+        return ranks_on_grid(score, count, stage.coverage, group.grid, beside, spread=stage.spread)
 
     def chosen(count: int) -> Tensor:
         return choose_on_grid(
@@ -286,32 +316,44 @@ def _survivors_of(
         )
 
     if merging is None or keep == group.size[1]:
-        return [chosen(keep)], None
+        ranks = ranks_of(keep)
+        if ranks is None:
+            return _Survivors(None, [chosen(keep)], None)
+        return _Survivors(ranks, [] if is_whole else [topk_indices(ranks, keep)], None)
     if merging.merge == "contextual":
-        survivors, changed = _with_contextual(group, merging, score, chosen, stage.coverage)
-    else:
-        if merging.merge not in ADDS_ONE:
-            index = chosen(keep)
-        elif stage.coverage == "topk":
-            index = best_first(score, keep)
-        else:
+        found = _with_contextual(group, merging, score, chosen, stage.coverage)
+    elif merging.merge in ADDS_ONE:
+        ranks = ranks_of(keep - 1)
+        if ranks is None:
             kept = chosen(keep - 1)
             index = torch.cat([kept, best_of_rest(score, kept)], dim=1)
-        survivors, changed = [index], _merge(group, merging, score, index)
-    if merging.before_projector:
-        changed = changed._replace(features=merging.tower.project(changed.features))
-    return survivors, changed
+        else:
+            index = best_first(ranks, keep)
+        found = _Survivors(ranks, [index], _merge(group, merging, score, index))
+    else:
+        ranks = ranks_of(keep)
+        index = chosen(keep) if ranks is None else topk_indices(ranks, keep)
+        found = _Survivors(ranks, [index], _merge(group, merging, score, index))
+    if merging.before_projector and found.changed is not None:
+        features = merging.tower.project(found.changed.features)
+        found = found._replace(changed=found.changed._replace(features=features))
+    return found
 
 
 def _with_contextual(
-    group: Group, merging: Merging, score: Tensor, chosen: Callable[[int], Tensor], coverage: str
-) -> tuple[list[Tensor], Merged]:
-    """The dominant tokens of each view and the contextual ones; and these with their features."""
-    num_rows = group.size[1]
+    group: Group,
+    merging: Merging,
+    score: Tensor,
+    chosen: Callable[[int], Tensor],
+    coverage: str,
+) -> _Survivors:
+    """The dominant tokens of each view, and the contextual ones with their features."""
+    num_rows, ranks = group.size[1], None  # type: tuple[int, Tensor | None]
     count = int(contextual_count(group.keep))
     dominant = group.keep - count
     if coverage == "topk":
-        order = best_first(score, num_rows)
+        ranks = best_last(score)
+        order = best_first(ranks, num_rows)
         kept, rest = order[:, :dominant], order[:, dominant:].sort(dim=1).values
     else:
         kept = chosen(dominant)
@@ -320,7 +362,9 @@ def _with_contextual(
     keys = group.at_features(merging.tower.rows["keys"]).to(features.device)
     merged = contextual_of_rest(features, keys, kept.to(features.device), rest.to(features.device), count)
     merged = merged._replace(index=merged.index.to(score.device))
-    return [kept, merged.index], merged
+    if ranks is not None:  # behind the contextual ones, the dominant ones are the best
+        ranks.scatter_(1, merged.index, torch.inf)
+    return _Survivors(ranks, [kept, merged.index], merged)
 
 
 def _features_of(group: Group, merging: Merging) -> Tensor:

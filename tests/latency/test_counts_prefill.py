@@ -35,8 +35,8 @@ LIMITS = {
     "trim": 17,
     "nuwa": 31,
     "prumerge": 17,
-    "visionzip": 21,
-    "prumerge+": 25,
+    "visionzip": 20,
+    "prumerge+": 19,
     "fastervlm": 8,
     "swiftvlm": 12,
     "divprune": 9,
@@ -46,8 +46,8 @@ LIMITS = {
     "dart": 59,
     # Duplicates are removed eight at a time, here in five steps.
     "vispruner": 74,
-    "hiprune": 31,
-    "vscan": 59,
+    "hiprune": 15,
+    "vscan": 32,
 }
 # These ask where a visual token stands, or record a vision encoder of the second model, and so ask for sizes of its images.
 ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"} | {

@@ -37,16 +37,16 @@ LIMITS = {
     "text": (1, 0),
     "trim": (12, 0),
     "prumerge": (9, 1),
-    "prumerge+": (17, 1),
-    "visionzip": (13, 1),
+    "prumerge+": (11, 1),
+    "visionzip": (12, 1),
     "nuwa": (17, 3),
     "divprune": (4, 0),
     "cdpruner": (14, 0),
     "scope": (8, 1),
     "fastervlm": (0, 1),
     "vispruner": (66, 1),
-    "hiprune": (20, 2),
-    "vscan": (44, 2),
+    "hiprune": (4, 2),
+    "vscan": (17, 2),
 }
 # These record nothing of a vision encoder, and all but one don't ask where tokens stand.
 UNRECORDED = ("random", "spatial", "text", "trim", "divprune", "cdpruner")
