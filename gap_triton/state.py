@@ -122,12 +122,12 @@ class VisionSelection:
 
     Attributes:
         score: [B, V] float32, the score of each visual token, inf for those that always stay.
-        stays: [B, V] float32, 1 for what survives, else 0; None where the best of each sample survive.
+        ranks: [B, V] float32, of which the ``keep`` largest of each sample survive; None where that is ``score``.
         keep: How many survive, by sample.
     """
 
     score: torch.Tensor
-    stays: torch.Tensor | None
+    ranks: torch.Tensor | None
     keep: tuple[int, ...]
 
 
