@@ -39,6 +39,7 @@ from ..state import DecoderRun, DecodeStep, Drop, ForwardState, HeadArguments, O
 from ..vision.needs import start_recorder
 from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
+from .layer_calls import put_before
 from .prepare import named_prompt
 from .stages import check_stages
 from .supported_models import find_parts, why_not_in_decoder, why_own_attention
@@ -240,7 +241,7 @@ def hook_layers(attachment: Attachment) -> None:
         for handle in attachment.layer_handles:
             handle.remove()
         attachment.layer_handles = [
-            layer.register_forward_pre_hook(functools.partial(before_layer, index=index), with_kwargs=True)
+            put_before(layer, functools.partial(before_layer, index=index))
             for index, layer in enumerate(text.layers)
         ]
         attachment.layers = tuple(text.layers)
