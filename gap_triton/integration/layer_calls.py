@@ -65,7 +65,7 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = kwargs.get(STATE_KEY)
-        if state is not None and not state.passes:
+        if state is not None and not (state.passes and kwargs.get("attention_mask") is None):
             before = self.__dict__.get(BEFORE)
             given = None if before is None else before(self, args, kwargs)
             if given is not None:
