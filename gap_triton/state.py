@@ -471,6 +471,7 @@ class ForwardState:
         recorder: What records the vision encoder; None where nothing of it is needed.
         run: The run of the decoder; None until it begins, and where nothing is or was dropped.
         step: In place of that, a decode step whose later layers need a mask at most.
+        passes: A step in which no layer needs anything that is handed no mask.
     """
 
     config: GapConfig
@@ -483,6 +484,7 @@ class ForwardState:
     recorder: TowerRecorder | None = None
     run: DecoderRun | None = None
     step: DecodeStep | None = None
+    passes: bool = False
 
     def record_attention(
         self,

@@ -56,17 +56,26 @@ def step_of(
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
     """
-    if kept.renumbered or state.attachment.survivors_only or any(state.attachment.windows):
-        return None
     cache = cache_of(kwargs)
     begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)
+    if kept.plain_steps:
+        return DecodeStep(kept, cache, dynamic_length(cache, kept) + 1, False, begin_run)
+    if not takes_masks_only(kept, state.attachment):
+        return None
     if not is_static(cache, kept.stages[0].first_later):
+        if not torch.compiler.is_compiling():
+            kept.plain_steps = kept.dense
         return DecodeStep(kept, cache, dynamic_length(cache, kept) + 1, not kept.dense, begin_run)
     if kept.columns is None or kept.columns.width is None:
         if torch.compiler.is_compiling():
             return None
         make_fixed_columns(cache, kept)
     return DecodeStep(kept, cache, None, True, begin_run)
+
+
+def takes_masks_only(kept: KeptTokens, attachment: Attachment) -> bool:
+    """Return whether later layers need nothing but masks in a decode step: all attend to everything, with ids as they are."""
+    return not (kept.renumbered or attachment.survivors_only or any(attachment.windows))
 
 
 def length_before(step: DecodeStep, layer: int) -> int | torch.Tensor:
