@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,7 +43,7 @@ from ..strategies.without_filler import (
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
-from .layout import Layout, View, layout_of
+from .layout import Layout, layout_of, layout_without_grid
 from .needs import EARLIER_SCORES, MERGE_NEEDS, compares_entering
 from .places import Group, Places
 
@@ -189,12 +188,7 @@ def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
             recorded=None if state.recorder is None else state.recorder.encoded,
             layouts=layouts,
         )
-    return layouts.get(("no grid", counts), None, lambda: _without_grid(counts))
-
-
-def _without_grid(counts: tuple[int, ...]) -> Layout:
-    numbers = [np.arange(count) for count in counts]
-    return Layout(counts, tuple(View(b, b, n, (1, len(n)), n) for b, n in enumerate(numbers) if len(n)))
+    return layouts.get(("no grid", counts), None, lambda: layout_without_grid(counts))
 
 
 def _scores(

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import torch
+from gap_kernels import topk_indices
 from torch import Tensor
 
-from ..strategies import spatial_order
+from ..config import BEFORE_THE_DECODER, Stage, needs_grid
 from ..strategies.coverage import choose_on_grid
-from ..strategies.draw import draw
+from ..vision.budget import budget_of
+from ..vision.layout import Layout, layout_without_grid
+from ..vision.places import Places
 from .plan import Plan
 
 
 def choose(
-    plan: Plan, grid: tuple[int, int], score: Tensor | None = None, device: torch.device | str = "cpu"
+    plan: Plan, layout: Layout, score: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> Tensor | None:
-    """Return the survivors of an image.
+    """Return the survivors of an image, as they are chosen in transformers of the only image of a prompt.
 
     Args:
         plan: How they are chosen.
-        grid: (H, W), its rows and columns of tokens.
-        score: [H * W] float32, what the vision tower says of them; None before it ran, or where it isn't asked.
+        layout: Where its N tokens stand.
+        score: [F] float32, what the tower says of its rows of this image; None before it ran, or where it isn't asked.
         device: Where the result is, if the tower isn't asked.
 
     Returns:
         [kept] int64, ascending; None where all survive, or where nothing is known before the tower ran.
     """
-    if plan.kept >= grid[0] * grid[1]:
+    if plan.kept >= layout.counts[0]:
         return None
     if plan.is_known:
-        score = _score_of(plan, grid)
         # Both the ids of a prompt and its features are chosen by it: on one device, so that they agree.
-        return choose_on_grid(score[None], plan.kept, plan.coverage, grid)[0].to(device)
-    return None if score is None else choose_on_grid(score[None], plan.kept, plan.coverage, grid)[0]
+        return _chosen(plan, layout, None, torch.device("cpu")).to(device)
+    return None if score is None else _chosen(plan, layout, score, score.device)
 
 
-def _score_of(plan: Plan, grid: tuple[int, int]) -> Tensor:
-    if plan.score == "random":
-        return draw(plan.seed, 0, grid[0] * grid[1])
-    return -spatial_order(grid, device="cpu").float()
+def _chosen(plan: Plan, layout: Layout, score: Tensor | None, device: torch.device) -> Tensor:
+    stage = Stage(keep=plan.kept, layer=BEFORE_THE_DECODER, score=plan.score, coverage=plan.coverage)  # type: ignore[arg-type]
+    places = Places(layout if needs_grid(stage) else layout_without_grid(layout.counts), device)
+    if score is not None:
+        scores = places.at_features(score)
+    else:
+        scores = places.random(plan.seed) if plan.score == "random" else places.spatial()
+    if places.one_view_each():
+        return choose_on_grid(scores, plan.kept, plan.coverage, places.layout.views[0].grid)[0]
+    budget = budget_of(places.layout, stage, None)
+    stays = places.stays(budget)
+    for group in places.groups(budget.views):
+        index = choose_on_grid(group.at_slots(scores.flatten()), group.keep, plan.coverage, group.grid)
+        stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
+    return topk_indices(stays, plan.kept)[0]  # in order, and without a read

@@ -26,7 +26,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .layouts import PackedLayout
+from .layouts import PackedFamily
 from .model import GapModel
 from .processor import GapProcessor, ImagesAlone
 
@@ -54,7 +54,7 @@ class GapQwenModel(GapModel):
         window = None
         if full is not None:
             window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        layout = PackedLayout(
+        family = PackedFamily(
             placeholders=(config.image_token_id,),
             leading=0,
             axes=3,
@@ -63,7 +63,7 @@ class GapQwenModel(GapModel):
         )
         blocks = getattr(self.visual, "blocks", None)  # type: ignore[attr-defined]
         layer = -1 if full is None else max(full)
-        self.start_pruning(vllm_config, layout, None if blocks is None else blocks[layer].attn.attn)
+        self.start_pruning(vllm_config, family, None if blocks is None else blocks[layer].attn.attn)
 
 
 class GapQwen2VLProcessingInfo(ImagesAlone, Qwen2VLProcessingInfo):

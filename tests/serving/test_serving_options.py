@@ -178,6 +178,15 @@ def test_an_ordinary_engine_is_not_refused() -> None:
     # Qwen's towers merge patches and have no CLS token.
     qwen = SimpleNamespace(model_type="qwen2_5_vl", vision_config=SimpleNamespace(spatial_merge_size=MERGE))
     assert reasons_against(engine(model_config__hf_config=qwen)) == []
+    # LLaVA-OneVision has another tower, without a CLS token.
+    onevision = {
+        "model_config__hf_config__model_type": "llava_onevision",
+        "model_config__hf_config__vision_config": SimpleNamespace(model_type="siglip_vision_model"),
+        "model_config__hf_config__vision_feature_select_strategy": "full",
+    }
+    assert reasons_against(engine(**onevision)) == []
+    for path, value in onevision.items():
+        assert reasons_against(engine(**{path: value})), path  # no LLaVA-1.5 does any of that alone
 
 
 UNTRIED = {
@@ -186,11 +195,14 @@ UNTRIED = {
     "cudagraph_mm_encoder": {"compilation_config__cudagraph_mm_encoder": True},
     "compile_mm_encoder": {"compilation_config__compile_mm_encoder": True},
     "video_pruning_rate": {"model_config__multimodal_config__video_pruning_rate": 0.5},
-    "a LLaVA with another tower than CLIP's": {
+    "a LLaVA with another tower than its own": {
         "model_config__hf_config__vision_config": SimpleNamespace(model_type="pixtral")
     },
-    "a LLaVA whose decoder gets the CLS token": {
+    "a LLaVA whose decoder gets a CLS token, or not all patches": {
         "model_config__hf_config__vision_feature_select_strategy": "full"
+    },
+    "a LLaVA that takes features of several layers": {
+        "model_config__hf_config__vision_feature_layer": [-2, -1]
     },
     "enable_mm_embeds": {"model_config__multimodal_config__enable_mm_embeds": True},
     "enable_prompt_embeds": {"model_config__enable_prompt_embeds": True},

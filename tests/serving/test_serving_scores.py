@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.towers import MERGE, family
+from support import towers
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from gap_triton.strategies import spatial_order
 from gap_triton.strategies.draw import draw
+from gap_triton.vision.layout import layout_of_grid
+from gap_triton.vision.pictures import numbered_newline
 from gap_triton.vision_tower import find_tower
 from gap_triton.vllm.choose import choose
-from gap_triton.vllm.layouts import PackedLayout, SquareLayout, chunks
+from gap_triton.vllm.layouts import PackedFamily, SquareFamily, TiledFamily, chunks, layout_of_tiles
 from gap_triton.vllm.plan import Plan
 from gap_triton.vllm.scores import TowerScores
 
@@ -117,39 +122,98 @@ def test_nothing_is_scored_outside_of_a_recording(query_and_key: tuple[Tensor, T
 
 # --------------------------------------------------------------------------------------------- layouts
 def test_patches_become_tokens_as_they_do_in_transformers() -> None:
-    tower = find_tower(family("qwen2_5_vl").model)
+    tower = find_tower(towers.family("qwen2_5_vl").model)
     assert tower.window is not None
     grids = [(1, 8, 12), (1, 6, 4)]
-    layout = PackedLayout((7,), 0, 3, merge=MERGE, window=tower.window)
+    qwen = PackedFamily((7,), 0, 3, merge=towers.MERGE, window=tower.window)
     fields = {"image_grid_thw": torch.tensor(grids)}
-    tokens = layout.grids(fields, 2)
-    assert tokens == [(4, 6), (3, 2)]
+    layouts = qwen.layouts(fields, 2)
+    assert [layout.views[0].grid for layout in layouts] == [(4, 6), (3, 2)]
     rows = torch.randn(sum(h * w for _, h, w in grids), generator=torch.Generator().manual_seed(1))
     expected = tower.to_features(rows, {"image_grid_thw": grids}, 30)
-    assert torch.equal(layout.to_features(rows, tokens), expected)
-    without = PackedLayout((7,), 0, 3, merge=MERGE)
-    assert not torch.equal(without.to_features(rows, tokens), expected)
+    first, second = qwen.by_image(rows, fields, layouts)
+    assert torch.equal(first, expected[:24])
+    assert torch.equal(second, expected[24:])
+    without = PackedFamily((7,), 0, 3, merge=towers.MERGE)
+    assert not torch.equal(without.by_image(rows, fields, layouts)[0], first)
 
 
 def test_ids_of_an_image() -> None:
-    assert PackedLayout((7,), 0, 3, merge=2).offsets((2, 3)).tolist() == [
+    assert PackedFamily((7,), 0, 3, merge=2).offsets(layout_of_grid((2, 3))).tolist() == [
         [0] * 6,
         [0, 0, 0, 1, 1, 1],
         [0, 1, 2, 0, 1, 2],
     ]
-    assert SquareLayout((7,), 1, 1, side=2).offsets((2, 2)).tolist() == [[0, 1, 2, 3]] * 3
+    assert SquareFamily((7,), 1, 1, side=2).offsets(layout_of_grid((2, 2))).tolist() == [[0, 1, 2, 3]] * 3
+    assert TILES.offsets(layout_of_tiles(TILES, 8, 16)).tolist() == [list(range(4 + 2 * 5))] * 3
 
 
 def test_a_batch_is_taken_apart() -> None:
-    packed = PackedLayout((7,), 0, 3, merge=2)
+    packed = PackedFamily((7,), 0, 3, merge=2)
     sizes = torch.tensor([[1, 2, 4], [1, 2, 2], [1, 4, 4]])
     fields = {"pixel_values": torch.arange(28), "image_grid_thw": sizes}
     part = packed.part(fields, 1, 3)
     assert part["pixel_values"].tolist() == list(range(8, 28))
     assert torch.equal(part["image_grid_thw"], sizes[1:])
-    square = SquareLayout((7,), 1, 1, side=2)
+    square = SquareFamily((7,), 1, 1, side=2)
     assert square.part({"pixel_values": torch.arange(5)}, 1, 3)["pixel_values"].tolist() == [1, 2]
-    assert square.grids({}, 2) == [(2, 2), (2, 2)]
+    assert [layout.views[0].grid for layout in square.layouts({}, 2)] == [(2, 2), (2, 2)]
+
+
+# What LLaVA-NeXT makes of tiles of 2 x 2 tokens of 4 x 4 pixels each, as transformers packs it.
+OWNER = SimpleNamespace(
+    config=SimpleNamespace(
+        image_grid_pinpoints=[[8, 8], [8, 16], [16, 16]],
+        vision_config=SimpleNamespace(image_size=8, patch_size=4),
+    )
+)
+
+
+def pack(size: Tensor, features: Tensor) -> Tensor:
+    packed, _ = LlavaNextModel.pack_image_features(
+        OWNER, [features], size[None], vision_feature_select_strategy="full", image_newline=numbered_newline()
+    )
+    return packed[0]
+
+
+TILES = TiledFamily((7,), 1, 1, side=2, pixels=8, pinpoints=((8, 8), (8, 16), (16, 16)), pack=pack)
+
+
+def test_where_the_tokens_of_tiles_stand() -> None:
+    sizes = torch.tensor([[8, 16], [16, 8]])
+    wide, portrait = TILES.layouts({"image_sizes": sizes}, 2)
+    overview, details = wide.views
+    assert overview.numbers.tolist() == overview.features.tolist() == [0, 1, 2, 3]
+    assert details.grid == (2, 4)
+    assert details.numbers.tolist() == [4, 5, 6, 7, 9, 10, 11, 12]  # 8 and 13 are newlines
+    assert details.features.tolist() == [4, 5, 8, 9, 6, 7, 10, 11]  # row by row of two tiles
+    assert wide.counts == (14,)
+    # Of 2 x 2 tiles, of which the outer columns are cut off: they show nothing of the image.
+    assert portrait.views[1].grid == (4, 2)
+    assert portrait.views[1].features.tolist() == [5, 8, 7, 10, 13, 16, 15, 18]
+    assert portrait.counts == (4 + 4 * 3,)
+
+
+def test_tiles_that_fill_up_a_batch_are_left_out() -> None:
+    layouts = TILES.layouts({"image_sizes": torch.tensor([[8, 16], [16, 16]])}, 2)
+    rows = torch.arange(2 * 5 * 4)  # both have 5 tiles, as the second asks for
+    first, second = TILES.by_image(rows, {"pixel_values": torch.zeros(2, 5, 3, 8, 8)}, layouts)
+    for view in layouts[0].views:
+        assert first[view.features].max() < 3 * 4
+    for view in layouts[1].views:
+        assert second[view.features].min() >= 5 * 4
+    # Where each image has its own number they come as a list.
+    tiles = [torch.zeros(3, 3, 8, 8), torch.zeros(5, 3, 8, 8)]
+    first, second = TILES.by_image(rows[: 8 * 4], {"pixel_values": tiles}, layouts)
+    assert (len(first), len(second)) == (3 * 4, 5 * 4)
+
+
+def test_an_image_between_whose_features_a_model_interpolates_has_no_places() -> None:
+    family = replace(TILES, pack=lambda size, features: pack(size, features) * 0.5)
+    layout = layout_of_tiles(family, 8, 16)
+    assert layout.counts == (14,)
+    assert layout.views == ()
+    assert choose(Plan(14, "received", "topk", "kept", 0), layout) is None
 
 
 @pytest.mark.parametrize(
@@ -165,30 +229,49 @@ def test_a_batch_is_taken_apart() -> None:
 def test_images_are_encoded_in_chunks(
     grids: list[tuple[int, int]], most: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert list(chunks(grids, most)) == expected
+    assert list(chunks(list(map(layout_of_grid, grids)), most)) == expected
 
 
 # --------------------------------------------------------------------------------------------- choices
 def test_what_is_chosen() -> None:
     score = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2, 0.3])
-    grid = (2, 3)
-    best = choose(Plan(2, "received", "topk", "kept", 0), grid, score)
+    layout = layout_of_grid((2, 3))
+    best = choose(Plan(2, "received", "topk", "kept", 0), layout, score)
     assert best is not None
     assert best.tolist() == [1, 3]
-    assert (
-        choose(Plan(2, "received", "topk", "kept", 0), grid) is None
-    )  # nothing is known before the tower ran
-    assert choose(Plan(6, "received", "topk", "kept", 0), grid, score) is None  # all survive
-    by_region = choose(Plan(2, "received", "region", "kept", 0), grid, score)
+    # Nothing is known before the tower ran.
+    assert choose(Plan(2, "received", "topk", "kept", 0), layout) is None
+    assert choose(Plan(6, "received", "topk", "kept", 0), layout, score) is None  # all survive
+    by_region = choose(Plan(2, "received", "region", "kept", 0), layout, score)
     assert by_region is not None
     assert by_region.tolist() == [1, 2]  # 0.7 is in the region of 0.9
 
 
 def test_what_needs_no_tower_is_known_before_it_runs() -> None:
-    grid = (3, 4)
-    spread = choose(Plan(5, "spatial", "topk", "kept", 0), grid)
-    drawn = choose(Plan(5, "random", "topk", "kept", 9), grid)
+    layout = layout_of_grid((3, 4))
+    spread = choose(Plan(5, "spatial", "topk", "kept", 0), layout)
+    drawn = choose(Plan(5, "random", "topk", "kept", 9), layout)
     assert spread is not None
     assert drawn is not None
-    assert spread.tolist() == (spatial_order(grid) < 5).nonzero()[:, 0].tolist()
+    assert spread.tolist() == (spatial_order((3, 4)) < 5).nonzero()[:, 0].tolist()
     assert drawn.tolist() == draw(9, 0, 12).topk(5).indices.sort().values.tolist()
+
+
+def test_what_is_chosen_of_tiles() -> None:
+    layout = layout_of_tiles(TILES, 8, 16)
+    # Of rows of the tower: the overview, then two tiles.
+    score = torch.tensor([30, 90, 10, 20, 50, 11, 60, 13, 12, 80, 14, 70]) / 100
+    few, many = (choose(Plan(kept, "received", "topk", "kept", 0), layout, score) for kept in (7, 11))
+    assert few is not None
+    assert many is not None
+    # Both newlines stay, 8 and 13; and of 5 others the overview has a third, rounded down.
+    assert few.tolist() == [1, 4, 7, 8, 9, 12, 13]
+    assert many.tolist() == [0, 1, 3, 4, 7, 8, 9, 10, 11, 12, 13]
+    # At most half of what is kept are newlines.
+    two = choose(Plan(2, "received", "topk", "kept", 0), layout, score)
+    assert two is not None
+    assert two.tolist() == [7, 8]
+    # A draw asks nothing of places: a newline is a token as any.
+    drawn = choose(Plan(5, "random", "topk", "kept", 9), layout)
+    assert drawn is not None
+    assert drawn.tolist() == draw(9, 0, 14).topk(5).indices.sort().values.tolist()
