@@ -70,18 +70,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started: a folder, its type, what it keeps by default, and what of vLLM's settings differs."""
+    """How an engine is started: a folder, its type, what it keeps by default, and what of settings and configs differs."""
 
     folder: Path
     model_type: str
     gap: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=lambda: dict(IN_PROCESS))
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``."""
-        overrides = {"architectures": [PLUG_IN[self.model_type]], "gap": self.gap}
+        overrides = {"architectures": [PLUG_IN[self.model_type]], "gap": self.gap, **self.overrides}
         return {"model": str(self.folder), "seed": 0, "hf_overrides": overrides, **SETTINGS, **self.settings}
 
 
@@ -257,8 +258,12 @@ class Oracle:
                 images  # an engine counts the survivors of an image, transformers those of a sample
             )
         gap_triton.configure(self.model, GapConfig(layer=BEFORE_THE_DECODER, **options))
+        pictures: list[Any] = [list(request.images) for request in requests]
+        if self.model.config.model_type == "llava_onevision":
+            # One list: of several images of one prompt its processor makes no tiles, and vLLM does.
+            pictures = [image for images in pictures for image in images]
         inputs = self.processor(
-            images=[list(request.images) for request in requests],
+            images=pictures,
             text=[request.text for request in requests],
             padding=True,
             return_tensors="pt",
