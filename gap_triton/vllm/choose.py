@@ -2,52 +2,94 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from gap_kernels import topk_indices
 from torch import Tensor
 
-from ..config import BEFORE_THE_DECODER, Stage, needs_grid
+from ..config import Stage, needs_grid
+from ..strategies.by_features import BY_FEATURES
 from ..strategies.coverage import choose_on_grid
 from ..vision.budget import budget_of
 from ..vision.layout import Layout, layout_without_grid
+from ..vision.needs import compares_entering
 from ..vision.places import Places
 from .plan import Plan
 
 
+class Encoded(NamedTuple):
+    """What is known of an image of N tokens once it is encoded.
+
+    Attributes:
+        features: [N, C], its tokens as the decoder gets them.
+        score: [F] float32, what the tower says of its rows of this image; None where it isn't asked.
+        entering: [F, C'], these rows as they enter the projector; None where that isn't asked for, or there is none.
+    """
+
+    features: Tensor
+    score: Tensor | None = None
+    entering: Tensor | None = None
+
+
 def choose(
-    plan: Plan, layout: Layout, score: Tensor | None = None, device: torch.device | str = "cpu"
+    plan: Plan, layout: Layout, encoded: Encoded | None = None, device: torch.device | str = "cpu"
 ) -> Tensor | None:
     """Return the survivors of an image, as they are chosen in transformers of the only image of a prompt.
 
     Args:
         plan: How they are chosen.
         layout: Where its N tokens stand.
-        score: [F] float32, what the tower says of its rows of this image; None before it ran, or where it isn't asked.
-        device: Where the result is, if the tower isn't asked.
+        encoded: What is known of it; None before it is encoded.
+        device: Where the result is.
 
     Returns:
-        [kept] int64, ascending; None where all survive, or where nothing is known before the tower ran.
+        [kept] int64, ascending; None where all survive, or where nothing is known before the image is encoded.
     """
     if plan.kept >= layout.counts[0]:
         return None
     if plan.is_known:
         # Both the ids of a prompt and its features are chosen by it: on one device, so that they agree.
         return _chosen(plan, layout, None, torch.device("cpu")).to(device)
-    return None if score is None else _chosen(plan, layout, score, score.device)
+    return None if encoded is None else _chosen(plan, layout, encoded, encoded.features.device).to(device)
 
 
-def _chosen(plan: Plan, layout: Layout, score: Tensor | None, device: torch.device) -> Tensor:
-    stage = Stage(keep=plan.kept, layer=BEFORE_THE_DECODER, score=plan.score, coverage=plan.coverage)  # type: ignore[arg-type]
+def _chosen(plan: Plan, layout: Layout, encoded: Encoded | None, device: torch.device) -> Tensor:
+    stage = plan.stage
     places = Places(layout if needs_grid(stage) else layout_without_grid(layout.counts), device)
-    if score is not None:
-        scores = places.at_features(score)
-    else:
-        scores = places.random(plan.seed) if plan.score == "random" else places.spatial()
+    scores = _scores(plan, places, encoded)  # [1, N]
+    beside = None if encoded is None else _beside(stage, places, encoded)  # [N, C]
     if places.one_view_each():
-        return choose_on_grid(scores, plan.kept, plan.coverage, places.layout.views[0].grid)[0]
+        (view,) = places.layout.views
+        in_view = None if beside is None else beside[None]
+        return _on_grid(plan, scores, plan.kept, view.grid, in_view)[0]
     budget = budget_of(places.layout, stage, None)
     stays = places.stays(budget)
     for group in places.groups(budget.views):
-        index = choose_on_grid(group.at_slots(scores.flatten()), group.keep, plan.coverage, group.grid)
+        in_views = None if beside is None else group.at_slots(beside)
+        index = _on_grid(plan, group.at_slots(scores.flatten()), group.keep, group.grid, in_views)
         stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
     return topk_indices(stays, plan.kept)[0]  # in order, and without a read
+
+
+def _on_grid(plan: Plan, scores: Tensor, keep: int, grid: tuple[int, int], beside: Tensor | None) -> Tensor:
+    return choose_on_grid(scores, keep, plan.coverage, grid, beside, exponent=plan.exponent)
+
+
+def _scores(plan: Plan, places: Places, encoded: Encoded | None) -> Tensor:
+    if plan.score == "random":
+        return places.random(plan.seed)
+    if plan.score == "spatial":
+        return places.spatial()
+    assert encoded is not None
+    assert encoded.score is not None
+    return places.at_features(encoded.score)
+
+
+def _beside(stage: Stage, places: Places, encoded: Encoded) -> Tensor | None:
+    """What tokens are compared by, where the coverage compares them; any rows at newlines of what enters the projector."""
+    if stage.coverage not in BY_FEATURES:
+        return None
+    if encoded.entering is None or not compares_entering(stage):
+        return encoded.features
+    return places.at_features(encoded.entering)[0]

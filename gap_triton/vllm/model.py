@@ -15,17 +15,17 @@ from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from ..vision.layout import Layout
-from .choose import choose
+from ..vision.needs import TOWER_SCORES, compares_entering
+from .choose import Encoded, choose
 from .layouts import Family, chunks
 from .options import options_of
 from .pipeline import IDS, send_ids
 from .plan import FIELD, Plan, plans_of
 from .positions import PlacedImage, after_encoding, prompt_positions, with_offsets
 from .runner import let_the_runner_ask
-from .scores import TowerScores
+from .scores import FEATURES, TowerScores
 
 logger = init_logger(f"vllm.{__name__}")
-TOWER_SCORES = frozenset({"cls", "received", "key_norm"})
 
 
 class GapModel:
@@ -63,7 +63,11 @@ class GapModel:
             send_ids(self)
         # Every rank of a pipeline has a tower, and profiles memory with it; the first alone encodes what is asked about.
         ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
-        self._gap_scores = None if attention is None else TowerScores(attention, family.leading, ranks, total)
+        projector = getattr(self, "multi_modal_projector", None)
+        self._gap_scores = (
+            None if attention is None else TowerScores(attention, family.leading, ranks, total, projector)
+        )
+        self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)
 
     # ------------------------------------------------------------------------------------------- encoding
@@ -84,13 +88,13 @@ class GapModel:
     def _encode(
         self, fields: dict[str, Any], plans: Sequence[Plan], layouts: Sequence[Layout]
     ) -> list[Tensor]:
-        needs = {
-            plan.score for plan, layout in zip(plans, layouts, strict=True) if plan.kept < layout.counts[0]
-        }
+        pruned = [plan for plan, layout in zip(plans, layouts, strict=True) if plan.kept < layout.counts[0]]
+        needs: set[str] = {plan.score for plan in pruned if plan.score in TOWER_SCORES}
+        needs |= {FEATURES for plan in pruned if compares_entering(plan.stage)}
         assert self._gap_scores is not None  # a model without its tower encodes nothing
-        with self._gap_scores.record(needs & TOWER_SCORES) as recorded:
+        with self._gap_scores.record(needs) as recorded:
             features = super().embed_multimodal(**fields)  # type: ignore[misc]
-            scores = {
+            by_name = {
                 name: self.gap_family.by_image(rows, fields, layouts) for name, rows in recorded.items()
             }
         survivors = []
@@ -98,8 +102,12 @@ class GapModel:
             (tokens,) = layout.counts
             if len(rows) != tokens:
                 raise ValueError(f"an image of {tokens} tokens became {len(rows)} rows")
-            score = scores[plan.score][image] if plan.score in scores else None
-            index = choose(plan, layout, score, rows.device)
+            score, entering = (
+                by_name[name][image] if name in by_name else None for name in (plan.score, FEATURES)
+            )
+            # Behind them may be what later layers of the decoder get (deepstack).
+            encoded = Encoded(rows[:, : self._gap_channels], score, entering)
+            index = choose(plan, layout, encoded, rows.device)
             offsets = self.gap_family.offsets(layout).to(rows.device)
             if index is not None:
                 rows, offsets = rows[index], offsets[:, index]

@@ -12,8 +12,17 @@ from ..strategies import Coverage
 
 PREFIX = "gap_"
 """What the options of a request begin with, among the ``mm_processor_kwargs``."""
-FIELDS = ("keep", "score", "coverage", "ids", "seed")
-COVERAGES: tuple[Coverage, ...] = ("topk", "region", "stride")
+FIELDS = ("keep", "score", "coverage", "ids", "seed", "exponent")
+COVERAGES: tuple[Coverage, ...] = (
+    "topk",
+    "region",
+    "stride",
+    "max_min",
+    "determinant",
+    "coverage_gain",
+    "least_similar",
+    "distinct",
+)
 IDS: tuple[Ids, ...] = ("kept", "compacted")
 OPTIONS = (*FIELDS, "preset", "block", "before")
 SCORE = "received"  # any tower has it
@@ -56,7 +65,8 @@ class Options:
         }
 
     def __str__(self) -> str:
-        values = [f"{name}={getattr(self.config, name)!r}" for name in FIELDS]
+        names = FIELDS if self.config.exponent != 1.0 else FIELDS[:-1]
+        values = [f"{name}={getattr(self.config, name)!r}" for name in names]
         values += [f"block={self.block}, before={self.before}"] if self.block else []
         return ", ".join(values)
 
@@ -127,7 +137,7 @@ def refuse(config: GapConfig) -> None:
     elif config.coverage not in COVERAGES:
         reason = (
             f"coverage={config.coverage!r}",
-            "choosing by features, or by two layers of the encoder, has not been built for an engine",
+            "choosing by two layers of the encoder has not been built for an engine",
         )
     elif config.ids not in IDS:
         reason = (

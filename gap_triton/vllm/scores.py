@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..vision_tower.scoring import cls_scores, key_rows, received_scores
 
+FEATURES = "features"
+"""What enters the projector, among the needs."""
+
 
 class TowerScores:
-    """Scores by the attention of one layer.
+    """Scores by the attention of one layer, and what enters the projector behind the tower.
 
     Args:
         attention: The module whose arguments are query, key and value: [B, S, H * D] or [B, S, H, D], after RoPE where the
@@ -21,23 +24,32 @@ class TowerScores:
         leading: Rows before each image that don't become tokens, the CLS token first.
         ranks: Over how many processes the heads are split.
         total: Adds up a tensor over these processes, so that all choose alike.
+        projector: Maps the tower's features one by one; None = no module does.
     """
 
     def __init__(
-        self, attention: nn.Module, leading: int, ranks: int, total: Callable[[Tensor], Tensor]
+        self,
+        attention: nn.Module,
+        leading: int,
+        ranks: int,
+        total: Callable[[Tensor], Tensor],
+        projector: nn.Module | None = None,
     ) -> None:
         self._leading, self._ranks, self._total = leading, ranks, total
         self._of_features = slice(leading, None)
         self._needs: frozenset[str] = frozenset()
         self._scores: dict[str, Tensor] = {}
         attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        if projector is not None:
+            projector.register_forward_pre_hook(self._before_projector)
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """Score by ``needs``, some of ``"cls"``, ``"received"`` and ``"key_norm"``, what runs inside.
+        """Score by ``needs``, some of ``"cls"``, ``"received"`` and ``"key_norm"``, what runs inside; ``"features"`` beside.
 
         Yields:
-            Scores of the tower's patches by name, each [P] float32, once the layer has run.
+            Scores of the tower's patches by name, each [P] float32, once the layer has run; and what enters the projector,
+            [P, C], where there is one.
         """
         self._needs, self._scores = frozenset(needs), {}
         try:
@@ -46,7 +58,7 @@ class TowerScores:
             self._needs, self._scores = frozenset(), {}
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._needs:
+        if not self._needs - {FEATURES}:
             return
         query, key = (
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(("query", "key"))
@@ -67,6 +79,11 @@ class TowerScores:
         if "key_norm" in self._needs:
             norm = key_rows(key, self._of_features).float().norm(dim=-1)
             self._scores["key_norm"] = norm if self._ranks == 1 else self._total(norm.square()).sqrt()
+
+    def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if FEATURES in self._needs:
+            earlier = [self._scores[FEATURES]] if FEATURES in self._scores else []  # a call for each image
+            self._scores[FEATURES] = torch.cat([*earlier, args[0].flatten(0, -2)])
 
     def _mean(self, score: Tensor) -> Tensor:
         return score if self._ranks == 1 else self._total(score) / self._ranks

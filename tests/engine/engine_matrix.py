@@ -37,6 +37,7 @@ from support.serving import (
 from gap_triton.demo.architectures import ARCHITECTURES, find
 from gap_triton.demo.grounding import box_iou, boxes_from_tokens
 from gap_triton.demo.scenes import IMAGE_SIZE, held_out
+from gap_triton.strategies.by_features import BY_FEATURES
 
 RESULTS = ROOT / "docs" / "results" / "serving.json"
 MODELS = tuple(ARCHITECTURES)
@@ -144,6 +145,9 @@ def ordinary_calls(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "region"},
         {"score": "received", "keep": 0.25, "coverage": "stride"},
         {"score": "spatial", "keep": 0.01},
+        *({"score": "received", "keep": 0.25, "coverage": coverage} for coverage in BY_FEATURES),
+        {"score": "random", "keep": 0.25, "coverage": "max_min"},
+        {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
     ):
         yield Call(shown(options), questions(model, 2 * FEW, **options))
     for number in range(4):
@@ -260,6 +264,7 @@ def test_tensor_parallelism(model: str) -> None:
         for options in (
             {"score": "received", "keep": 0.25},
             {"score": "key_norm", "keep": 0.25},
+            {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
             *([{"score": "cls", "keep": 0.25}] if model == "llava" else []),
         )
     ]
@@ -289,6 +294,7 @@ def test_models_with_random_weights(model: str, tmp_path: Path) -> None:
             {"score": "received", "keep": 0.5},
             {"score": "key_norm", "keep": 0.25},
             {"score": "spatial", "keep": 0.25},
+            {"score": "received", "keep": 0.25, "coverage": "max_min"},
         )
     ]
     pairs = about_two_images("qwen2_5_vl", FEW, score="received", keep=0.5)
@@ -311,6 +317,8 @@ def calls_about_tiles(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 9},  # fewer than two for each newline
         {"score": "received", "keep": 0.25, "coverage": "region"},
         {"score": "received", "keep": 0.25, "coverage": "stride"},
+        {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
+        {"score": "random", "keep": 0.25, "coverage": "max_min"},
         *([{"score": "cls", "keep": 0.5}] if model == "llava_next" else []),
     ):
         yield Call(shown(options), questions("llava", FEW, **options))

@@ -26,7 +26,7 @@ def test_a_request_replaces_what_the_engine_says() -> None:
 
 
 def test_a_preset_takes_keep_as_its_budget() -> None:
-    for name in ("cls", "random", "spatial"):
+    for name in ("cls", "random", "spatial", "divprune", "scope", "vispruner"):
         expected = GapConfig.preset(name, budget=0.3)
         assert options_of({"preset": name, "keep": 0.3}).config == expected
     assert options_of({"preset": "cls", "score": "received"}).config.score == "received"
@@ -58,6 +58,8 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "visionzip"}, {}, "merge='contextual' in vLLM: merging has not been built"),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
+        ({"preset": "hiprune"}, {}, "coverage='anchors' in vLLM: choosing by two layers of the encoder"),
+        ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "nothing"}, {}, "preset 'nothing': expected one of"),
         ({"preset": "spatial", "score": "cls"}, {}, "preset 'spatial' takes no 'score'"),
@@ -97,9 +99,9 @@ def test_how_many_survive(options: dict[str, Any], tokens: int, kept: int) -> No
 
 
 def test_images_that_keep_something_else_differ() -> None:
-    base = options_of({"keep": 0.5})
+    base = options_of({"keep": 0.5, "coverage": "coverage_gain"})
     others = [
-        options_of({"keep": 0.5}, {f"{PREFIX}{name}": value})
+        options_of({"keep": 0.5, "coverage": "coverage_gain"}, {f"{PREFIX}{name}": value})
         for name, value in (
             ("keep", 0.25),
             ("keep", 1),
@@ -109,22 +111,26 @@ def test_images_that_keep_something_else_differ() -> None:
             ("seed", 1),
             ("block", 32),
             ("before", 2),
+            ("exponent", 2.0),
         )
     ]
     every = [str(sorted(each.factors().items())) for each in (base, *others)]
     assert len(set(every)) == len(every)
     # And what a request says that the engine says already is no other image.
-    assert options_of({}, {"gap_keep": 0.5, "gap_score": "received"}).factors() == base.factors()
+    again = options_of({"coverage": "coverage_gain"}, {"gap_keep": 0.5, "gap_score": "received"})
+    assert again.factors() == base.factors()
     assert set(base.factors()) == {f"{PREFIX}{name}" for name in OPTIONS if name != "preset"}
 
 
 def test_a_plan_is_what_was_asked_for() -> None:
-    options = options_of({"keep": 0.3, "score": "key_norm", "coverage": "stride", "seed": 2**62})
+    options = options_of(
+        {"keep": 0.3, "score": "key_norm", "coverage": "determinant", "seed": 2**62, "exponent": 0.1}
+    )
     rows = rows_of(options, [10, 64])
     assert rows.dtype == torch.int64
     assert plans_of(rows) == [
-        Plan(3, "key_norm", "stride", "kept", 2**62),
-        Plan(20, "key_norm", "stride", "kept", 2**62),
+        Plan(3, "key_norm", "determinant", "kept", 2**62, 0.1),
+        Plan(20, "key_norm", "determinant", "kept", 2**62, 0.1),
     ]
     assert plans_of(rows[1]) == plans_of(rows)[1:]
 
@@ -133,6 +139,7 @@ def test_options_are_shown_in_one_line() -> None:
     assert str(options_of({"keep": 0.5})) == (
         "keep=0.5, score='received', coverage='topk', ids='kept', seed=0"
     )
+    assert "exponent=2" in str(options_of({"keep": 0.5, "coverage": "coverage_gain", "exponent": 2}))
     assert str(dataclasses.replace(options_of({"keep": 5}), block=32, before=1)).endswith(
         ", block=32, before=1"
     )

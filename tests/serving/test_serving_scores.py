@@ -13,12 +13,14 @@ from support import towers
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from gap_triton.strategies import spatial_order
+from gap_triton.strategies import Coverage, spatial_order
+from gap_triton.strategies.by_features import BY_FEATURES, WEIGHTED
+from gap_triton.strategies.coverage import choose as choose_rows
 from gap_triton.strategies.draw import draw
 from gap_triton.vision.layout import layout_of_grid
 from gap_triton.vision.pictures import numbered_newline
 from gap_triton.vision_tower import find_tower
-from gap_triton.vllm.choose import choose
+from gap_triton.vllm.choose import Encoded, choose
 from gap_triton.vllm.layouts import PackedFamily, SquareFamily, TiledFamily, chunks, layout_of_tiles
 from gap_triton.vllm.plan import Plan
 from gap_triton.vllm.scores import TowerScores
@@ -107,6 +109,25 @@ def test_ranks_that_hold_half_of_the_heads_agree(query_and_key: tuple[Tensor, Te
     expected = naive(query, key, [0, 10], 1)
     for name in NAMES:
         torch.testing.assert_close(scores[name].double(), expected[name], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_what_enters_the_projector_is_recorded_call_by_call(query_and_key: tuple[Tensor, Tensor]) -> None:
+    query, key = query_and_key
+    attention, projector = Attention(4, 8), nn.Linear(8, 3)
+    watched = TowerScores(attention, 1, 1, lambda x: x, projector)
+    images = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    with watched.record({"features", "cls"}) as recorded:
+        attention(query, key, key)
+        projector(images[:2])
+        projector(images[2])
+    assert set(recorded) == {"features", "cls"}
+    assert torch.equal(recorded["features"], images.flatten(0, 1))
+    projector(images)
+    with watched.record({"features"}) as alone:
+        attention(query, key, key)  # which is not asked for its scores
+        projector(images)
+    assert set(alone) == {"features"}
+    assert len(recorded["features"]) == 15
 
 
 def test_nothing_is_scored_outside_of_a_recording(query_and_key: tuple[Tensor, Tensor]) -> None:
@@ -236,13 +257,15 @@ def test_images_are_encoded_in_chunks(
 def test_what_is_chosen() -> None:
     score = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2, 0.3])
     layout = layout_of_grid((2, 3))
-    best = choose(Plan(2, "received", "topk", "kept", 0), layout, score)
+    best = choose(Plan(2, "received", "topk", "kept", 0), layout, Encoded(score, score))
     assert best is not None
     assert best.tolist() == [1, 3]
     # Nothing is known before the tower ran.
     assert choose(Plan(2, "received", "topk", "kept", 0), layout) is None
-    assert choose(Plan(6, "received", "topk", "kept", 0), layout, score) is None  # all survive
-    by_region = choose(Plan(2, "received", "region", "kept", 0), layout, score)
+    assert (
+        choose(Plan(6, "received", "topk", "kept", 0), layout, Encoded(score, score)) is None
+    )  # all survive
+    by_region = choose(Plan(2, "received", "region", "kept", 0), layout, Encoded(score, score))
     assert by_region is not None
     assert by_region.tolist() == [1, 2]  # 0.7 is in the region of 0.9
 
@@ -261,17 +284,67 @@ def test_what_is_chosen_of_tiles() -> None:
     layout = layout_of_tiles(TILES, 8, 16)
     # Of rows of the tower: the overview, then two tiles.
     score = torch.tensor([30, 90, 10, 20, 50, 11, 60, 13, 12, 80, 14, 70]) / 100
-    few, many = (choose(Plan(kept, "received", "topk", "kept", 0), layout, score) for kept in (7, 11))
+    few, many = (
+        choose(Plan(kept, "received", "topk", "kept", 0), layout, Encoded(score, score)) for kept in (7, 11)
+    )
     assert few is not None
     assert many is not None
     # Both newlines stay, 8 and 13; and of 5 others the overview has a third, rounded down.
     assert few.tolist() == [1, 4, 7, 8, 9, 12, 13]
     assert many.tolist() == [0, 1, 3, 4, 7, 8, 9, 10, 11, 12, 13]
     # At most half of what is kept are newlines.
-    two = choose(Plan(2, "received", "topk", "kept", 0), layout, score)
+    two = choose(Plan(2, "received", "topk", "kept", 0), layout, Encoded(score, score))
     assert two is not None
     assert two.tolist() == [7, 8]
     # A draw asks nothing of places: a newline is a token as any.
     drawn = choose(Plan(5, "random", "topk", "kept", 9), layout)
     assert drawn is not None
     assert drawn.tolist() == draw(9, 0, 14).topk(5).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize("score", ["received", "random"])
+@pytest.mark.parametrize("coverage", BY_FEATURES)
+def test_tokens_that_are_compared(coverage: Coverage, score: str) -> None:
+    """By what enters the projector where the tower ranks and the coverage asks for it, else as the decoder gets them."""
+    generator = torch.Generator().manual_seed(2)
+    layout = layout_of_grid((4, 6))
+    features, entering = torch.randn(24, 5, generator=generator), torch.randn(24, 7, generator=generator)
+    ranks = torch.rand(24, generator=generator)
+    exponent = 2.0 if coverage in WEIGHTED else 1.0
+    plan = Plan(9, score, coverage, "kept", 4, exponent)
+    assert choose(plan, layout) is None
+    found = choose(plan, layout, Encoded(features, ranks, entering))
+    by_entering = score == "received" and coverage in ("coverage_gain", "distinct")
+    scores = ranks if score == "received" else draw(4, 0, 24)
+    expected = choose_rows(
+        scores[None], 9, coverage, features=(entering if by_entering else features)[None], exponent=exponent
+    )
+    assert found is not None
+    assert found.tolist() == expected[0].tolist()
+    if not by_entering:
+        assert torch.equal(found, choose(plan, layout, Encoded(features, ranks)))  # type: ignore[arg-type]
+
+
+def test_tokens_of_tiles_are_compared_with_those_of_their_view() -> None:
+    layout = layout_of_tiles(TILES, 8, 16)
+    generator = torch.Generator().manual_seed(3)
+    # Rows of the tower, of which those of the tiles are put together.
+    entering, ranks = torch.randn(12, 5, generator=generator), torch.rand(12, generator=generator)
+    features = torch.randn(14, 4, generator=generator)
+    found = choose(
+        Plan(8, "received", "coverage_gain", "kept", 0), layout, Encoded(features, ranks, entering)
+    )
+    expected = [8, 13]
+    for view, keep in zip(layout.views, (2, 4), strict=True):
+        rows = torch.from_numpy(view.features)
+        best = choose_rows(ranks[rows][None], keep, "coverage_gain", features=entering[rows][None])
+        expected += view.numbers[best[0].numpy()].tolist()
+    assert found is not None
+    assert found.tolist() == sorted(expected)
+    # Where nothing ranks them by their places, all are compared, newlines among them.
+    everywhere = choose(Plan(8, "random", "max_min", "kept", 0), layout, Encoded(features, None, None))
+    assert everywhere is not None
+    assert (
+        everywhere.tolist()
+        == choose_rows(ranks.new_zeros(1, 14), 8, "max_min", features=features[None])[0].tolist()
+    )
