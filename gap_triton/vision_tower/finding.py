@@ -181,8 +181,8 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         layers=tuple(layers),
         attention=_attention_of(layers[_scoring_layer(owner, module, len(layers))])[0],
         earlier={
-            name: _attention_of(layers[_earlier_layer(module, len(layers), share)])[0]
-            for name, share in EARLIER.items()
+            name: _attention_of(layers[index])[0]
+            for name, index in earlier_layers(module.config, len(layers)).items()
         },
         projector=_projector_of(owner),
         has_cls=has_cls,
@@ -319,13 +319,22 @@ def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
-def _earlier_layer(module: PreTrainedModel, layers: int, share: float) -> int:
-    """The last layer of the first ``share`` of them; where a tower has windows, the layer without that is nearest."""
-    full = getattr(module.config, "fullatt_block_indexes", None)
+def earlier_layers(config: Any, layers: int) -> dict[str, int]:
+    """Return the layers before the scoring one that may score too, by the names of `EARLIER`.
+
+    Each is the last of the first share of them; where a tower has windows, the layer without that is nearest.
+
+    Args:
+        config: The tower's.
+        layers: How many it has.
+    """
+    full = getattr(config, "fullatt_block_indexes", None)
     candidates = range(layers) if full is None else sorted(index for index in full if index < layers)
-    last = share * layers - 1
     # Of two that are equally near, the later one.
-    return min(candidates, key=lambda index: (abs(index - last), -index))
+    return {
+        name: min(candidates, key=lambda index, last=share * layers - 1: (abs(index - last), -index))
+        for name, share in EARLIER.items()
+    }
 
 
 def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:

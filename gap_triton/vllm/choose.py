@@ -8,7 +8,7 @@ import torch
 from gap_kernels import topk_indices
 from torch import Tensor
 
-from ..config import Stage, needs_grid
+from ..config import needs_grid
 from ..strategies.by_features import BY_FEATURES
 from ..strategies.coverage import choose_on_grid
 from ..vision.budget import budget_of
@@ -25,11 +25,13 @@ class Encoded(NamedTuple):
         features: [N, C], its tokens as the decoder gets them.
         score: [F] float32, what the tower says of its rows of this image; None where it isn't asked.
         entering: [F, C'], these rows as they enter the projector; None where that isn't asked for, or there is none.
+        earlier: [F] float32, their score in an earlier layer; None where it isn't asked for.
     """
 
     features: Tensor
     score: Tensor | None = None
     entering: Tensor | None = None
+    earlier: Tensor | None = None
 
 
 def choose(
@@ -58,7 +60,7 @@ def _chosen(plan: Plan, layout: Layout, encoded: Encoded | None, device: torch.d
     stage = plan.stage
     places = Places(layout if needs_grid(stage) else layout_without_grid(layout.counts), device)
     scores = _scores(plan, places, encoded)  # [1, N]
-    beside = None if encoded is None else _beside(stage, places, encoded)  # [N, C]
+    beside = None if encoded is None else _beside(plan, places, encoded)  # [N, C] or [N]
     if places.one_view_each():
         (view,) = places.layout.views
         in_view = None if beside is None else beside[None]
@@ -86,10 +88,13 @@ def _scores(plan: Plan, places: Places, encoded: Encoded | None) -> Tensor:
     return places.at_features(encoded.score)
 
 
-def _beside(stage: Stage, places: Places, encoded: Encoded) -> Tensor | None:
-    """What tokens are compared by, where the coverage compares them; any rows at newlines of what enters the projector."""
-    if stage.coverage not in BY_FEATURES:
+def _beside(plan: Plan, places: Places, encoded: Encoded) -> Tensor | None:
+    """What the coverage looks at beside scores; any rows at newlines of what comes from the tower."""
+    if plan.earlier is not None:
+        assert encoded.earlier is not None
+        return places.at_features(encoded.earlier)[0]
+    if plan.coverage not in BY_FEATURES:
         return None
-    if encoded.entering is None or not compares_entering(stage):
+    if encoded.entering is None or not compares_entering(plan.stage):
         return encoded.features
     return places.at_features(encoded.entering)[0]

@@ -15,6 +15,7 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ..vision_tower.finding import earlier_layers
 from .layouts import SquareFamily
 from .model import GapModel
 from .processor import GapProcessor, ImagesAlone
@@ -25,13 +26,19 @@ def leading_rows(config: Any) -> int:
     return int(config.vision_feature_select_strategy == "default")
 
 
-def scoring_layer(tower: nn.Module) -> nn.Module | None:
-    """Return the attention of the last layer, None in a later rank of a pipeline.
+def scoring_layers(tower: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Return what `TowerScores` watches, nothing in a later rank of a pipeline.
 
     vLLM builds a tower up to the layer whose output becomes the features, and no further.
     """
     encoder: Any = getattr(getattr(tower, "vision_model", None), "encoder", None)
-    return None if encoder is None else encoder.layers[-1].self_attn.attn
+    if encoder is None:
+        return {}
+    vision = config.vision_config
+    places = {"": -1} | {
+        f"{name}_": index for name, index in earlier_layers(vision, vision.num_hidden_layers).items()
+    }
+    return {prefix: encoder.layers[index].self_attn.attn for prefix, index in places.items()}
 
 
 class GapLlavaProcessingInfo(ImagesAlone, LlavaProcessingInfo):
@@ -64,4 +71,4 @@ class GapLlavaForConditionalGeneration(GapModel, LlavaForConditionalGeneration):
             axes=1,
             side=vision.image_size // vision.patch_size,
         )
-        self.start_pruning(vllm_config, family, scoring_layer(self.vision_tower))
+        self.start_pruning(vllm_config, family, scoring_layers(self.vision_tower, config))

@@ -28,7 +28,7 @@ from ..config import needs_grid
 from ..vision.layout import Layout
 from ..vision.pictures import INTERPOLATED, numbered_newline
 from .layouts import TiledFamily
-from .llava import leading_rows, scoring_layer
+from .llava import leading_rows, scoring_layers
 from .model import GapModel
 from .options import PREFIX, Options
 from .processor import GapProcessor, ImagesAlone
@@ -104,8 +104,9 @@ class GapTilesModel(GapModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        family = tiled_family(vllm_config.model_config.hf_config, type(self).gap_pack)
-        self.start_pruning(vllm_config, family, scoring_layer(self.vision_tower))  # type: ignore[attr-defined]
+        config = vllm_config.model_config.hf_config
+        family = tiled_family(config, type(self).gap_pack)
+        self.start_pruning(vllm_config, family, scoring_layers(self.vision_tower, config))  # type: ignore[attr-defined]
 
 
 class GapLlavaNextProcessingInfo(ImagesAlone, LlavaNextProcessingInfo):

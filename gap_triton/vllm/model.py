@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,13 +38,16 @@ class GapModel:
     supports_multimodal_pruning = True
     gap_family: Family
 
-    def start_pruning(self, vllm_config: VllmConfig, family: Family, attention: nn.Module | None) -> None:
+    def start_pruning(
+        self, vllm_config: VllmConfig, family: Family, attentions: Mapping[str, nn.Module]
+    ) -> None:
         """Prepare the model.
 
         Args:
             vllm_config: The engine's.
             family: How it lays out its images.
-            attention: The scoring layer of the vision tower.
+            attentions: Of the layers of the vision tower that may score, as `TowerScores` takes them; none where this rank
+                of a pipeline has no tower.
 
         Raises:
             ValueError: The options don't go with this model or this engine.
@@ -65,7 +68,7 @@ class GapModel:
         ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
         projector = getattr(self, "multi_modal_projector", None)
         self._gap_scores = (
-            None if attention is None else TowerScores(attention, family.leading, ranks, total, projector)
+            TowerScores(attentions, family.leading, ranks, total, projector) if attentions else None
         )
         self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)
@@ -91,6 +94,7 @@ class GapModel:
         pruned = [plan for plan, layout in zip(plans, layouts, strict=True) if plan.kept < layout.counts[0]]
         needs: set[str] = {plan.score for plan in pruned if plan.score in TOWER_SCORES}
         needs |= {FEATURES for plan in pruned if compares_entering(plan.stage)}
+        needs |= {plan.earlier for plan in pruned if plan.earlier is not None}
         assert self._gap_scores is not None  # a model without its tower encodes nothing
         with self._gap_scores.record(needs) as recorded:
             features = super().embed_multimodal(**fields)  # type: ignore[misc]
@@ -102,11 +106,12 @@ class GapModel:
             (tokens,) = layout.counts
             if len(rows) != tokens:
                 raise ValueError(f"an image of {tokens} tokens became {len(rows)} rows")
-            score, entering = (
-                by_name[name][image] if name in by_name else None for name in (plan.score, FEATURES)
+            score, entering, earlier = (
+                by_name[name][image] if name in by_name else None
+                for name in (plan.score, FEATURES, plan.earlier)
             )
             # Behind them may be what later layers of the decoder get (deepstack).
-            encoded = Encoded(rows[:, : self._gap_channels], score, entering)
+            encoded = Encoded(rows[:, : self._gap_channels], score, entering, earlier)
             index = choose(plan, layout, encoded, rows.device)
             offsets = self.gap_family.offsets(layout).to(rows.device)
             if index is not None:

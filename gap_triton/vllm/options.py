@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from ..config import BEFORE_THE_DECODER, GapConfig, Ids, needs_text
 from ..plain import is_int, plain, shown
@@ -13,16 +13,7 @@ from ..strategies import Coverage
 PREFIX = "gap_"
 """What the options of a request begin with, among the ``mm_processor_kwargs``."""
 FIELDS = ("keep", "score", "coverage", "ids", "seed", "exponent")
-COVERAGES: tuple[Coverage, ...] = (
-    "topk",
-    "region",
-    "stride",
-    "max_min",
-    "determinant",
-    "coverage_gain",
-    "least_similar",
-    "distinct",
-)
+COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
 IDS: tuple[Ids, ...] = ("kept", "compacted")
 OPTIONS = (*FIELDS, "preset", "block", "before")
 SCORE = "received"  # any tower has it
@@ -134,11 +125,6 @@ def refuse(config: GapConfig) -> None:
         )
     elif config.merge != "none":
         reason = f"merge={config.merge!r}", "merging has not been built for an engine"
-    elif config.coverage not in COVERAGES:
-        reason = (
-            f"coverage={config.coverage!r}",
-            "choosing by two layers of the encoder has not been built for an engine",
-        )
     elif config.ids not in IDS:
         reason = (
             f"ids={config.ids!r}",

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import BEFORE_THE_DECODER, VISION_SCORES, Ids, Stage
 from ..strategies import Coverage
 from ..strategies.by_features import BY_FEATURES
+from ..vision.needs import EARLIER_SCORES
 from .options import COVERAGES, IDS, Options
 
 FIELD = "gap_plan"
@@ -41,6 +42,11 @@ class Plan(NamedTuple):
     def is_known(self) -> bool:
         """Whether the survivors are known without a look at the image."""
         return self.score in ("spatial", "random") and self.coverage not in BY_FEATURES
+
+    @property
+    def earlier(self) -> str | None:
+        """The score in an earlier layer that the coverage asks for, None where it asks for none."""
+        return EARLIER_SCORES.get((self.coverage, self.score))
 
     @property
     def stage(self) -> Stage:

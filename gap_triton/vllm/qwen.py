@@ -26,6 +26,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ..vision_tower.finding import earlier_layers
 from .layouts import PackedFamily
 from .model import GapModel
 from .processor import GapProcessor, ImagesAlone
@@ -61,9 +62,13 @@ class GapQwenModel(GapModel):
             merge=vision.spatial_merge_size,
             window=window,
         )
-        blocks = getattr(self.visual, "blocks", None)  # type: ignore[attr-defined]
-        layer = -1 if full is None else max(full)
-        self.start_pruning(vllm_config, family, None if blocks is None else blocks[layer].attn.attn)
+        blocks = getattr(self.visual, "blocks", ())  # type: ignore[attr-defined]
+        layers = {}
+        if blocks:
+            places = {"": -1 if full is None else max(full)}
+            places |= {f"{name}_": index for name, index in earlier_layers(vision, len(blocks)).items()}
+            layers = {prefix: blocks[index].attn.attn for prefix, index in places.items()}
+        self.start_pruning(vllm_config, family, layers)
 
 
 class GapQwen2VLProcessingInfo(ImagesAlone, Qwen2VLProcessingInfo):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..vision_tower.finding import earlier_layers
+
 # What to call it, how it shows in vLLM's configuration, and the reason.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -52,6 +54,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "never tried: one layer scores; use a vision_feature_layer that is an int",
     ),
     (
+        "a LLaVA that takes features of one of its tower's first layers",
+        lambda c: _tried(c) is not None and _takes_first_layers(c.model_config.hf_config),
+        "never tried: what scores beside that layer would come after it; use a vision_feature_layer behind these",
+    ),
+    (
         "enable_mm_embeds",
         lambda c: c.model_config.multimodal_config.enable_mm_embeds,
         "nothing is known of the encoder that made them; pass images",
@@ -91,6 +98,15 @@ LLAVAS = {
     "llava_next": ("clip_vision_model", "default"),
     "llava_onevision": ("siglip_vision_model", "full"),
 }
+
+
+def _takes_first_layers(config: Any) -> bool:
+    state, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(state, int):
+        return False
+    # State 0 enters the first layer.
+    layer = state + layers if state < 0 else state - 1
+    return layer < max(earlier_layers(config.vision_config, layers).values())
 
 
 def _tried(config: Any) -> Any:

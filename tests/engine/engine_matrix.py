@@ -38,6 +38,7 @@ from gap_triton.demo.architectures import ARCHITECTURES, find
 from gap_triton.demo.grounding import box_iou, boxes_from_tokens
 from gap_triton.demo.scenes import IMAGE_SIZE, held_out
 from gap_triton.strategies.by_features import BY_FEATURES
+from gap_triton.strategies.two_layers import BY_TWO_LAYERS
 
 RESULTS = ROOT / "docs" / "results" / "serving.json"
 MODELS = tuple(ARCHITECTURES)
@@ -145,7 +146,10 @@ def ordinary_calls(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "region"},
         {"score": "received", "keep": 0.25, "coverage": "stride"},
         {"score": "spatial", "keep": 0.01},
-        *({"score": "received", "keep": 0.25, "coverage": coverage} for coverage in BY_FEATURES),
+        *(
+            {"score": "received", "keep": 0.25, "coverage": coverage}
+            for coverage in (*BY_FEATURES, *BY_TWO_LAYERS)
+        ),
         {"score": "random", "keep": 0.25, "coverage": "max_min"},
         {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
     ):
@@ -319,6 +323,7 @@ def calls_about_tiles(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "stride"},
         {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
         {"score": "random", "keep": 0.25, "coverage": "max_min"},
+        {"score": "received", "keep": 0.25, "coverage": "anchors"},
         *([{"score": "cls", "keep": 0.5}] if model == "llava_next" else []),
     ):
         yield Call(shown(options), questions("llava", FEW, **options))

@@ -26,7 +26,7 @@ def test_a_request_replaces_what_the_engine_says() -> None:
 
 
 def test_a_preset_takes_keep_as_its_budget() -> None:
-    for name in ("cls", "random", "spatial", "divprune", "scope", "vispruner"):
+    for name in ("cls", "random", "spatial", "divprune", "scope", "vispruner", "hiprune"):
         expected = GapConfig.preset(name, budget=0.3)
         assert options_of({"preset": name, "keep": 0.3}).config == expected
     assert options_of({"preset": "cls", "score": "received"}).config.score == "received"
@@ -58,7 +58,6 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "visionzip"}, {}, "merge='contextual' in vLLM: merging has not been built"),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
-        ({"preset": "hiprune"}, {}, "coverage='anchors' in vLLM: choosing by two layers of the encoder"),
         ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "nothing"}, {}, "preset 'nothing': expected one of"),
@@ -147,6 +146,11 @@ def test_options_are_shown_in_one_line() -> None:
 
 
 # --------------------------------------------------------------------------------------------- engines
+def tower(model_type: str) -> SimpleNamespace:
+    """The configuration of a vision tower."""
+    return SimpleNamespace(model_type=model_type, num_hidden_layers=24)
+
+
 def engine(**changes: Any) -> SimpleNamespace:
     """The configuration of an engine that does nothing unusual, and ``changes`` by path."""
     config = SimpleNamespace(
@@ -157,8 +161,9 @@ def engine(**changes: Any) -> SimpleNamespace:
             ),
             hf_config=SimpleNamespace(
                 model_type="llava",
-                vision_config=SimpleNamespace(model_type="clip_vision_model"),
+                vision_config=tower("clip_vision_model"),
                 vision_feature_select_strategy="default",
+                vision_feature_layer=-2,
             ),
             enable_prompt_embeds=False,
         ),
@@ -185,10 +190,11 @@ def test_an_ordinary_engine_is_not_refused() -> None:
     # Qwen's towers merge patches and have no CLS token.
     qwen = SimpleNamespace(model_type="qwen2_5_vl", vision_config=SimpleNamespace(spatial_merge_size=MERGE))
     assert reasons_against(engine(model_config__hf_config=qwen)) == []
+    assert reasons_against(engine(model_config__hf_config__vision_feature_layer=9)) == []
     # LLaVA-OneVision has another tower, without a CLS token.
     onevision = {
         "model_config__hf_config__model_type": "llava_onevision",
-        "model_config__hf_config__vision_config": SimpleNamespace(model_type="siglip_vision_model"),
+        "model_config__hf_config__vision_config": tower("siglip_vision_model"),
         "model_config__hf_config__vision_feature_select_strategy": "full",
     }
     assert reasons_against(engine(**onevision)) == []
@@ -202,14 +208,15 @@ UNTRIED = {
     "cudagraph_mm_encoder": {"compilation_config__cudagraph_mm_encoder": True},
     "compile_mm_encoder": {"compilation_config__compile_mm_encoder": True},
     "video_pruning_rate": {"model_config__multimodal_config__video_pruning_rate": 0.5},
-    "a LLaVA with another tower than its own": {
-        "model_config__hf_config__vision_config": SimpleNamespace(model_type="pixtral")
-    },
+    "a LLaVA with another tower than its own": {"model_config__hf_config__vision_config": tower("pixtral")},
     "a LLaVA whose decoder gets a CLS token, or not all patches": {
         "model_config__hf_config__vision_feature_select_strategy": "full"
     },
     "a LLaVA that takes features of several layers": {
         "model_config__hf_config__vision_feature_layer": [-2, -1]
+    },
+    "a LLaVA that takes features of one of its tower's first layers": {
+        "model_config__hf_config__vision_feature_layer": 8  # what the 8th of 24 puts out; the 9th is HiPrune's
     },
     "enable_mm_embeds": {"model_config__multimodal_config__enable_mm_embeds": True},
     "enable_prompt_embeds": {"model_config__enable_prompt_embeds": True},

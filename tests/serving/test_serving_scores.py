@@ -17,6 +17,7 @@ from gap_triton.strategies import Coverage, spatial_order
 from gap_triton.strategies.by_features import BY_FEATURES, WEIGHTED
 from gap_triton.strategies.coverage import choose as choose_rows
 from gap_triton.strategies.draw import draw
+from gap_triton.strategies.two_layers import by_windows, with_neighbours
 from gap_triton.vision.layout import layout_of_grid
 from gap_triton.vision.pictures import numbered_newline
 from gap_triton.vision_tower import find_tower
@@ -72,7 +73,7 @@ NAMES = ("received", "cls", "key_norm")
 def test_scores_of_a_batch_of_images(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     attention = Attention(4, 8)
-    watched = TowerScores(attention, 1, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 1, 1, lambda x: x)
     expected = naive(query, key, [0, 10], 1)
     for flat in (False, True):  # CLIP's gives its heads side by side
         arguments = [each.flatten(2) if flat else each for each in (query, key, key)]
@@ -86,7 +87,7 @@ def test_scores_of_a_batch_of_images(query_and_key: tuple[Tensor, Tensor]) -> No
 def test_scores_of_images_in_one_sequence(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = (each[:1] for each in query_and_key)
     attention = Attention(4, 8)
-    watched = TowerScores(attention, 0, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 0, 1, lambda x: x)
     with watched.record({"received", "key_norm"}) as scores:
         attention(query=query, key=key, value=key, cu_seqlens=torch.tensor([0, 3, 10]))
     expected = naive(query, key, [0, 3, 10], 0)
@@ -99,22 +100,46 @@ def test_ranks_that_hold_half_of_the_heads_agree(query_and_key: tuple[Tensor, Te
     local: list[list[Tensor]] = []
     for half in (slice(0, 2), slice(2, 4)):
         attention, parts = Attention(2, 8), []
-        with TowerScores(attention, 1, 2, lambda x, parts=parts: parts.append(x) or x).record(NAMES):
+        with TowerScores({"": attention}, 1, 2, lambda x, parts=parts: parts.append(x) or x).record(NAMES):
             attention(query[:, :, half], key[:, :, half], key[:, :, half])
         local.append(parts)
     sums = [first + second for first, second in zip(*local, strict=True)]
     attention, queue = Attention(2, 8), list(sums)
-    with TowerScores(attention, 1, 2, lambda x: queue.pop(0)).record(NAMES) as scores:
+    with TowerScores({"": attention}, 1, 2, lambda x: queue.pop(0)).record(NAMES) as scores:
         attention(query[:, :, :2], key[:, :, :2], key[:, :, :2])
     expected = naive(query, key, [0, 10], 1)
     for name in NAMES:
         torch.testing.assert_close(scores[name].double(), expected[name], rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
+    query, key = query_and_key
+    last, middle, early = (Attention(4, 8) for _ in range(3))
+    watched = TowerScores({"": last, "middle_": middle, "early_": early}, 1, 1, lambda x: x)
+    with watched.record({"received", "middle_received", "early_cls"}) as scores:
+        for layer, number in ((early, 1), (middle, 2), (last, 3)):
+            layer(query * number, key, key)
+    expected = {
+        name: naive(query * number, key, [0, 10], 1)[name.rpartition("_")[2]]
+        for name, number in (("early_cls", 1), ("middle_received", 2), ("received", 3))
+    }
+    assert set(scores) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(scores[name].double(), expected[name], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_layer_may_be_two_of_them(query_and_key: tuple[Tensor, Tensor]) -> None:
+    query, key = query_and_key
+    only = Attention(4, 8)
+    with TowerScores({"": only, "middle_": only}, 1, 1, lambda x: x).record({"cls", "middle_cls"}) as scores:
+        only(query, key, key)
+    assert torch.equal(scores["cls"], scores["middle_cls"])
+
+
 def test_what_enters_the_projector_is_recorded_call_by_call(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     attention, projector = Attention(4, 8), nn.Linear(8, 3)
-    watched = TowerScores(attention, 1, 1, lambda x: x, projector)
+    watched = TowerScores({"": attention}, 1, 1, lambda x: x, projector)
     images = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
     with watched.record({"features", "cls"}) as recorded:
         attention(query, key, key)
@@ -132,7 +157,7 @@ def test_what_enters_the_projector_is_recorded_call_by_call(query_and_key: tuple
 
 def test_nothing_is_scored_outside_of_a_recording(query_and_key: tuple[Tensor, Tensor]) -> None:
     attention = Attention(4, 8)
-    watched = TowerScores(attention, 1, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 1, 1, lambda x: x)
     with pytest.raises(ZeroDivisionError), watched.record(NAMES) as scores:
         raise ZeroDivisionError
     attention(*query_and_key, query_and_key[1])
@@ -323,6 +348,18 @@ def test_tokens_that_are_compared(coverage: Coverage, score: str) -> None:
     assert found.tolist() == expected[0].tolist()
     if not by_entering:
         assert torch.equal(found, choose(plan, layout, Encoded(features, ranks)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("coverage", "choose_rows"), [("anchors", with_neighbours), ("windows", by_windows)])
+def test_coverages_by_two_layers(coverage: Coverage, choose_rows: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    last, earlier = torch.rand(96, generator=generator), torch.rand(96, generator=generator)
+    plan = Plan(60, "received", coverage, "kept", 0)
+    assert plan.earlier in ("middle_received", "early_received")
+    found = choose(plan, layout_of_grid((8, 12)), Encoded(torch.zeros(96, 1), last, None, earlier))
+    assert found is not None
+    assert found.tolist() == choose_rows(last[None], earlier[None], 60, (8, 12))[0].tolist()
+    assert found.tolist() != choose_rows(last[None], last[None], 60, (8, 12))[0].tolist()
 
 
 def test_tokens_of_tiles_are_compared_with_those_of_their_view() -> None:
