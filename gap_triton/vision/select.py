@@ -108,13 +108,13 @@ def select_before_decoder(
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
     beside = _beside(prompt, stage, places, tower, kwargs)
-    stays, merged = _choose(places, scores, budget, stage, merging, beside)
+    stays, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
-        kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
+        kwargs = {**kwargs, "inputs_embeds": with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, stays, tuple(keep)), kwargs
 
 
-def _choose(
+def choose_and_merge(
     places: Places,
     scores: Tensor,
     budget: Budget,
@@ -122,9 +122,19 @@ def _choose(
     merging: Merging | None,
     beside: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """What survives by ``scores`` [B, V], as in `VisionSelection`; and slots and embeddings of the tokens that change.
+    """Return what survives, and what changes of it.
 
-    ``beside`` [B * V, ...] is what the coverage looks at beside scores, None where that is nothing.
+    Args:
+        places: Where the tokens stand.
+        scores: [B, V] float32.
+        budget: How many survive of each view.
+        stage: How they are chosen.
+        merging: How the others are merged into them; None = not at all.
+        beside: [B * V, ...], what the coverage looks at beside scores; None = nothing.
+
+    Returns:
+        Which survive, [B, V] float32, as in `VisionSelection`: None = the best by ``scores``. And of the tokens that change,
+        group by group, slots [G, K] and embeddings [G, K, C].
     """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
@@ -144,8 +154,8 @@ def _choose(
     return stays, merged
 
 
-def _with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
+def with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return a copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
     embeds = embeds.clone()
     rows = embeds.view(-1, embeds.shape[2])
     for slots, features in merged:

@@ -1,4 +1,4 @@
-"""Which tokens of one image survive."""
+"""Which tokens of one image survive, and what they become."""
 
 from __future__ import annotations
 
@@ -8,93 +8,106 @@ import torch
 from gap_kernels import topk_indices
 from torch import Tensor
 
-from ..config import needs_grid
+from ..config import Stage, needs_grid
+from ..strategies import LLAVA
 from ..strategies.by_features import BY_FEATURES
-from ..strategies.coverage import choose_on_grid
 from ..vision.budget import budget_of
 from ..vision.layout import Layout, layout_without_grid
-from ..vision.needs import compares_entering
+from ..vision.needs import EARLIER_SCORES, MERGE_NEEDS, compares_entering
 from ..vision.places import Places
+from ..vision.select import Merging, choose_and_merge, with_merged
+from ..vision_tower import TowerOutput
 from .plan import Plan
 
 
 class Encoded(NamedTuple):
-    """What is known of an image of N tokens once it is encoded.
+    """An image of N tokens that was encoded.
 
     Attributes:
         features: [N, C], its tokens as the decoder gets them.
-        score: [F] float32, what the tower says of its rows of this image; None where it isn't asked.
-        entering: [F, C'], these rows as they enter the projector; None where that isn't asked for, or there is none.
-        earlier: [F] float32, their score in an earlier layer; None where it isn't asked for.
+        tower: What was recorded of the tower's rows of this image, as far as its plan needs it.
     """
 
     features: Tensor
-    score: Tensor | None = None
-    entering: Tensor | None = None
-    earlier: Tensor | None = None
+    tower: TowerOutput = TowerOutput()
 
 
-def choose(
-    plan: Plan, layout: Layout, encoded: Encoded | None = None, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """Return the survivors of an image, as they are chosen in transformers of the only image of a prompt.
+def choose(plan: Plan, layout: Layout) -> Tensor | None:
+    """Return the survivors of an image that isn't encoded yet, as far as they are known.
 
     Args:
         plan: How they are chosen.
         layout: Where its N tokens stand.
-        encoded: What is known of it; None before it is encoded.
-        device: Where the result is.
 
     Returns:
-        [kept] int64, ascending; None where all survive, or where nothing is known before the image is encoded.
+        [kept] int64 on the CPU, ascending; None where all survive, or where the image has to be encoded first.
     """
-    if plan.kept >= layout.counts[0]:
+    if plan.kept >= layout.counts[0] or not plan.is_known:
         return None
-    if plan.is_known:
-        # Both the ids of a prompt and its features are chosen by it: on one device, so that they agree.
-        return _chosen(plan, layout, None, torch.device("cpu")).to(device)
-    return None if encoded is None else _chosen(plan, layout, encoded, encoded.features.device).to(device)
+    return _chosen(plan, layout, None, torch.device("cpu"))[0]
 
 
-def _chosen(plan: Plan, layout: Layout, encoded: Encoded | None, device: torch.device) -> Tensor:
+def prune(plan: Plan, layout: Layout, encoded: Encoded) -> tuple[Tensor | None, Tensor]:
+    """Return the survivors of an image, as in transformers those of the only image of a prompt.
+
+    Args:
+        plan: How they are chosen, and what the others are merged into.
+        layout: Where its N tokens stand.
+        encoded: What is known of them.
+
+    Returns:
+        [kept] int64, ascending, None where all survive; and [kept, C], their features.
+    """
+    features = encoded.features
+    if plan.kept >= layout.counts[0]:
+        return None, features
+    # What is known before is chosen on the same device as then, so that ids and features agree.
+    index = choose(plan, layout)
+    if index is None:
+        index, features = _chosen(plan, layout, encoded, features.device)
+    index = index.to(features.device)
+    return index, features[index]
+
+
+def _chosen(
+    plan: Plan, layout: Layout, encoded: Encoded | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The survivors, and the features of all tokens, some of them merged; empty where the image isn't encoded."""
     stage = plan.stage
     places = Places(layout if needs_grid(stage) else layout_without_grid(layout.counts), device)
-    scores = _scores(plan, places, encoded)  # [1, N]
-    beside = None if encoded is None else _beside(plan, places, encoded)  # [N, C] or [N]
-    if places.one_view_each():
-        (view,) = places.layout.views
-        in_view = None if beside is None else beside[None]
-        return _on_grid(plan, scores, plan.kept, view.grid, in_view)[0]
+    features, tower = Encoded(torch.empty(0)) if encoded is None else encoded
+    merging = None if stage.merge == "none" else _merging(stage, features, tower)
+    scores, beside = _scores(plan, places, tower), _beside(stage, places, features, tower)
     budget = budget_of(places.layout, stage, None)
-    stays = places.stays(budget)
-    for group in places.groups(budget.views):
-        in_views = None if beside is None else group.at_slots(beside)
-        index = _on_grid(plan, group.at_slots(scores.flatten()), group.keep, group.grid, in_views)
-        stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
-    return topk_indices(stays, plan.kept)[0]  # in order, and without a read
+    stays, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
+    if merging is not None and merged:
+        features = with_merged(merging, features[None], merged)[0]
+    # In order, and without a read.
+    return topk_indices(scores if stays is None else stays, plan.kept)[0], features
 
 
-def _on_grid(plan: Plan, scores: Tensor, keep: int, grid: tuple[int, int], beside: Tensor | None) -> Tensor:
-    return choose_on_grid(scores, keep, plan.coverage, grid, beside, exponent=plan.exponent)
-
-
-def _scores(plan: Plan, places: Places, encoded: Encoded | None) -> Tensor:
+def _scores(plan: Plan, places: Places, tower: TowerOutput) -> Tensor:
+    """[1, N] float32."""
     if plan.score == "random":
         return places.random(plan.seed)
     if plan.score == "spatial":
         return places.spatial()
-    assert encoded is not None
-    assert encoded.score is not None
-    return places.at_features(encoded.score)
+    return places.at_features(getattr(tower, plan.score))
 
 
-def _beside(plan: Plan, places: Places, encoded: Encoded) -> Tensor | None:
-    """What the coverage looks at beside scores; any rows at newlines of what comes from the tower."""
-    if plan.earlier is not None:
-        assert encoded.earlier is not None
-        return places.at_features(encoded.earlier)[0]
-    if plan.coverage not in BY_FEATURES:
+def _beside(stage: Stage, places: Places, features: Tensor, tower: TowerOutput) -> Tensor | None:
+    """What the coverage looks at beside scores, [N, ...]; any rows at newlines of what comes from the tower."""
+    earlier = EARLIER_SCORES.get((stage.coverage, stage.score))
+    if earlier is not None:
+        return places.at_features(tower.rows[earlier])[0]
+    if stage.coverage not in BY_FEATURES:
         return None
-    if encoded.entering is None or not compares_entering(plan.stage):
-        return encoded.features
-    return places.at_features(encoded.entering)[0]
+    if tower.features is None or not compares_entering(stage):
+        return features
+    return places.at_features(tower.features)[0]
+
+
+def _merging(stage: Stage, features: Tensor, tower: TowerOutput) -> Merging:
+    before_projector = tower.features is not None and "features" in MERGE_NEEDS[stage.merge]
+    rows = torch.arange(len(features), device=features.device)
+    return Merging(stage.merge, features, rows, tower, before_projector, LLAVA)

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from ..vision.layout import Layout
-from ..vision.needs import TOWER_SCORES, compares_entering
-from .choose import Encoded, choose
+from ..vision.needs import needs_of_stage
+from ..vision_tower import TowerOutput
+from .choose import Encoded, choose, prune
 from .layouts import Family, chunks
 from .options import options_of
 from .pipeline import IDS, send_ids
 from .plan import FIELD, Plan, plans_of
 from .positions import PlacedImage, after_encoding, prompt_positions, with_offsets
 from .runner import let_the_runner_ask
-from .scores import FEATURES, TowerScores
+from .scores import TowerScores
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -66,9 +69,10 @@ class GapModel:
             send_ids(self)
         # Every rank of a pipeline has a tower, and profiles memory with it; the first alone encodes what is asked about.
         ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
+        whole = tensor_model_parallel_all_gather
         projector = getattr(self, "multi_modal_projector", None)
         self._gap_scores = (
-            TowerScores(attentions, family.leading, ranks, total, projector) if attentions else None
+            TowerScores(attentions, family.leading, ranks, total, whole, projector) if attentions else None
         )
         self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)
@@ -92,30 +96,27 @@ class GapModel:
         self, fields: dict[str, Any], plans: Sequence[Plan], layouts: Sequence[Layout]
     ) -> list[Tensor]:
         pruned = [plan for plan, layout in zip(plans, layouts, strict=True) if plan.kept < layout.counts[0]]
-        needs: set[str] = {plan.score for plan in pruned if plan.score in TOWER_SCORES}
-        needs |= {FEATURES for plan in pruned if compares_entering(plan.stage)}
-        needs |= {plan.earlier for plan in pruned if plan.earlier is not None}
+        needs = {need for plan in pruned for need in needs_of_stage(plan.stage)}
         assert self._gap_scores is not None  # a model without its tower encodes nothing
         with self._gap_scores.record(needs) as recorded:
             features = super().embed_multimodal(**fields)  # type: ignore[misc]
             by_name = {
                 name: self.gap_family.by_image(rows, fields, layouts) for name, rows in recorded.items()
             }
-        survivors = []
+        survivors, projector = [], getattr(self, "multi_modal_projector", None)
         for image, (plan, layout, rows) in enumerate(zip(plans, layouts, features, strict=True)):
             (tokens,) = layout.counts
             if len(rows) != tokens:
                 raise ValueError(f"an image of {tokens} tokens became {len(rows)} rows")
-            score, entering, earlier = (
-                by_name[name][image] if name in by_name else None
-                for name in (plan.score, FEATURES, plan.earlier)
-            )
+            recorded_of = {name: rows_of[image] for name, rows_of in by_name.items()}
+            tower = TowerOutput(**recorded_of, projector=projector)
             # Behind them may be what later layers of the decoder get (deepstack).
-            encoded = Encoded(rows[:, : self._gap_channels], score, entering, earlier)
-            index = choose(plan, layout, encoded, rows.device)
+            own, behind = rows.split([self._gap_channels, rows.shape[1] - self._gap_channels], dim=1)
+            index, own = prune(plan, layout, Encoded(own, tower))
             offsets = self.gap_family.offsets(layout).to(rows.device)
             if index is not None:
-                rows, offsets = rows[index], offsets[:, index]
+                behind, offsets = behind[index], offsets[:, index]
+            rows = torch.cat([own, behind], dim=1) if behind.shape[1] else own
             survivors.append(with_offsets(rows, offsets))
         return survivors
 

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import BEFORE_THE_DECODER, VISION_SCORES, Ids, Stage
+from ..config import BEFORE_THE_DECODER, VISION_SCORES, Ids, Merge, Stage
 from ..strategies import Coverage
 from ..strategies.by_features import BY_FEATURES
-from ..vision.needs import EARLIER_SCORES
-from .options import COVERAGES, IDS, Options
+from .options import COVERAGES, IDS, MERGES, Options
 
 FIELD = "gap_plan"
-"""Name of the multimodal field: [images, 6] int64."""
+"""Name of the multimodal field: [images, 7] int64."""
 
 
 class Plan(NamedTuple):
@@ -29,6 +28,7 @@ class Plan(NamedTuple):
         ids: One of `IDS`.
         seed: Of ``score="random"``.
         exponent: Power of the scores, of coverages that weigh by them.
+        merge: One of `MERGES`.
     """
 
     kept: int
@@ -37,16 +37,13 @@ class Plan(NamedTuple):
     ids: Ids
     seed: int
     exponent: float = 1.0
+    merge: Merge = "none"
 
     @property
     def is_known(self) -> bool:
         """Whether the survivors are known without a look at the image."""
-        return self.score in ("spatial", "random") and self.coverage not in BY_FEATURES
-
-    @property
-    def earlier(self) -> str | None:
-        """The score in an earlier layer that the coverage asks for, None where it asks for none."""
-        return EARLIER_SCORES.get((self.coverage, self.score))
+        looks_not = self.score in ("spatial", "random") and self.coverage not in BY_FEATURES
+        return looks_not and self.merge == "none"
 
     @property
     def stage(self) -> Stage:
@@ -57,19 +54,21 @@ class Plan(NamedTuple):
             score=self.score,  # type: ignore[arg-type]
             coverage=self.coverage,
             exponent=self.exponent,
+            merge=self.merge,
         )
 
 
 def rows_of(options: Options, tokens: Sequence[int]) -> Tensor:
-    """Return the plans of images of so many tokens: [images, 6] int64."""
+    """Return the plans of images of so many tokens: [images, 7] int64."""
     config = options.config
     how = [VISION_SCORES.index(config.score), COVERAGES.index(config.coverage), IDS.index(config.ids)]
     (bits,) = struct.unpack("q", struct.pack("d", config.exponent))  # a float in a row of whole numbers
-    return torch.tensor([[options.kept(n), *how, config.seed, bits] for n in tokens], dtype=torch.int64)
+    last = [config.seed, bits, MERGES.index(config.merge)]
+    return torch.tensor([[options.kept(n), *how, *last] for n in tokens], dtype=torch.int64)
 
 
 def plans_of(rows: Tensor) -> list[Plan]:
-    """Return the plans in ``rows`` [images, 6] or [6] int64, on the CPU."""
+    """Return the plans in ``rows`` [images, 7] or [7] int64, on the CPU."""
     return [
         Plan(
             kept,
@@ -77,7 +76,8 @@ def plans_of(rows: Tensor) -> list[Plan]:
             COVERAGES[coverage],
             IDS[ids],
             seed,
-            *struct.unpack("d", struct.pack("q", bits)),
+            struct.unpack("d", struct.pack("q", bits))[0],
+            MERGES[merge],
         )
-        for kept, score, coverage, ids, seed, bits in rows.reshape(-1, len(Plan._fields)).tolist()
+        for kept, score, coverage, ids, seed, bits, merge in rows.reshape(-1, len(Plan._fields)).tolist()
     ]

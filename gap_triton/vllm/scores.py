@@ -14,7 +14,7 @@ from ..vision_tower.scoring import cls_scores, key_rows, received_scores
 
 FEATURES = "features"
 """What enters the projector, among the needs."""
-KINDS = ("received", "cls", "key_norm")
+KINDS = ("received", "cls", "key_norm", "keys")
 
 
 class TowerScores:
@@ -27,6 +27,7 @@ class TowerScores:
         leading: Rows before each image that don't become tokens, the CLS token first.
         ranks: Over how many processes the heads are split.
         total: Adds up a tensor over these processes, so that all choose alike.
+        whole: Puts the channels of these processes one behind the other: [..., E] becomes [..., ranks * E].
         projector: Maps the tower's features one by one; None = no module does.
     """
 
@@ -36,9 +37,10 @@ class TowerScores:
         leading: int,
         ranks: int,
         total: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor],
         projector: nn.Module | None = None,
     ) -> None:
-        self._leading, self._ranks, self._total = leading, ranks, total
+        self._leading, self._ranks, self._total, self._whole = leading, ranks, total, whole
         self._of_features = slice(leading, None)
         self._needs: frozenset[str] = frozenset()
         self._scores: dict[str, Tensor] = {}
@@ -49,11 +51,10 @@ class TowerScores:
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """Score by ``needs``, such as ``"cls"``, ``"received"``, ``"key_norm"`` and ``"middle_received"``, what runs inside.
+        """Record ``needs`` of what runs inside: fields of `TowerOutput`, which are rows of the tower's patches here.
 
         Yields:
-            Scores of the tower's patches by name, each [P] float32, once the layer has run; and if ``"features"`` is needed
-            what enters the projector, [P, C], where there is one.
+            Rows by name, [P, ...], once a layer has run; of ``"features"`` only where there is a projector.
         """
         self._needs, self._scores = frozenset(needs), {}
         try:
@@ -83,6 +84,9 @@ class TowerScores:
             index = torch.arange(self._leading, tokens, device=query.device).expand(batch, -1).contiguous()
             row = index.new_zeros(batch, 1)
             self._scores[prefix + "cls"] = self._mean(cls_scores(query, key, index, row, layer.scale))
+        if "keys" in kinds:
+            keys = key_rows(key, self._of_features)
+            self._scores[prefix + "keys"] = keys if self._ranks == 1 else self._whole(keys)
         if "key_norm" in kinds:
             norm = key_rows(key, self._of_features).float().norm(dim=-1)
             self._scores[prefix + "key_norm"] = (

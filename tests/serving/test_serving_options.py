@@ -26,7 +26,17 @@ def test_a_request_replaces_what_the_engine_says() -> None:
 
 
 def test_a_preset_takes_keep_as_its_budget() -> None:
-    for name in ("cls", "random", "spatial", "divprune", "scope", "vispruner", "hiprune"):
+    for name in (
+        "cls",
+        "random",
+        "spatial",
+        "divprune",
+        "scope",
+        "vispruner",
+        "hiprune",
+        "visionzip",
+        "prumerge",
+    ):
         expected = GapConfig.preset(name, budget=0.3)
         assert options_of({"preset": name, "keep": 0.3}).config == expected
     assert options_of({"preset": "cls", "score": "received"}).config.score == "received"
@@ -56,7 +66,11 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "fastv"}, {}, "in vLLM: an engine counts the same tokens of a request for all layers"),
         ({"preset": "pyramiddrop"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
-        ({"preset": "visionzip"}, {}, "merge='contextual' in vLLM: merging has not been built"),
+        (
+            {"merge": "aggregation"},
+            {},
+            "merge='aggregation' in vLLM: merging by the hidden states of several",
+        ),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
@@ -111,6 +125,7 @@ def test_images_that_keep_something_else_differ() -> None:
             ("block", 32),
             ("before", 2),
             ("exponent", 2.0),
+            ("merge", "cluster"),
         )
     ]
     every = [str(sorted(each.factors().items())) for each in (base, *others)]
@@ -123,13 +138,20 @@ def test_images_that_keep_something_else_differ() -> None:
 
 def test_a_plan_is_what_was_asked_for() -> None:
     options = options_of(
-        {"keep": 0.3, "score": "key_norm", "coverage": "determinant", "seed": 2**62, "exponent": 0.1}
+        {
+            "keep": 0.3,
+            "score": "key_norm",
+            "coverage": "determinant",
+            "seed": 2**62,
+            "exponent": 0.1,
+            "merge": "average",
+        }
     )
     rows = rows_of(options, [10, 64])
     assert rows.dtype == torch.int64
     assert plans_of(rows) == [
-        Plan(3, "key_norm", "determinant", "kept", 2**62, 0.1),
-        Plan(20, "key_norm", "determinant", "kept", 2**62, 0.1),
+        Plan(3, "key_norm", "determinant", "kept", 2**62, 0.1, "average"),
+        Plan(20, "key_norm", "determinant", "kept", 2**62, 0.1, "average"),
     ]
     assert plans_of(rows[1]) == plans_of(rows)[1:]
 

@@ -18,10 +18,11 @@ from gap_triton.strategies.by_features import BY_FEATURES, WEIGHTED
 from gap_triton.strategies.coverage import choose as choose_rows
 from gap_triton.strategies.draw import draw
 from gap_triton.strategies.two_layers import by_windows, with_neighbours
-from gap_triton.vision.layout import layout_of_grid
+from gap_triton.strategies.without_filler import contextual_of_rest
+from gap_triton.vision.layout import Layout, layout_of_grid
 from gap_triton.vision.pictures import numbered_newline
-from gap_triton.vision_tower import find_tower
-from gap_triton.vllm.choose import Encoded, choose
+from gap_triton.vision_tower import TowerOutput, find_tower
+from gap_triton.vllm.choose import Encoded, choose, prune
 from gap_triton.vllm.layouts import PackedFamily, SquareFamily, TiledFamily, chunks, layout_of_tiles
 from gap_triton.vllm.plan import Plan
 from gap_triton.vllm.scores import TowerScores
@@ -67,13 +68,18 @@ def query_and_key() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 10, 4, 8, generator=generator), torch.randn(2, 10, 4, 8, generator=generator)
 
 
+def alone(x: Tensor) -> Tensor:
+    """Of one process."""
+    return x
+
+
 NAMES = ("received", "cls", "key_norm")
 
 
 def test_scores_of_a_batch_of_images(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     attention = Attention(4, 8)
-    watched = TowerScores({"": attention}, 1, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 1, 1, alone, alone)
     expected = naive(query, key, [0, 10], 1)
     for flat in (False, True):  # CLIP's gives its heads side by side
         arguments = [each.flatten(2) if flat else each for each in (query, key, key)]
@@ -87,7 +93,7 @@ def test_scores_of_a_batch_of_images(query_and_key: tuple[Tensor, Tensor]) -> No
 def test_scores_of_images_in_one_sequence(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = (each[:1] for each in query_and_key)
     attention = Attention(4, 8)
-    watched = TowerScores({"": attention}, 0, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 0, 1, alone, alone)
     with watched.record({"received", "key_norm"}) as scores:
         attention(query=query, key=key, value=key, cu_seqlens=torch.tensor([0, 3, 10]))
     expected = naive(query, key, [0, 3, 10], 0)
@@ -100,12 +106,14 @@ def test_ranks_that_hold_half_of_the_heads_agree(query_and_key: tuple[Tensor, Te
     local: list[list[Tensor]] = []
     for half in (slice(0, 2), slice(2, 4)):
         attention, parts = Attention(2, 8), []
-        with TowerScores({"": attention}, 1, 2, lambda x, parts=parts: parts.append(x) or x).record(NAMES):
+        with TowerScores({"": attention}, 1, 2, lambda x, parts=parts: parts.append(x) or x, alone).record(
+            NAMES
+        ):
             attention(query[:, :, half], key[:, :, half], key[:, :, half])
         local.append(parts)
     sums = [first + second for first, second in zip(*local, strict=True)]
     attention, queue = Attention(2, 8), list(sums)
-    with TowerScores({"": attention}, 1, 2, lambda x: queue.pop(0)).record(NAMES) as scores:
+    with TowerScores({"": attention}, 1, 2, lambda x: queue.pop(0), alone).record(NAMES) as scores:
         attention(query[:, :, :2], key[:, :, :2], key[:, :, :2])
     expected = naive(query, key, [0, 10], 1)
     for name in NAMES:
@@ -115,7 +123,7 @@ def test_ranks_that_hold_half_of_the_heads_agree(query_and_key: tuple[Tensor, Te
 def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     last, middle, early = (Attention(4, 8) for _ in range(3))
-    watched = TowerScores({"": last, "middle_": middle, "early_": early}, 1, 1, lambda x: x)
+    watched = TowerScores({"": last, "middle_": middle, "early_": early}, 1, 1, alone, alone)
     with watched.record({"received", "middle_received", "early_cls"}) as scores:
         for layer, number in ((early, 1), (middle, 2), (last, 3)):
             layer(query * number, key, key)
@@ -131,7 +139,7 @@ def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
 def test_a_layer_may_be_two_of_them(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     only = Attention(4, 8)
-    with TowerScores({"": only, "middle_": only}, 1, 1, lambda x: x).record({"cls", "middle_cls"}) as scores:
+    with TowerScores({"": only, "middle_": only}, 1, 1, alone, alone).record({"cls", "middle_cls"}) as scores:
         only(query, key, key)
     assert torch.equal(scores["cls"], scores["middle_cls"])
 
@@ -139,7 +147,7 @@ def test_a_layer_may_be_two_of_them(query_and_key: tuple[Tensor, Tensor]) -> Non
 def test_what_enters_the_projector_is_recorded_call_by_call(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     attention, projector = Attention(4, 8), nn.Linear(8, 3)
-    watched = TowerScores({"": attention}, 1, 1, lambda x: x, projector)
+    watched = TowerScores({"": attention}, 1, 1, alone, alone, projector)
     images = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
     with watched.record({"features", "cls"}) as recorded:
         attention(query, key, key)
@@ -148,16 +156,16 @@ def test_what_enters_the_projector_is_recorded_call_by_call(query_and_key: tuple
     assert set(recorded) == {"features", "cls"}
     assert torch.equal(recorded["features"], images.flatten(0, 1))
     projector(images)
-    with watched.record({"features"}) as alone:
+    with watched.record({"features"}) as features_only:
         attention(query, key, key)  # which is not asked for its scores
         projector(images)
-    assert set(alone) == {"features"}
+    assert set(features_only) == {"features"}
     assert len(recorded["features"]) == 15
 
 
 def test_nothing_is_scored_outside_of_a_recording(query_and_key: tuple[Tensor, Tensor]) -> None:
     attention = Attention(4, 8)
-    watched = TowerScores({"": attention}, 1, 1, lambda x: x)
+    watched = TowerScores({"": attention}, 1, 1, alone, alone)
     with pytest.raises(ZeroDivisionError), watched.record(NAMES) as scores:
         raise ZeroDivisionError
     attention(*query_and_key, query_and_key[1])
@@ -279,52 +287,57 @@ def test_images_are_encoded_in_chunks(
 
 
 # --------------------------------------------------------------------------------------------- choices
+def chosen(plan: Plan, layout: Layout, features: Tensor | None = None, **tower: Any) -> list[int]:
+    """The survivors of an image, whose features are returned as they were given."""
+    if "entering" in tower:  # what enters the projector
+        tower["features"] = tower.pop("entering")
+    if features is None:
+        features = torch.arange(layout.counts[0], dtype=torch.float32)[:, None]
+    index, kept = prune(plan, layout, Encoded(features, TowerOutput(**tower)))
+    assert index is not None
+    assert torch.equal(kept, features[index])
+    return index.tolist()
+
+
 def test_what_is_chosen() -> None:
     score = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2, 0.3])
     layout = layout_of_grid((2, 3))
-    best = choose(Plan(2, "received", "topk", "kept", 0), layout, Encoded(score, score))
-    assert best is not None
-    assert best.tolist() == [1, 3]
-    # Nothing is known before the tower ran.
-    assert choose(Plan(2, "received", "topk", "kept", 0), layout) is None
-    assert (
-        choose(Plan(6, "received", "topk", "kept", 0), layout, Encoded(score, score)) is None
-    )  # all survive
-    by_region = choose(Plan(2, "received", "region", "kept", 0), layout, Encoded(score, score))
-    assert by_region is not None
-    assert by_region.tolist() == [1, 2]  # 0.7 is in the region of 0.9
+    best = Plan(2, "received", "topk", "kept", 0)
+    assert chosen(best, layout, received=score) == [1, 3]
+    assert choose(best, layout) is None  # nothing is known before the tower ran
+    by_region = Plan(2, "received", "region", "kept", 0)
+    assert chosen(by_region, layout, received=score) == [1, 2]  # 0.7 is in the region of 0.9
+    features = torch.rand(6, 2)
+    index, kept = prune(Plan(6, "received", "topk", "kept", 0), layout, Encoded(features))
+    assert index is None  # all survive
+    assert kept is features
 
 
 def test_what_needs_no_tower_is_known_before_it_runs() -> None:
     layout = layout_of_grid((3, 4))
-    spread = choose(Plan(5, "spatial", "topk", "kept", 0), layout)
-    drawn = choose(Plan(5, "random", "topk", "kept", 9), layout)
-    assert spread is not None
-    assert drawn is not None
-    assert spread.tolist() == (spatial_order((3, 4)) < 5).nonzero()[:, 0].tolist()
-    assert drawn.tolist() == draw(9, 0, 12).topk(5).indices.sort().values.tolist()
+    for plan, expected in (
+        (Plan(5, "spatial", "topk", "kept", 0), (spatial_order((3, 4)) < 5).nonzero()[:, 0].tolist()),
+        (Plan(5, "random", "topk", "kept", 9), draw(9, 0, 12).topk(5).indices.sort().values.tolist()),
+    ):
+        before = choose(plan, layout)
+        assert before is not None
+        assert before.tolist() == chosen(plan, layout) == expected
 
 
 def test_what_is_chosen_of_tiles() -> None:
     layout = layout_of_tiles(TILES, 8, 16)
     # Of rows of the tower: the overview, then two tiles.
     score = torch.tensor([30, 90, 10, 20, 50, 11, 60, 13, 12, 80, 14, 70]) / 100
-    few, many = (
-        choose(Plan(kept, "received", "topk", "kept", 0), layout, Encoded(score, score)) for kept in (7, 11)
-    )
-    assert few is not None
-    assert many is not None
-    # Both newlines stay, 8 and 13; and of 5 others the overview has a third, rounded down.
-    assert few.tolist() == [1, 4, 7, 8, 9, 12, 13]
-    assert many.tolist() == [0, 1, 3, 4, 7, 8, 9, 10, 11, 12, 13]
-    # At most half of what is kept are newlines.
-    two = choose(Plan(2, "received", "topk", "kept", 0), layout, Encoded(score, score))
-    assert two is not None
-    assert two.tolist() == [7, 8]
+    for kept, expected in (
+        # Both newlines stay, 8 and 13; and of 5 others the overview has a third, rounded down.
+        (7, [1, 4, 7, 8, 9, 12, 13]),
+        (11, [0, 1, 3, 4, 7, 8, 9, 10, 11, 12, 13]),
+        (2, [7, 8]),  # at most half of what is kept are newlines
+    ):
+        assert chosen(Plan(kept, "received", "topk", "kept", 0), layout, received=score) == expected
     # A draw asks nothing of places: a newline is a token as any.
-    drawn = choose(Plan(5, "random", "topk", "kept", 9), layout)
-    assert drawn is not None
-    assert drawn.tolist() == draw(9, 0, 14).topk(5).indices.sort().values.tolist()
+    drawn = draw(9, 0, 14).topk(5).indices.sort().values.tolist()
+    assert chosen(Plan(5, "random", "topk", "kept", 9), layout) == drawn
 
 
 @pytest.mark.parametrize("score", ["received", "random"])
@@ -338,28 +351,30 @@ def test_tokens_that_are_compared(coverage: Coverage, score: str) -> None:
     exponent = 2.0 if coverage in WEIGHTED else 1.0
     plan = Plan(9, score, coverage, "kept", 4, exponent)
     assert choose(plan, layout) is None
-    found = choose(plan, layout, Encoded(features, ranks, entering))
+    found = chosen(plan, layout, features, received=ranks, entering=entering)
     by_entering = score == "received" and coverage in ("coverage_gain", "distinct")
     scores = ranks if score == "received" else draw(4, 0, 24)
-    expected = choose_rows(
-        scores[None], 9, coverage, features=(entering if by_entering else features)[None], exponent=exponent
+    compared = entering if by_entering else features
+    expected = choose_rows(scores[None], 9, coverage, features=compared[None], exponent=exponent)
+    assert found == expected[0].tolist()
+    without = chosen(plan, layout, features, received=ranks)
+    assert (
+        without
+        == choose_rows(scores[None], 9, coverage, features=features[None], exponent=exponent)[0].tolist()
     )
-    assert found is not None
-    assert found.tolist() == expected[0].tolist()
-    if not by_entering:
-        assert torch.equal(found, choose(plan, layout, Encoded(features, ranks)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("coverage", "choose_rows"), [("anchors", with_neighbours), ("windows", by_windows)])
-def test_coverages_by_two_layers(coverage: Coverage, choose_rows: Any) -> None:
+@pytest.mark.parametrize(
+    ("coverage", "choose_by_two"), [("anchors", with_neighbours), ("windows", by_windows)]
+)
+def test_coverages_by_two_layers(coverage: Coverage, choose_by_two: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     last, earlier = torch.rand(96, generator=generator), torch.rand(96, generator=generator)
     plan = Plan(60, "received", coverage, "kept", 0)
-    assert plan.earlier in ("middle_received", "early_received")
-    found = choose(plan, layout_of_grid((8, 12)), Encoded(torch.zeros(96, 1), last, None, earlier))
-    assert found is not None
-    assert found.tolist() == choose_rows(last[None], earlier[None], 60, (8, 12))[0].tolist()
-    assert found.tolist() != choose_rows(last[None], last[None], 60, (8, 12))[0].tolist()
+    name = {"anchors": "middle_received", "windows": "early_received"}[coverage]
+    found = chosen(plan, layout_of_grid((8, 12)), received=last, **{name: earlier})
+    assert found == choose_by_two(last[None], earlier[None], 60, (8, 12))[0].tolist()
+    assert found != choose_by_two(last[None], last[None], 60, (8, 12))[0].tolist()
 
 
 def test_tokens_of_tiles_are_compared_with_those_of_their_view() -> None:
@@ -368,20 +383,41 @@ def test_tokens_of_tiles_are_compared_with_those_of_their_view() -> None:
     # Rows of the tower, of which those of the tiles are put together.
     entering, ranks = torch.randn(12, 5, generator=generator), torch.rand(12, generator=generator)
     features = torch.randn(14, 4, generator=generator)
-    found = choose(
-        Plan(8, "received", "coverage_gain", "kept", 0), layout, Encoded(features, ranks, entering)
-    )
+    by_gain = Plan(8, "received", "coverage_gain", "kept", 0)
     expected = [8, 13]
     for view, keep in zip(layout.views, (2, 4), strict=True):
         rows = torch.from_numpy(view.features)
         best = choose_rows(ranks[rows][None], keep, "coverage_gain", features=entering[rows][None])
         expected += view.numbers[best[0].numpy()].tolist()
-    assert found is not None
-    assert found.tolist() == sorted(expected)
+    assert chosen(by_gain, layout, features, received=ranks, entering=entering) == sorted(expected)
     # Where nothing ranks them by their places, all are compared, newlines among them.
-    everywhere = choose(Plan(8, "random", "max_min", "kept", 0), layout, Encoded(features, None, None))
-    assert everywhere is not None
-    assert (
-        everywhere.tolist()
-        == choose_rows(ranks.new_zeros(1, 14), 8, "max_min", features=features[None])[0].tolist()
+    everywhere = choose_rows(ranks.new_zeros(1, 14), 8, "max_min", features=features[None])[0].tolist()
+    assert chosen(Plan(8, "random", "max_min", "kept", 0), layout, features) == everywhere
+
+
+# --------------------------------------------------------------------------------------------- merging
+@pytest.mark.parametrize("has_projector", [True, False])
+def test_tokens_that_are_merged(has_projector: bool) -> None:
+    """As they enter the projector, where there is one, and it then maps what they make."""
+    generator = torch.Generator().manual_seed(6)
+    layout, projector = layout_of_grid((4, 6)), nn.Linear(7, 5)
+    entering, keys = torch.randn(24, 7, generator=generator), torch.randn(24, 8, generator=generator)
+    score = torch.rand(24, generator=generator)
+    features = projector(entering).detach()
+    plan = Plan(10, "received", "topk", "kept", 0, merge="contextual")
+    recorded = {"received": score, "keys": keys}
+    if has_projector:
+        recorded["features"] = entering
+    with torch.no_grad():
+        index, kept = prune(plan, layout, Encoded(features, TowerOutput(**recorded, projector=projector)))
+    dominant = score.topk(8).indices.sort().values  # of 10, two are contextual
+    merged = contextual_of_rest(
+        (entering if has_projector else features)[None], keys[None], dominant[None], 2
     )
+    changed = projector(merged.features[0]).detach() if has_projector else merged.features[0]
+    assert index is not None
+    assert index.tolist() == sorted([*dominant.tolist(), *merged.index[0].tolist()])
+    expected = features.clone()
+    expected[merged.index[0]] = changed
+    torch.testing.assert_close(kept, expected[index], rtol=TOLERANCE, atol=TOLERANCE)
+    assert not torch.equal(kept, features[index])
