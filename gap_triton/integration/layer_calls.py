@@ -87,7 +87,9 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
         BASE: base,
     }
     made = type(base)(base.__name__, (base,), body)
-    if "forward" in vars(made):  # transformers wraps the forward of each new class of layers, and this one has none
+    if "forward" in vars(
+        made
+    ):  # transformers wraps the forward of each new class of layers, and this one has none
         del made.forward
     return made
 

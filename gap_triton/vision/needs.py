@@ -40,8 +40,11 @@ def compares_entering(stage: Stage) -> bool:
 def needs_of(config: GapConfig) -> Needs:
     """Return what must be recorded of the vision encoder for ``config``; empty where that is nothing."""
     stage: Stage = config.stages[0]
-    if stage.layer != BEFORE_THE_DECODER:
-        return frozenset()
+    return needs_of_stage(stage) if stage.layer == BEFORE_THE_DECODER else frozenset()
+
+
+def needs_of_stage(stage: Stage) -> Needs:
+    """Return what must be recorded of the vision encoder for a ``stage`` before the decoder."""
     of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
     of_coverage: Needs = frozenset({"features"}) if compares_entering(stage) else frozenset()
     if (stage.coverage, stage.score) in EARLIER_SCORES:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from gap_kernels import collect_nearest, merge_nearest, text_cosine, topk_indices
 from torch import Tensor
@@ -46,7 +45,7 @@ from ..strategies.without_filler import (
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
-from .layout import Layout, View, layout_of
+from .layout import Layout, layout_of, layout_without_grid
 from .needs import EARLIER_SCORES, MERGE_NEEDS, compares_entering
 from .places import Group, Places
 
@@ -111,13 +110,13 @@ def select_before_decoder(
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
     beside = _beside(prompt, stage, places, tower, kwargs)
-    ranks, merged = _choose(places, scores, budget, stage, merging, beside)
+    ranks, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
-        kwargs = {**kwargs, "inputs_embeds": _with_merged(merging, kwargs["inputs_embeds"], merged)}
+        kwargs = {**kwargs, "inputs_embeds": with_merged(merging, kwargs["inputs_embeds"], merged)}
     return VisionSelection(reported, ranks, tuple(keep)), kwargs
 
 
-def _choose(
+def choose_and_merge(
     places: Places,
     scores: Tensor,
     budget: Budget,
@@ -125,9 +124,18 @@ def _choose(
     merging: Merging | None,
     beside: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """Ranks as in `VisionSelection`, given ``scores`` [B, V]; and slots and embeddings of the tokens that change.
+    """Return what survives, and what changes of it.
 
-    ``beside`` [B * V, ...] is what the coverage looks at beside scores, None where that is nothing.
+    Args:
+        places: Where the tokens stand.
+        scores: [B, V] float32.
+        budget: How many survive of each view.
+        stage: How they are chosen.
+        merging: How the others are merged into them; None = not at all.
+        beside: [B * V, ...], what the coverage looks at beside scores; None = nothing.
+
+    Returns:
+        Ranks [B, V] float32 as in `VisionSelection`, None = ``scores``. And of the tokens that change, group by group, slots [G, K] and embeddings [G, K, C].
     """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
@@ -154,8 +162,8 @@ def _choose(
     return places.stays(budget) if ranks is None and not are_best else ranks, merged
 
 
-def _with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
+def with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return a copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
     embeds = embeds.clone()
     rows = embeds.view(-1, embeds.shape[2])
     for slots, features in merged:
@@ -198,12 +206,7 @@ def _layout(state: ForwardState, prompt: Prompt, stage: Stage) -> Layout:
             recorded=None if state.recorder is None else state.recorder.encoded,
             layouts=layouts,
         )
-    return layouts.get(("no grid", counts), None, lambda: _without_grid(counts))
-
-
-def _without_grid(counts: tuple[int, ...]) -> Layout:
-    numbers = [np.arange(count) for count in counts]
-    return Layout(counts, tuple(View(b, b, n, (1, len(n)), n) for b, n in enumerate(numbers) if len(n)))
+    return layouts.get(("no grid", counts), None, lambda: layout_without_grid(counts))
 
 
 def _scores(

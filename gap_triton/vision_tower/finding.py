@@ -185,8 +185,8 @@ def find_tower(owner: PreTrainedModel) -> Tower:
         layers=tuple(layers),
         attention=_attention_of(layers[max(index for index in seeing if index <= last)])[0],
         earlier={
-            name: _attention_of(layers[_nearest(seeing, share * len(layers) - 1)])[0]
-            for name, share in EARLIER.items()
+            name: _attention_of(layers[index])[0]
+            for name, index in earlier_layers(seeing, len(layers)).items()
         },
         projector=_projector_of(owner),
         has_cls=has_cls,
@@ -331,9 +331,15 @@ def _attention_of(layer: nn.Module) -> list[nn.Module]:
 
 def _seeing_layers(module: PreTrainedModel, layers: nn.ModuleList) -> list[int]:
     """The layers whose attention sees the whole image: others attend within windows, or to nothing (LFM3-VL)."""
-    full = getattr(module.config, "fullatt_block_indexes", None)
-    attends = [index for index, layer in enumerate(layers) if _attention_of(layer)]
-    return attends if full is None else [index for index in attends if index in full]
+    return [
+        index for index in layers_without_windows(module.config, len(layers)) if _attention_of(layers[index])
+    ]
+
+
+def layers_without_windows(config: Any, layers: int) -> list[int]:
+    """Return those of a tower's ``layers`` that do not attend within windows, by its ``config``."""
+    full = getattr(config, "fullatt_block_indexes", None)
+    return [index for index in range(layers) if full is None or index in full]
 
 
 def _feature_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
@@ -346,8 +352,20 @@ def _feature_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
+def earlier_layers(seeing: Sequence[int], layers: int) -> dict[str, int]:
+    """Return the layers before the scoring one that may score too, by the names of `EARLIER`.
+
+    Each is the last of the first share of all layers, or the layer nearest to it that sees the whole image; of two that are
+    equally near, the later one.
+
+    Args:
+        seeing: Layers whose attention sees the whole image, at least one.
+        layers: How many layers the tower has.
+    """
+    return {name: _nearest(seeing, share * layers - 1) for name, share in EARLIER.items()}
+
+
 def _nearest(layers: Sequence[int], place: float) -> int:
-    """That of ``layers`` which is nearest to ``place``; of two that are equally near, the later one."""
     return min(layers, key=lambda index: (abs(index - place), -index))
 
 
