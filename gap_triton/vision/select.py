@@ -135,7 +135,8 @@ def choose_and_merge(
         beside: [B * V, ...], what the coverage looks at beside scores; None = nothing.
 
     Returns:
-        Ranks [B, V] float32 as in `VisionSelection`, None = ``scores``. And of the tokens that change, group by group, slots [G, K] and embeddings [G, K, C].
+        Ranks [B, V] float32 as in `VisionSelection`, None = ``scores``. And of the tokens that change, group by
+        group, slots [G, K] and embeddings [G, K, C].
     """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
