@@ -325,6 +325,8 @@ def _unsafe_before(text: PreTrainedModel) -> str | None:
         ]
         if biased and "relative_distance" not in _parameters(layer):
             return f"{_more_than_dense(biased[0])}; it may count places in a cache and not position ids"
+    if "image_embeds" in _parameters(text):
+        return f"{UNSAFE_PARAMETERS['image_embeds']} ('image_embeds' of {type(text).__name__}.forward)"
     known = LAYER_PARAMETERS | MORE_LAYER_PARAMETERS
     return _unknown_parameters(text.layers[0], known) or _unknown_parameters(text, DECODER_PARAMETERS_BEFORE)
 
@@ -439,8 +441,6 @@ def _unknown(module: nn.Module, known: frozenset[str]) -> list[str]:
 
 def _unknown_parameters(module: nn.Module, known: frozenset[str]) -> str | None:
     unknown = _unknown(module, known)
-    if "image_embeds" in unknown:
-        return f"{UNSAFE_PARAMETERS['image_embeds']} ('image_embeds' of {type(module).__name__}.forward)"
     if unknown:
         names = ", ".join(map(repr, unknown))
         return f"{type(module).__name__}.forward takes {names}, which may belong to tokens that get dropped"

@@ -93,7 +93,7 @@ REFUSED = {
     "idefics": CROSS_ATTENTION,
     "instructblip": NO_STACK,
     "instructblipvideo": NO_STACK,
-    "kosmos-2": "encoder_hidden_states|found no",
+    "kosmos-2": "puts image features in by itself|found no",
     "kosmos-2.5": "puts image features in by itself|found no",
     "mllama": CROSS_ATTENTION,
     "pi0": SECOND,

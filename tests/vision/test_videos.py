@@ -45,36 +45,33 @@ def views_of(told: Tensor, samples: tuple[tuple[Picture, ...], ...]) -> list[lis
     return found
 
 
-@pytest.mark.parametrize("score", ["received", "key_norm"])
 @pytest.mark.parametrize(("name", "samples"), CASES, ids=IDS)
-def test_frames_are_ranked_by_the_tower(
-    name: str, samples: tuple[tuple[Picture, ...], ...], score: str
-) -> None:
+def test_frames_are_ranked_by_the_tower(name: str, samples: tuple[tuple[Picture, ...], ...]) -> None:
     model, reference = grid_model(name), grid_model(name)
     inputs = grid_prompt(model, samples)
-    expected = views_of(told_by_eager(reference, inputs)[score], samples)
+    told = told_by_eager(reference, inputs)
     visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-    with gap_triton.pruning(model, GapConfig(0.4, -1, score)), torch.no_grad():
-        model(**inputs)
-        selection = gap_triton.last_selection(model)
-        output = generate(model, inputs, tokens=3)
-        again = gap_triton.last_selection(model)
-    # As `generate` encodes them ahead of the forward, which gets no pixels.
-    assert torch.equal(again.index, selection.index)
-    stays = stays_of(selection, inputs["attention_mask"])
-    for sample, views in enumerate(expected):
-        rows = visual[sample].nonzero()[:, 0]
-        score_by_token = torch.cat(views)
-        torch.testing.assert_close(selection.score[sample, : len(rows)], score_by_token, rtol=1e-4, atol=1e-6)
-        assert int(stays[sample, rows].sum()) == -(-2 * len(rows) // 5)
-        for scores, kept in zip(views, stays[sample, rows].split([len(view) for view in views]), strict=True):
-            assert 0 < int(kept.sum()) < len(kept)
-            assert float(scores[kept].min()) > float(scores[~kept].max())
+    for score in ("key_norm", "received"):
+        with gap_triton.pruning(model, GapConfig(0.4, -1, score)), torch.no_grad():
+            model(**inputs)
+            selection = gap_triton.last_selection(model)
+            output = generate(model, inputs, tokens=3)
+            again = gap_triton.last_selection(model)
+        # `generate` encodes them ahead of the forward, which gets no pixels.
+        assert torch.equal(again.index, selection.index)
+        stays = stays_of(selection, inputs["attention_mask"])
+        for sample, views in enumerate(views_of(told[score], samples)):
+            rows, by_token = visual[sample].nonzero()[:, 0], torch.cat(views)
+            torch.testing.assert_close(selection.score[sample, : len(rows)], by_token, rtol=1e-4, atol=1e-6)
+            assert int(stays[sample, rows].sum()) == -(-2 * len(rows) // 5)
+            kept_by_view = stays[sample, rows].split([len(view) for view in views])
+            for scores, kept in zip(views, kept_by_view, strict=True):
+                assert 0 < int(kept.sum()) < len(kept)
+                assert float(scores[kept].min()) > float(scores[~kept].max())
+    # And by the last of them nothing else is gone.
     if name in model_types.NOT_PLAIN:
-        assert (
-            difference(output, expected_of(reference, inputs, output.sequences, stays, features=False))
-            <= TOLERANCE
-        )
+        expected = expected_of(reference, inputs, output.sequences, stays, features=False)
+        assert difference(output, expected) <= TOLERANCE
         return
     core_of(reference)[1].set_attn_implementation(ORACLE)
     with MaskingOracle(reference, -1, 0.4, chosen=inputs["attention_mask"].bool() & ~stays):
