@@ -115,7 +115,7 @@ def serving_table(results: dict[str, Any]) -> tuple[str, str]:
     for row in results["matrix"]:
         model, engine = row["model"], row["engine"]
         if model not in trained:
-            model, engine = trained[1], model
+            model, engine = trained[1], model if engine == "one process" else f"{model}, {engine}"
         accuracy = f" ({row['accuracy']:.3f})" if "accuracy" in row else ""
         cell = f"{row['same']} / {row['requests']}{accuracy}"
         cells.setdefault((engine, row["what"]), {})[model] = cell

@@ -63,10 +63,6 @@ UNSAFE_LAYER_TYPES = {
 HYBRID = ("hybrid", "hybrid_sliding")
 # Releases before 5 keep recurrent states and convolutions in caches of their own, which don't tell what each layer holds.
 STATES_IN_CACHE = hasattr(cache_utils, "LinearAttentionLayer")
-# Kinds of layers that can't even be handed the survivors alone, and why.
-UNSAFE_BEFORE = {
-    "minimax_m3_sparse": "compares position ids with places in its cache, which are not the same once tokens are missing",
-}
 PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
 UNSAFE_PARAMETERS = {
     "shared_kv_states": "some layers may attend to keys and values of an earlier layer, which holds other tokens once some "
@@ -321,8 +317,6 @@ def _unsafe_before(text: PreTrainedModel) -> str | None:
         kind = layer_type(text.config, index)
         if kind in (*RECURRENT, *HYBRID) and not STATES_IN_CACHE:
             return f"decoder layer {index} is {kind!r}: this release of transformers keeps its state in a cache of its own"
-        if kind in UNSAFE_BEFORE:
-            return f"decoder layer {index} is {kind!r}: it {UNSAFE_BEFORE[kind]}"
         if kind not in SAFE_LAYER_TYPES and kind not in UNSAFE_LAYER_TYPES:
             return f"decoder layer {index} is {kind!r}: it is none of those known to be safe"
     for layer in map(_inner_module, text.layers):

@@ -25,10 +25,12 @@ from ..vision_tower.finding import (
     patch_size_of,
     pooling_of,
     resamples,
+    side_of,
 )
 from ..vision_tower.sizes import GRID_FIELDS, POSITIONS, SHAPES, SIZE_FIELDS, host_sizes
+from .pictures import INTERPOLATED, Grid, Picture, numbered, numbered_newline, picture_of
 
-NEWLINE = -1.0
+MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size")
 OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio")  # of `pack_image_features`
 TENSORS = 16
 """How many index tensors, or groups of them, stay in memory for each layout."""
@@ -83,23 +85,6 @@ class Layout:
         for view in self.views:
             unplaced[view.sample, view.numbers] = False
         return unplaced
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """A grid among the tokens of one image: its size, and by cell the number of its token in the image and its feature."""
-
-    size: tuple[int, int]
-    index: np.ndarray
-    features: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """One image or video: how many tokens of the prompt it takes, and the grids among them."""
-
-    tokens: int
-    grids: tuple[_Grid, ...]
 
 
 def layout_of(
@@ -180,10 +165,10 @@ class _Rows:
 
 # --------------------------------------------------------------------------------------------- placing
 def _place(
-    pictures: dict[str, list[_Picture]], kinds: list[dict[str, np.ndarray]], copies: int
+    pictures: dict[str, list[Picture]], kinds: list[dict[str, np.ndarray]], copies: int
 ) -> Iterator[View]:
     """Assign the tokens of the samples to the pictures, both in order; each ``copies`` samples share their pictures."""
-    pieces: list[tuple[int, int, _Picture, np.ndarray]] = []  # sample, first token, picture, tokens
+    pieces: list[tuple[int, int, Picture, np.ndarray]] = []  # sample, first token, picture, tokens
     for kind, queue in pictures.items():
         cursor = 0
         for first in range(0, len(kinds), copies):
@@ -268,7 +253,7 @@ def _videos(
 
 
 def _kinds(
-    pictures: dict[str, list[_Picture]], counts: Sequence[int], videos: tuple[bytes, ...] | None
+    pictures: dict[str, list[Picture]], counts: Sequence[int], videos: tuple[bytes, ...] | None
 ) -> list[dict[str, np.ndarray]]:
     """The visual tokens of each sample, by their number, of images and of videos."""
     if videos is None:
@@ -281,7 +266,7 @@ def _kinds(
 # --------------------------------------------------------------------------------------------- sizes
 def _pictures(
     owner: PreTrainedModel, arguments: dict[str, Any], rows: _Rows, copies: int
-) -> dict[str, list[_Picture]]:
+) -> dict[str, list[Picture]]:
     """All images and videos of a prompt, in the order of their features."""
     pictures = _by_the_model(owner, arguments)
     visual_grid = arguments.get(VISUAL_GRID)
@@ -308,7 +293,7 @@ def _pictures(
     return _by_grids({"image": [(1, height, width) for height, width in grids]}, 1)
 
 
-def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[_Picture]] | None:
+def _by_the_model(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, list[Picture]] | None:
     """The images and videos of a prompt where the model gets, or sets, the size of each; else None."""
     grids = {kind: arguments[name] for kind, name in GRID_FIELDS.items() if arguments.get(name) is not None}
     if grids:
@@ -401,9 +386,9 @@ def _has_learned(tower: nn.Module, cells: int) -> bool:
     return len(strided) == 1 and any(cells in shape or cells + 1 in shape for shape in shapes)
 
 
-def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -> dict[str, list[_Picture]]:
+def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -> dict[str, list[Picture]]:
     """Pictures of given sizes (frames, rows and columns of patches); squares become a token, and each frame a grid."""
-    pictures: dict[str, list[_Picture]] = {}
+    pictures: dict[str, list[Picture]] = {}
     feature = 0
     for kind, sizes in grids.items():
         pictures[kind] = []
@@ -411,8 +396,8 @@ def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -
             size = (height // merge, width // merge)
             cells = np.arange(size[0] * size[1])
             starts = [frame * len(cells) for frame in range(frames)]
-            views = tuple(_Grid(size, cells + start, cells + start + feature) for start in starts)
-            pictures[kind].append(_Picture(frames * len(cells), views))
+            views = tuple(Grid(size, cells + start, cells + start + feature) for start in starts)
+            pictures[kind].append(Picture(frames * len(cells), views))
             feature += frames * len(cells)
     return pictures
 
@@ -420,18 +405,17 @@ def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -
 def _merge_size(owner: PreTrainedModel) -> int:
     config = owner.config
     configs = (getattr(config, "vision_config", None), config)
-    merge = next(
-        (m for each in configs if (m := getattr(each, "spatial_merge_size", None)) is not None), None
-    )
+    sides = (side_of(getattr(each, name, None)) for name in MERGE_FIELDS for each in configs)
+    merge = next(filter(None, sides), None)
     if merge is None:
         raise ValueError(
-            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
-            f"not known: {ALTERNATIVE}"
+            f"the config of {type(owner).__name__} has no {' or '.join(MERGE_FIELDS)}, so how many patches make one visual "
+            f"token is not known: {ALTERNATIVE}"
         )
-    return int(merge)
+    return merge
 
 
-def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]:
+def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[Picture]:
     """Overview, then tiles joined and cropped, with a newline after each row: LLaVA-NeXT and similar.
 
     The model's own method runs on the numbers of the feature rows instead of the features.
@@ -445,17 +429,42 @@ def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[_Picture]
     sizes = torch.tensor(sizes)
     side = _tower_side(owner)
     tiles = _tiles(owner, arguments, sizes)
-    numbers = torch.arange(sum(tiles) * side * side, dtype=torch.float64).unflatten(0, (-1, side * side))
-    # Beside each number its square: an average of several numbers is not one of them, even where it is an integer.
-    features = torch.stack([numbers, numbers.square()], dim=-1).split(tiles)  # each [tiles, N, 2]
     packed, _ = owner.pack_image_features(
-        features,
+        numbered(sum(tiles), side).split(tiles),
         sizes,
-        image_newline=torch.tensor([NEWLINE, NEWLINE**2], dtype=torch.float64),
+        image_newline=numbered_newline(),
         **_options(owner, arguments),
     )
-    arrays = (image.numpy() for image in packed)
-    return [_picture_of(image[:, 0], image[:, 1], side) for image in arrays]
+    pictures = [picture_of(image, side) for image in packed]
+    known = [picture for picture in pictures if picture is not None]
+    if len(known) < len(pictures):
+        raise ValueError(f"{INTERPOLATED}: pass a smaller image, or {ALTERNATIVE}")
+    return known
+
+
+def layout_of_packed(packed: Tensor, side: int) -> Layout | None:
+    """Return the layout of one image in one sample, from what a model packs of `numbered` tiles: [N, 2] float64.
+
+    None where the model has interpolated between features, so that its tokens are none of them.
+    """
+    picture = picture_of(packed, side)
+    if picture is None:
+        return None
+    views = (View(0, 0, grid.index, grid.size, grid.features) for grid in picture.grids)
+    return Layout((picture.tokens,), tuple(views))
+
+
+def layout_of_grid(grid: tuple[int, int]) -> Layout:
+    """Return the layout of one image in one sample, whose tokens are those of one grid."""
+    index = np.arange(grid[0] * grid[1])
+    return Layout((len(index),), (View(0, 0, index, grid, index),))
+
+
+def layout_without_grid(counts: Sequence[int]) -> Layout:
+    """Return a layout of so many tokens in each sample, in a row each: where nothing depends on where they stand."""
+    numbers = [np.arange(count) for count in counts]
+    views = (View(b, b, n, (1, len(n)), n) for b, n in enumerate(numbers) if len(n))
+    return Layout(tuple(counts), tuple(views))
 
 
 def _options(owner: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -477,21 +486,6 @@ def _tiles(owner: PreTrainedModel, arguments: dict[str, Any], sizes: Tensor) -> 
         is_single = [count == 1 for count in images for _ in range(count)]
         tiles = [count if single else 1 for count, single in zip(tiles, is_single, strict=True)]
     return tiles
-
-
-def _picture_of(numbers: np.ndarray, squares: np.ndarray, side: int) -> _Picture:
-    if not np.array_equal(np.square(numbers), squares):
-        raise ValueError(
-            "an image is larger than the model takes, so that it interpolates between the vision tower's features, and its "
-            f"visual tokens are not those of the tower: pass a smaller image, or {ALTERNATIVE}"
-        )
-    features = numbers.round().astype(np.int64)
-    grids = [_Grid((side, side), np.arange(side * side), features[: side * side])]
-    details = features[side * side :]
-    newlines, index = np.flatnonzero(details == NEWLINE), np.flatnonzero(details != NEWLINE)
-    if len(index):
-        grids.append(_Grid((len(newlines), len(index) // len(newlines)), index + side * side, details[index]))
-    return _Picture(len(features), tuple(grids))
 
 
 def _tower_side(owner: PreTrainedModel) -> int:

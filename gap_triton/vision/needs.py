@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ..attachment import Attachment
+from ..attachment import Attachment, encoder_of
 from ..calls import current_config
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
 from ..state import ForwardState
@@ -40,8 +40,11 @@ def compares_entering(stage: Stage) -> bool:
 def needs_of(config: GapConfig) -> Needs:
     """Return what must be recorded of the vision encoder for ``config``; empty where that is nothing."""
     stage: Stage = config.stages[0]
-    if stage.layer != BEFORE_THE_DECODER:
-        return frozenset()
+    return needs_of_stage(stage) if stage.layer == BEFORE_THE_DECODER else frozenset()
+
+
+def needs_of_stage(stage: Stage) -> Needs:
+    """Return what must be recorded of the vision encoder for a ``stage`` before the decoder."""
     of_score = frozenset(need for need in TOWER_SCORES if need == stage.score)
     of_coverage: Needs = frozenset({"features"}) if compares_entering(stage) else frozenset()
     if (stage.coverage, stage.score) in EARLIER_SCORES:
@@ -55,7 +58,8 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     Raises:
         ValueError: There is no vision encoder that could give it; the message has what can be done instead.
     """
-    if attachment.tower is not None and not attachment.tower.is_current():
+    encoder, tower = encoder_of(attachment.owner), attachment.tower
+    if tower is not None and (tower.owner is not encoder or not tower.is_current()):
         for handle in reversed(attachment.tower_handles):
             handle.remove()
         attachment.tower, attachment.tower_handles, attachment.records_sizes = None, [], False
@@ -66,7 +70,7 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     attachment.layouts.clear()
     if not needs_of(config):
         return
-    tower = attachment.tower or find_tower(attachment.owner)
+    tower = attachment.tower or find_tower(encoder)
     check_needs(tower, _needs_from(tower, config))
     if attachment.tower is None:
         attachment.tower = tower

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
-from .choose import choose
-from .layouts import Grid, Layout, chunks
+from ..vision.layout import Layout
+from ..vision.needs import needs_of_stage
+from ..vision_tower import TowerOutput
+from .choose import Encoded, choose, prune
+from .layouts import Family, chunks
 from .options import options_of
 from .pipeline import IDS, send_ids
 from .plan import FIELD, Plan, plans_of
@@ -24,7 +29,6 @@ from .runner import let_the_runner_ask
 from .scores import TowerScores
 
 logger = init_logger(f"vllm.{__name__}")
-TOWER_SCORES = frozenset({"cls", "received", "key_norm"})
 
 
 class GapModel:
@@ -35,15 +39,18 @@ class GapModel:
 
     supports_mrope = True  # what vLLM calls position ids that a model computes
     supports_multimodal_pruning = True
-    gap_layout: Layout
+    gap_family: Family
 
-    def start_pruning(self, vllm_config: VllmConfig, layout: Layout, attention: nn.Module | None) -> None:
+    def start_pruning(
+        self, vllm_config: VllmConfig, family: Family, attentions: Mapping[str, nn.Module]
+    ) -> None:
         """Prepare the model.
 
         Args:
             vllm_config: The engine's.
-            layout: How this family lays out its images.
-            attention: The scoring layer of the vision tower.
+            family: How it lays out its images.
+            attentions: Of the layers of the vision tower that may score, as `TowerScores` takes them; none where this rank
+                of a pipeline has no tower.
 
         Raises:
             ValueError: The options don't go with this model or this engine.
@@ -55,14 +62,19 @@ class GapModel:
                 f"hf_overrides['gap']: block={options.block} is no multiple of {block}, the tokens of a block of this "
                 "engine's KV cache (--block-size), so an image would not end where a block does"
             )
-        self.gap_layout = layout
+        self.gap_family = family
         self._gap_most = vllm_config.scheduler_config.max_num_encoder_input_tokens
         let_the_runner_ask(vllm_config)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             send_ids(self)
         # Every rank of a pipeline has a tower, and profiles memory with it; the first alone encodes what is asked about.
         ranks, total = get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
-        self._gap_scores = None if attention is None else TowerScores(attention, layout.leading, ranks, total)
+        whole = tensor_model_parallel_all_gather
+        projector = getattr(self, "multi_modal_projector", None)
+        self._gap_scores = (
+            TowerScores(attentions, family.leading, ranks, total, whole, projector) if attentions else None
+        )
+        self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)
 
     # ------------------------------------------------------------------------------------------- encoding
@@ -72,32 +84,40 @@ class GapModel:
         if rows is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         plans = plans_of(rows)
-        grids = self.gap_layout.grids(kwargs, len(plans))
+        layouts = self.gap_family.layouts(kwargs, len(plans))
         survivors: list[Tensor] = []
         # The scheduler counts survivors, so it may send more images at once than memory was profiled with.
-        for first, after in chunks(grids, self._gap_most):
-            fields = self.gap_layout.part(kwargs, first, after)
-            survivors += self._encode(fields, plans[first:after], grids[first:after])
+        for first, after in chunks(layouts, self._gap_most):
+            fields = self.gap_family.part(kwargs, first, after)
+            survivors += self._encode(fields, plans[first:after], layouts[first:after])
         return tuple(survivors)
 
-    def _encode(self, fields: dict[str, Any], plans: Sequence[Plan], grids: Sequence[Grid]) -> list[Tensor]:
-        needs = {plan.score for plan, grid in zip(plans, grids, strict=True) if plan.kept < grid[0] * grid[1]}
+    def _encode(
+        self, fields: dict[str, Any], plans: Sequence[Plan], layouts: Sequence[Layout]
+    ) -> list[Tensor]:
+        pruned = [plan for plan, layout in zip(plans, layouts, strict=True) if plan.kept < layout.counts[0]]
+        needs = {need for plan in pruned for need in needs_of_stage(plan.stage)}
         assert self._gap_scores is not None  # a model without its tower encodes nothing
-        with self._gap_scores.record(needs & TOWER_SCORES) as recorded:
+        with self._gap_scores.record(needs) as recorded:
             features = super().embed_multimodal(**fields)  # type: ignore[misc]
-            scores = {name: self.gap_layout.to_features(rows, grids) for name, rows in recorded.items()}
-        survivors, start = [], 0
-        for plan, grid, rows in zip(plans, grids, features, strict=True):
-            after = start + grid[0] * grid[1]
-            if len(rows) != after - start:
-                raise ValueError(f"an image of {grid[0]} x {grid[1]} tokens became {len(rows)} rows")
-            score = scores.get(plan.score)
-            index = choose(plan, grid, None if score is None else score[start:after], rows.device)
-            offsets = self.gap_layout.offsets(grid).to(rows.device)
+            by_name = {
+                name: self.gap_family.by_image(rows, fields, layouts) for name, rows in recorded.items()
+            }
+        survivors, projector = [], getattr(self, "multi_modal_projector", None)
+        for image, (plan, layout, rows) in enumerate(zip(plans, layouts, features, strict=True)):
+            (tokens,) = layout.counts
+            if len(rows) != tokens:
+                raise ValueError(f"an image of {tokens} tokens became {len(rows)} rows")
+            recorded_of = {name: rows_of[image] for name, rows_of in by_name.items()}
+            tower = TowerOutput(**recorded_of, projector=projector)
+            # Behind them may be what later layers of the decoder get (deepstack).
+            own, behind = rows.split([self._gap_channels, rows.shape[1] - self._gap_channels], dim=1)
+            index, own = prune(plan, layout, Encoded(own, tower))
+            offsets = self.gap_family.offsets(layout).to(rows.device)
             if index is not None:
-                rows, offsets = rows[index], offsets[:, index]
+                behind, offsets = behind[index], offsets[:, index]
+            rows = torch.cat([own, behind], dim=1) if behind.shape[1] else own
             survivors.append(with_offsets(rows, offsets))
-            start = after
         return survivors
 
     # ------------------------------------------------------------------------------------------- ids
@@ -109,14 +129,11 @@ class GapModel:
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
             fields = {name: element.data for name, element in feature.data.items()}
             (plan,) = plans_of(fields.pop(FIELD))
-            (grid,) = self.gap_layout.grids(fields, 1)
+            (layout,) = self.gap_family.layouts(fields, 1)
             place = feature.mm_position
-            known = choose(plan, grid)
-            images.append(
-                PlacedImage(
-                    place.offset, place.length, self.gap_layout.offsets(grid), known, plan.ids == "compacted"
-                )
-            )
+            known = choose(plan, layout)
+            offsets = self.gap_family.offsets(layout)
+            images.append(PlacedImage(place.offset, place.length, offsets, known, plan.ids == "compacted"))
         return prompt_positions(len(input_tokens), images)
 
     def recompute_mrope_positions(
@@ -130,7 +147,7 @@ class GapModel:
         return after_encoding(
             mrope_positions,
             input_ids,
-            self.gap_layout.placeholders,
+            self.gap_family.placeholders,
             multimodal_embeddings,
             num_computed_tokens,
         )
@@ -147,7 +164,7 @@ class GapModel:
         """Run the decoder, which may have one axis of ids; to a later rank of a pipeline they come with hidden states."""
         if intermediate_tensors is not None and IDS in intermediate_tensors.tensors:
             positions = intermediate_tensors[IDS].T.contiguous()
-        axes = positions if self.gap_layout.axes == positions.shape[0] else positions[0]
+        axes = positions if self.gap_family.axes == positions.shape[0] else positions[0]
         output = super().forward(input_ids, axes, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         if isinstance(output, IntermediateTensors):
             output.tensors[IDS] = positions.T.contiguous()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
-from ..config import BEFORE_THE_DECODER, GapConfig, Ids, needs_text
+from ..config import BEFORE_THE_DECODER, GapConfig, Ids, Merge, needs_text
 from ..plain import is_int, plain, shown
 from ..strategies import Coverage
 
 PREFIX = "gap_"
 """What the options of a request begin with, among the ``mm_processor_kwargs``."""
-FIELDS = ("keep", "score", "coverage", "ids", "seed")
-COVERAGES: tuple[Coverage, ...] = ("topk", "region", "stride")
+FIELDS = ("keep", "score", "coverage", "ids", "seed", "exponent", "merge")
+COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
+MERGES: tuple[Merge, ...] = ("none", "contextual", "nearest", "average", "cluster")
 IDS: tuple[Ids, ...] = ("kept", "compacted")
 OPTIONS = (*FIELDS, "preset", "block", "before")
 SCORE = "received"  # any tower has it
@@ -56,7 +57,9 @@ class Options:
         }
 
     def __str__(self) -> str:
-        values = [f"{name}={getattr(self.config, name)!r}" for name in FIELDS]
+        usual = {"exponent": 1.0, "merge": "none"}
+        all_values = {name: getattr(self.config, name) for name in FIELDS}
+        values = [f"{name}={value!r}" for name, value in all_values.items() if usual.get(name) != value]
         values += [f"block={self.block}, before={self.before}"] if self.block else []
         return ", ".join(values)
 
@@ -122,12 +125,10 @@ def refuse(config: GapConfig) -> None:
             f"score={config.score!r}",
             "what is kept of an image is cached by the image, and would depend on the question",
         )
-    elif config.merge != "none":
-        reason = f"merge={config.merge!r}", "merging has not been built for an engine"
-    elif config.coverage not in COVERAGES:
+    elif config.merge not in MERGES:
         reason = (
-            f"coverage={config.coverage!r}",
-            "choosing by features, or by two layers of the encoder, has not been built for an engine",
+            f"merge={config.merge!r}",
+            "merging by the hidden states of several layers has not been built for an engine",
         )
     elif config.ids not in IDS:
         reason = (

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import VISION_SCORES, Ids
+from ..config import BEFORE_THE_DECODER, VISION_SCORES, Ids, Merge, Stage
 from ..strategies import Coverage
-from .options import COVERAGES, IDS, Options
+from ..strategies.by_features import BY_FEATURES
+from .options import COVERAGES, IDS, MERGES, Options
 
 FIELD = "gap_plan"
-"""Name of the multimodal field: [images, 5] int64."""
+"""Name of the multimodal field: [images, 7] int64."""
 
 
 class Plan(NamedTuple):
@@ -25,6 +27,8 @@ class Plan(NamedTuple):
         coverage: One of `COVERAGES`.
         ids: One of `IDS`.
         seed: Of ``score="random"``.
+        exponent: Power of the scores, of coverages that weigh by them.
+        merge: One of `MERGES`.
     """
 
     kept: int
@@ -32,23 +36,48 @@ class Plan(NamedTuple):
     coverage: Coverage
     ids: Ids
     seed: int
+    exponent: float = 1.0
+    merge: Merge = "none"
 
     @property
     def is_known(self) -> bool:
         """Whether the survivors are known without a look at the image."""
-        return self.score in ("spatial", "random")
+        looks_not = self.score in ("spatial", "random") and self.coverage not in BY_FEATURES
+        return looks_not and self.merge == "none"
+
+    @property
+    def stage(self) -> Stage:
+        """The same as a stage of `GapConfig`."""
+        return Stage(
+            keep=self.kept,
+            layer=BEFORE_THE_DECODER,
+            score=self.score,  # type: ignore[arg-type]
+            coverage=self.coverage,
+            exponent=self.exponent,
+            merge=self.merge,
+        )
 
 
 def rows_of(options: Options, tokens: Sequence[int]) -> Tensor:
-    """Return the plans of images of so many tokens: [images, 5] int64."""
+    """Return the plans of images of so many tokens: [images, 7] int64."""
     config = options.config
     how = [VISION_SCORES.index(config.score), COVERAGES.index(config.coverage), IDS.index(config.ids)]
-    return torch.tensor([[options.kept(n), *how, config.seed] for n in tokens], dtype=torch.int64)
+    (bits,) = struct.unpack("q", struct.pack("d", config.exponent))  # a float in a row of whole numbers
+    last = [config.seed, bits, MERGES.index(config.merge)]
+    return torch.tensor([[options.kept(n), *how, *last] for n in tokens], dtype=torch.int64)
 
 
 def plans_of(rows: Tensor) -> list[Plan]:
-    """Return the plans in ``rows`` [images, 5] or [5] int64, on the CPU."""
+    """Return the plans in ``rows`` [images, 7] or [7] int64, on the CPU."""
     return [
-        Plan(kept, VISION_SCORES[score], COVERAGES[coverage], IDS[ids], seed)
-        for kept, score, coverage, ids, seed in rows.reshape(-1, len(Plan._fields)).tolist()
+        Plan(
+            kept,
+            VISION_SCORES[score],
+            COVERAGES[coverage],
+            IDS[ids],
+            seed,
+            struct.unpack("d", struct.pack("q", bits))[0],
+            MERGES[merge],
+        )
+        for kept, score, coverage, ids, seed, bits, merge in rows.reshape(-1, len(Plan._fields)).tolist()
     ]

@@ -42,6 +42,10 @@ class GapProcessor(ABC):
     def image_tokens(self, processed: Mapping[str, Any]) -> list[int]:
         """Return how many tokens each image has unpruned, from what the processor of transformers made of it."""
 
+    def check_images(self, processed: Mapping[str, Any], options: Options) -> None:
+        """Raise ValueError if one of the images can't be pruned by ``options``."""
+        return
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return what memory is profiled with: images that keep everything, as a request may ask for."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -94,6 +98,7 @@ class GapProcessor(ABC):
         tokens = self.image_tokens(processed)
         if tokens:
             options = self._options(hf_kwargs)
+            self.check_images(processed, options)
             processed[FIELD] = rows_of(options, tokens)
             # Also what the engine keeps by default, which is so said at start, of the largest image.
             for count, how in product(sorted(set(tokens)), (self._options({}), options)):

@@ -26,7 +26,8 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .layouts import PackedLayout
+from ..vision_tower.finding import earlier_layers, layers_without_windows
+from .layouts import PackedFamily
 from .model import GapModel
 from .processor import GapProcessor, ImagesAlone
 
@@ -54,16 +55,21 @@ class GapQwenModel(GapModel):
         window = None
         if full is not None:
             window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        layout = PackedLayout(
+        family = PackedFamily(
             placeholders=(config.image_token_id,),
             leading=0,
             axes=3,
             merge=vision.spatial_merge_size,
             window=window,
         )
-        blocks = getattr(self.visual, "blocks", None)  # type: ignore[attr-defined]
-        layer = -1 if full is None else max(full)
-        self.start_pruning(vllm_config, layout, None if blocks is None else blocks[layer].attn.attn)
+        blocks = getattr(self.visual, "blocks", ())  # type: ignore[attr-defined]
+        layers = {}
+        if blocks:
+            seeing = layers_without_windows(vision, len(blocks))
+            places = {"": -1 if full is None else max(full)}
+            places |= {f"{name}_": index for name, index in earlier_layers(seeing, len(blocks)).items()}
+            layers = {prefix: blocks[index].attn.attn for prefix, index in places.items()}
+        self.start_pruning(vllm_config, family, layers)
 
 
 class GapQwen2VLProcessingInfo(ImagesAlone, Qwen2VLProcessingInfo):

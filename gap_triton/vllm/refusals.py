@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..vision_tower.finding import earlier_layers
+
 # What to call it, how it shows in vLLM's configuration, and the reason.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -33,14 +35,28 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "that is another method, for videos, which these models don't take; leave it out",
     ),
     (
-        "a LLaVA with another tower than CLIP's",
-        lambda c: _is_llava(c) and c.model_config.hf_config.vision_config.model_type != "clip_vision_model",
-        "Pixtral's puts tokens between the rows of an image, and no other was tried; use LLaVA-1.5",
+        "a LLaVA with another tower than its own",
+        lambda c: _tried(c) is not None and c.model_config.hf_config.vision_config.model_type != _tried(c)[0],
+        "Pixtral's puts tokens between the rows of an image, and others were never tried; use CLIP's for LLaVA-1.5 and "
+        "LLaVA-NeXT, and SigLIP's for LLaVA-OneVision",
     ),
     (
-        "a LLaVA whose decoder gets the CLS token",
-        lambda c: _is_llava(c) and c.model_config.hf_config.vision_feature_select_strategy != "default",
-        "it has no place in the image; use vision_feature_select_strategy='default'",
+        "a LLaVA whose decoder gets a CLS token, or not all patches",
+        lambda c: (
+            _tried(c) is not None and c.model_config.hf_config.vision_feature_select_strategy != _tried(c)[1]
+        ),
+        "a CLS token has no place in the image; use vision_feature_select_strategy='default' for CLIP's tower, and "
+        "'full' for SigLIP's, which has none",
+    ),
+    (
+        "a LLaVA that takes features of several layers",
+        lambda c: isinstance(getattr(c.model_config.hf_config, "vision_feature_layer", 0), (list, tuple)),
+        "never tried: one layer scores; use a vision_feature_layer that is an int",
+    ),
+    (
+        "a LLaVA that takes features of one of its tower's first layers",
+        lambda c: _tried(c) is not None and _takes_first_layers(c.model_config.hf_config),
+        "never tried: what scores beside that layer would come after it; use a vision_feature_layer behind these",
     ),
     (
         "enable_mm_embeds",
@@ -76,8 +92,25 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _is_llava(config: Any) -> bool:
-    return getattr(config.model_config.hf_config, "model_type", None) == "llava"
+# What was tried of each: the type of the tower, and which of its rows become features.
+LLAVAS = {
+    "llava": ("clip_vision_model", "default"),
+    "llava_next": ("clip_vision_model", "default"),
+    "llava_onevision": ("siglip_vision_model", "full"),
+}
+
+
+def _takes_first_layers(config: Any) -> bool:
+    state, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(state, int):
+        return False
+    # State 0 enters the first layer.
+    layer = state + layers if state < 0 else state - 1
+    return layer < max(earlier_layers(range(layers), layers).values())
+
+
+def _tried(config: Any) -> Any:
+    return LLAVAS.get(getattr(config.model_config.hf_config, "model_type", ""))
 
 
 def reasons_against(config: Any) -> list[str]:

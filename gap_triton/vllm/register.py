@@ -9,6 +9,8 @@ from .configure import GapConfigHook, GapLlavaConfigHook
 
 MODELS = {
     "GapLlavaForConditionalGeneration": ("llava", GapLlavaConfigHook),
+    "GapLlavaNextForConditionalGeneration": ("llava_next", GapLlavaConfigHook),
+    "GapLlavaOnevisionForConditionalGeneration": ("llava_next", GapLlavaConfigHook),
     "GapQwen2VLForConditionalGeneration": ("qwen", GapConfigHook),
     "GapQwen2_5_VLForConditionalGeneration": ("qwen", GapConfigHook),
     "GapQwen3VLForConditionalGeneration": ("qwen", GapConfigHook),

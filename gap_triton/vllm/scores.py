@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,33 +12,49 @@ from torch import Tensor, nn
 
 from ..vision_tower.scoring import cls_scores, key_rows, received_scores
 
+FEATURES = "features"
+"""What enters the projector, among the needs."""
+KINDS = ("received", "cls", "key_norm", "keys")
+
 
 class TowerScores:
-    """Scores by the attention of one layer.
+    """Scores by the attention of one layer, or of several, and what enters the projector behind the tower.
 
     Args:
-        attention: The module whose arguments are query, key and value: [B, S, H * D] or [B, S, H, D], after RoPE where the
-            tower has it; and ``cu_seqlens`` where several images are in one sequence.
+        attentions: Modules whose arguments are query, key and value: [B, S, H * D] or [B, S, H, D], after RoPE where the
+            tower has it; and ``cu_seqlens`` where several images are in one sequence. By what begins the names of their
+            scores: ``""`` is the scoring layer, ``"middle_"`` and ``"early_"`` come before it.
         leading: Rows before each image that don't become tokens, the CLS token first.
         ranks: Over how many processes the heads are split.
         total: Adds up a tensor over these processes, so that all choose alike.
+        whole: Puts the channels of these processes one behind the other: [..., E] becomes [..., ranks * E].
+        projector: Maps the tower's features one by one; None = no module does.
     """
 
     def __init__(
-        self, attention: nn.Module, leading: int, ranks: int, total: Callable[[Tensor], Tensor]
+        self,
+        attentions: Mapping[str, nn.Module],
+        leading: int,
+        ranks: int,
+        total: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor],
+        projector: nn.Module | None = None,
     ) -> None:
-        self._leading, self._ranks, self._total = leading, ranks, total
+        self._leading, self._ranks, self._total, self._whole = leading, ranks, total, whole
         self._of_features = slice(leading, None)
         self._needs: frozenset[str] = frozenset()
         self._scores: dict[str, Tensor] = {}
-        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        for prefix, attention in attentions.items():
+            attention.register_forward_pre_hook(partial(self._before_attention, prefix), with_kwargs=True)
+        if projector is not None:
+            projector.register_forward_pre_hook(self._before_projector)
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """Score by ``needs``, some of ``"cls"``, ``"received"`` and ``"key_norm"``, what runs inside.
+        """Record ``needs`` of what runs inside: fields of `TowerOutput`, which are rows of the tower's patches here.
 
         Yields:
-            Scores of the tower's patches by name, each [P] float32, once the layer has run.
+            Rows by name, [P, ...], once a layer has run; of ``"features"`` only where there is a projector.
         """
         self._needs, self._scores = frozenset(needs), {}
         try:
@@ -45,28 +62,41 @@ class TowerScores:
         finally:
             self._needs, self._scores = frozenset(), {}
 
-    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._needs:
+    def _before_attention(
+        self, prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        kinds = {kind for kind in KINDS if prefix + kind in self._needs}
+        if not kinds:
             return
         query, key = (
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(("query", "key"))
         )
         layer: Any = module
         query, key = _heads_first(query, layer.num_heads), _heads_first(key, layer.num_kv_heads)
-        if "received" in self._needs:
+        if "received" in kinds:
             bounds = kwargs.get("cu_seqlens")
             bounds = None if bounds is None else bounds.int()
-            self._scores["received"] = self._mean(
+            self._scores[prefix + "received"] = self._mean(
                 received_scores(query, key, self._of_features, layer.scale, bounds)
             )
-        if "cls" in self._needs:
+        if "cls" in kinds:
             batch, tokens = query.shape[0], query.shape[2]
             index = torch.arange(self._leading, tokens, device=query.device).expand(batch, -1).contiguous()
             row = index.new_zeros(batch, 1)
-            self._scores["cls"] = self._mean(cls_scores(query, key, index, row, layer.scale))
-        if "key_norm" in self._needs:
+            self._scores[prefix + "cls"] = self._mean(cls_scores(query, key, index, row, layer.scale))
+        if "keys" in kinds:
+            keys = key_rows(key, self._of_features)
+            self._scores[prefix + "keys"] = keys if self._ranks == 1 else self._whole(keys)
+        if "key_norm" in kinds:
             norm = key_rows(key, self._of_features).float().norm(dim=-1)
-            self._scores["key_norm"] = norm if self._ranks == 1 else self._total(norm.square()).sqrt()
+            self._scores[prefix + "key_norm"] = (
+                norm if self._ranks == 1 else self._total(norm.square()).sqrt()
+            )
+
+    def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if FEATURES in self._needs:
+            earlier = [self._scores[FEATURES]] if FEATURES in self._scores else []  # a call for each image
+            self._scores[FEATURES] = torch.cat([*earlier, args[0].flatten(0, -2)])
 
     def _mean(self, score: Tensor) -> Tensor:
         return score if self._ranks == 1 else self._total(score) / self._ranks

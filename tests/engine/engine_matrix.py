@@ -29,6 +29,7 @@ from support.serving import (
     embedded,
     of_another_shape,
     questions,
+    random_tiles,
     random_weights,
     same,
 )
@@ -36,6 +37,8 @@ from support.serving import (
 from gap_triton.demo.architectures import ARCHITECTURES, find
 from gap_triton.demo.grounding import box_iou, boxes_from_tokens
 from gap_triton.demo.scenes import IMAGE_SIZE, held_out
+from gap_triton.strategies.by_features import BY_FEATURES
+from gap_triton.strategies.two_layers import BY_TWO_LAYERS
 
 RESULTS = ROOT / "docs" / "results" / "serving.json"
 MODELS = tuple(ARCHITECTURES)
@@ -45,6 +48,13 @@ DENSE_ROUNDING = (
     2  # requests of FEW x 4 whose tokens may differ in bfloat16, where they do without pruning too
 )
 LENGTHS = {"llava": 6, "qwen2_5_vl": 8}  # tokens of a prompt beside the image's
+CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 24}
+# On a CPU the ranks of a pipeline warm up, which they do through torch.compile.
+PIPELINE = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"backend": "eager"},
+}
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # of two processes; vLLM dies of "nobind" then
 
 
@@ -136,6 +146,12 @@ def ordinary_calls(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "region"},
         {"score": "received", "keep": 0.25, "coverage": "stride"},
         {"score": "spatial", "keep": 0.01},
+        *(
+            {"score": "received", "keep": 0.25, "coverage": coverage}
+            for coverage in (*BY_FEATURES, *BY_TWO_LAYERS)
+        ),
+        {"score": "random", "keep": 0.25, "coverage": "max_min"},
+        {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
     ):
         yield Call(shown(options), questions(model, 2 * FEW, **options))
     for number in range(4):
@@ -180,7 +196,7 @@ def test_an_ordinary_engine(model: str) -> None:
 # --------------------------------------------------------------------------------------------- short of something
 @pytest.mark.parametrize("model", MODELS)
 def test_a_prompt_in_chunks_smaller_than_its_image(model: str) -> None:
-    engine = embedded(model, settings={"max_num_batched_tokens": 24, "max_num_seqs": 24})
+    engine = embedded(model, settings=CHUNKS)
     calls = [
         Call(shown(options), questions(model, FEW, **options))
         for options in ({"score": "received", "keep": 0.75}, {"score": "spatial", "keep": 0.75})
@@ -252,6 +268,7 @@ def test_tensor_parallelism(model: str) -> None:
         for options in (
             {"score": "received", "keep": 0.25},
             {"score": "key_norm", "keep": 0.25},
+            {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
             *([{"score": "cls", "keep": 0.25}] if model == "llava" else []),
         )
     ]
@@ -261,13 +278,7 @@ def test_tensor_parallelism(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_pipeline_parallelism(model: str) -> None:
-    # On a CPU its ranks warm up, which they do through torch.compile.
-    settings = {
-        "pipeline_parallel_size": 2,
-        "enforce_eager": False,
-        "compilation_config": {"backend": "eager"},
-    }
-    engine = embedded(model, settings=settings, environment=TWO_CORES)
+    engine = embedded(model, settings=PIPELINE, environment=TWO_CORES)
     calls = [
         Call(shown(options), questions(model, 2 * FEW, **options))
         for options in ({"score": "received", "keep": 0.25}, {"score": "spatial", "keep": 0.25})
@@ -287,9 +298,89 @@ def test_models_with_random_weights(model: str, tmp_path: Path) -> None:
             {"score": "received", "keep": 0.5},
             {"score": "key_norm", "keep": 0.25},
             {"score": "spatial", "keep": 0.25},
+            {"score": "received", "keep": 0.25, "coverage": "max_min"},
         )
     ]
     pairs = about_two_images("qwen2_5_vl", FEW, score="received", keep=0.5)
     calls.append(Call("two images", pairs))
     _, equal = run(f"{model}, random weights", "one process", engine, calls)
+    assert_equal(calls, equal)
+
+
+TILES = ("llava_next", "llava_onevision")
+
+
+def calls_about_tiles(model: str) -> Iterator[Call]:
+    for options in (
+        {"keep": 1.0},
+        {"score": "received", "keep": 0.5},
+        {"score": "received", "keep": 0.5, "ids": "compacted"},
+        {"score": "key_norm", "keep": 0.25},
+        {"score": "spatial", "keep": 0.25},
+        {"score": "random", "keep": 0.5, "seed": 3},
+        {"score": "received", "keep": 9},  # fewer than two for each newline
+        {"score": "received", "keep": 0.25, "coverage": "region"},
+        {"score": "received", "keep": 0.25, "coverage": "stride"},
+        {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
+        {"score": "random", "keep": 0.25, "coverage": "max_min"},
+        {"score": "received", "keep": 0.25, "coverage": "anchors"},
+        *([{"score": "cls", "keep": 0.5}] if model == "llava_next" else []),
+    ):
+        yield Call(shown(options), questions("llava", FEW, **options))
+    yield Call("two images", about_two_images("llava", FEW, score="received", keep=0.5))
+    for size in ((90, 40), (20, 70), (130, 131)):  # some are cut off at the rim, or have more tiles
+        options = {"score": "received", "keep": 0.5, "seed": 2}
+        what = f"images of {size[0]} x {size[1]} pixels"
+        yield Call(what, of_another_shape(questions("llava", FEW, **options), size))
+
+
+@pytest.mark.parametrize("model", TILES)
+def test_images_that_are_cut_into_tiles(model: str, tmp_path: Path) -> None:
+    calls = list(calls_about_tiles(model))
+    answers, equal = run(f"{model}, random weights", "one process", random_tiles(model, tmp_path), calls)
+    assert_equal(calls, equal)
+    by_what = {call.what: answer for call, answer in zip(calls, answers, strict=True)}
+    # An overview of 16 tokens, and 4 tiles with 8 newlines: all of 88, or half.
+    whole, half = (by_what[what].prompt_tokens[0] for what in ("1.0", "received, 0.5"))
+    assert whole - half == 44
+    assert by_what["received, 0.5"].tokens != by_what["received, 0.5, compacted"].tokens
+
+
+@pytest.mark.parametrize("model", TILES)
+def test_images_of_one_prompt_that_have_different_numbers_of_tiles(model: str, tmp_path: Path) -> None:
+    """A processor fills them up to one number; where an image was seen before, alone, it does not."""
+    options = {"score": "received", "keep": 0.5}
+    pairs = [
+        replace(each, images=(each.images[0], each.images[1].resize((90, 40))))
+        for each in about_two_images("llava", FEW, **options)
+    ]
+    again = [replace(each, options={**options, "seed": 1}) for each in pairs]  # as if they were other images
+    alone = [
+        replace(each, images=(image,), text=each.text.replace("<image>", "", 1))
+        for each in again
+        for image in each.images
+    ]
+    filled, _, each_its_own = ask(random_tiles(model, tmp_path), [pairs, alone, again])
+    assert filled.tokens == each_its_own.tokens
+    assert each_its_own.encoded == []
+
+
+@pytest.mark.parametrize("model", TILES)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    {
+        "24 tokens a step": {"settings": CHUNKS},
+        "tensor parallel, 2": {"settings": {"tensor_parallel_size": 2}, "environment": TWO_CORES},
+        "pipeline, 2": {"settings": PIPELINE, "environment": TWO_CORES},
+    }.items(),
+)
+def test_tiles_in_chunks_and_in_two_processes(
+    model: str, name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    calls = [
+        Call(shown(options), questions("llava", FEW, **options))
+        for options in ({"score": "received", "keep": 0.5}, {"score": "spatial", "keep": 0.5})
+    ]
+    engine = replace(random_tiles(model, tmp_path), **changes)
+    _, equal = run(f"{model}, random weights", name, engine, calls)
     assert_equal(calls, equal)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from support.serving import ENVIRONMENT, IN_PROCESS, embedded, questions
+from support.serving import (
+    ENVIRONMENT,
+    IN_PROCESS,
+    TILE,
+    Engine,
+    embedded,
+    of_another_shape,
+    questions,
+    random_tiles,
+)
 
 os.environ |= {**ENVIRONMENT, **IN_PROCESS}
 
@@ -13,12 +24,18 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from gap_triton.demo.scenes import IMAGE_SIZE
 from gap_triton.vllm.plan import FIELD
 
 
-def config_of(model: str, gap: Any, **settings: Any) -> Any:
+def configure(engine: Engine) -> Any:
     """The configuration of an engine."""
-    return EngineArgs(**embedded(model, gap=gap, settings=settings).arguments).create_engine_config()
+    return EngineArgs(**engine.arguments).create_engine_config()
+
+
+def config_of(model: str, gap: Any, **settings: Any) -> Any:
+    """The configuration of an engine of an embedded model."""
+    return configure(embedded(model, gap=gap, settings=settings))
 
 
 @pytest.mark.parametrize(
@@ -72,12 +89,19 @@ def test_a_share_scales_what_is_encoded_at_once() -> None:
 class Processor:
     """The multimodal processor of an engine, without the engine."""
 
-    def __init__(self, model: str, gap: dict[str, Any]) -> None:
+    def __init__(self, model: str, gap: dict[str, Any], engine: Engine | None = None) -> None:
         self.model = model
-        self.processor = MULTIMODAL_REGISTRY.create_processor(config_of(model, gap).model_config)
+        config = config_of(model, gap) if engine is None else configure(replace(engine, gap=gap))
+        self.processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
 
-    def __call__(self, scene: int = 0, text: str | None = None, **options: Any) -> Any:
-        request = questions(self.model, scene + 1)[scene]
+    def __call__(
+        self,
+        scene: int = 0,
+        text: str | None = None,
+        size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
+        **options: Any,
+    ) -> Any:
+        (request,) = of_another_shape(questions(self.model, scene + 1)[scene:], size)
         items = self.processor.info.parse_mm_data({"image": list(request.images)})
         kwargs = {f"gap_{name}": value for name, value in options.items()}
         return self.processor(request.text if text is None else text, items, hf_processor_mm_kwargs=kwargs)
@@ -119,7 +143,43 @@ def test_requests_that_are_refused() -> None:
     assert llava(text="<image>", keep=1.0)
 
 
-def test_videos_are_refused() -> None:
-    limits = Processor("qwen2_5_vl", {"keep": 0.5}).processor.info.allowed_mm_limits
-    assert limits["video"] == 0
-    assert limits["image"] > 0
+@pytest.mark.parametrize("model", ["llava_next", "llava_onevision"])
+def test_placeholders_of_tiles(model: str, tmp_path: Path) -> None:
+    half = Processor("llava", {"keep": 0.5}, random_tiles(model, tmp_path))
+    for options, kept in (
+        ({}, 44),  # of an overview of 16, and 8 rows of 8 and a newline
+        ({"keep": 1.0}, 88),
+        ({"size": (90, 40)}, 47),  # of 16, and 6 rows of 12 and a newline
+        ({"keep": 5, "size": (20, 70)}, 5),
+    ):
+        (place,) = half(**options)["mm_placeholders"]["image"]
+        assert place.length == kept, options
+
+
+def test_images_between_whose_features_a_model_interpolates_are_refused(tmp_path: Path) -> None:
+    engine = random_tiles("llava_onevision", tmp_path)
+    engine = replace(engine, overrides={"image_grid_pinpoints": [[4 * TILE, 4 * TILE]]})  # it takes 9 tiles
+    half = Processor("llava", {"keep": 0.5}, engine)
+    with pytest.raises(ValueError, match="an image is larger than the model takes, so that it interpolates"):
+        half()
+    (place,) = half(keep=1.0)["mm_placeholders"]["image"]
+    assert place.length == 16 + 12 * 13
+    assert half(score="random")  # which asks nothing of places
+
+
+@pytest.mark.parametrize("model", ["llava_next", "llava_onevision"])
+def test_a_tower_that_was_never_tried_is_refused(model: str, tmp_path: Path) -> None:
+    engine = random_tiles(model, tmp_path)
+    other = "full" if model == "llava_next" else "default"
+    with pytest.raises(
+        ValueError, match="a LLaVA whose decoder gets a CLS token, or not all patches is refused"
+    ):
+        configure(replace(engine, overrides={"vision_feature_select_strategy": other}))
+
+
+def test_videos_are_refused(tmp_path: Path) -> None:
+    onevision = Processor("llava", {"keep": 0.5}, random_tiles("llava_onevision", tmp_path))
+    for processor in (Processor("qwen2_5_vl", {"keep": 0.5}), onevision):
+        limits = processor.processor.info.allowed_mm_limits
+        assert limits["video"] == 0
+        assert limits["image"] > 0

@@ -26,9 +26,9 @@ def watch_the_tower() -> list[int]:
     encoded: list[int] = []
     encode = GapModel._encode
 
-    def watched(model: Any, fields: Any, plans: Any, grids: Any) -> Any:
-        encoded.append(sum(height * width for height, width in grids))
-        return encode(model, fields, plans, grids)
+    def watched(model: Any, fields: Any, plans: Any, layouts: Any) -> Any:
+        encoded.append(sum(layout.counts[0] for layout in layouts))
+        return encode(model, fields, plans, layouts)
 
     GapModel._encode = watched  # type: ignore[method-assign]
     return encoded

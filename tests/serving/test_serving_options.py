@@ -26,7 +26,17 @@ def test_a_request_replaces_what_the_engine_says() -> None:
 
 
 def test_a_preset_takes_keep_as_its_budget() -> None:
-    for name in ("cls", "random", "spatial"):
+    for name in (
+        "cls",
+        "random",
+        "spatial",
+        "divprune",
+        "scope",
+        "vispruner",
+        "hiprune",
+        "visionzip",
+        "prumerge",
+    ):
         expected = GapConfig.preset(name, budget=0.3)
         assert options_of({"preset": name, "keep": 0.3}).config == expected
     assert options_of({"preset": "cls", "score": "received"}).config.score == "received"
@@ -56,8 +66,13 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "fastv"}, {}, "in vLLM: an engine counts the same tokens of a request for all layers"),
         ({"preset": "pyramiddrop"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
-        ({"preset": "visionzip"}, {}, "merge='contextual' in vLLM: merging has not been built"),
+        (
+            {"merge": "aggregation"},
+            {},
+            "merge='aggregation' in vLLM: merging by the hidden states of several",
+        ),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
+        ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "nothing"}, {}, "preset 'nothing': expected one of"),
         ({"preset": "spatial", "score": "cls"}, {}, "preset 'spatial' takes no 'score'"),
@@ -97,9 +112,9 @@ def test_how_many_survive(options: dict[str, Any], tokens: int, kept: int) -> No
 
 
 def test_images_that_keep_something_else_differ() -> None:
-    base = options_of({"keep": 0.5})
+    base = options_of({"keep": 0.5, "coverage": "coverage_gain"})
     others = [
-        options_of({"keep": 0.5}, {f"{PREFIX}{name}": value})
+        options_of({"keep": 0.5, "coverage": "coverage_gain"}, {f"{PREFIX}{name}": value})
         for name, value in (
             ("keep", 0.25),
             ("keep", 1),
@@ -109,22 +124,34 @@ def test_images_that_keep_something_else_differ() -> None:
             ("seed", 1),
             ("block", 32),
             ("before", 2),
+            ("exponent", 2.0),
+            ("merge", "cluster"),
         )
     ]
     every = [str(sorted(each.factors().items())) for each in (base, *others)]
     assert len(set(every)) == len(every)
     # And what a request says that the engine says already is no other image.
-    assert options_of({}, {"gap_keep": 0.5, "gap_score": "received"}).factors() == base.factors()
+    again = options_of({"coverage": "coverage_gain"}, {"gap_keep": 0.5, "gap_score": "received"})
+    assert again.factors() == base.factors()
     assert set(base.factors()) == {f"{PREFIX}{name}" for name in OPTIONS if name != "preset"}
 
 
 def test_a_plan_is_what_was_asked_for() -> None:
-    options = options_of({"keep": 0.3, "score": "key_norm", "coverage": "stride", "seed": 2**62})
+    options = options_of(
+        {
+            "keep": 0.3,
+            "score": "key_norm",
+            "coverage": "determinant",
+            "seed": 2**62,
+            "exponent": 0.1,
+            "merge": "average",
+        }
+    )
     rows = rows_of(options, [10, 64])
     assert rows.dtype == torch.int64
     assert plans_of(rows) == [
-        Plan(3, "key_norm", "stride", "kept", 2**62),
-        Plan(20, "key_norm", "stride", "kept", 2**62),
+        Plan(3, "key_norm", "determinant", "kept", 2**62, 0.1, "average"),
+        Plan(20, "key_norm", "determinant", "kept", 2**62, 0.1, "average"),
     ]
     assert plans_of(rows[1]) == plans_of(rows)[1:]
 
@@ -133,6 +160,7 @@ def test_options_are_shown_in_one_line() -> None:
     assert str(options_of({"keep": 0.5})) == (
         "keep=0.5, score='received', coverage='topk', ids='kept', seed=0"
     )
+    assert "exponent=2" in str(options_of({"keep": 0.5, "coverage": "coverage_gain", "exponent": 2}))
     assert str(dataclasses.replace(options_of({"keep": 5}), block=32, before=1)).endswith(
         ", block=32, before=1"
     )
@@ -140,6 +168,11 @@ def test_options_are_shown_in_one_line() -> None:
 
 
 # --------------------------------------------------------------------------------------------- engines
+def tower(model_type: str) -> SimpleNamespace:
+    """The configuration of a vision tower."""
+    return SimpleNamespace(model_type=model_type, num_hidden_layers=24)
+
+
 def engine(**changes: Any) -> SimpleNamespace:
     """The configuration of an engine that does nothing unusual, and ``changes`` by path."""
     config = SimpleNamespace(
@@ -150,8 +183,9 @@ def engine(**changes: Any) -> SimpleNamespace:
             ),
             hf_config=SimpleNamespace(
                 model_type="llava",
-                vision_config=SimpleNamespace(model_type="clip_vision_model"),
+                vision_config=tower("clip_vision_model"),
                 vision_feature_select_strategy="default",
+                vision_feature_layer=-2,
             ),
             enable_prompt_embeds=False,
         ),
@@ -178,6 +212,16 @@ def test_an_ordinary_engine_is_not_refused() -> None:
     # Qwen's towers merge patches and have no CLS token.
     qwen = SimpleNamespace(model_type="qwen2_5_vl", vision_config=SimpleNamespace(spatial_merge_size=MERGE))
     assert reasons_against(engine(model_config__hf_config=qwen)) == []
+    assert reasons_against(engine(model_config__hf_config__vision_feature_layer=9)) == []
+    # LLaVA-OneVision has another tower, without a CLS token.
+    onevision = {
+        "model_config__hf_config__model_type": "llava_onevision",
+        "model_config__hf_config__vision_config": tower("siglip_vision_model"),
+        "model_config__hf_config__vision_feature_select_strategy": "full",
+    }
+    assert reasons_against(engine(**onevision)) == []
+    for path, value in onevision.items():
+        assert reasons_against(engine(**{path: value})), path  # no LLaVA-1.5 does any of that alone
 
 
 UNTRIED = {
@@ -186,11 +230,15 @@ UNTRIED = {
     "cudagraph_mm_encoder": {"compilation_config__cudagraph_mm_encoder": True},
     "compile_mm_encoder": {"compilation_config__compile_mm_encoder": True},
     "video_pruning_rate": {"model_config__multimodal_config__video_pruning_rate": 0.5},
-    "a LLaVA with another tower than CLIP's": {
-        "model_config__hf_config__vision_config": SimpleNamespace(model_type="pixtral")
-    },
-    "a LLaVA whose decoder gets the CLS token": {
+    "a LLaVA with another tower than its own": {"model_config__hf_config__vision_config": tower("pixtral")},
+    "a LLaVA whose decoder gets a CLS token, or not all patches": {
         "model_config__hf_config__vision_feature_select_strategy": "full"
+    },
+    "a LLaVA that takes features of several layers": {
+        "model_config__hf_config__vision_feature_layer": [-2, -1]
+    },
+    "a LLaVA that takes features of one of its tower's first layers": {
+        "model_config__hf_config__vision_feature_layer": 8  # what the 8th of 24 puts out; the 9th is HiPrune's
     },
     "enable_mm_embeds": {"model_config__multimodal_config__enable_mm_embeds": True},
     "enable_prompt_embeds": {"model_config__enable_prompt_embeds": True},

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import gap_triton
 from gap_triton import GapConfig
@@ -32,6 +35,7 @@ from . import families, tiny
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM allows on a CPU
+TILE = 32  # rows and columns of pixels
 ANSWER = 8  # tokens of an answer
 STARTS_AND_ANSWERS_WITHIN = 1500  # seconds; a pipeline compiles, and a machine may be busy
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "block_size": BLOCK}
@@ -47,6 +51,8 @@ ENVIRONMENT = {
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PLUG_IN = {
     "llava": "GapLlavaForConditionalGeneration",
+    "llava_next": "GapLlavaNextForConditionalGeneration",
+    "llava_onevision": "GapLlavaOnevisionForConditionalGeneration",
     "qwen2_vl": "GapQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "GapQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "GapQwen3VLForConditionalGeneration",
@@ -64,18 +70,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started: a folder, its type, what it keeps by default, and what of vLLM's settings differs."""
+    """How an engine is started: a folder, its type, what it keeps by default, and what of settings and configs differs."""
 
     folder: Path
     model_type: str
     gap: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=lambda: dict(IN_PROCESS))
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``."""
-        overrides = {"architectures": [PLUG_IN[self.model_type]], "gap": self.gap}
+        overrides = {"architectures": [PLUG_IN[self.model_type]], "gap": self.gap, **self.overrides}
         return {"model": str(self.folder), "seed": 0, "hf_overrides": overrides, **SETTINGS, **self.settings}
 
 
@@ -154,6 +161,73 @@ def random_weights(model_type: str, folder: Path) -> Engine:
     return Engine(folder, model_type)
 
 
+def random_tiles(model_type: str, folder: Path) -> Engine:
+    """An engine of a tiny model that cuts images into tiles, with random weights, whose decoder is an embedded model's."""
+    source = find("llava")
+    theirs = transformers.AutoConfig.from_pretrained(source.folder)
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
+    vision = {**{name: getattr(theirs.vision_config, name) for name in sizes}, "image_size": TILE}
+    pinpoints = [[height, width] for height, width in product((TILE, 2 * TILE, 3 * TILE), repeat=2)]
+    common = {
+        "text_config": theirs.text_config,
+        "image_token_index": theirs.image_token_index,
+        "image_grid_pinpoints": pinpoints,
+        "vision_feature_layer": -1,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    torch.manual_seed(0)
+    if model_type == "llava_next":
+        config = transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision),
+            vision_feature_select_strategy="default",
+            **common,
+        )
+        kind = transformers.LlavaNextForConditionalGeneration
+        square = {"height": TILE, "width": TILE}
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=pinpoints
+        )
+        processor = transformers.LlavaNextProcessor(
+            images,
+            tokenizer,
+            patch_size=vision["patch_size"],
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    else:
+        config = transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**vision),
+            video_token_index=tokenizer.unk_token_id,
+            vision_feature_select_strategy="full",
+            **common,
+        )
+        kind = transformers.LlavaOnevisionForConditionalGeneration
+        images = transformers.LlavaOnevisionImageProcessor(
+            size={"height": TILE, "width": TILE}, image_grid_pinpoints=pinpoints
+        )
+        processor = transformers.LlavaOnevisionProcessor(
+            images,
+            tokenizer,
+            transformers.LlavaOnevisionVideoProcessor(),
+            num_image_tokens=(TILE // vision["patch_size"]) ** 2,
+            vision_feature_select_strategy="full",
+        )
+    tiny.seed_weights(kind._from_config(config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Transformers 5.19 saves a tower under shorter names than released checkpoints have, which vLLM 0.32 asks for.
+    weights = load_file(folder / "model.safetensors")
+    names = {
+        name: re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name)
+        for name in weights
+    }
+    save_file(
+        {names[name]: weight for name, weight in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return Engine(folder, model_type)
+
+
 class Oracle:
     """Gap_triton in transformers, which answers the same requests."""
 
@@ -184,8 +258,12 @@ class Oracle:
                 images  # an engine counts the survivors of an image, transformers those of a sample
             )
         gap_triton.configure(self.model, GapConfig(layer=BEFORE_THE_DECODER, **options))
+        pictures: list[Any] = [list(request.images) for request in requests]
+        if self.model.config.model_type == "llava_onevision":
+            # One list: of several images of one prompt its processor makes no tiles, and vLLM does.
+            pictures = [image for images in pictures for image in images]
         inputs = self.processor(
-            images=[list(request.images) for request in requests],
+            images=pictures,
             text=[request.text for request in requests],
             padding=True,
             return_tensors="pt",
