@@ -39,6 +39,7 @@ STEPS = (
     own("reduce-overhead", part=1, limit_s=90),
     own("end-to-end", part=1, limit_s=180),
     own("end-to-end-graphs", part=1, limit_s=120),
+    own("model-graphs", part=1, limit_s=90),
     own("float64", part=1, limit_s=180),
     own("relaunch", part=2, limit_s=60),
     own("streams", part=2, limit_s=60),
@@ -194,8 +195,9 @@ def main(
     reported, never asserted.
 
     Part 1: probe, select, tickets, cooperative, hand-over, crowded (while other streams fill the device), one-or-several
-    (launches), reduce-overhead, end-to-end (7B models with random weights), end-to-end-graphs, float64. Part 2: relaunch,
-    streams, graphs, host, small-calls, memcheck, racecheck, synccheck, kernel-tests, gpu-tests, benchmarks.
+    (launches), reduce-overhead, end-to-end (7B models with random weights), end-to-end-graphs, model-graphs, float64.
+    Part 2: relaunch, streams, graphs, host, small-calls, memcheck, racecheck, synccheck, kernel-tests, gpu-tests,
+    benchmarks.
 
     Without a GPU the steps run on the PyTorch reference, or in Triton's interpreter, on tiny shapes: that tries the script,
     and shows nothing about speed.

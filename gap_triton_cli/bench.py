@@ -80,7 +80,8 @@ def bench(
 
     Four variants run in turn on shared weights: sdpa without pruning; attached, which keeps everything; pruned; and
     oracle, the same model handed the surviving tokens with nothing around it. Logits are checked against the oracle
-    first. Says the time to the first token, time per token, KV cache, memory, launches and waits for the device.
+    first. --graph and --rivals add others to the same run. Says the time to the first token, time per token, KV cache,
+    memory, launches and waits for the device.
 
     Example: gap-triton bench --config smol --keep 0.25
 

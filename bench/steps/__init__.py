@@ -17,6 +17,7 @@ STEPS = {
     "reduce-overhead": "reduce_overhead:run_compiled",
     "end-to-end": "end_to_end:run_models",
     "end-to-end-graphs": "end_to_end_graphs:run_compiled_models",
+    "model-graphs": "model_graphs:replay_models",
     "float64": "float64:compare_with_float64",
     "relaunch": "relaunch:relaunch",
     "streams": "streams:run_on_streams",

@@ -1,7 +1,7 @@
 """Whole models under ``torch.compile`` and in CUDA graphs, where these work; where they don't, it is said.
 
-``generate()`` with a static cache is the way to decode as one graph. A compiled prefill of a pruned model breaks where the
-host reads what the prompt holds, and a CUDA graph of it can't be captured for the same reason; both are tried all the same.
+``generate()`` with a static cache is the way to decode as one graph. Prefills are of a prompt that was prepared: otherwise
+the host would read what it holds, at which a compiled one breaks and none can be captured.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def run_compiled_models(settings: Settings) -> Iterator[Found]:
         "unpruned": (dense, {}),
         "pruned": (pruned, {"visual_mask": prompt.visual_mask}),
     }
+    prepared = gap_triton.prepare(pruned.model, {"visual_mask": prompt.visual_mask.cpu()})
+    prefills: dict[str, tuple[Whole, dict[str, Any]]] = {
+        "unpruned": ways["unpruned"],
+        "pruned": (pruned, {**ways["pruned"][1], "visual_prompt": prepared["visual_prompt"]}),
+    }
     wrong = []
     for way, (whole, extra) in ways.items():
         try:
@@ -51,11 +56,11 @@ def run_compiled_models(settings: Settings) -> Iterator[Found]:
             Exception
         ) as error:  # this is documented to work; what comes after has something to say all the same
             wrong.append(f"{way}, generate() compiled: {first_line(error)}")
-    for way, (whole, extra) in ways.items():
+    for way, (whole, extra) in prefills.items():
         yield {**where, "way": way, "what": "prefill", "mode": "compiled", **_compiled_prefill(
             whole, prompt, extra, settings
         )}  # fmt: skip
-    for way, (whole, extra) in ways.items():
+    for way, (whole, extra) in prefills.items():
         yield {**where, "way": way, "what": "prefill", "mode": "CUDA graph", **_captured_prefill(
             whole, prompt, extra, settings
         )}  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -69,13 +70,19 @@ class Oracle:
         """An empty cache for ``length`` tokens, dropped ones included, whose later layers have no room for those.
 
         Raises:
-            ValueError: A layer keeps a window of tokens only.
+            ValueError: A layer keeps a window of tokens only, or does not count them.
         """
         cache = StaticCache(config=self.config, max_cache_len=length)
         for index, layer in enumerate(cache.layers):
-            if getattr(layer, "is_sliding", False) or not hasattr(layer, "cumulative_length"):
+            if getattr(layer, "is_sliding", False):
                 raise ValueError(
-                    "a static KV cache whose layers count their own tokens, all of them, is needed here"
+                    f"layer {index} keeps a window of tokens in a static KV cache, and the oracle needs all of them: use a "
+                    "dynamic one"
+                )
+            if not hasattr(layer, "cumulative_length"):
+                raise ValueError(
+                    f"static KV caches of transformers {transformers.__version__} don't count their tokens layer by layer, "
+                    "which the oracle needs: use a dynamic one, or a newer transformers"
                 )
             layer.max_cache_len = length - self.dropped(index)
         if self.static_length is None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import fake_cuda
+from support.shapes import small_subject
 
 import gap_triton
 from bench import cuda, exact, floor, operators, outside
@@ -22,7 +23,15 @@ from bench.models import LLAMA, TINY_DECODERS, build, make_prompt, sharing_weigh
 from bench.oracle import Oracle, relative_error
 from bench.outcome import Found, NotAvailable, StepFailed
 from bench.shapes import TINY_DECODER, TINY_TOWER, Case, Inputs, make_inputs
-from bench.steps import STEPS, end_to_end, end_to_end_graphs, one_or_several, reduce_overhead, waiting
+from bench.steps import (
+    STEPS,
+    end_to_end,
+    end_to_end_graphs,
+    model_graphs,
+    one_or_several,
+    reduce_overhead,
+    waiting,
+)
 from bench.steps.end_to_end import run_models
 from bench.steps.float64 import compare_with_float64
 from bench.steps.graphs import replay_graphs
@@ -51,7 +60,7 @@ def test_a_cpu_is_asked_for_little() -> None:
 
 
 def test_steps_that_need_a_gpu_say_so() -> None:
-    for step in (replay_graphs, time_hand_over):
+    for step in (replay_graphs, time_hand_over, model_graphs.replay_models):
         with pytest.raises(cuda.NeedsCuda, match="needs CUDA, this is cpu"):
             list(step(tiny(CPU)))
     with pytest.raises(NotAvailable, match="need Triton's interpreter, TRITON_INTERPRET=1"):
@@ -215,6 +224,22 @@ def test_compiled_steps_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
         ("unpruned", "CUDA graph", True),
         ("pruned", "CUDA graph", True),
     ]
+
+
+def test_captured_models_are_held_against_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(model_graphs, "subject_on", lambda device, dtype: small_subject("smol", 36))
+    monkeypatch.setattr(model_graphs, "CONFIG", gap_triton.GapConfig(0.25, 0))
+    monkeypatch.setattr(model_graphs, "ROUNDS", 2)
+    monkeypatch.setattr(model_graphs, "STEPS", 2)
+    first, *rows = model_graphs.replay_models(tiny(CPU))
+    assert first["error"] < 1e-5
+    assert [row["variant"] for row in rows] == [
+        "sdpa", "attached", "pruned", "oracle", "sdpa graph", "pruned graph", "oracle graph"
+    ]  # fmt: skip
+    monkeypatch.setattr(fake_cuda.FakeGraph, "replay", lambda graph: None)
+    with pytest.raises(StepFailed, match="pruned graph: logits differ from the oracle's"):
+        list(model_graphs.replay_models(tiny(CPU)))
 
 
 def pruned_by(rows: torch.Tensor | None, x: Inputs) -> operators.Result:

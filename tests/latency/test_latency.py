@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import tiny
 from support.command_line import cli
 from support.shapes import small_subject
@@ -65,6 +68,33 @@ def test_the_oracle_leaves_the_model_as_it_was() -> None:
     made["oracle"].prefill()
     assert not any("forward" in module.__dict__ for module in made["oracle"].model.modules())
     assert not any(module._forward_pre_hooks for module in made["oracle"].model.modules())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda layer: setattr(layer, "is_sliding", True),
+            "layer 0 keeps a window of tokens in a static KV cache",
+        ),
+        (
+            lambda layer: delattr(layer, "cumulative_length"),
+            "don't count their tokens layer by layer, .* a newer transformers",
+        ),
+    ],
+)
+def test_static_caches_that_the_oracle_can_not_use_are_refused(
+    spoil: Callable[[Any], None], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        cache = transformers.StaticCache(*args, **kwargs)
+        spoil(cache.layers[0])
+        return cache
+
+    monkeypatch.setattr("gap_triton.latency.oracle.StaticCache", make)
+    variants = variants_of(subject(), GapConfig(0.4, 1), steps=4, static=True)
+    with pytest.raises(ValueError, match=sentence):
+        variants[-1].prefill()
 
 
 def test_variants_share_their_weights() -> None:
