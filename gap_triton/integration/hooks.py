@@ -40,6 +40,7 @@ from ..vision.needs import start_recorder
 from ..vision_tower.sizes import HOST_SIZES
 from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
 from .prepare import named_prompt
+from .read_ahead import read_ahead
 from .stages import check_stages
 from .supported_models import find_parts, why_not_in_decoder, why_own_attention
 from .survivors_only import finish, hand_positions, hand_survivors
@@ -205,6 +206,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         if prepared is not None:
             state.owner.kwargs[HOST_SIZES] = prepared.sizes
         if not state.config.changes_nothing:
+            read_ahead(state)
             start_recorder(state)
     if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
         attachment.running.add(state)
