@@ -24,7 +24,7 @@ LIMITS = {
     "pyramiddrop": 12,
     "sparsevlm": 14,
     # Attention is computed head by head, and divided, in operators of PyTorch.
-    "sparsevlm+": 191,
+    "sparsevlm+": 173,
     # Queries and keys are turned back in operators of PyTorch.
     "feather": 34,
     # Before the decoder.
