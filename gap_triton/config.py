@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from gap_kernels.prune.coverage import as_ratio
 from gap_kernels.validation import is_finite
 
-from .plain import as_ratio, is_int, plain, shown
+from .plain import is_int, plain, shown
 from .strategies import Coverage
 from .strategies.by_features import BY_FEATURES, WEIGHTED
 from .strategies.two_layers import BY_TWO_LAYERS

@@ -38,10 +38,3 @@ def shown(value: object) -> str:
     except Exception:  # what a foreign `__repr__` raises says nothing about the argument
         return f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def as_ratio(share: float) -> tuple[int, int]:
-    """Return the decimal that ``share`` prints as, numerator and denominator: `torch.compile` can't trace `fractions`."""
-    mantissa, _, exponent = repr(share).partition("e")
-    whole, _, digits = mantissa.partition(".")
-    return int(whole + digits), 10 ** (len(digits) - int(exponent or 0))

@@ -447,6 +447,7 @@ class OwnerArguments:
         by_embedding: Visual tokens were looked for in ``inputs_embeds`` alone, by the embedding of a placeholder.
         prepared: What `gap_triton.prepare` has read of the prompt; None where it was not called.
         kwargs: Its keyword arguments, from which the sizes of images are read; empty once the prompt is planned.
+        prompt: The prompt, where it was read together with these; None where it was not.
     """
 
     visual: VisualRows | None = None
@@ -454,6 +455,7 @@ class OwnerArguments:
     by_embedding: bool = False
     prepared: VisualPrompt | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
 
 @dataclass(eq=False)

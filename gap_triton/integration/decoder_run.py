@@ -233,6 +233,10 @@ def _real_rows(rows: Rows) -> torch.Tensor | None:
 def _read(state: ForwardState, rows: Rows, visual: VisualRows, past: int) -> tuple[Prompt, int]:
     """The prompt among ``rows``, whose visual tokens are ``visual``, and how many last rows are drafts."""
     head, prepared, counts = state.head, state.owner.prepared, None
+    if state.owner.prompt is not None and past == 0:
+        prompt = state.owner.prompt
+        rows.memo["real"] = prompt.real if prompt.padded else None
+        return prompt, 0
     if prepared is None or names_rows(head, visual):
         drafts = drafts_of(head, visual)
     else:

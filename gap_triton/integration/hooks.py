@@ -61,6 +61,7 @@ from .decoder_run import (
 )
 from .layer_calls import put_before
 from .prepare import named_prompt
+from .read_ahead import read_ahead
 from .stages import check_stages
 from .supported_models import find_parts, why_not_in_decoder, why_own_attention
 from .survivors_only import finish, hand_positions, hand_survivors
@@ -248,6 +249,7 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
         if encoding is not None:
             state.owner.kwargs[ENCODER_OUTPUTS] = {"image": encoding}
         if not state.config.changes_nothing:
+            read_ahead(state)
             start_recorder(state)
     _add_to_running(state)
     kwargs[STATE_KEY] = state

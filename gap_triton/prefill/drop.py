@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gap_kernels import PrunedTokens, prune_by_score, prune_tokens, topk_indices
+from gap_kernels.prune.coverage import is_short
 
 from ..config import ATTENTION_SCORES, BEFORE_THE_DECODER, Stage, needs_text
 from ..kv_cache.kept_tokens import KeptRows, KeptTokens, extend
@@ -209,18 +210,21 @@ def _score_and_prune(run: DecoderRun, prefill: Prefill, drop: Drop, rows: StageR
         scores = scores_without_attention(run, prefill, drop, plan, prompt_rows)
     else:
         attention = attention_of(run, prefill, stage, plan, prefill.rotary)
-        # The operator spreads the usual part of the budget.
-        if attention.plain and plan.stays is None and not compares and stage.spread is None:
+        if attention.plain and plan.stays is None and not compares and _is_short(stage.spread):
             return _prune_fused(drop, rows, attention, _covering_of(drop, rows, prompt_rows))
         scores = scores_by_attention(stage, plan, attention)
     if compares:
         selected = _chosen_by_features(rows.tokens[0], plan, scores, stage, max(drop.keep))
         return _prune_chosen(drop, rows, scores, selected)
     covering = _covering_of(drop, rows, prompt_rows)
-    if stage.spread is not None:
-        selected = _best(scores, plan, max(drop.keep), {**covering, "spread": stage.spread})
-        return _prune_chosen(drop, rows, scores, selected)
+    if not _is_short(stage.spread):
+        return _prune_chosen(drop, rows, scores, _best(scores, plan, max(drop.keep), covering))
     return _prune_best(drop, rows, scores, covering)
+
+
+def _is_short(spread: float | None) -> bool:
+    """Return whether the operator takes ``spread``."""
+    return spread is None or is_short(spread)
 
 
 def _covering_of(drop: Drop, rows: StageRows, prompt_rows: torch.Tensor | None) -> dict[str, Any]:
@@ -237,7 +241,8 @@ def _covering_of(drop: Drop, rows: StageRows, prompt_rows: torch.Tensor | None) 
         neighbours = positions.neighbours_of(prompt_rows, device)
         return {"coverage": "region", "neighbours": neighbours, "per_region": drop.stage.per_region}
     if drop.stage.coverage == "stride" and positions is not None:
-        return {"coverage": "stride", "order": positions.order_of(prompt_rows, device)}
+        order = positions.order_of(prompt_rows, device)
+        return {"coverage": "stride", "order": order, "spread": drop.stage.spread}
     return {}
 
 
@@ -297,6 +302,8 @@ def _chosen_by_features(
     index = index if mask is None else index.clamp(min=0)
     given = {"features": rows_at(hidden_states, index), "exponent": stage.exponent, "mask": mask}
     index = choose(scores, plan.keep, stage.coverage, **given, length=most)  # type: ignore[arg-type]
+    if mask is None and not isinstance(plan.keep, torch.Tensor):
+        return torch.zeros_like(scores).scatter_(1, index, 1.0)  # there is no filler
     return members(index, scores.shape[1]).float()
 
 

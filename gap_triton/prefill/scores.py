@@ -198,6 +198,7 @@ def importance_corrected(
         mask = causal.tril_(columns - queries)[None, None]
         mask = mask if attention.columns is None else among(mask, attention.columns)
     total: torch.Tensor | float = 0.0
+    filler = visual_index < 0
 
     def at(vectors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         index = index.clamp(min=0)[:, None, :, None]
@@ -207,14 +208,14 @@ def importance_corrected(
     visual_ones = at(keys_of_ones, visual_index).transpose(2, 3)  # [B, 1, D, V]
     for block, weights in _weights(attention, mask, rows, visual_index):
         by_rope = at(queries_of_ones, block) @ visual_ones * channels**-0.5  # [B, 1, r, V]
-        total = total + torch.where(weights == 0, 0.0, weights / by_rope).sum(dim=2)  # [B, H, V]
+        total = total + (weights / by_rope).masked_fill_(weights == 0, 0.0).sum(dim=2)  # [B, H, V]
     assert isinstance(total, torch.Tensor)
-    total = torch.where(visual_index[:, None] >= 0, total, 0.0)
+    total = total.masked_fill_(filler[:, None], 0.0)
     count = max(round(heads * PRIORITY_HEADS / PUBLISHED_HEADS), 1)
     best = total.sum(dim=2).argsort(dim=1, descending=True, stable=True)[:, :count]
     chosen = total.gather(1, best[..., None].expand(-1, -1, total.shape[2]))
     mean = chosen.mean(dim=1) / (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(visual_index >= 0, mean, 0.0).float()
+    return mean.masked_fill_(filler, 0.0).float()
 
 
 def _weights(
@@ -241,6 +242,6 @@ def _weights(
                 else logits + block_mask
             )
             sees_none = logits.amax(dim=-1, keepdim=True) == -torch.inf
-            weights = torch.where(sees_none, 0.0, logits.softmax(dim=-1))
+            weights = logits.softmax(dim=-1).masked_fill(sees_none, 0.0)
             weights = weights.gather(3, visual_columns.expand(-1, heads, block.shape[1], -1))
-            yield block, torch.where((block >= 0)[:, None, :, None], weights, 0.0)
+            yield block, weights.masked_fill((block < 0)[:, None, :, None], 0.0)

@@ -97,6 +97,9 @@ def least_similar(
     Returns:
         [G, length] int64, ascending, filled with -1 on the left.
     """
+    if mask is None and not isinstance(keep, Tensor):
+        index = _least_similar_of_all(scores, features, keep)
+        return F.pad(index, (length - keep, 0), value=-1) if length > keep else index
     most = min(PIVOTS, length)
     num_pivots = keep.clamp(max=PIVOTS) if isinstance(keep, Tensor) else min(keep, PIVOTS)
     scores = (
@@ -120,6 +123,22 @@ def least_similar(
         chosen.append(topk_indices(distance[:, :-1, number].contiguous(), share, length=width))
     index = torch.cat(chosen, dim=1).sort(dim=1).values  # filler first
     return F.pad(index, (length - index.shape[1], 0), value=-1)
+
+
+def _least_similar_of_all(scores: Tensor, features: Tensor, keep: int) -> Tensor:
+    """Choose as `least_similar` does, the same number of every row and without filler: [G, keep] int64."""
+    num_pivots = min(keep, PIVOTS)
+    ranked = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    chosen, rest = [topk_indices(ranked, num_pivots)], keep - num_pivots
+    if rest:
+        unit = F.normalize(features.to(accumulation_dtype(features)), dim=-1)
+        cosine = (rows_at(unit, chosen[0]) @ unit.transpose(1, 2)).float()
+        distance = torch.nan_to_num(-cosine, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # [G, P, N]
+        for number in range(num_pivots):
+            distance.scatter_(2, chosen[-1][:, None].expand(-1, num_pivots, -1), torch.nan)  # comes last
+            share = rest * (number + 1) // num_pivots - rest * number // num_pivots
+            chosen.append(topk_indices(distance[:, number], share))
+    return torch.cat(chosen, dim=1).sort(dim=1).values
 
 
 @without_autocast

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 import torch.nn.functional as F
 from gap_kernels import grid_neighbours, topk_indices, topk_per_region
-from gap_kernels.prune.coverage import STRIDE_SHARE
+from gap_kernels.prune.coverage import STRIDE_SHARE, as_ratio
 from gap_kernels.region.op import check_neighbours, check_per_region
 from gap_kernels.validation import (
     FLOAT_DTYPES,
@@ -23,7 +23,6 @@ from gap_kernels.validation import (
 from torch import Tensor
 
 from ..constants import Constants
-from ..plain import as_ratio
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
 from .rows import best_last, best_of, last_where, members
 from .spatial import spatial_order

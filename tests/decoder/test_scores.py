@@ -383,6 +383,19 @@ def test_stride_in_the_decoder(batch: str) -> None:
         assert [row for row in selection.visual_index[b].tolist() if row >= 0] == sorted(spread + rest)
 
 
+@pytest.mark.parametrize("score", ["last_token", "unrotated"])
+@pytest.mark.parametrize("batch", ["even", "left-padded", "ragged-images"])
+def test_a_share_in_the_operator_and_one_of_too_many_digits_for_it(score: str, batch: str) -> None:
+    """Both are exact. Of these counts the two shares are as many tokens, so that the same survive."""
+    chosen = [
+        selected("llava", batch, GapConfig(0.5, LAYER, score, "stride", spread=spread))
+        for spread in (0.4375, 0.43750000001)
+    ]
+    usual = selected("llava", batch, GapConfig(0.5, LAYER, score, "stride"))
+    assert torch.equal(chosen[0].index, chosen[1].index)
+    assert not torch.equal(chosen[0].index, usual.index)
+
+
 def test_spatial_is_the_same_before_and_in_the_decoder() -> None:
     chosen = [
         selected("llava", "ragged-images", GapConfig(0.25, layer, "spatial")).visual_index

@@ -114,13 +114,10 @@ def test_every_preset_before_the_decoder_has_a_limit() -> None:
 def test_choosing_reads_nothing_and_waits_for_no_copy(
     model: str, name: str, batch: int, selecting: Callable[..., Counts]
 ) -> None:
-    """Of a prompt of a kind that was seen before; but the sizes of images where the host does not know them: one read."""
+    """Of a prompt of a kind that was seen before: the sizes of images have been read with what the prompt holds."""
     inputs = inputs_of(model, batch)
     counts = selecting(attached(model, config_of(name, model)), inputs, inputs, inputs)
-    asks_for_sizes = (
-        model != "llava" and name == "spatial"
-    )  # the others have recorded the vision encoder, which had to know
-    assert (counts.reads, counts.copies) == (int(asks_for_sizes), 0)
+    assert (counts.reads, counts.copies) == (0, 0)
     if batch == 1:
         assert counts.launches <= LIMITS[name][0], counts.operators
 
@@ -154,17 +151,18 @@ def test_no_read_where_the_host_knows_the_sizes(
 ) -> None:
     inputs = inputs_of("qwen2_5_vl")
     model = attached("qwen2_5_vl", config_of(name, "qwen2_5_vl"))
-    start, sizes = hooks.start_recorder, {"image_grid_thw": inputs["image_grid_thw"].tolist()}
+    sizes = {"image_grid_thw": inputs["image_grid_thw"].tolist()}
 
     def told(state: Any) -> None:
         state.owner.kwargs[HOST_SIZES] = sizes
-        start(state)
 
     run(model, inputs)
-    before = count(lambda: run(model, inputs), CPU)
-    monkeypatch.setattr(hooks, "start_recorder", told)
-    after = count(lambda: run(model, inputs), CPU)
-    assert after.reads == before.reads - 1
+    together = count(lambda: run(model, inputs), CPU)
+    monkeypatch.setattr(hooks, "read_ahead", lambda state: None)
+    apart = count(lambda: run(model, inputs), CPU)
+    monkeypatch.setattr(hooks, "read_ahead", told)
+    known = count(lambda: run(model, inputs), CPU)
+    assert known.reads == together.reads == apart.reads - 1
     assert selecting(model, inputs).reads == 0
 
 
@@ -193,8 +191,7 @@ def test_tiles_and_newlines(name: str, selecting: Callable[..., Counts]) -> None
     inputs = prompt("llava_next", images=images, before=(3, 7), after=(5, 9))
     gap_triton.configure(model, preset(name, 4, cls=True))
     counts = selecting(model, inputs, inputs)
-    needs_sizes = name not in NO_GRID
-    assert (counts.reads, counts.copies) == (int(needs_sizes), 0)
+    assert (counts.reads, counts.copies) == (0, 0)
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -68,6 +68,7 @@ BAD: dict[str, list[Any]] = {
     "self_weight": [*NO_NUMBER, math.inf, -math.inf, 1e39],
     "pillar_quantile": [*NO_NUMBER, None, -0.1, 1.1, math.inf],
     "radius_in_diagonals": NO_BOOL,
+    "spread": [*NO_NUMBER, -0.1, 1.1, math.inf],
     "causal": NO_BOOL,
     "average": NO_BOOL,
     "head_reduction": NO_CHOICE,
@@ -169,6 +170,8 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
             found += [("value", value + too_many), ("value", value | 2**62)]
     if name == "count" and call.arguments.get("length", 0) is None:
         found += [("value", bad) for bad in (MAX_LENGTH + 1, 10**30)]
+    if name == "spread" and function != "choose":  # a kernel multiplies by its digits
+        found.append(("value", 0.1234567891))
     if name in ("keep", "count", "k") and isinstance(value, Tensor) and value.numel():
         found += [("value", value - value.max() - 1)]
     if not isinstance(value, Tensor):

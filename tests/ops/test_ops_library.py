@@ -269,8 +269,8 @@ SCHEMAS = (
         "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin,"
         " Tensor position_ids, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows,"
         " Tensor? attention_mask, Tensor? lse, float? scale, SymInt length"
-        ', str coverage="topk", Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None)'
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        ', str coverage="topk", Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None,'
+        " SymInt share=3, SymInt of_shares=10) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     (
         "read_prompt(Tensor tokens, SymInt[] placeholders, Tensor? attention_mask, Tensor? answer,"
@@ -284,7 +284,8 @@ SCHEMAS = (
     (
         "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"
         ' Tensor? attention_mask, SymInt num_rows, SymInt length, str coverage="topk",'
-        " Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None) -> Tensor"
+        " Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None, SymInt share=3,"
+        " SymInt of_shares=10) -> Tensor"
     ),
     "text_cosine(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "text_raters(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",

@@ -257,6 +257,7 @@ def test_coverages(coverage: str, data: st.DataObject) -> None:
     keep = data.draw(st.lists(st.integers(0, num_visual + 1), min_size=batch, max_size=batch))
     spread = spread_over(coverage, data.draw(st.sampled_from([1, batch])), num_visual, seeded)
     per_region = data.draw(st.sampled_from([None, 1, 2, 4, 9])) if coverage == "region" else None
+    share = data.draw(st.sampled_from([None, 0.0, 0.25, 0.293578, 1])) if coverage == "stride" else None
     expected = oracle(
         scores.tolist(),
         visual.tolist(),
@@ -264,13 +265,14 @@ def test_coverages(coverage: str, data: st.DataObject) -> None:
         num_rows,
         None if mask is None else mask.tolist(),
         per_region=per_region,
+        spread=share,
         **{name: value.expand(batch, *value.shape[1:]).tolist() for name, value in spread.items()},
     )
     rows = rows_of(batch, num_rows)
     for length in (None, num_rows):
         pruned = prune_by_score(
             scores, **rows, visual_index=visual, keep=torch.tensor(keep), attention_mask=mask, length=length,
-            coverage=coverage, per_region=per_region, **spread,
+            coverage=coverage, per_region=per_region, spread=share, **spread,
         )  # fmt: skip
         check_rows(pruned, rows, expected, max(map(len, expected)) if length is None else length)
 
@@ -283,7 +285,9 @@ def test_prune_tokens_by_coverage_is_scoring_then_pruning(
     inputs, rows = attention_inputs(3), rows_of(2, 9)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :5] = False
-    spread = spread_over(coverage, 2, 4, generator)
+    spread: dict[str, Any] = {**spread_over(coverage, 2, 4, generator)}
+    if coverage == "stride":
+        spread["spread"] = 0.5
     options = {"attention_mask": mask, "rows": torch.tensor([[7, 8], [-1, 8]])}
     how = {"keep": 2, "length": length, "coverage": coverage, **spread}
     pruned = prune_tokens(**inputs, **rows, **options, **how)
@@ -350,6 +354,15 @@ BY_REGION = {"coverage": "region", "neighbours": NEIGHBOURS}
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected dtype torch.bool"),
         ({"length": 3}, "length: expected at least 4, the most rows that stay in a sample, got 3"),
         ({"length": 0}, "length: expected at least 1, got 0"),
+        ({"spread": 0.5}, "spread: expected None with coverage='topk', got 0.5"),
+        (
+            {"coverage": "stride", "order": VISUAL, "spread": 1.5},
+            r"spread: expected a float in 0..1 with at most 9 decimals, got 1.5 \(float\)",
+        ),
+        (
+            {"coverage": "stride", "order": VISUAL, "spread": 0.1234567891},
+            "spread: expected a float in 0..1 with at most 9 decimals",
+        ),
         ({"coverage": "random"}, "coverage: expected one of 'topk', 'region', 'stride', got 'random'"),
         ({"coverage": "region"}, r"neighbours: expected \[B or 1, V, M\].* with coverage='region', got None"),
         ({"coverage": "stride"}, r"order: expected \[B or 1, V\].* with coverage='stride', got None"),

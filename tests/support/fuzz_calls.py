@@ -432,9 +432,10 @@ def pruning(source: Source, batch: int, rows: int) -> dict[str, Any]:
 def coverage_of(source: Source, batch: int, num_visual: int) -> dict[str, Any]:
     """How scores choose, with what that needs; neighbours are mutual where these say how many are candidates."""
     coverage = source.pick(["topk", "region", "stride"])
-    groups, given = source.pick([1, batch]), dict.fromkeys(("neighbours", "per_region", "order"))
+    groups, given = source.pick([1, batch]), dict.fromkeys(("neighbours", "per_region", "order", "spread"))
     if coverage == "stride":
         given["order"] = source.ints(-2, 2 * num_visual, groups, num_visual)
+        given["spread"] = source.pick([None, 0, 0.25, 0.123456789, 1.0])
     elif coverage == "region":
         given["per_region"] = source.pick([None, 1, 2, 10**30])
         given["neighbours"] = neighbours_of(source, groups, num_visual)

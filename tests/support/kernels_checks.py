@@ -515,6 +515,8 @@ def test_surviving_rows(num_rows: int, masked: bool, coverage: str, generator: t
     mask = (torch.rand(3, num_rows, generator=generator) < 0.8).to(DEVICE) if masked else None
     ragged = torch.tensor([0, num_visual // 2, 10 * num_rows], device=DEVICE)
     spread = spread_over(coverage, num_visual, generator)
+    if coverage == "stride" and masked:
+        spread = (*spread, 293_578_123, 10**9)
     lengths = (num_rows, num_rows // 2, num_rows + 200)[: 3 if coverage == "topk" else 1]
     for keep, counts in ((num_rows // 3, None), (0, ragged)):
         for length in lengths:

@@ -47,6 +47,7 @@ def prune_by_score(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    spread: float | None = None,
 ) -> PrunedTokens:
     """Keep the best-scored visual tokens and all text, in order, every survivor with its own position ids.
 
@@ -58,7 +59,7 @@ def prune_by_score(
       - ``"topk"``: the best;
       - ``"region"``: the best of those that fewer than ``per_region`` of their neighbours beat; and if these are fewer
         than ``keep``, all of them and the best of the others (Nüwa, arXiv 2602.02951, see `topk_per_region`);
-      - ``"stride"``: three tenths of ``keep``, rounded down, by ``order`` alone, then the best of the others (FEATHER,
+      - ``"stride"``: ``spread`` of ``keep``, rounded down, by ``order`` alone, then the best of the others (FEATHER,
         arXiv 2412.13180, which keeps a lattice of its own beside the best);
 
     - every row that is neither visual nor padding;
@@ -88,6 +89,8 @@ def prune_by_score(
             ``ceil(keep / regions)``; neighbours must be mutual then.
         order: For ``"stride"``: [B, V] int64, or [1, V] for all samples alike: the rank of each slot in the uniform
             sample, compared as float32, the lowest first; negative = last.
+        spread: For ``"stride"``: the share of the uniform sample in ``keep``, in 0..1, read as the decimal that it prints
+            as, of nine digits at most. None: three tenths.
 
     Returns:
         The survivors. Gradients flow back through ``hidden_states``, ``cos`` and ``sin``.
@@ -103,9 +106,9 @@ def prune_by_score(
     shapes.check("scores", scores, "B V", (torch.float32,))
     if attention_mask is not None:
         shapes.check("attention_mask", attention_mask, "B Q", (torch.bool,))
-    spread = covering(shapes, coverage, neighbours, per_region, order)
+    cover = covering(shapes, coverage, neighbours, per_region, order, spread)
     return _prune(
-        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, spread
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, cover
     )  # fmt: skip
 
 
@@ -128,6 +131,7 @@ def prune_tokens(
     neighbours: Tensor | None = None,
     per_region: int | None = None,
     order: Tensor | None = None,
+    spread: float | None = None,
 ) -> PrunedTokens:
     """Score visual tokens by attention and prune: `visual_importance`, then `prune_by_score`.
 
@@ -153,6 +157,7 @@ def prune_tokens(
         neighbours: [B or 1, V, M] int32, for ``"region"``.
         per_region: Int, for ``"region"``.
         order: [B or 1, V] int64, for ``"stride"``.
+        spread: Float in 0..1, for ``"stride"``. One launch is for the usual share alone.
 
     Returns:
         The survivors. Scores of float64 queries are rounded to float32 before the selection.
@@ -163,7 +168,7 @@ def prune_tokens(
     shapes = ShapeChecker()
     check_importance(shapes, query, key, visual_index, rows, attention_mask, lse, scale)
     check_rows(shapes, hidden_states, cos, sin, position_ids, visual_index)
-    spread = covering(shapes, coverage, neighbours, per_region, order)
+    cover = covering(shapes, coverage, neighbours, per_region, order, spread)
     differentiable = (query, key, hidden_states, cos, sin)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     if length is not None and not needs_gradient:
@@ -172,14 +177,14 @@ def prune_tokens(
         return PrunedTokens(
             *prune_tokens_op(
                 query, key, hidden_states, cos, sin, position_ids, visual_index, count, counts, rows,
-                attention_mask, lse, scale, length, *spread,
+                attention_mask, lse, scale, length, *cover,
             )
         )  # fmt: skip
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
     if attention_mask is not None:
         attention_mask = attention_mask[:, key.shape[2] - query.shape[2] :]
     return _prune(
-        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, spread
+        shapes, scores, hidden_states, cos, sin, position_ids, visual_index, keep, attention_mask, length, cover
     )  # fmt: skip
 
 
@@ -200,7 +205,7 @@ def _prune(
     keep: int | Tensor,
     attention_mask: Tensor | None,
     length: int | None,
-    spread: Covering,
+    cover: Covering,
 ) -> PrunedTokens:
     """Select and gather; all arguments but ``keep`` and ``length`` are checked already."""
     count, counts = _kept_count(keep, shapes)
@@ -208,7 +213,7 @@ def _prune(
         check_length(length, at_least=1)
     num_rows = hidden_states.shape[1]
     width = num_rows if length is None else length
-    index = surviving_rows_op(scores, visual_index, count, counts, attention_mask, num_rows, width, *spread)
+    index = surviving_rows_op(scores, visual_index, count, counts, attention_mask, num_rows, width, *cover)
     if length is None:
         survivors = read_max((index >= 0).sum(-1), "the number of rows depends on what stays")
         index = index[:, num_rows - survivors :].contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
 from ..select.kernel import MAX_REGISTERS, select_threshold, tile_options, write_selected
-from .coverage import Covering
+from .coverage import STRIDE_SHARE, Covering
 from .keys import select_by_stride, write_keys_by_region, write_row_keys, write_score_keys
 
 FILL_BLOCK = 1024
@@ -42,6 +42,8 @@ def select_survivors(
     neighbours_stride_b,
     order_stride_b,
     per_region,
+    share,
+    of_shares,
     COVERAGE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,7 +76,7 @@ def select_survivors(
     if COVERAGE == "stride":
         threshold, ties, tied, total = select_by_stride(
             scores, visual_index, order + sample * order_stride_b, keys, spare + sample * num_rows,
-            budget, num_visual, num_rows, BLOCK, BLOCK_FILL, RESIDENT,
+            budget, share, of_shares, num_visual, num_rows, BLOCK, BLOCK_FILL, RESIDENT,
         )  # fmt: skip
     else:
         threshold, ties, tied, total = select_threshold(keys, num_rows, budget, BLOCK, RESIDENT, False)
@@ -91,7 +93,7 @@ def select_survivors(
 @triton.jit(
     do_not_specialize=[
         "keep", "num_visual", "num_rows", "length", "mask_stride_b", "mask_stride_q", "neighbours_stride_b",
-        "order_stride_b", "per_region",
+        "order_stride_b", "per_region", "share", "of_shares",
     ]
 )  # fmt: skip
 def surviving_rows_kernel(
@@ -113,6 +115,8 @@ def surviving_rows_kernel(
     neighbours_stride_b,
     order_stride_b,
     per_region,
+    share,
+    of_shares,
     COVERAGE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -123,7 +127,7 @@ def surviving_rows_kernel(
     select_survivors(
         scores, visual_index, counts, mask, neighbours, order, keys, spare, index, tl.program_id(0).to(tl.int64),
         keep, num_visual, num_rows, length, mask_stride_b, mask_stride_q, neighbours_stride_b, order_stride_b,
-        per_region, COVERAGE, NEIGHBOURS, BLOCK, BLOCK_FILL, RESIDENT,
+        per_region, tl.cast(share, tl.int64), of_shares, COVERAGE, NEIGHBOURS, BLOCK, BLOCK_FILL, RESIDENT,
     )  # fmt: skip
 
 
@@ -248,6 +252,8 @@ def surviving_rows(
     neighbours: Tensor | None = None,
     per_region: int = 0,
     order: Tensor | None = None,
+    share: int = STRIDE_SHARE.numerator,
+    of_shares: int = STRIDE_SHARE.denominator,
 ) -> Tensor:
     """Launch the selection; arguments and result as in ``reference.py``."""
     batch, num_visual = visual_index.shape
@@ -268,7 +274,7 @@ def surviving_rows(
             torch.empty((batch, spare), dtype=torch.int32, device=device) if spare else None, index,
         ),
         (),
-        (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride()), *spread.sizes),
+        (keep, num_visual, num_rows, length, *((0, 0) if mask is None else mask.stride()), *spread.sizes, share, of_shares),
         (),
         spread.constants
         | {"BLOCK": tiles["BLOCK"], "BLOCK_FILL": FILL_BLOCK, "RESIDENT": tiles["RESIDENT"]},

@@ -8,12 +8,9 @@ import triton.language as tl
 
 from ..region.kernel import write_region_keys
 from ..select.kernel import ALWAYS, DROPPED, score_keys, select_threshold
-from .coverage import STRIDE_SHARE
 
 # A visual row of the uniform sample: it comes before every score, and counts as what is kept.
 SAMPLED = tl.constexpr(ALWAYS.value - 1)
-SHARE = tl.constexpr(STRIDE_SHARE.numerator)
-OF_SHARES = tl.constexpr(STRIDE_SHARE.denominator)
 
 
 @triton.jit
@@ -116,6 +113,8 @@ def select_by_stride(
     keys,
     others,
     budget,
+    share,
+    of_shares,
     num_visual,
     num_rows,
     BLOCK_SELECT: tl.constexpr,
@@ -124,6 +123,7 @@ def select_by_stride(
 ):
     """Select twice in one sample: the uniform sample, the first by ``order`` [V]; then the best of the others.
 
+    The sample is ``share`` in ``of_shares`` of the budget, in int64 where these aren't constants of the kernel.
     Both are one loop, and it needs nothing but two rows of keys: those in registers are most of what a thread has.
     ``others`` [Q] is a workspace.
 
@@ -146,6 +146,6 @@ def select_by_stride(
     for number in range(0, 2):
         if number > 0:
             take_sample(keys, others, threshold, ties, num_rows, BLOCK)
-        wanted = tl.where(number > 0, budget, budget * SHARE // OF_SHARES)
+        wanted = tl.where(number > 0, budget, (budget * share // of_shares).to(tl.int32))
         threshold, ties, tied, total = select_threshold(keys, num_rows, wanted, BLOCK_SELECT, RESIDENT, False)
     return threshold, ties, tied, total

@@ -61,7 +61,7 @@ from ..importance.kernel import (
     visual_mass_tile,
 )
 from ..launch import cdiv, launch, next_power_of_2
-from .coverage import Covering
+from .coverage import STRIDE_SHARE, Covering
 from .kernel import (
     COPY_BYTES,
     FILL_BLOCK,
@@ -85,6 +85,7 @@ MAX_WAVES = 4
 ENOUGH_COPIES = 512
 MAX_ROWS_PER_COPY = 8
 RESET_BLOCK = 1024
+SHARE, OF_SHARES = tl.constexpr(STRIDE_SHARE.numerator), tl.constexpr(STRIDE_SHARE.denominator)
 LINE = tl.constexpr(32)
 """Counters in a line of memory, 128 bytes: what one transaction of the second-level cache reads or adds to."""
 
@@ -249,7 +250,7 @@ def prune_kernel(
                 select_survivors(
                     scores, visual_index, counts, row_mask, neighbours, order, keys, keys + batch * num_query, index,
                     sample.to(tl.int64), keep, num_visual, num_query, length, mask_stride_b, mask_stride_s,
-                    neighbours_stride_b, order_stride_b, per_region, COVERAGE, NEIGHBOURS,
+                    neighbours_stride_b, order_stride_b, per_region, SHARE, OF_SHARES, COVERAGE, NEIGHBOURS,
                     BLOCK_SELECT, BLOCK_FILL, True,
                 )  # fmt: skip
                 announce(selected)

@@ -18,6 +18,7 @@ from ..library import fake, gradient, operator
 from ..region.op import check_neighbour_values
 from ..validation import FLOAT_DTYPES, ShapeChecker, check_distinct, check_range, describe
 from . import reference
+from .coverage import STRIDE_SHARE
 
 if TYPE_CHECKING:
     from .one_launch import Plan
@@ -36,6 +37,8 @@ def surviving_rows_op(
     neighbours: Tensor | None = None,
     per_region: int = 0,
     order: Tensor | None = None,
+    share: int = 3,
+    of_shares: int = 10,
 ) -> Tensor:
     """Return the last ``length`` surviving rows of each sample, [B, length] int64; see ``reference.py``."""
     if scores.is_cpu:
@@ -44,6 +47,7 @@ def surviving_rows_op(
     width = max(length, num_rows) if scores.is_cpu else length
     given = (
         scores, visual_index, keep, counts, attention_mask, num_rows, width, coverage, neighbours, per_region, order,
+        share, of_shares,
     )  # fmt: skip
     if use_triton(scores):
         from . import kernel
@@ -134,17 +138,21 @@ def prune_tokens_op(
     neighbours: Tensor | None = None,
     per_region: int = 0,
     order: Tensor | None = None,
+    share: int = 3,
+    of_shares: int = 10,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, select and gather without a gradient: the fields of ``PrunedTokens``, in one launch where possible."""
     given = (
         query, key, hidden_states, cos, sin, position_ids, visual_index, keep, counts, rows, attention_mask, lse, scale,
         length, coverage, neighbours, per_region, order,
     )  # fmt: skip
-    work = _plan_of_one_launch(
-        query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length, coverage
-    )
+    work = None
+    if (share, of_shares) == STRIDE_SHARE.as_integer_ratio():  # which is a constant of the one launch
+        work = _plan_of_one_launch(
+            query, key, hidden_states, cos, position_ids, visual_index, rows, lse, length, coverage
+        )
     if work is None:
-        return prune_in_several_launches(*given)
+        return prune_in_several_launches(*given, share, of_shares)
     from . import one_launch
 
     num_query = query.shape[2]
@@ -204,14 +212,17 @@ def prune_in_several_launches(
     neighbours: Tensor | None = None,
     per_region: int = 0,
     order: Tensor | None = None,
+    share: int = 3,
+    of_shares: int = 10,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Do the same by the operators that ``prune_tokens`` can be made of, whatever their path."""
     num_query = query.shape[2]
     mask = _mask_of_rows(attention_mask, key, num_query)
     scores = visual_importance_op(query, key, visual_index, rows, attention_mask, lse, scale).float()
     index = surviving_rows_op(
-        scores, visual_index, keep, counts, mask, num_query, length, coverage, neighbours, per_region, order
-    )
+        scores, visual_index, keep, counts, mask, num_query, length, coverage, neighbours, per_region, order,
+        share, of_shares,
+    )  # fmt: skip
     return *gather_rows_op(hidden_states, cos, sin, position_ids, index), index, scores
 
 

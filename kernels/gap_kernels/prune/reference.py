@@ -23,6 +23,8 @@ def surviving_rows(
     neighbours: Tensor | None = None,
     per_region: int = 0,
     order: Tensor | None = None,
+    share: int = STRIDE_SHARE.numerator,
+    of_shares: int = STRIDE_SHARE.denominator,
 ) -> Tensor:
     """Return which rows of the prompt stay, see `gap_kernels.prune_by_score`.
 
@@ -38,6 +40,8 @@ def surviving_rows(
         neighbours: [B, V, M] or [1, V, M] int32, for ``"region"``.
         per_region: For ``"region"``; 0 = as many as are needed.
         order: [B, V] or [1, V] int64, for ``"stride"``.
+        share: For ``"stride"``: so many in ``of_shares`` of the budget go by ``order``.
+        of_shares: See there.
 
     Returns:
         [B, length] int64: the last ``length`` survivors, ascending, filled with -1 on the left.
@@ -59,7 +63,8 @@ def surviving_rows(
         best = candidates_first(ranked, others, per_region, budget, is_real)
     elif coverage == "stride":
         assert order is not None
-        best = _sample_first(ranked, order.expand(batch, -1).gather(1, slot), budget, is_real)
+        by_order = order.expand(batch, -1).gather(1, slot)
+        best = _sample_first(ranked, by_order, budget * share // of_shares, is_real)
     else:
         best = select_reference.best_first(ranked)
     chosen = select_reference.first_ascending(best, 0, budget, num_visual)  # [B, V] slots
@@ -85,9 +90,8 @@ def _in_other_order(neighbours: Tensor, slot: Tensor) -> Tensor:
     return torch.where(inside, place, -1)
 
 
-def _sample_first(scores: Tensor, order: Tensor, budget: Tensor, real: Tensor) -> Tensor:
-    """Return the entries [B, V] of each sample, those of the uniform sample first, then from the best to the worst."""
-    sampled = budget * STRIDE_SHARE.numerator // STRIDE_SHARE.denominator
+def _sample_first(scores: Tensor, order: Tensor, sampled: Tensor, real: Tensor) -> Tensor:
+    """Return the entries [B, V] of each sample, first ``sampled`` [B] by their order, then from the best to the worst."""
     spread = select_reference.best_first(torch.where(real & (order >= 0), -order.float(), float("nan")))
     in_sample = spread.argsort(-1) < sampled[:, None]
     place = select_reference.best_first(scores).argsort(-1)

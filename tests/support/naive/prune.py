@@ -21,6 +21,7 @@ def oracle(
     neighbours: list[list[list[int]]] | None = None,
     per_region: int | None = None,
     order: list[list[int]] | None = None,
+    spread: float | None = None,
 ) -> list[list[int]]:
     """The surviving rows of each sample, without filler: by region with ``neighbours``, by stride with ``order``."""
     survivors = []
@@ -38,8 +39,9 @@ def oracle(
             best = region.oracle(of_slots, around, per_region, count)
         elif order is not None:
             ranks = [math.inf if order[b][slot] < 0 else order[b][slot] for slot in slots]
-            spread = sorted(best, key=lambda i: (ranks[i], i))[: int(count * Fraction(3, 10))]
-            best = spread + [i for i in best if i not in spread]
+            share = Fraction(3, 10) if spread is None else Fraction(str(spread))
+            sample = sorted(best, key=lambda i: (ranks[i], i))[: int(count * share)]
+            best = sample + [i for i in best if i not in sample]
         stays = {positions[slots[i]] for i in best[:count]}
         stays |= {row for row in range(num_rows) if real[row] and row not in positions}
         stays.add(num_rows - 1)
