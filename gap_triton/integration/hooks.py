@@ -22,8 +22,8 @@ from ..kv_cache.kept_tokens import (
     KeptRows,
     has_plain_steps,
     is_static,
+    is_unpruned,
     kept_tokens_of,
-    knows_nothing,
     make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
@@ -179,7 +179,7 @@ def before_owner(
         return None  # as in `before_head`
     if is_step(args, kwargs) and not has_ours(kwargs):
         cache = cache_of(kwargs)
-        if knows_nothing(cache):
+        if is_unpruned(cache):
             return None
         if has_plain_steps(cache) and not attachment.closing:
             return args, {**kwargs, STATE_KEY: _begin_step(owner, kwargs, attachment)}
@@ -314,7 +314,7 @@ def before_text(
         return None  # as in `before_head`
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
-        if not has_ours(kwargs) and is_one_row(args, kwargs) and knows_nothing(cache_of(kwargs)):
+        if not has_ours(kwargs) and is_one_row(args, kwargs) and is_unpruned(cache_of(kwargs)):
             return None
         if kwargs.get(VISUAL_MASK) is not None:
             return _begin_without_owner(text, args, kwargs, attachment)

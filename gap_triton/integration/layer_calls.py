@@ -50,8 +50,14 @@ def put_before(layer: nn.Module, before: Before) -> LayerCall:
     """
     layer.__dict__[BEFORE] = before
     if not hasattr(type(layer), BASE):
-        object.__setattr__(layer, "__class__", _asking(type(layer)))
+        _change_class(layer)
     return LayerCall(layer)
+
+
+def _change_class(layer: nn.Module) -> None:
+    base: Any = type(layer)
+    # Past nn.Module, where what torch.compile returns would hand it on to the module that it holds.
+    object.__setattr__(layer, "__class__", _asking(base))
 
 
 def carries(module: nn.Module) -> bool:
@@ -60,7 +66,7 @@ def carries(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _asking(base: type[nn.Module]) -> type[nn.Module]:
+def _asking(base: Any) -> Any:
     """A class like ``base``, whose instances ask `BEFORE` when they are called."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +79,9 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
         return base.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        made = base.__reduce_ex__(self, protocol)
+        made: tuple[Any, ...] = base.__reduce_ex__(self, protocol)
+        if BASE not in vars(type(self)):
+            return made  # somebody has made it another class since
         make, arguments, *rest = made
         without = tuple(base if each is type(self) else each for each in arguments)
         return _made_again, (base if make is type(self) else make, *without), *rest
@@ -86,8 +94,10 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         BASE: base,
     }
-    made = type(base)(base.__name__, (base,), body)
-    if "forward" in vars(made):  # transformers wraps the forward of each new class of layers, and this one has none
+    made: Any = type(base)(base.__name__, (base,), body)
+    if "forward" in vars(
+        made
+    ):  # transformers wraps the forward of every new class of layers; it is wrapped already
         del made.forward
     return made
 
@@ -95,5 +105,5 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
 def _made_again(make: Callable[..., Any], *arguments: Any) -> Any:
     """A copy of a layer, of a class that a pickle can't name."""
     layer = make(*arguments)
-    object.__setattr__(layer, "__class__", _asking(type(layer)))
+    _change_class(layer)
     return layer

@@ -165,7 +165,9 @@ def test_the_configuration_comes_back_with_the_name(part: str) -> None:
     assert hooks(model) == 0
     model.set_attn_implementation("gap_triton")
     assert same(generate(model, inputs), pruned)
-    gap_triton.attach(model, GapConfig())  # a configuration that is given is taken, and the one before forgotten
+    gap_triton.attach(
+        model, GapConfig()
+    )  # a configuration that is given is taken, and the one before forgotten
     switched.set_attn_implementation("sdpa")
     model.set_attn_implementation("gap_triton")
     assert same(generate(model, inputs), default)
