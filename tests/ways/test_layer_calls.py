@@ -4,22 +4,128 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.hooks import hooks
 from support.prompts import make_prompt
-from support.tiny import build
+from support.tiny import LAYERS, build
 from torch import nn
+from transformers import DynamicCache
 
 import gap_triton
 from gap_triton import GapConfig
-from gap_triton.arguments import STATE_KEY
+from gap_triton.arguments import CACHE, STATE_KEY
+from gap_triton.attachment import attachment_of
 from gap_triton.integration.layer_calls import carries, put_before
 from gap_triton.state import ForwardState
 
 CONFIG = GapConfig(keep=0.4, layer=1)
+EVERYTHING = GapConfig(keep=1.0)
+
+
+def layers_that_carry(model: nn.Module) -> int:
+    return sum(map(carries, model.model.language_model.layers))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    """Two samples that keep different numbers, so that every later step needs a mask."""
+    return make_prompt("llava", "ragged-images")
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of the prompt and of a step behind it."""
+    model = build("llava", "sdpa")
+    gap_triton.attach(model, CONFIG)
+    return torch.cat(prompt_and_step(model, inputs), dim=1)
+
+
+@torch.no_grad()
+def prompt_and_step(
+    model: Any, inputs: dict[str, torch.Tensor], between: Callable[[], object] = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = DynamicCache(config=model.config.get_text_config())
+    prompt = model(**inputs, **{CACHE: cache}).logits
+    between()
+    mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    ids = mask.sum(dim=1, keepdim=True) - 1
+    token = torch.full((len(mask), 1), 7)
+    return prompt, model(input_ids=token, attention_mask=mask, position_ids=ids, **{CACHE: cache}).logits
+
+
+def test_nothing_is_on_layers_where_everything_is_kept() -> None:
+    model = build("llava", "sdpa")
+    gap_triton.attach(model, EVERYTHING)
+    assert layers_that_carry(model) == 0
+    gap_triton.configure(model, CONFIG)
+    assert layers_that_carry(model) == LAYERS
+    with gap_triton.pruning(model, EVERYTHING):
+        assert layers_that_carry(model) == 0
+        with gap_triton.pruning(model, CONFIG):
+            assert layers_that_carry(model) == LAYERS
+        assert layers_that_carry(model) == 0
+    assert layers_that_carry(model) == LAYERS
+    gap_triton.configure(model, EVERYTHING)
+    assert layers_that_carry(model) == 0
+    gap_triton.detach(model)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("when", ["before the step", "in the prompt"])
+def test_a_pruned_cache_goes_on_where_everything_is_kept(
+    when: str, inputs: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    """The call that runs, and the cache that it has pruned, get what they need; afterwards nothing is left on the layers."""
+    model = build("llava", "sdpa")
+    gap_triton.attach(model, CONFIG)
+
+    def keep_everything(*_: object) -> None:
+        gap_triton.configure(model, EVERYTHING)
+
+    if when == "in the prompt":
+        with model.model.language_model.layers[0].register_forward_pre_hook(keep_everything):
+            found = prompt_and_step(model, inputs)
+    else:
+        found = prompt_and_step(model, inputs, keep_everything)
+    assert torch.equal(torch.cat(found, dim=1), expected)
+    assert layers_that_carry(model) == 0
+
+
+def test_a_prompt_that_began_before_everything_was_kept(
+    inputs: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    """Its hooks were taken off right before it was seen to be running."""
+    model = build("llava", "sdpa")
+    gap_triton.attach(model, CONFIG)
+    attachment = attachment_of(model.model.language_model)
+
+    def take_off(*_: object) -> None:
+        running, attachment.running = attachment.running, set()
+        gap_triton.configure(model, EVERYTHING)
+        assert layers_that_carry(model) == 0
+        attachment.running = running
+
+    with model.model.multi_modal_projector.register_forward_pre_hook(take_off):
+        prompt, step = prompt_and_step(model, inputs)
+    assert torch.equal(torch.cat([prompt, step], dim=1), expected)
+
+
+def test_what_was_compiled_where_everything_is_kept_prunes_when_it_is_to(
+    inputs: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    model = build("llava", "sdpa")
+    dense = torch.cat(prompt_and_step(model, inputs), dim=1)
+    gap_triton.attach(model, EVERYTHING)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(torch.cat(prompt_and_step(compiled, inputs), dim=1), dense, atol=1e-5)
+    gap_triton.configure(model, CONFIG)
+    assert torch.allclose(torch.cat(prompt_and_step(compiled, inputs), dim=1), expected, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_a_layer_has_the_class_that_it_had_and_gets_it_back() -> None:
@@ -36,9 +142,9 @@ def test_a_layer_has_the_class_that_it_had_and_gets_it_back() -> None:
     assert hooks(model) == 0
 
 
-def test_all_hooks_on_a_later_layer_see_what_it_gets() -> None:
+def test_all_hooks_on_a_later_layer_see_what_it_gets(inputs: dict[str, torch.Tensor]) -> None:
     """Whether they were there before pruning was attached or not."""
-    model, inputs, seen = build("llava", "sdpa"), make_prompt("llava", "left-padded"), []
+    model, seen = build("llava", "sdpa"), []
 
     def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         seen.append(args[0].shape[1])
