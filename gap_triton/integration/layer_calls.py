@@ -28,13 +28,17 @@ class LayerCall:
 
     Attributes:
         layer: The layer.
+        before: What is asked.
     """
 
     layer: nn.Module
+    before: Before
 
     def remove(self) -> None:
-        """Take it off; the layer gets back the class that it had."""
-        self.layer.__dict__.pop(BEFORE, None)
+        """Take it off, if it is still there; the layer gets back the class that it had."""
+        if self.layer.__dict__.get(BEFORE) is not self.before:
+            return
+        del self.layer.__dict__[BEFORE]
         base = vars(type(self.layer)).get(BASE)
         if base is not None:  # else somebody has made it another class since, whose method does nothing now
             object.__setattr__(self.layer, "__class__", base)
@@ -44,14 +48,14 @@ def put_before(layer: nn.Module, before: Before) -> LayerCall:
     """Let ``before`` see each call of ``layer`` that belongs to a forward with a state.
 
     Args:
-        layer: The layer; it has no other such function.
+        layer: The layer. What another model has put before it, of which it is a layer too, is taken off.
         before: As a pre-hook of torch with keyword arguments: gets the layer, the arguments by position and those by name,
             and returns those that the layer is to get, or None for the same.
     """
     layer.__dict__[BEFORE] = before
     if not hasattr(type(layer), BASE):
         _change_class(layer)
-    return LayerCall(layer)
+    return LayerCall(layer, before)
 
 
 def _change_class(layer: nn.Module) -> None:
