@@ -32,7 +32,7 @@ class Attachment:
         config: The configuration that the next call reads.
         owner: The module that receives ``input_ids`` or ``visual_mask``; ``text`` itself for a decoder without a VLM.
         text: The decoder stack.
-        layers: Its layers that carry the hooks; the model may have other layers by now.
+        layers: Its layers that carry the hooks; the model may have other layers by now. Empty where it is ``resting``.
         windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
         chunks: By layer, how many tokens make a chunk that its attention does not look out of; None where there are none.
         kinds: By layer, its kind in the words of transformers, such as ``"full_attention"``.
@@ -49,6 +49,7 @@ class Attachment:
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
         running: The calls that are running: forwards, and whole generations.
         closing: Detached; the hooks stay until no call is running, and do nothing in new ones.
+        resting: The configuration keeps everything: layers carry hooks only while a call is running that needs them.
     """
 
     config: GapConfig
@@ -71,6 +72,7 @@ class Attachment:
     restore: str | None = None
     running: set[Any] = field(default_factory=set)
     closing: bool = False
+    resting: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
@@ -87,12 +89,18 @@ class Attachment:
     def close(self) -> None:
         """Take everything off, at once or, if calls are running, when the last one ends."""
         self.closing = True
-        self.close_if_idle()
+        self.settle()
 
-    def close_if_idle(self) -> None:
-        """Take everything off a model that was detached, if no call is running."""
+    def settle(self) -> None:
+        """If no call is running, take off a model what nothing needs any more: everything, where it was detached."""
         with attach_lock:
-            if not self.closing or self.running:
+            if self.running:
+                return
+            if self.resting:
+                for handle in self.layer_handles:
+                    handle.remove()
+                self.layer_handles, self.layers = [], ()
+            if not self.closing:
                 return
             for handle in reversed((*self.handles, *self.layer_handles, *self.tower_handles)):
                 handle.remove()

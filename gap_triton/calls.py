@@ -59,7 +59,7 @@ def generation_of(model: nn.Module) -> Iterator[None]:
         _generation.reset(token)
         for attachment in configs:
             attachment.running.discard(generation)
-            attachment.close_if_idle()
+            attachment.settle()
 
 
 def is_assistant() -> bool:

@@ -160,7 +160,9 @@ def pruning(model: nn.Module, config: GapConfig | None = None) -> Iterator[nn.Mo
         if config_before is None:
             detach(model)
         elif (attachment := _attachment_on(model)) is not None:
-            attachment.config = config_before
+            with attach_lock:
+                attachment.config = config_before
+                hook_layers(attachment)
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -74,7 +74,7 @@ def step_of(
 
 
 def takes_masks_only(kept: KeptTokens, attachment: Attachment) -> bool:
-    """Return whether later layers need nothing but masks in a decode step: all attend to everything, with ids as they are."""
+    """Return whether later layers need masks at most in a decode step: all attend to everything, and ids are kept."""
     return not (kept.renumbered or attachment.survivors_only or any(attachment.windows))
 
 

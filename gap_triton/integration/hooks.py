@@ -31,8 +31,8 @@ from ..kv_cache.kept_tokens import (
     KeptRows,
     has_plain_steps,
     is_static,
+    is_unpruned,
     kept_tokens_of,
-    knows_nothing,
     make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
@@ -190,7 +190,7 @@ def before_owner(
         return None  # as in `before_head`
     if is_step(args, kwargs) and not has_ours(kwargs):
         cache = cache_of(kwargs)
-        if knows_nothing(cache):
+        if is_unpruned(cache):
             return None
         if has_plain_steps(cache) and not attachment.closing:
             return args, {**kwargs, STATE_KEY: _begin_step(owner, kwargs, attachment)}
@@ -271,12 +271,12 @@ def _end(state: ForwardState) -> None:
         state.recorder.stop()
     if not torch.compiler.is_compiling():
         state.attachment.running.discard(state)
-        if state.attachment.closing:
-            state.attachment.close_if_idle()
+        if state.attachment.closing or state.attachment.resting:
+            state.attachment.settle()
 
 
 def hook_layers(attachment: Attachment) -> None:
-    """Put hooks on the layers of the decoder, anew where it has got others since; nothing to do where it has not."""
+    """Put hooks on the layers of the decoder where its configuration drops tokens, else take them off."""
     text = attachment.text
     with attach_lock:
         # Kept, because transformers' configs look attributes up slowly, and every layer asks in every step.
@@ -286,24 +286,49 @@ def hook_layers(attachment: Attachment) -> None:
         attachment.kinds = tuple(layer_type(text.config, index) for index in layers)
         attachment.survivors_only = why_not_in_decoder(text) is not None
         attachment.own_attention = why_own_attention(text) is not None
-        if attachment.layers == tuple(text.layers):
-            return
-        for handle in attachment.layer_handles:
-            handle.remove()
-        attachment.layer_handles = [
-            put_before(layer, functools.partial(before_layer, index=index))
-            for index, layer in enumerate(text.layers)
-        ]
-        attachment.layers = tuple(text.layers)
+        # A call that begins now sees this before it looks for the hooks, or is seen to be running.
+        attachment.resting = attachment.config.changes_nothing
+        if attachment.resting:
+            attachment.settle()
+        else:
+            _put_on_layers(attachment)
+
+
+def _put_on_layers(attachment: Attachment) -> None:
+    """Put the hooks on, anew where the decoder has got other layers since; nothing to do where it has not."""
+    layers = tuple(attachment.text.layers)
+    if attachment.layers == layers:
+        return
+    for handle in attachment.layer_handles:
+        handle.remove()
+    attachment.layer_handles = [
+        put_before(layer, functools.partial(before_layer, index=index)) for index, layer in enumerate(layers)
+    ]
+    attachment.layers = layers
 
 
 def _follow_layers(attachment: Attachment, text: PreTrainedModel) -> None:
+    """See to it that the layers carry their hooks in a forward that needs them."""
+    if attachment.resting:  # a cache goes on that was pruned under another configuration
+        _wake_layers(attachment)
+        return
     layers = text._modules["layers"]._modules.values()
     # A replica of DataParallel has layers of its own, and what was compiled sees no others than it was compiled with.
     if torch.compiler.is_compiling() or tuple(layers) == attachment.layers or text is not attachment.text:
         return
     check_stages(attachment.config, find_parts(attachment.owner))  # the new layers may be others
     hook_layers(attachment)
+
+
+def _wake_layers(attachment: Attachment) -> None:
+    if not torch.compiler.is_compiling():
+        with attach_lock:
+            _put_on_layers(attachment)
+    elif not attachment.layers:
+        raise RuntimeError(
+            "this KV cache was pruned, and goes on under a configuration that keeps everything: run the step without "
+            "torch.compile, or call gap_triton.configure(model, config) with one that drops tokens"
+        )
 
 
 def _begin_without_owner(
@@ -328,7 +353,7 @@ def before_text(
         return None  # as in `before_head`
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
-        if not has_ours(kwargs) and is_one_row(args, kwargs) and knows_nothing(cache_of(kwargs)):
+        if not has_ours(kwargs) and is_one_row(args, kwargs) and is_unpruned(cache_of(kwargs)):
             return None
         if kwargs.get(VISUAL_MASK) is not None:
             return _begin_without_owner(text, args, kwargs, attachment)

@@ -28,13 +28,17 @@ class LayerCall:
 
     Attributes:
         layer: The layer.
+        before: What is asked.
     """
 
     layer: nn.Module
+    before: Before
 
     def remove(self) -> None:
-        """Take it off; the layer gets back the class that it had."""
-        self.layer.__dict__.pop(BEFORE, None)
+        """Take it off, if it is still there; the layer gets back the class that it had."""
+        if self.layer.__dict__.get(BEFORE) is not self.before:
+            return
+        del self.layer.__dict__[BEFORE]
         base = vars(type(self.layer)).get(BASE)
         if base is not None:  # else somebody has made it another class since, whose method does nothing now
             object.__setattr__(self.layer, "__class__", base)
@@ -44,14 +48,20 @@ def put_before(layer: nn.Module, before: Before) -> LayerCall:
     """Let ``before`` see each call of ``layer`` that belongs to a forward with a state.
 
     Args:
-        layer: The layer; it has no other such function.
+        layer: The layer. What another model has put before it, of which it is a layer too, is taken off.
         before: As a pre-hook of torch with keyword arguments: gets the layer, the arguments by position and those by name,
             and returns those that the layer is to get, or None for the same.
     """
     layer.__dict__[BEFORE] = before
     if not hasattr(type(layer), BASE):
-        object.__setattr__(layer, "__class__", _asking(type(layer)))
-    return LayerCall(layer)
+        _change_class(layer)
+    return LayerCall(layer, before)
+
+
+def _change_class(layer: nn.Module) -> None:
+    base: Any = type(layer)
+    # Past nn.Module, where what torch.compile returns would hand it on to the module that it holds.
+    object.__setattr__(layer, "__class__", _asking(base))
 
 
 def carries(module: nn.Module) -> bool:
@@ -60,7 +70,7 @@ def carries(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _asking(base: type[nn.Module]) -> type[nn.Module]:
+def _asking(base: Any) -> Any:
     """A class like ``base``, whose instances ask `BEFORE` when they are called."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +83,9 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
         return base.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        made = base.__reduce_ex__(self, protocol)
+        made: tuple[Any, ...] = base.__reduce_ex__(self, protocol)
+        if BASE not in vars(type(self)):
+            return made  # somebody has made it another class since
         make, arguments, *rest = made
         without = tuple(base if each is type(self) else each for each in arguments)
         return _made_again, (base if make is type(self) else make, *without), *rest
@@ -86,10 +98,9 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         BASE: base,
     }
-    made = type(base)(base.__name__, (base,), body)
-    if "forward" in vars(
-        made
-    ):  # transformers wraps the forward of each new class of layers, and this one has none
+    made: Any = type(base)(base.__name__, (base,), body)
+    # Transformers wraps the forward of every new class of layers; this one's is wrapped already.
+    if "forward" in vars(made):
         del made.forward
     return made
 
@@ -97,5 +108,5 @@ def _asking(base: type[nn.Module]) -> type[nn.Module]:
 def _made_again(make: Callable[..., Any], *arguments: Any) -> Any:
     """A copy of a layer, of a class that a pickle can't name."""
     layer = make(*arguments)
-    object.__setattr__(layer, "__class__", _asking(type(layer)))
+    _change_class(layer)
     return layer

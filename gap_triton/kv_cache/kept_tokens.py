@@ -147,8 +147,8 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
     return kept
 
 
-def knows_nothing(cache: Any | None) -> bool:
-    """Return whether a decode step on ``cache`` is as without pruning: nothing was dropped from it, and its size is fixed."""
+def is_unpruned(cache: Any | None) -> bool:
+    """Return whether a decode step on ``cache`` is as in any model: nothing was dropped, and its size is not ours."""
     return (
         getattr(cache, CACHE_ATTRIBUTE, None) is None
         and getattr(cache, LENGTH_ATTRIBUTE, None) is None
@@ -157,7 +157,7 @@ def knows_nothing(cache: Any | None) -> bool:
 
 
 def has_plain_steps(cache: Any | None) -> bool:
-    """Return whether tokens were dropped from ``cache``, and decode steps need nothing of it; see `KeptTokens.plain_steps`."""
+    """Return whether tokens were dropped from ``cache``, and decode steps are plain; see `KeptTokens.plain_steps`."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     return kept is not None and kept.plain_steps
 

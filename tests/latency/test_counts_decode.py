@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 PAD, WORD = 0, 5
 LAUNCHES = 3  # of a step on a static cache, or behind prompts of several lengths; none elsewhere
 NODES = 5
-# Calls of Python functions: by layer three of torch's that call a hook, the hook, the attention function, one that it asks;
-# for the three modules around the layers; and for the cache's record.
-CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 6, 37, 16
+# Calls of Python functions: by layer its own call, the attention function, and one that it asks; for the three modules
+# around the layers; and for the cache's record.
+CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 3, 26, 24
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def python_calls(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "cls"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_calls_few_functions(name: str, method: str) -> None:
-    """Later layers' hooks return at once, and nothing is asked where nothing was dropped."""
+    """Later layers are not asked, nothing is on layers where all is kept, and nothing is asked where nothing was dropped."""
     layers = len(load(name).model.language_model.layers)
     config = preset(method, layers, cls=name == "llava")
     calls = {}
@@ -168,5 +168,5 @@ def test_a_step_calls_few_functions(name: str, method: str) -> None:
             variant.decode()
         calls[which] = python_calls(variant.decode)
     limit = CALLS_PER_LAYER * layers + CALLS_AROUND
-    assert calls["attached"] - calls["sdpa"] <= limit
-    assert calls["pruned"] - calls["oracle"] <= limit + CALLS_OF_A_CACHE + 6 * len(config.stages)
+    assert calls["attached"] - calls["sdpa"] <= limit - layers
+    assert calls["pruned"] - calls["oracle"] <= limit + CALLS_OF_A_CACHE + 2 * len(config.stages)
