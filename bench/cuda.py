@@ -66,19 +66,9 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def capture(function: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Capture what ``function`` launches, after running it three times on a side stream.
-
-    The runs before compile kernels, choose algorithms and allocate what lasts, none of which a capture can do.
-    """
+    """`gap_triton.latency.graphs.capture`, or `NeedsCuda`."""
     require_cuda(device, "a CUDA graph")
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
+    # Imports transformers, which takes seconds: most steps capture nothing.
+    from gap_triton.latency.graphs import capture as captured
+
+    return captured(function, device)

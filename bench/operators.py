@@ -36,6 +36,11 @@ def text_raters(x: Inputs) -> Result:
     return (gap_kernels.text_raters(x.hidden_states * scale, x.visual_index, x.text_rows).long(),)
 
 
+def text_cosine(x: Inputs) -> Result:
+    """Compare the image with the text."""
+    return (gap_kernels.text_cosine(x.hidden_states, x.visual_index, x.text_rows),)
+
+
 def topk_indices(x: Inputs) -> Result:
     """Select from given scores."""
     return (gap_kernels.topk_indices(x.scores, x.keep),)
@@ -145,9 +150,27 @@ def spatial_aggregate(x: Inputs) -> Result:
     )
 
 
+def collect_nearest(x: Inputs) -> Result:
+    """One patch in five collects all others: which are the nearest few could be decided by rounding."""
+    features, similarity, _, _ = aggregated(x)
+    patches = features.shape[1]
+    scores = x.scores[:, -patches:].contiguous()
+    return (gap_kernels.collect_nearest(features, similarity, scores, x.anchors, patches),)
+
+
+def merge_nearest(x: Inputs) -> Result:
+    """Every patch has the key of one of the first few, which it goes to: rounding decides nothing."""
+    features, similarity, _, _ = aggregated(x)
+    count = x.anchors.shape[1]
+    patch = torch.arange(features.shape[1], device=features.device)
+    targets = patch[:count].expand(len(features), -1)
+    return (gap_kernels.merge_nearest(features, similarity[:, patch % count], targets),)
+
+
 DECODER_CALLS: dict[str, Call] = {
     "read_prompt": read_prompt,
     "text_raters": text_raters,
+    "text_cosine": text_cosine,
     "topk_indices": topk_indices,
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,
@@ -165,6 +188,8 @@ TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
     "topk_per_region": topk_per_region,
     "spatial_aggregate": spatial_aggregate,
+    "collect_nearest": collect_nearest,
+    "merge_nearest": merge_nearest,
     "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
     "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
     "greedy_indices, coverage": partial(greedy_indices, rule="coverage_gain"),

@@ -13,6 +13,7 @@ STATE_KEY = "gap_state"  # the state of one forward, which travels through the m
 HEAD_KEY = "gap_head"  # arguments that the module with the language head hands on
 VISUAL_MASK = "visual_mask"  # the caller names the visual tokens, in forward() and generate()
 VISUAL_GRID = "visual_grid"  # and their rows and columns
+VISUAL_ENCODING = "visual_encoding"  # what encoded them, before a decoder alone, with what was recorded of it
 VISUAL_PROMPT = "visual_prompt"  # what `gap_triton.prepare` has read of the prompt
 
 # transformers 5.24 renamed `past_key_values`, and takes the old name too for some releases.

@@ -17,6 +17,7 @@ from .selection import Selection
 from .vision_tower import Tower
 
 ATTACHMENT_ATTRIBUTE = "_gap_attachment"
+ENCODER_ATTRIBUTE = "_gap_encoder"  # on a decoder alone: what encodes images for it
 LAYOUTS = 32
 """How many layouts stay in memory, each for prompts with other numbers of visual tokens or sizes of images."""
 
@@ -35,8 +36,8 @@ class Attachment:
         windows: By layer, the sliding window of its attention in tokens; None where it attends to everything.
         chunks: By layer, how many tokens make a chunk that its attention does not look out of; None where there are none.
         kinds: By layer, its kind in the words of transformers, such as ``"full_attention"``.
-        survivors_only: The decoder's layers can't be handed other inputs than its loop hands them, so what is dropped before
-            the decoder never gets to it.
+        survivors_only: Not all of the decoder's layers can be handed other inputs than its loop hands them. What is dropped
+            before the decoder never gets to it, where nothing is dropped in it.
         own_attention: The decoder's attention is more than `NAME` computes: it keeps its own implementation.
         heads: The modules with a language head around ``owner``, as far as they are known.
         tower: The vision encoder, once a configuration needs something of it.
@@ -107,6 +108,11 @@ class Attachment:
 def attachment_of(module: Any) -> Attachment | None:
     """Return the attachment whose hooks ``module`` carries for a whole forward."""
     return module.__dict__.get(ATTACHMENT_ATTRIBUTE)
+
+
+def encoder_of(owner: PreTrainedModel) -> Any:
+    """Return the module that encodes images: ``owner``, or what `gap_triton.models` has put before a decoder alone."""
+    return owner.__dict__.get(ENCODER_ATTRIBUTE, owner)
 
 
 _selections = threading.local()

@@ -19,6 +19,7 @@ SLIDING = ("sliding_attention", "hybrid_sliding")
 CHUNKED = "chunked_attention"
 RECURRENT = ("linear_attention", "conv")
 WITHOUT_ATTENTION = (*RECURRENT, "moe", "mlp")
+BY_PLACES = ("minimax_m3_sparse",)  # compare position ids with places in their cache
 TOKEN_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 

@@ -122,12 +122,12 @@ class VisionSelection:
 
     Attributes:
         score: [B, V] float32, the score of each visual token, inf for those that always stay.
-        stays: [B, V] float32, 1 for what survives, else 0; None where the best of each sample survive.
+        ranks: [B, V] float32, of which the ``keep`` largest of each sample survive; None where that is ``score``.
         keep: How many survive, by sample.
     """
 
     score: torch.Tensor
-    stays: torch.Tensor | None
+    ranks: torch.Tensor | None
     keep: tuple[int, ...]
 
 
@@ -471,6 +471,7 @@ class ForwardState:
         recorder: What records the vision encoder; None where nothing of it is needed.
         run: The run of the decoder; None until it begins, and where nothing is or was dropped.
         step: In place of that, a decode step whose later layers need a mask at most.
+        passes: A step in which no layer needs anything that is handed no mask.
     """
 
     config: GapConfig
@@ -483,6 +484,7 @@ class ForwardState:
     recorder: TowerRecorder | None = None
     run: DecoderRun | None = None
     step: DecodeStep | None = None
+    passes: bool = False
 
     def record_attention(
         self,

@@ -49,6 +49,20 @@ def bench(
     compile: Annotated[
         bool, typer.Option("--compile", help="Run decode steps under torch.compile; with --cache static.")
     ] = False,
+    graph: Annotated[
+        bool,
+        typer.Option(
+            "--graph",
+            help="Measure prefills and decode steps as CUDA graphs on static caches, too. Needs a GPU.",
+        ),
+    ] = False,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals",
+            help="Measure kvpress and sparsevlm, too, where they are installed and run on this model.",
+        ),
+    ] = False,
     output_len: Annotated[int, typer.Option(min=2, help="Decode steps to time.")] = 64,
     rounds: Annotated[int, typer.Option(min=2, help="Prefills to time.")] = 20,
     device: Annotated[
@@ -84,6 +98,10 @@ def bench(
         raise typer.BadParameter(
             "--compile needs --cache static: a cache that grows is compiled anew at each step"
         )
+    if graph and device == "cpu":
+        raise typer.BadParameter(
+            "--graph captures CUDA graphs, which need a GPU: leave out --graph, or --device cpu"
+        )
     pruning = pruning_of(method, keep, layer, score)
     if json is not None and not json.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json {str(json)!r}: expected a file in a folder that exists")
@@ -99,7 +117,7 @@ def bench(
         run(
             Run(
                 model, config, picture, prompt, visual_tokens, pruning.config_for, batch, cache == "static", compile,
-                output_len, rounds, device, dtype, revision, trust_remote_code, threads, json,
+                output_len, rounds, device, dtype, revision, trust_remote_code, threads, json, graph, rivals,
             ),
             console,
         )  # fmt: skip

@@ -18,8 +18,10 @@ from gap_triton.clock import clock_of
 from gap_triton.environment import device_name, environment
 from gap_triton.introspect import visual_token_ids
 from gap_triton.latency import Subject, measure, random_subject, variants_of
-from gap_triton.latency.measure import check_against_oracle
+from gap_triton.latency.graphs import captured_variants, refuse_what_is_not_captured, refuse_without_cuda
+from gap_triton.latency.measure import check_all
 from gap_triton.latency.report import bytes_in_words, ratios_of, rows_of, table_of, verdict
+from gap_triton.latency.rivals import rivals_of
 
 from .loading import Source, torch_device
 from .prompts import inputs_of, with_images
@@ -48,6 +50,8 @@ class Run:
     trust_remote_code: bool
     threads: int | None
     json: Path | None
+    graph: bool = False
+    rivals: bool = False
 
 
 def load(run: Run, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -79,6 +83,9 @@ def run(run: Run, console: Console) -> None:
         ValueError: What was asked for can't be measured, or the pruned logits are wrong.
     """
     device = torch_device(run.device)
+    if run.graph:
+        refuse_without_cuda(device)
+        refuse_what_is_not_captured(run.config_for(None))
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, run.dtype or usual)
     if run.threads is not None:
@@ -86,16 +93,21 @@ def run(run: Run, console: Console) -> None:
     with console.status("building the model" if run.model is None else "loading the model"):
         subject = load(run, device, dtype)
         config = run.config_for(subject.model)
-        variants = variants_of(
-            subject, config, steps=run.output_len + 8, static=run.static, compile_steps=run.compiled
+        steps = run.output_len + 8
+        variants = variants_of(subject, config, steps=steps, static=run.static, compile_steps=run.compiled)
+        if run.graph:
+            variants += captured_variants(subject, config, steps=steps)
+        error = check_all(variants)
+        rivals, absent = (
+            rivals_of(subject, {each.name: each for each in variants}) if run.rivals else ([], {})
         )
-        by_name = {each.name: each for each in variants}
-        error = check_against_oracle(by_name["pruned"], by_name["oracle"])
+        variants += rivals
     console.print(
         f"{subject.name}, {str(dtype).removeprefix('torch.')} on {device_name(device)}: "
         f"{subject.visual_tokens} visual tokens in a prompt of {subject.prompt_tokens}, batch {subject.batch}\n"
         f"keep {config.keep} {'before the decoder' if config.layer < 0 else f'after layer {config.layer}'}, "
-        f"{'static' if run.static else 'dynamic'} KV cache{', compiled steps' if run.compiled else ''}\n"
+        f"{'static' if run.static else 'dynamic'} KV cache{', compiled steps' if run.compiled else ''}"
+        f"{', CUDA graphs on static ones' if run.graph else ''}\n"
         f"logits agree with the oracle's: largest difference {error:.1e} of the largest logit",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -124,6 +136,8 @@ def run(run: Run, console: Console) -> None:
     console.print(
         f"KV cache {saved:.0%} smaller: {bytes_in_words(found['pruned'].kv_bytes)}", highlight=False
     )
+    for name, why in absent.items():
+        console.print(f"{name} is not in the table: {why}", highlight=False, soft_wrap=True)
     if run.json is not None:
         report = {
             "environment": environment(),
@@ -137,6 +151,7 @@ def run(run: Run, console: Console) -> None:
             "visual_tokens": subject.visual_tokens,
             "cache": "static" if run.static else "dynamic",
             "compiled": run.compiled,
+            "graphs": run.graph,
             "error": error,
             "rows": rows_of(found),
             "faster": {
@@ -144,6 +159,7 @@ def run(run: Run, console: Console) -> None:
                 for name, pair in ratios_of(found).items()
             },
             "verdict": words,
+            "absent": absent,
         }
         run.json.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {run.json}", highlight=False, soft_wrap=True)

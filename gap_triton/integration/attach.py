@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
+from ..arguments import VISUAL_ENCODING, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -47,6 +48,7 @@ OWN_ARGUMENTS = (
     VISUAL_MASK,
     VISUAL_GRID,
     VISUAL_PROMPT,
+    VISUAL_ENCODING,
 )  # arguments of forward() and generate() that attached models take
 
 
@@ -101,6 +103,8 @@ def detach(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={type(model).__name__}: expected a transformers PreTrainedModel")
     with attach_lock:
+        for module in model.modules():
+            _switched_away.pop(module, None)
         for attachment in _attachments_in(model):
             attachment.close()
 
@@ -171,11 +175,16 @@ def last_selection(model: nn.Module) -> Selection | None:
 
 
 # --------------------------------------------------------------------------------------------- by name
+# By decoder: the configuration that it had when it was given another name, and has again when it gets ours back.
+_switched_away: weakref.WeakKeyDictionary[nn.Module, GapConfig] = weakref.WeakKeyDictionary()
+
+
 def follow_attention_name() -> None:
     """Attach and detach whenever transformers gives a model, or takes from it, the name ``"gap_triton"``.
 
     There are two such moments, the end of a model's construction and `set_attn_implementation`. Both methods of
-    `PreTrainedModel` are wrapped once, for all models; nothing is left on a model that runs under another name.
+    `PreTrainedModel` are wrapped once, for all models; nothing is left on a model that runs under another name. If it gets
+    the name back it has the configuration that it had, unless it was detached in between.
     """
     for name in ("post_init", "set_attn_implementation"):
         method = getattr(PreTrainedModel, name)
@@ -287,6 +296,8 @@ def let_generate_count_generated_tokens() -> None:
 def _synchronize(model: PreTrainedModel) -> None:
     for attachment in _attachments_in(model):
         if attachment.text.config._attn_implementation != NAME and not attachment.own_attention:
+            if not attachment.closing:
+                _switched_away[attachment.text] = attachment.config
             attachment.restore = None
             attachment.close()
     for module in model.modules():
@@ -326,8 +337,9 @@ def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -
             "is still under way: attach again when it has ended"
         )
     config = (
-        config or next((each.config for each in earlier if not each.closing), None) or default_config(parts)
+        config or next((each.config for each in earlier if not each.closing), None) or _config_before(parts)
     )
+    _switched_away.pop(parts.text, None)
     restore = next((each.restore for each in earlier if each.restore is not None), None)
     for each in replaced:
         each.restore = None
@@ -342,6 +354,16 @@ def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -
     attachment.restore = restore
     _follow_heads(attachment, model)
     return attachment
+
+
+def _config_before(parts: Parts) -> GapConfig:
+    """The configuration that the decoder of ``parts`` had under our name; the default, if it has had none.
+
+    Raises:
+        ValueError: The model can't be pruned so any more.
+    """
+    before = _switched_away.get(parts.text)
+    return default_config(parts) if before is None else _check_config(before, parts)
 
 
 def _install(parts: Parts, config: GapConfig) -> Attachment:

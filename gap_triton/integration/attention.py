@@ -79,15 +79,20 @@ def gap_attention_forward(
     elif gap_state is not None:
         if gap_state.run is not None:
             gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
-    elif getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
-        logger.warning_once(
-            f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
-            "Call gap_triton.attach(model, config) to prune."
-        )
+    elif query.shape[2] > 1:  # a decode step may come without a state, and prunes nothing anyway
+        _warn_not_attached(module)
     flash = flash_attn_func() if _flash_applies(query, attention_mask, kwargs) else None
     if flash is not None:
         return _flash_attention(flash, module, query, key, value, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _warn_not_attached(module: nn.Module) -> None:
+    if getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None:
+        logger.warning_once(
+            f'A decoder runs under attn_implementation="{NAME}" with no pruning attached: it is plain dense attention. '
+            "Call gap_triton.attach(model, config) to prune."
+        )
 
 
 def _refuse_more_than_dense(module: nn.Module, kwargs: dict[str, Any]) -> None:

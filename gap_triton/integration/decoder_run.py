@@ -56,17 +56,26 @@ def step_of(
         kept: What its layers hold.
         kwargs: Keyword arguments of the decoder.
     """
-    if kept.renumbered or state.attachment.survivors_only or any(state.attachment.windows):
-        return None
     cache = cache_of(kwargs)
     begin_run = functools.partial(run_of_step, state, text, inputs, kept, kwargs)
+    if kept.plain_steps:
+        return DecodeStep(kept, cache, dynamic_length(cache, kept) + 1, False, begin_run)
+    if not takes_masks_only(kept, state.attachment):
+        return None
     if not is_static(cache, kept.stages[0].first_later):
+        if not torch.compiler.is_compiling():
+            kept.plain_steps = kept.dense
         return DecodeStep(kept, cache, dynamic_length(cache, kept) + 1, not kept.dense, begin_run)
     if kept.columns is None or kept.columns.width is None:
         if torch.compiler.is_compiling():
             return None
         make_fixed_columns(cache, kept)
     return DecodeStep(kept, cache, None, True, begin_run)
+
+
+def takes_masks_only(kept: KeptTokens, attachment: Attachment) -> bool:
+    """Return whether later layers need nothing but masks in a decode step: all attend to everything, with ids as they are."""
+    return not (kept.renumbered or attachment.survivors_only or any(attachment.windows))
 
 
 def length_before(step: DecodeStep, layer: int) -> int | torch.Tensor:
@@ -98,14 +107,17 @@ def run_of_step(
     if past is None:
         past = length_in_step(cache_of(kwargs), kept, kwargs.get("cache_position"))
     run = DecoderRun(state.config, state.attachment, _rows_of(state, text, inputs, past, kept), kept, kept)
-    run.survivors_only = hands_survivors(state.attachment, kept.stages[0].layer)
+    run.survivors_only = hands_survivors(state.attachment, kept.layers)
     _count_without_pruning(run, kept, kwargs, inputs.device)
     return run
 
 
-def hands_survivors(attachment: Attachment, layer: int) -> bool:
-    """Return whether a decoder from which tokens are dropped first at ``layer`` is handed the survivors alone."""
-    return attachment.survivors_only and layer == BEFORE_THE_DECODER
+def hands_survivors(attachment: Attachment, layers: tuple[int, ...]) -> bool:
+    """Return whether a decoder from which tokens are dropped at ``layers`` is handed the survivors alone.
+
+    Where more are dropped behind one of its layers, all of its layers are handed shortened inputs.
+    """
+    return attachment.survivors_only and layers == (BEFORE_THE_DECODER,)
 
 
 def run_of_prompt(
@@ -146,8 +158,10 @@ def run_of_prompt(
         ID_RULES[state.config.ids].refuse(text)
         refuse_router_logits(run, kwargs)
         kwargs = take_out(run, kwargs)
-    first = kept.stages[0] if run.prefill is None and kept is not None else state.config.stages[0]
-    run.survivors_only = hands_survivors(state.attachment, first.layer)
+    layers = tuple(stage.layer for stage in state.config.stages)
+    if run.prefill is None and kept is not None:
+        layers = kept.layers
+    run.survivors_only = hands_survivors(state.attachment, layers)
     if kept is not None and not verifies:
         _refuse_another_turn(run, kept, has_image, kwargs)
     return (None if run.prefill is None and kept is None else run), kwargs

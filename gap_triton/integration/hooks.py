@@ -14,14 +14,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import HEAD_KEY, STATE_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT, by_name, cache_of
+from ..arguments import (
+    HEAD_KEY,
+    STATE_KEY,
+    VISUAL_ENCODING,
+    VISUAL_GRID,
+    VISUAL_MASK,
+    VISUAL_PROMPT,
+    by_name,
+    cache_of,
+)
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
 from ..introspect import NAME, attention_chunk, layer_type, sliding_window, text_model_of
 from ..kv_cache.kept_tokens import (
     KeptRows,
+    has_plain_steps,
     is_static,
     kept_tokens_of,
+    knows_nothing,
     make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
@@ -37,8 +48,18 @@ from ..prefill.drop import drop_tokens
 from ..prefill.prompt import find_visual_rows
 from ..state import DecoderRun, DecodeStep, Drop, ForwardState, HeadArguments, OwnerArguments, Prefill
 from ..vision.needs import start_recorder
+from ..vision_tower.hooks import ENCODER_OUTPUTS
 from ..vision_tower.sizes import HOST_SIZES
-from .decoder_run import begin_to_fill, length_before, run_of_prompt, run_of_step, step_of
+from .decode_steps import has_ours, is_one_row, is_step
+from .decoder_run import (
+    begin_to_fill,
+    length_before,
+    run_of_prompt,
+    run_of_step,
+    step_of,
+    takes_masks_only,
+)
+from .layer_calls import put_before
 from .prepare import named_prompt
 from .stages import check_stages
 from .supported_models import find_parts, why_not_in_decoder, why_own_attention
@@ -55,6 +76,8 @@ from .visual_mask import named_visual_tokens
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+NOTHING_OF_THE_HEAD = HeadArguments(reached_owner=True)
 
 
 def before_head(
@@ -84,6 +107,8 @@ def before_head(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
+    if is_step(args, kwargs) and (takes_kwargs or not has_ours(kwargs)):
+        return None
     args, kwargs = by_name(model, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     head = _head_arguments_of(kwargs, attachment)
     if not takes_kwargs:
@@ -162,13 +187,29 @@ def before_owner(
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     if kwargs is None:
         return None  # as in `before_head`
+    if is_step(args, kwargs) and not has_ours(kwargs):
+        cache = cache_of(kwargs)
+        if knows_nothing(cache):
+            return None
+        if has_plain_steps(cache) and not attachment.closing:
+            return args, {**kwargs, STATE_KEY: _begin_step(owner, kwargs, attachment)}
     return _begin(owner, args, kwargs, attachment)
+
+
+def _begin_step(owner: PreTrainedModel, kwargs: Kwargs, attachment: Attachment) -> ForwardState:
+    """The state of a decode step that holds no image, on a cache that lacks tokens."""
+    arguments = OwnerArguments(attention_mask=kwargs.get("attention_mask"))
+    state = ForwardState(
+        attachment.config, attachment, NOTHING_OF_THE_HEAD, arguments, attachment.prunes(owner)
+    )
+    _add_to_running(state)
+    return state
 
 
 def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attachment) -> tuple[Args, Kwargs]:
     args, kwargs = by_name(owner, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     visual_mask, visual_grid = kwargs.pop(VISUAL_MASK, None), kwargs.pop(VISUAL_GRID, None)
-    prepared = kwargs.pop(VISUAL_PROMPT, None)
+    prepared, encoding = kwargs.pop(VISUAL_PROMPT, None), kwargs.pop(VISUAL_ENCODING, None)
     if prepared is not None:
         prepared = named_prompt(prepared)
     head = kwargs.pop(HEAD_KEY, None) or _head_arguments_of(kwargs, attachment)
@@ -204,15 +245,23 @@ def _begin(owner: PreTrainedModel, args: Args, kwargs: Kwargs, attachment: Attac
             state.owner.kwargs[VISUAL_GRID] = named_grids(visual_grid)
         if prepared is not None:
             state.owner.kwargs[HOST_SIZES] = prepared.sizes
+        if encoding is not None:
+            state.owner.kwargs[ENCODER_OUTPUTS] = {"image": encoding}
         if not state.config.changes_nothing:
             start_recorder(state)
-    if not torch.compiler.is_compiling():  # a compiled forward can't be interrupted by `detach`
-        attachment.running.add(state)
-        if attachment.closing:
-            with attach_lock:  # a removal that began before this call was seen comes to its end first
-                state.enabled = state.enabled and bool(attachment.handles)
+    _add_to_running(state)
     kwargs[STATE_KEY] = state
     return args, kwargs
+
+
+def _add_to_running(state: ForwardState) -> None:
+    if torch.compiler.is_compiling():
+        return  # a compiled forward can't be interrupted by `detach`
+    attachment = state.attachment
+    attachment.running.add(state)
+    if attachment.closing:
+        with attach_lock:  # a removal that began before this call was seen comes to its end first
+            state.enabled = state.enabled and bool(attachment.handles)
 
 
 def _end(state: ForwardState) -> None:
@@ -240,7 +289,7 @@ def hook_layers(attachment: Attachment) -> None:
         for handle in attachment.layer_handles:
             handle.remove()
         attachment.layer_handles = [
-            layer.register_forward_pre_hook(functools.partial(before_layer, index=index), with_kwargs=True)
+            put_before(layer, functools.partial(before_layer, index=index))
             for index, layer in enumerate(text.layers)
         ]
         attachment.layers = tuple(text.layers)
@@ -270,11 +319,15 @@ def _begin_without_owner(
 
 
 def before_text(
-    text: PreTrainedModel, args: Args, kwargs: Kwargs, *, attachment: Attachment
+    text: PreTrainedModel, args: Args, kwargs: Kwargs | None = None, *, attachment: Attachment
 ) -> tuple[Args, Kwargs] | None:
     """Decide what this forward drops, and find out what the cache already lacks."""
+    if kwargs is None:
+        return None  # as in `before_head`
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
+        if not has_ours(kwargs) and is_one_row(args, kwargs) and knows_nothing(cache_of(kwargs)):
+            return None
         if kwargs.get(VISUAL_MASK) is not None:
             return _begin_without_owner(text, args, kwargs, attachment)
         warn_owner_skipped(text, args, kwargs, attachment)
@@ -294,6 +347,7 @@ def before_text(
         state.step = step_of(state, text, inputs, kept, kwargs)
         if state.step is not None:
             kept.complete = True
+            state.passes = not state.step.needs_mask
             _follow_layers(attachment, text)
             return args, kwargs
         run = run_of_step(state, text, inputs, kept, kwargs)
@@ -334,14 +388,13 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         return None
     step = state.step
     if step is not None:
-        if not step.needs_mask and kwargs.get("attention_mask") is None:
-            return None
         stage = step.kept.stage_at(index)
         if stage is None:
             return None
         if later_mask_known(step, kwargs.get("attention_mask")):
             return _hand_mask(step, stage, layer, args, kwargs)
         state.step, state.run = None, step.begin_run(length_before(step, index))
+        state.passes = False
     run = state.run
     if run is None:
         return None
@@ -406,13 +459,14 @@ def _drop(
 
 
 def after_text(
-    text: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+    text: PreTrainedModel, args: Args, kwargs: Any, output: Any = None, *, attachment: Attachment
 ) -> Any:
     """Put the surviving rows back where they stood, so that logits and labels keep the shape of the prompt.
 
-    After a forward that failed ``output`` is None.
+    After a forward that failed ``output`` is None. Where the hook was removed right before it ran, the output, maybe a dict
+    of its own kind, comes in place of the keyword arguments.
     """
-    state: ForwardState | None = kwargs.get(STATE_KEY)
+    state: ForwardState | None = kwargs.get(STATE_KEY) if type(kwargs) is dict else None
     if state is None:
         return None
     if state.without_owner:
@@ -440,26 +494,23 @@ def after_text(
 
 def _prepare_steps(run: DecoderRun) -> None:
     """Make what steps on a static cache share, which a compiled step would make anew each time."""
-    kept, windows = run.kept, run.attachment.windows
-    if (
-        kept is None
-        or run.attachment.survivors_only
-        or kept.renumbered
-        or any(windows)
-        or not is_static(run.cache, kept.stages[0].first_later)
-    ):
+    kept = run.kept
+    if kept is None or not takes_masks_only(kept, run.attachment):
         return
-    make_fixed_columns(run.cache, kept)
+    if is_static(run.cache, kept.stages[0].first_later):
+        make_fixed_columns(run.cache, kept)
+    else:
+        kept.plain_steps = kept.dense
 
 
 def after_owner(
-    owner: PreTrainedModel, args: Args, kwargs: Kwargs, output: Any, *, attachment: Attachment
+    owner: PreTrainedModel, args: Args, kwargs: Any, output: Any = None, *, attachment: Attachment
 ) -> None:
     """Stop recording the vision encoder; refuse an owner that did not hand its keyword arguments on.
 
-    Otherwise the decoder would have run unpruned without a warning. After a forward that failed ``output`` is None.
+    Otherwise the decoder would have run unpruned without a warning. ``output`` as in `after_text`.
     """
-    state: ForwardState | None = kwargs.get(STATE_KEY)
+    state: ForwardState | None = kwargs.get(STATE_KEY) if type(kwargs) is dict else None
     if state is None:
         return
     _end(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -87,8 +88,6 @@ def check_stages(config: GapConfig, parts: Parts) -> None:
         allowed = pruning_layers(parts.text)
         if not allowed:
             raise refusal(parts.owner, parts, reason, " in its decoder", BEFORE)
-        if len(in_decoder) < len(config.stages):
-            raise refusal(parts.owner, parts, reason, " both before and in its decoder", _instead(allowed))
         wrong = [layer for layer in in_decoder if layer not in allowed]
         if wrong:
             raise refusal(parts.owner, parts, reason, f" at decoder layer {wrong[0]}", _instead(allowed))
@@ -100,7 +99,11 @@ def check_stages(config: GapConfig, parts: Parts) -> None:
 
 
 def _instead(allowed: tuple[int, ...]) -> str:
-    return f"At layer {', '.join(map(str, allowed))} it can. {BEFORE}"
+    return f"At layer {_listed(allowed)} it can. {BEFORE}"
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def default_config(parts: Parts) -> GapConfig:
@@ -135,21 +138,21 @@ def fitted(config: GapConfig, parts: Parts) -> GapConfig:
     reason = why_not_in_decoder(parts.text)
     if reason is not None:
         allowed, layers = pruning_layers(parts.text), [stage.layer for stage in config.stages]
+        in_decoder = [layer for layer in layers if layer != BEFORE_THE_DECODER]
         moved: list[int] = []
-        for layer in layers:
+        for layer in in_decoder:
             behind = [each for each in allowed if each >= layer and (not moved or each > moved[-1])]
-            if layer != BEFORE_THE_DECODER and allowed and not behind:
-                where = f" at layers from {', '.join(map(str, layers))} on"
+            if allowed and not behind:
+                where = f" at layers from {_listed(in_decoder)} on"
                 raise refusal(parts.owner, parts, reason, where, _instead(allowed))
-            moved.append(behind[0] if layer != BEFORE_THE_DECODER and behind else layer)
-        if moved != layers:
-            then = tuple(
-                replace(stage, layer=layer) for stage, layer in zip(config.then, moved[1:], strict=True)
-            )
-            config = replace(config, layer=moved[0], then=then)
+            moved.append(behind[0] if behind else layer)
+        if moved != in_decoder:
+            first, *later = [*layers[: len(layers) - len(moved)], *moved]
+            then = tuple(replace(stage, layer=layer) for stage, layer in zip(config.then, later, strict=True))
+            config = replace(config, layer=first, then=then)
             logger.warning_once(
-                f"gap_triton moves the stages of {description(parts.owner)} from decoder layers "
-                f"{', '.join(map(str, layers))} to {', '.join(map(str, moved))}, at which it can be pruned."
+                f"gap_triton moves the stages of {description(parts.owner)} from decoder layers {_listed(in_decoder)} to "
+                f"{_listed(moved)}, at which it can be pruned."
             )
     check_stages(config, parts)
     return config

@@ -63,10 +63,6 @@ UNSAFE_LAYER_TYPES = {
 HYBRID = ("hybrid", "hybrid_sliding")
 # Releases before 5 keep recurrent states and convolutions in caches of their own, which don't tell what each layer holds.
 STATES_IN_CACHE = hasattr(cache_utils, "LinearAttentionLayer")
-# Kinds of layers that can't even be handed the survivors alone, and why.
-UNSAFE_BEFORE = {
-    "minimax_m3_sparse": "compares position ids with places in its cache, which are not the same once tokens are missing",
-}
 PER_LAYER = "each layer is handed a share of every token's input besides the hidden states"
 UNSAFE_PARAMETERS = {
     "shared_kv_states": "some layers may attend to keys and values of an earlier layer, which holds other tokens once some "
@@ -321,8 +317,6 @@ def _unsafe_before(text: PreTrainedModel) -> str | None:
         kind = layer_type(text.config, index)
         if kind in (*RECURRENT, *HYBRID) and not STATES_IN_CACHE:
             return f"decoder layer {index} is {kind!r}: this release of transformers keeps its state in a cache of its own"
-        if kind in UNSAFE_BEFORE:
-            return f"decoder layer {index} is {kind!r}: it {UNSAFE_BEFORE[kind]}"
         if kind not in SAFE_LAYER_TYPES and kind not in UNSAFE_LAYER_TYPES:
             return f"decoder layer {index} is {kind!r}: it is none of those known to be safe"
     for layer in map(_inner_module, text.layers):
@@ -355,7 +349,10 @@ def why_own_attention(text: PreTrainedModel) -> str | None:
 
 @cache
 def _asks_for_name(kind: Any) -> bool:
-    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others."""
+    """Whether the code of the class ``kind`` compares the name of its implementation of attention with others than "eager".
+
+    In transformers 4.57 every attention asks for that one, and calls the interface under all others.
+    """
     return any(
         _compares_name(each)
         for each in kind.__mro__
@@ -368,13 +365,16 @@ def _compares_name(kind: type) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, SyntaxError):
         return False
-    compared = (
-        side
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare)
-        for side in (node.left, *node.comparators)
-    )
-    return any(isinstance(side, ast.Attribute) and side.attr == "_attn_implementation" for side in compared)
+    comparisons = ((node.left, *node.comparators) for node in ast.walk(tree) if isinstance(node, ast.Compare))
+    return any(any(map(_is_name, sides)) and not any(map(_is_eager, sides)) for sides in comparisons)
+
+
+def _is_name(side: ast.expr) -> bool:
+    return isinstance(side, ast.Attribute) and side.attr == "_attn_implementation"
+
+
+def _is_eager(side: ast.expr) -> bool:
+    return isinstance(side, ast.Constant) and side.value == "eager"
 
 
 def _second_decoder(model: PreTrainedModel, owner: PreTrainedModel) -> str | None:

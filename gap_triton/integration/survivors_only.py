@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..arguments import CACHE, cache_of
-from ..introspect import WITHOUT_ATTENTION
+from ..introspect import BY_PLACES, WITHOUT_ATTENTION
 from ..kv_cache.kept_tokens import KeptRows, count_held, counts, store
 from ..kv_cache.static_cache import fit
 from ..later_layers.inputs import NOT_SHORTENED, mask_by_position, rows_by_position, take_survivors
@@ -129,7 +129,7 @@ def hand_positions(run: DecoderRun, args: Args, kwargs: Kwargs, index: int) -> t
     masks = mask is not None or (
         reach is not None and not (isinstance(past, int) and past + run.rows.queries <= reach)
     )
-    if not masks and distance is None:
+    if not masks and distance is None and kind not in BY_PLACES:
         return None
     kept, cache = run.kept.stages[0], cache_of(kwargs)
     cache_layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
@@ -142,6 +142,10 @@ def hand_positions(run: DecoderRun, args: Args, kwargs: Kwargs, index: int) -> t
             lambda: mask_by_position(run, kept, mask, cache_layer, rows, hidden_states.device, window, chunk),
         )
         kwargs["attention_mask"] = _as_given(allowed, kwargs.get("attention_mask"))
+    if kind in BY_PLACES:
+        kwargs["position_ids"] = run.compute_once(
+            ("places", kind), lambda: _places(cache_layer, rows, hidden_states.device)
+        )
     if distance is not None:
         kwargs["relative_distance"] = run.compute_once(
             ("distance", kind), lambda: _distances(run, kept, cache_layer, rows)
@@ -154,6 +158,12 @@ def _as_given(mask: torch.Tensor, own: Any) -> torch.Tensor:
     if mask.dtype != torch.bool or not isinstance(own, torch.Tensor) or own.dtype == torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=own.dtype).masked_fill_(~mask, torch.finfo(own.dtype).min)
+
+
+def _places(cache_layer: Any | None, rows: int, device: torch.device) -> torch.Tensor:
+    """[1, L] int64, where the new rows of a layer stand in its cache, which holds survivors only."""
+    held = 0 if cache_layer is None else cache_layer.get_seq_length()
+    return (torch.arange(rows, device=device) + held)[None]
 
 
 def _distances(run: DecoderRun, kept: KeptRows, cache_layer: Any | None, rows: int) -> torch.Tensor:

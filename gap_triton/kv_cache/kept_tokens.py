@@ -66,8 +66,11 @@ class KeptTokens:
         complete: Generated tokens follow the pruned prompt, so it was complete.
         dense: No -1 in any record.
         renumbered: Later tokens have smaller ids in later layers.
+        held: By stage: its first later layer, how many columns that holds at least, and how many fewer than without pruning.
         columns: Where the columns of later layers stand in the mask of a decode step; None until a step, or a static cache,
             needs it.
+        plain_steps: A decode step needs nothing of later layers where the model makes no mask: nothing of theirs is to be
+            hidden, ids are those without pruning, and the cache grows. False until that is known.
     """
 
     stages: tuple[KeptRows, ...]
@@ -76,11 +79,14 @@ class KeptTokens:
     complete: bool = False
     dense: bool = field(init=False)
     renumbered: bool = field(init=False)
+    held: tuple[tuple[int, int, int], ...] = field(init=False, repr=False)
     columns: Columns | None = field(default=None, init=False, repr=False)
+    plain_steps: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.dense = all(stage.dense for stage in self.stages)
         self.renumbered = any(stage.id_shift is not None for stage in self.stages)
+        self.held = tuple((each.first_later, each.index.shape[1], each.dropped) for each in self.stages)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -106,8 +112,12 @@ class KeptTokens:
 
     def dropped_at(self, layer: int) -> int:
         """Return how many columns fewer decoder layer ``layer`` holds than one from which nothing was dropped."""
-        record = self.at(layer)
-        return 0 if record is None else record.dropped
+        dropped = 0
+        for stage in self.stages:
+            if stage.layer >= layer:
+                break
+            dropped = stage.dropped
+        return dropped
 
     def map(self, change: Callable[[KeptRows], KeptRows]) -> KeptTokens:
         """Return the same with ``change`` made to every record."""
@@ -135,6 +145,21 @@ def kept_tokens_of(cache: Any | None, batch: int) -> KeptTokens | None:
             "(batch_repeat_interleave, batch_select_indices, reorder_cache)"
         )
     return kept
+
+
+def knows_nothing(cache: Any | None) -> bool:
+    """Return whether a decode step on ``cache`` is as without pruning: nothing was dropped from it, and its size is fixed."""
+    return (
+        getattr(cache, CACHE_ATTRIBUTE, None) is None
+        and getattr(cache, LENGTH_ATTRIBUTE, None) is None
+        and not getattr(cache, UNFINISHED_ATTRIBUTE, False)
+    )
+
+
+def has_plain_steps(cache: Any | None) -> bool:
+    """Return whether tokens were dropped from ``cache``, and decode steps need nothing of it; see `KeptTokens.plain_steps`."""
+    kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
+    return kept is not None and kept.plain_steps
 
 
 def mark_unfinished(cache: Any) -> None:
@@ -196,16 +221,17 @@ def dynamic_length(cache: Any, kept: KeptTokens) -> int:
     """
     length = -1
     if kept.stages[0].layer != BEFORE_THE_DECODER:
-        length = int(cache.get_seq_length())
-    for stage in kept.stages:
-        layer = cache.layers[stage.first_later]
+        first = cache.layers[0]
+        length = int((first if hasattr(first, "get_seq_length") else cache).get_seq_length())
+    for number, at_least, dropped in kept.held:
+        layer = cache.layers[number]
         if not hasattr(layer, "get_seq_length"):
-            layer = layer_that_counts(cache, stage.first_later)
+            layer = layer_that_counts(cache, number)
         if layer is None:
             continue
         held = int(layer.get_seq_length())
-        stands_for = held + stage.dropped
-        if held < stage.index.shape[1] or length not in (-1, stands_for):
+        stands_for = held + dropped
+        if held < at_least or length not in (-1, stands_for):
             raise _changed_from_outside(cache, kept)
         length = stands_for
     return length

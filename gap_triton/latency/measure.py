@@ -12,7 +12,7 @@ import torch
 
 from ..clock import seconds
 from .counting import Counts, count
-from .variants import Variant
+from .variants import ORACLE, PRUNED, UNPRUNED, Variant, graphed
 
 WARM_UP = 2
 """Prefills, each with a few steps, that are not timed."""
@@ -30,7 +30,8 @@ class Measurement:
         prefill_s: Seconds of each prefill, to the first token.
         decode_s: Seconds of each decode step.
         kv_bytes: Keys and values in the cache after the prefill, as allocated.
-        peak_bytes: The most memory that a prefill has at a time, the weights left out.
+        peak_bytes: The most memory that a prefill has at a time, the weights left out; None of a CUDA graph, which holds
+            what it needs for good.
         prefill: What a prefill asks of the device.
         decode: What a decode step asks of the device; None on a CPU for one that is compiled, which nothing can count.
     """
@@ -39,13 +40,13 @@ class Measurement:
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
     kv_bytes: int = 0
-    peak_bytes: int = 0
+    peak_bytes: int | None = 0
     prefill: Counts = field(default_factory=Counts)
     decode: Counts | None = None
 
 
 class WrongLogits(ValueError):
-    """The pruned model and the oracle disagree, so there is nothing worth measuring."""
+    """Two variants that should agree don't, so there is nothing worth measuring."""
 
 
 def check_against_oracle(pruned: Variant, oracle: Variant, steps: int = 2) -> float:
@@ -58,12 +59,32 @@ def check_against_oracle(pruned: Variant, oracle: Variant, steps: int = 2) -> fl
     for step in range(steps + 1):
         got, expected = (each.decode() if step else each.prefill() for each in (pruned, oracle))
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
-        oracle.token = pruned.token
+        oracle.token = pruned.token.clone()  # a replay writes the next one into the same tensor
     limit = MAX_ERROR.get(got.dtype, MAX_ERROR[torch.float32])
     if not worst <= limit:
         raise WrongLogits(
-            f"logits of the pruned model differ from the oracle's by {worst:.1e} of the largest; at most {limit:.0e}"
+            f"{pruned.name}: logits differ from the {oracle.name}'s by {worst:.1e} of the largest; at most {limit:.0e}"
         )
+    return worst
+
+
+def check_all(variants: Sequence[Variant]) -> float:
+    """Compare the pruned model with the oracle, and what was captured with what runs as it comes.
+
+    Returns:
+        The largest difference of the pruned ones from the oracle, as a share of the largest logit.
+
+    Raises:
+        WrongLogits: One is more than rounding.
+    """
+    by_name = {each.name: each for each in variants}
+    oracle = by_name[ORACLE]
+    worst = check_against_oracle(by_name[PRUNED], oracle)
+    for name, other in ((PRUNED, oracle), (ORACLE, oracle), (UNPRUNED, by_name[UNPRUNED])):
+        captured = by_name.get(graphed(name))
+        if captured is not None:
+            difference = check_against_oracle(captured, other)
+            worst = max(worst, difference) if name == PRUNED else worst
     return worst
 
 
@@ -95,7 +116,7 @@ def measure(
                 each.decode()
         each.prefill()
         found[each.name].kv_bytes = each.kv_bytes()
-        found[each.name].peak_bytes = peak_bytes(each.prefill, device)
+        found[each.name].peak_bytes = None if each.holds_memory else peak_bytes(each.prefill, device)
         found[each.name].prefill = count(each.prefill, device)
         if each.step is None or device.type == "cuda":
             found[each.name].decode = count(each.decode, device)

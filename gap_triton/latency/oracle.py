@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 # The axis of the tokens in what a decoder hands its layers.
-TOKEN_AXIS = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2}
+TOKEN_AXIS = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2, "mm_token_type_ids": -1}
 # What needs no cut. A layer that is handed more may need one that is not known here.
 UNCHANGED = ("past_key_values", "past_key_value", "cache", "use_cache", "output_attentions", "logits_to_keep")
 

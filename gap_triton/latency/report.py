@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .measure import Measurement, Spread, ratio, spread
-from .variants import ATTACHED, ORACLE, PRUNED, UNPRUNED
+from .variants import ATTACHED, ORACLE, PRUNED, UNPRUNED, graphed
 
 LITTLE = 0.02
 """Differences below this share are called none."""
@@ -44,7 +44,8 @@ def table_of(found: dict[str, Measurement], batch: int) -> Table:
     table.add_row("  p20 - p80", *(f"{each.p20:.3g} - {each.p80:.3g}" for each in decode))
     table.add_row("tokens/s", *(f"{batch * MILLISECONDS / each.median:.4g}" for each in decode))
     table.add_row("KV cache", *(bytes_in_words(each.kv_bytes) for each in found.values()))
-    table.add_row("peak memory", *(bytes_in_words(each.peak_bytes) for each in found.values()))
+    peaks = (each.peak_bytes for each in found.values())
+    table.add_row("peak memory", *("?" if each is None else bytes_in_words(each) for each in peaks))
     for what in ("launches", "syncs"):
         counts = [
             ", ".join("?" if each is None else str(getattr(each, what)) for each in (one.prefill, one.decode))
@@ -61,6 +62,9 @@ def ratios_of(found: dict[str, Measurement]) -> dict[str, dict[str, Spread]]:
         "oracle over sdpa": (ORACLE, UNPRUNED),
         "pruned over oracle": (PRUNED, ORACLE),
         "attached over sdpa": (ATTACHED, UNPRUNED),
+        "pruned graph over sdpa graph": (graphed(PRUNED), graphed(UNPRUNED)),
+        "pruned graph over oracle graph": (graphed(PRUNED), graphed(ORACLE)),
+        "pruned graph over pruned": (graphed(PRUNED), PRUNED),
     }
     return {
         name: {
@@ -73,7 +77,7 @@ def ratios_of(found: dict[str, Measurement]) -> dict[str, dict[str, Spread]]:
 
 
 def verdict(found: dict[str, Measurement], *, static: bool, compiled: bool) -> list[str]:
-    """What the numbers say, a sentence for prefill and one for decode."""
+    """What the numbers say, a sentence for prefill and one for decode; and as many on CUDA graphs, where there are any."""
     ratios = ratios_of(found)
     sentences = []
     for what in ("prefill", "decode"):
@@ -84,7 +88,20 @@ def verdict(found: dict[str, Measurement], *, static: bool, compiled: bool) -> l
         if gain.median < 1 - LITTLE and gain.p80 < 1:
             sentence += f": {_why_slower(found, what, static=static, compiled=compiled)}"
         sentences.append(sentence)
+    if graphed(PRUNED) in found:
+        sentences += [_of_graphs(ratios, what) for what in ("prefill", "decode")]
     return sentences
+
+
+def _of_graphs(ratios: dict[str, dict[str, Spread]], what: str) -> str:
+    over = {
+        other: ratios[f"pruned graph over {other}"][what]
+        for other in ("sdpa graph", "oracle graph", "pruned")
+    }
+    return (
+        f"as a CUDA graph, {what} {_as_words(over['sdpa graph'])} than sdpa as one, "
+        f"{over['oracle graph'].median:.0%} of the oracle's speed as one; {_as_words(over['pruned'])} than without a graph"
+    )
 
 
 def _as_words(gain: Spread) -> str:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from .subjects import Subject
 UNPRUNED, ATTACHED, PRUNED, ORACLE = "sdpa", "attached", "pruned", "oracle"
 
 
+def graphed(name: str) -> str:
+    """The name of a variant whose prefill and steps are replays of CUDA graphs."""
+    return f"{name} graph"
+
+
 def share(model: Any) -> Any:
     """Copy a model's modules, not its parameters and buffers."""
     return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
@@ -33,14 +38,17 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        name: ``"sdpa"``, ``"attached"``, ``"pruned"`` or ``"oracle"``.
+        name: ``"sdpa"``, ``"attached"``, ``"pruned"``, ``"oracle"``, or what else is measured beside them.
         model: Modules of its own on shared weights.
         inputs: Of its prefill.
         next_ids: [B, 1] or [A, B, 1] int64, position ids of the first token that is generated.
         make_cache: Makes an empty KV cache.
         prefilling: What lasts as long as its prefill.
         step: Runs a decode step: the model, or that under ``torch.compile``.
+        holds_memory: It holds what a prefill needs for as long as it lasts, so that a prefill allocates little.
     """
+
+    holds_memory: ClassVar[bool] = False
 
     name: str
     model: Any
@@ -105,7 +113,8 @@ def _first_position_ids(text: Any) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _decoder_of(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
+    """The decoder in a model."""
     for module in model.modules():
         found = text_model_of(module)
         if found is not None:
@@ -115,7 +124,7 @@ def _decoder_of(model: Any) -> Any:
 
 def _ids_behind_the_prompt(subject: Subject) -> Tensor:
     """Position ids of the token that follows the prompt [B, 1] or [A, B, 1]: the greatest of any axis, plus one."""
-    with torch.no_grad(), _first_position_ids(_decoder_of(subject.model)) as found:
+    with torch.no_grad(), _first_position_ids(decoder_of(subject.model)) as found:
         subject.model(**subject.inputs, logits_to_keep=1)
     ids = found[0]
     if ids is None:
@@ -149,7 +158,7 @@ def variants_of(
         attach(models[name], each)
 
     def plain_cache(model: Any) -> Any:
-        text = _decoder_of(model).config
+        text = decoder_of(model).config
         return StaticCache(config=text, max_cache_len=length) if static else DynamicCache(config=text)
 
     def pruned_cache(model: Any) -> Any:
@@ -161,7 +170,7 @@ def variants_of(
         for name, model in models.items()
     ]
     model = share(subject.model)
-    oracle = Oracle(model, _decoder_of(model), _survivors(made[-1], config), subject.prompt_tokens)
+    oracle = Oracle(model, decoder_of(model), _survivors(made[-1], config), subject.prompt_tokens)
     make = functools.partial(oracle.static_cache, length) if static else oracle.dynamic_cache
     made.append(Variant(ORACLE, model, subject.inputs, next_ids, make, oracle.shortened))
     if compile_steps:
@@ -173,7 +182,7 @@ def variants_of(
 def _survivors(pruned: Variant, config: GapConfig) -> list[Survivors]:
     """Prune once, and see what survives: the rows, and the hidden states where tokens are merged."""
     entered: dict[int, Tensor] = {}
-    layers = _decoder_of(pruned.model).layers
+    layers = decoder_of(pruned.model).layers
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, index=index: entered.update({index: args[0]}))
         for index, layer in enumerate(layers)

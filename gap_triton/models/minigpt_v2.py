@@ -45,9 +45,7 @@ EVA_NAMES = (
 class EvaPatches(Tower):
     """Patch features of EVA ViT-g, those of four neighbours in a row side by side."""
 
-    def __init__(self, model: Blip2VisionModel) -> None:
-        super().__init__()
-        self.model = model
+    patches_per_token = PATCHES_PER_TOKEN
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map [I, 3, H, W] to [I, N / 4, 4 F], row by row."""

@@ -27,13 +27,10 @@ IMAGE, START, PATCH, END = "<image>", "<im_start>", "<im_patch>", "<im_end>"
 class ClipPatches(Tower):
     """Patch features of one hidden state of CLIP's vision tower."""
 
-    def __init__(self, model: CLIPVisionModel, layer: int) -> None:
-        super().__init__()
-        self.model, self.layer = model, layer
-
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map [I, 3, H, W] to [I, N, F], row by row."""
-        return self.model(pixel_values, output_hidden_states=True).hidden_states[self.layer][:, 1:]
+        states = self.model(pixel_values, output_hidden_states=True).hidden_states
+        return states[self.config.vision_feature_layer][:, 1:]
 
 
 class ShikraLlama(LlamaForCausalLM):

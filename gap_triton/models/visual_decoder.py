@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..arguments import VISUAL_GRID, VISUAL_MASK
+from ..arguments import VISUAL_ENCODING, VISUAL_GRID, VISUAL_MASK
+from ..attachment import ENCODER_ATTRIBUTE
 from ..integration.attach import is_attached
+from ..integration.supported_models import unwrap
 
 IMAGE_TOKEN = -1  # stands for one visual token in input_ids; no vocabulary has it
 MAX_LISTED = 20
 
 
 class Tower(nn.Module):
-    """Features of images by ``model``, a vision tower whose patches make a grid."""
+    """Features of images by ``model``, a vision tower whose patches make a grid.
 
-    model: PreTrainedModel
+    A subclass has a ``forward`` from pixel values [I, 3, H, W] to features [I, N, F], row by row. What else it has is what
+    transformers' models have that encode images, so its scores are found as theirs are (`gap_triton.vision_tower`).
+
+    Args:
+        model: The vision tower.
+        layer: Which of its hidden states the features are, counted from the last where negative; None = what it puts out.
+
+    Attributes:
+        patches_per_token: How many patches, neighbours in a row, make one of the N tokens.
+        multi_modal_projector: The projector, once a `VisualDecoder` has it.
+    """
+
+    patches_per_token = 1
+    multi_modal_projector: nn.Linear
+
+    def __init__(self, model: PreTrainedModel, layer: int | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, SimpleNamespace(vision_feature_layer=layer)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Return, as ``pooler_output`` [I, N, C], what the decoder gets of images [I, 3, H, W]."""
+        return BaseModelOutputWithPooling(pooler_output=self.multi_modal_projector(self(pixel_values)))
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
         """Return rows and columns of visual tokens per image of ``pixel_values`` [I, 3, H, W]; None without a grid."""
@@ -33,13 +58,19 @@ class VisualDecoder(nn.Module):
     Attributes:
         tower: Maps pixel values [I, 3, H, W] to features [I, N, F], N visual tokens per image, whose rows and columns its
             method ``grid`` returns.
-        projector: Linear layer from F to the decoder's width.
-        decoder: The language model, which `gap_triton.attach` takes.
+        decoder: The language model, which `gap_triton.attach` takes; also for scores that the tower tells.
     """
 
     def __init__(self, tower: Tower, projector: nn.Linear, decoder: PreTrainedModel) -> None:
         super().__init__()
-        self.tower, self.projector, self.decoder = tower, projector, decoder
+        self.tower, self.decoder = tower, decoder
+        tower.multi_modal_projector = projector
+        object.__setattr__(unwrap(decoder).base_model, ENCODER_ATTRIBUTE, tower)  # no part of the decoder
+
+    @property
+    def projector(self) -> nn.Linear:
+        """Linear layer from F to the decoder's width."""
+        return self.tower.multi_modal_projector
 
     def merge(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         """Return what the decoder reads.
@@ -49,8 +80,9 @@ class VisualDecoder(nn.Module):
             pixel_values: [I, 3, H, W] for the I images of the batch in order, or None.
 
         Returns:
-            ``inputs_embeds`` [B, Q, C] with the features filled in, ``visual_mask`` [B, Q] bool and, where the images have
-            a grid, ``visual_grid`` (rows, columns).
+            ``inputs_embeds`` [B, Q, C] with the features filled in. And what a decoder takes that is attached:
+            ``visual_mask`` [B, Q] bool; ``visual_grid`` (rows, columns), where the images have a grid; ``visual_encoding``,
+            what the tower tells.
 
         Raises:
             ValueError: The images do not have as many visual tokens as ``input_ids`` have places.
@@ -58,8 +90,13 @@ class VisualDecoder(nn.Module):
         visual = input_ids == IMAGE_TOKEN
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(visual, 0))
         features = embeds.new_empty(0, embeds.shape[-1])
+        merged: dict[str, Any] = {VISUAL_MASK: visual}
         if pixel_values is not None:
-            features = self.projector(self.tower(pixel_values.to(self.projector.weight.dtype))).flatten(0, 1)
+            encoding = self.tower.get_image_features(pixel_values.to(self.projector.weight.dtype))
+            features = encoding.pooler_output.flatten(0, 1)
+            merged[VISUAL_ENCODING] = encoding
+            if (grid := self.tower.grid(pixel_values)) is not None:
+                merged[VISUAL_GRID] = grid
         placeholders = int(visual.sum())
         if placeholders != features.shape[0]:
             images = 0 if pixel_values is None else pixel_values.shape[0]
@@ -69,9 +106,7 @@ class VisualDecoder(nn.Module):
                 "puts it there"
             )
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
-        grid = None if pixel_values is None else self.tower.grid(pixel_values)
-        merged = {"inputs_embeds": embeds, VISUAL_MASK: visual}
-        return merged if grid is None else merged | {VISUAL_GRID: grid}
+        return merged | {"inputs_embeds": embeds}
 
     def forward(
         self,

@@ -245,9 +245,8 @@ def _prune_selected(drop: Drop, rows: StageRows, selection: VisionSelection) -> 
     """Keep what was selected before the decoder."""
     device = rows.tokens[0].device
     scores = selection.score.to(device)
-    if selection.stays is None:
-        return _prune_best(drop, rows, scores, {})
-    return _prune_chosen(drop, rows, scores, selection.stays.to(device))
+    ranks = scores if selection.ranks is None else selection.ranks.to(device)
+    return _prune_best(drop, rows, ranks, {})._replace(scores=scores)
 
 
 def _prune_fused(drop: Drop, rows: StageRows, attention: Attention, covering: dict[str, Any]) -> PrunedTokens:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..attachment import encoder_of
 from ..config import GapConfig, Score
 from ..integration.stages import fitted
 from ..integration.supported_models import find_parts
@@ -112,6 +113,6 @@ def _tiles_of(model: Any) -> bool:
 
 def _score_of(model: Any) -> Score:
     try:
-        return "cls" if find_tower(find_parts(model).owner).has_cls else "received"
+        return "cls" if find_tower(encoder_of(find_parts(model).owner)).has_cls else "received"
     except ValueError:
         return "cls"  # refused with its reason when the model is configured

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from gap_kernels import merge_nearest
 from torch import Tensor
 
 from .merged import Merged, check_merge
-from .without_filler import means_of_all
 
 
 def cluster(features: Tensor, kept: Tensor) -> Merged:
@@ -29,8 +28,4 @@ def cluster(features: Tensor, kept: Tensor) -> Merged:
     """
     check_merge(features, {"kept": kept})
     kept = kept.sort(dim=1).values
-    if not features.shape[1] or not kept.shape[1]:
-        return Merged(kept, features.new_zeros(*kept.shape, features.shape[2]))
-    filler = kept < 0
-    means = means_of_all(features, kept.clamp(min=0), filler)
-    return Merged(kept, torch.where(filler[..., None], 0, means))
+    return Merged(kept, merge_nearest(features, features, kept, average=True))

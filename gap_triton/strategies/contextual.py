@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
-from gap_kernels import topk_indices
-from gap_kernels.blocks import row_blocks
+from gap_kernels import merge_nearest, topk_indices
 from gap_kernels.precision import without_autocast
 from gap_kernels.validation import (
     ShapeChecker,
@@ -21,7 +17,7 @@ from gap_kernels.validation import (
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
-from .rows import accumulation_dtype, gather_rows, members
+from .rows import gather_rows, members
 
 
 def contextual_count(keep: int | Tensor) -> int | Tensor:
@@ -92,8 +88,7 @@ def contextual(
     is_target = _every_nth(rest, torch.as_tensor(count, device=features.device))
     # 1 for targets, 0 for others: exact top-k finds their rows in order.
     targets = topk_indices(is_target.float(), is_target.sum(1), length=length)
-    mean = _mean_by_target(features, keys, targets, rest & ~is_target)
-    added = (gather_rows(features, targets).to(mean.dtype) + mean).to(features.dtype)
+    added = merge_nearest(features, keys, targets, excluded=kept)
     return assemble(kept, gather_rows(features, kept), targets, added)
 
 
@@ -103,28 +98,3 @@ def _every_nth(rest: Tensor, count: Tensor) -> Tensor:
     count = count.expand(rest.shape[0])[:, None]
     stride = (rest.sum(1, keepdim=True) // count.clamp(min=1)).clamp(min=1)
     return rest & (number % stride == 0) & (number // stride < count)
-
-
-def _mean_by_target(features: Tensor, keys: Tensor, targets: Tensor, others: Tensor) -> Tensor:
-    """Return the mean of the features of those ``others``, [G, N] bool, whose keys are most like a target's: [G, M, C]."""
-    groups, num_rows, _ = features.shape
-    length, dtype = targets.shape[1], accumulation_dtype(features)
-    unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
-    target_units = gather_rows(unit, targets).transpose(1, 2)  # [G, E, M]
-
-    def sums_over(
-        block: slice,
-    ) -> tuple[Tensor, Tensor]:  # of each target: the sum over a block, and how many
-        cosine = (unit[:, block] @ target_units).float()  # [G, n, M]
-        # NaN ranks below everything: below any cosine (-2), but above filler.
-        cosine = torch.where(cosine.isnan(), -2.0, cosine).masked_fill((targets < 0)[:, None], torch.nan)
-        best = topk_indices(cosine.flatten(0, 1), min(length, 1)).unflatten(0, cosine.shape[:2])
-        goes_to = best == torch.arange(length, device=features.device)  # [G, n, M]
-        goes_to &= others[:, block, None] & (targets >= 0)[:, None]
-        return goes_to.transpose(1, 2).to(dtype) @ features[:, block].to(dtype), goes_to.sum(1)
-
-    total, number = functools.reduce(
-        lambda sums, more: (sums[0].add_(more[0]), sums[1].add_(more[1])),
-        map(sums_over, row_blocks(num_rows, groups * length)),
-    )
-    return total / number.clamp(min=1)[..., None]

@@ -22,11 +22,12 @@ from gap_kernels.validation import (
 )
 from torch import Tensor
 
+from ..constants import Constants
 from ..plain import as_ratio
 from .by_features import BY_FEATURES, GREEDY, choose_greedily, distinct, least_similar
-from .rows import best_of, last_where, members
+from .rows import best_last, best_of, last_where, members
 from .spatial import spatial_order
-from .two_layers import BY_TWO_LAYERS, by_windows, first_then_best, with_neighbours
+from .two_layers import BY_TWO_LAYERS, by_windows, with_neighbours
 
 Count = TypeVar("Count", int, Tensor, int | Tensor)
 Coverage = Literal[
@@ -43,6 +44,7 @@ Coverage = Literal[
 ]
 
 USUAL_SHARE = STRIDE_SHARE.as_integer_ratio()  # torch.compile can't trace fractions
+_LATTICES = Constants(64)
 REGION = 2  # rows and columns of a region: Nüwa's separation, arXiv 2602.02951, section 3.1
 
 
@@ -135,20 +137,42 @@ def choose_on_grid(
     Returns:
         [G, keep] int64, ascending.
     """
-    if coverage == "topk" or keep == scores.shape[1]:
-        return topk_indices(scores, keep)
+    ranks = ranks_on_grid(scores, keep, coverage, grid, beside, spread=spread)
+    if ranks is not None:
+        return topk_indices(ranks, keep)
     if beside is not None and coverage in BY_FEATURES:
         return _by_features(scores, beside, keep, coverage, exponent, None, keep)
-    if beside is not None and coverage in BY_TWO_LAYERS:
+    neighbours = grid_neighbours(grid, device=scores.device)
+    regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
+    candidates = max(-(-keep // regions), 1) if per_region is None else per_region
+    return topk_per_region(scores, neighbours[None], candidates, keep)
+
+
+def ranks_on_grid(
+    scores: Tensor,
+    keep: int,
+    coverage: Coverage,
+    grid: tuple[int, int],
+    beside: Tensor | None = None,
+    *,
+    spread: float | None = None,
+) -> Tensor | None:
+    """Return [G, N] float32, of which the ``keep`` largest are what `choose_on_grid` chooses; None where nothing ranks so.
+
+    Equal ones go to the lower row, and NaN comes last. Arguments as there.
+    """
+    if coverage == "topk" or keep == scores.shape[1]:
+        return scores
+    if coverage in BY_TWO_LAYERS and beside is not None:
         by_two = with_neighbours if coverage == "anchors" else by_windows
         return by_two(scores, beside, keep, grid)
-    if coverage == "region":
-        neighbours = grid_neighbours(grid, device=scores.device)
-        regions = -(-grid[0] // REGION) * -(-grid[1] // REGION)
-        candidates = max(-(-keep // regions), 1) if per_region is None else per_region
-        return topk_per_region(scores, neighbours[None], candidates, keep)
-    in_lattice = spatial_order(grid, device=scores.device) < _lattice(keep, spread)
-    return first_then_best(scores, in_lattice, keep)
+    if coverage == "stride":
+        share, device = _lattice(keep, spread), scores.device
+        in_lattice = _LATTICES.get(
+            (grid, share, device), device, lambda: spatial_order(grid, device=device) < share
+        )
+        return best_last(scores).masked_fill_(in_lattice, torch.inf)
+    return None
 
 
 def _check_keep(keep: int | Tensor, scores: Tensor, shapes: ShapeChecker, length: int | None) -> int:

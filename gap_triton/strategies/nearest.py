@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from gap_kernels import topk_indices
-from gap_kernels.blocks import row_blocks
+from gap_kernels import collect_nearest
 from gap_kernels.precision import without_autocast
 from torch import Tensor
 
 from .merged import Merged, assemble, check_merge
-from .rows import accumulation_dtype, best_of, gather_rows, last_where, members
+from .rows import best_of, gather_rows, members
 
 COLLECT_COUNT = 32
 """How many tokens each kept one collects."""
@@ -41,7 +39,7 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
         K + 1 tokens, computed in float32 (float64 for float64). Where at most one token is dropped, so with
         ``keep = N``, there is nothing to make up for: all N tokens are returned unchanged, which the released code
         doesn't do. Equal cosines go to the lower row. A token whose key holds NaN collects nothing and is not collected.
-        NaN or infinity in ``features`` spoils its channel in all tokens of its grid, as in any matrix product.
+        NaN or infinity in ``features`` spoils its channel in what takes it in, and may spoil it in all tokens of its grid.
 
     Raises:
         ValueError: If an argument has another shape, dtype or device than stated; on the CPU also for rows out of range
@@ -49,37 +47,10 @@ def nearest(features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Mer
     """
     check_merge(features, {"kept": kept}, keys=keys, scores=scores)
     num_rows = features.shape[1]
-    dtype = accumulation_dtype(features)
-    values = features.to(dtype)
-    kept_features = gather_rows(features, kept)
-    weights = torch.where(scores.isfinite(), scores, 0).to(dtype)
-
-    unit = F.normalize(keys.to(accumulation_dtype(keys)), dim=-1)
-    blocks = row_blocks(kept.shape[1], features.shape[0] * num_rows)
-    parts = [
-        kept_features[:, block].to(dtype)
-        + torch.where(_near(unit, kept[:, block]), weights[:, None], 0) @ values
-        for block in blocks
-    ]
-    collected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    merged = collect_nearest(features, keys, scores, kept, COLLECT_COUNT)
     dropped = ~members(kept, num_rows)
     added = best_of(scores, dropped, dropped.sum(1).clamp(max=1), length=1)
-    summed = torch.where(dropped, weights, 0)[:, None] @ values
     unchanged = (dropped.sum(1) <= 1)[:, None, None]
-    return assemble(
-        kept,
-        torch.where(unchanged, kept_features, collected.to(features.dtype)),
-        added,
-        torch.where(unchanged, gather_rows(features, added), summed.to(features.dtype)),
-    )
-
-
-def _near(unit: Tensor, kept: Tensor) -> Tensor:
-    """Return which of N tokens each of ``kept``, [G, K] int64, collects, by their unit keys [G, N, E]: [G, K, N] bool."""
-    num_rows = unit.shape[1]
-    row = torch.arange(num_rows, device=kept.device)
-    cosine = (gather_rows(unit, kept) @ unit.transpose(1, 2)).float()
-    ranked = last_where(kept[..., None] == row, cosine).flatten(0, 1)
-    most = max(0, min(COLLECT_COUNT, num_rows - 1))
-    near = members(topk_indices(ranked, most), num_rows).view_as(cosine) & ~cosine.isnan()
-    return near & (kept >= 0)[..., None]
+    own = gather_rows(features, torch.cat([kept, added], dim=1))
+    both = torch.where(unchanged, own, merged)
+    return assemble(kept, both[:, :-1], added, both[:, -1:])

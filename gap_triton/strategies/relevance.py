@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from gap_kernels.cosine.reference import cosine_to_sum
 from gap_kernels.precision import without_autocast
 from gap_kernels.raters import reference
 from gap_kernels.validation import FLOAT_DTYPES, ShapeChecker
 from torch import Tensor
-
-from .rows import accumulation_dtype
 
 
 @without_autocast
@@ -37,11 +35,7 @@ def text_similarity(visual: Tensor, text: Tensor, text_mask: Tensor | None = Non
     if text_mask is not None:
         shapes.check("text_mask", text_mask, "G T", (torch.bool,))
         text = torch.where(text_mask[..., None], text, 0)
-    dtype = accumulation_dtype(visual)
-    # The sum has the direction of the mean.
-    direction = text.sum(1, dtype=dtype)
-    unit = F.normalize(direction, dim=-1)[..., None]  # [G, C, 1]
-    return (F.normalize(visual.to(dtype), dim=-1) @ unit)[..., 0].float()
+    return cosine_to_sum(visual, text)
 
 
 @without_autocast

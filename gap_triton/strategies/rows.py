@@ -56,6 +56,12 @@ def last_where(mask: Tensor, scores: Tensor) -> Tensor:
     return torch.where(mask, torch.nan, torch.where(scores.isnan(), -torch.inf, scores))
 
 
+def best_last(scores: Tensor) -> Tensor:
+    """Return a copy of ``scores`` in which nothing is as large as infinity, and NaN is -inf: what comes first gets that."""
+    largest = torch.finfo(torch.float32).max
+    return torch.nan_to_num(scores, nan=-torch.inf, posinf=largest, neginf=-torch.inf)
+
+
 def accumulation_dtype(features: Tensor) -> torch.dtype:
     """Return what sums over features are computed in: float64 for float64, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32

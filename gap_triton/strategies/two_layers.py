@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from gap_kernels import topk_indices
 from torch import Tensor
 
-from .rows import last_where, members
+from ..constants import Constants
+from ..host import to_device
+from .rows import best_last
 
 BY_TWO_LAYERS = ("anchors", "windows")
 
@@ -18,65 +21,77 @@ WINDOWS = 4
 """Windows along each side: VScan's are of 6 x 6 on 24 x 24 tokens."""
 
 
+_TABLES = Constants(64)
+
+
 def with_neighbours(scores: Tensor, earlier: Tensor, keep: int, grid: tuple[int, int]) -> Tensor:
-    """Choose anchors by an earlier layer, their neighbours, and the best of the rest (HiPrune, arXiv 2508.00553).
+    """Rank anchors by an earlier layer, with their neighbours, before the best of the rest (HiPrune, arXiv 2508.00553).
 
     Args:
         scores: [G, N] float32; NaN counts as -inf.
         earlier: [G, N] float32, the score in an earlier layer.
-        keep: How many to choose, 0..N; one anchor for each 50 of them, rounded, with its up to 4 neighbours.
+        keep: How many are chosen, 0..N; one anchor for each 50 of them, rounded, with its up to 4 neighbours.
         grid: (H, W), H * W = N.
 
     Returns:
-        [G, keep] int64, ascending.
+        [G, N] float32, as `best_last`: what is first has infinity, so that the ``keep`` largest are chosen.
     """
     anchors = topk_indices(earlier, round(keep / ANCHORS_OF))
-    marks = members(anchors, scores.shape[1]).unflatten(1, grid)
-    near = marks.clone()
-    near[:, 1:] |= marks[:, :-1]
-    near[:, :-1] |= marks[:, 1:]
-    near[:, :, 1:] |= marks[:, :, :-1]
-    near[:, :, :-1] |= marks[:, :, 1:]
-    return first_then_best(scores, near.flatten(1), keep)
+    device = scores.device
+    near = _TABLES.get((grid, device), device, lambda: to_device(torch.from_numpy(_cross(*grid)), device))
+    return best_last(scores).scatter_(1, near[anchors].flatten(1), torch.inf)
 
 
 def by_windows(scores: Tensor, earlier: Tensor, keep: int, grid: tuple[int, int]) -> Tensor:
-    """Choose a half by an earlier layer, from all parts of the image, and the best of the rest (VScan, arXiv 2505.22654).
+    """Rank a half by an earlier layer, from all parts of the image, before the best of the rest (VScan, arXiv 2505.22654).
 
     The half, rounded down, is the best of what is among the best of its window, of 4 x 4: as few of each as suffice.
 
     Args:
         scores: [G, N] float32; NaN counts as -inf.
         earlier: [G, N] float32, the score in an earlier layer.
-        keep: How many to choose, 0..N.
+        keep: How many are chosen, 0..N.
         grid: (H, W), H * W = N.
 
     Returns:
-        [G, keep] int64, ascending.
+        [G, N] float32, as `best_last`: what is first has infinity, so that the ``keep`` largest are chosen.
     """
-    local = keep // LOCAL_OF
-    number = torch.arange(scores.shape[1], device=scores.device)
-    row, column = number // grid[1] * WINDOWS // grid[0], number % grid[1] * WINDOWS // grid[1]
-    in_window = (row * WINDOWS + column)[:, None] == torch.arange(
-        WINDOWS**2, device=scores.device
-    )  # [N, windows]
-    windows = min(WINDOWS, grid[0]) * min(WINDOWS, grid[1])
-    order = (0.0 - earlier).argsort(dim=1, stable=True)  # NaN last
-    rank = in_window[order].long().cumsum(1)  # how many of each window are as good, or better
-    enough = (rank <= -(-local // windows)) & in_window[order]
-    candidates = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, enough.any(2))
-    best = topk_indices(last_where(~candidates, earlier), local)
-    return first_then_best(scores, members(best, scores.shape[1]), keep)
-
-
-def first_then_best(scores: Tensor, first: Tensor, keep: int) -> Tensor:
-    """Choose what is ``first`` [G, N] bool, and fill up ``keep`` with the best of the others, by ``scores`` [G, N] float32.
-
-    Returns:
-        [G, keep] int64, ascending; NaN counts as -inf.
-    """
-    # No score is above the largest number but its infinity.
-    scores = torch.nan_to_num(
-        scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
+    local, device = keep // LOCAL_OF, scores.device
+    window, enters = _TABLES.get(
+        (grid, local, device),
+        device,
+        lambda: tuple(to_device(torch.from_numpy(each), device) for each in _windows(*grid, local)),
     )
-    return topk_indices(scores.masked_fill_(first, torch.inf), keep)
+    order = (0.0 - earlier).argsort(dim=1, stable=True)  # NaN last
+    place = window[order].argsort(
+        dim=1, stable=True
+    )  # of each token in that order; window by window, the best first
+    token = order.gather(1, place)
+    # Windows may be too small, on odd grids: then what did not enter follows, by its row.
+    first = torch.where(enters, place, token + scores.shape[1]).argsort(dim=1)[:, :local]
+    return best_last(scores).scatter_(1, token.gather(1, first), torch.inf)
+
+
+def _cross(height: int, width: int) -> np.ndarray:
+    """[H * W, 5] int64, each cell, and the cells beside, above and below it; itself again where there is none."""
+    number = np.arange(height * width)
+    row, column = number // width, number % width
+    columns = [number]
+    for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        there = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+        columns.append(np.where(there, number + down * width + right, number))
+    return np.stack(columns, axis=1)
+
+
+def _windows(height: int, width: int, local: int) -> tuple[np.ndarray, np.ndarray]:
+    """The window of each cell, [H * W] int64; and of all cells in the order of windows, which are among the best of theirs.
+
+    The latter is [H * W] bool: as many of each window as it takes for ``local`` cells.
+    """
+    number = np.arange(height * width)
+    window = number // width * WINDOWS // height * WINDOWS + number % width * WINDOWS // width
+    sizes = np.bincount(window)
+    sizes = sizes[sizes > 0]
+    enough = -(-local // len(sizes))
+    rank = np.concatenate([np.arange(size) for size in sizes])
+    return window, rank < enough

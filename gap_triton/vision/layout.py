@@ -25,10 +25,12 @@ from ..vision_tower.finding import (
     patch_size_of,
     pooling_of,
     resamples,
+    side_of,
 )
 from ..vision_tower.sizes import GRID_FIELDS, POSITIONS, SHAPES, SIZE_FIELDS, host_sizes
 from .pictures import INTERPOLATED, Grid, Picture, numbered, numbered_newline, picture_of
 
+MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size")
 OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio")  # of `pack_image_features`
 TENSORS = 16
 """How many index tensors, or groups of them, stay in memory for each layout."""
@@ -403,15 +405,14 @@ def _by_grids(grids: Mapping[str, Sequence[tuple[int, int, int]]], merge: int) -
 def _merge_size(owner: PreTrainedModel) -> int:
     config = owner.config
     configs = (getattr(config, "vision_config", None), config)
-    merge = next(
-        (m for each in configs if (m := getattr(each, "spatial_merge_size", None)) is not None), None
-    )
+    sides = (side_of(getattr(each, name, None)) for name in MERGE_FIELDS for each in configs)
+    merge = next(filter(None, sides), None)
     if merge is None:
         raise ValueError(
-            f"the config of {type(owner).__name__} has no spatial_merge_size, so how many patches make one visual token is "
-            f"not known: {ALTERNATIVE}"
+            f"the config of {type(owner).__name__} has no {' or '.join(MERGE_FIELDS)}, so how many patches make one visual "
+            f"token is not known: {ALTERNATIVE}"
         )
-    return int(merge)
+    return merge
 
 
 def _packed(owner: PreTrainedModel, arguments: dict[str, Any]) -> list[Picture]:

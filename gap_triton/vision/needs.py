@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ..attachment import Attachment
+from ..attachment import Attachment, encoder_of
 from ..calls import current_config
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
 from ..state import ForwardState
@@ -58,7 +58,8 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     Raises:
         ValueError: There is no vision encoder that could give it; the message has what can be done instead.
     """
-    if attachment.tower is not None and not attachment.tower.is_current():
+    encoder, tower = encoder_of(attachment.owner), attachment.tower
+    if tower is not None and (tower.owner is not encoder or not tower.is_current()):
         for handle in reversed(attachment.tower_handles):
             handle.remove()
         attachment.tower, attachment.tower_handles, attachment.records_sizes = None, [], False
@@ -69,7 +70,7 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     attachment.layouts.clear()
     if not needs_of(config):
         return
-    tower = attachment.tower or find_tower(attachment.owner)
+    tower = attachment.tower or find_tower(encoder)
     check_needs(tower, _needs_from(tower, config))
     if attachment.tower is None:
         attachment.tower = tower

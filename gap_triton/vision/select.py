@@ -7,11 +7,12 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from gap_kernels import collect_nearest, merge_nearest, text_cosine, topk_indices
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,14 +32,15 @@ from ..strategies import (
 )
 from ..strategies.aggregation import aggregate_without_filler
 from ..strategies.by_features import BY_FEATURES
-from ..strategies.coverage import choose_on_grid
+from ..strategies.coverage import choose_on_grid, ranks_on_grid
+from ..strategies.nearest import COLLECT_COUNT
+from ..strategies.rows import best_last
 from ..strategies.without_filler import (
     average_of_rest,
     best_first,
     best_of_rest,
     contextual_of_rest,
-    means_of_all,
-    nearest_of_all,
+    rest_of,
 )
 from ..vision_tower import TowerOutput
 from ..vision_tower.finding import packs
@@ -108,10 +110,10 @@ def select_before_decoder(
     placed = places.is_placed()
     reported = scores if placed is None else torch.where(placed, scores, places.unplaced_scores(budget))
     beside = _beside(prompt, stage, places, tower, kwargs)
-    stays, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
+    ranks, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
         kwargs = {**kwargs, "inputs_embeds": with_merged(merging, kwargs["inputs_embeds"], merged)}
-    return VisionSelection(reported, stays, tuple(keep)), kwargs
+    return VisionSelection(reported, ranks, tuple(keep)), kwargs
 
 
 def choose_and_merge(
@@ -133,25 +135,32 @@ def choose_and_merge(
         beside: [B * V, ...], what the coverage looks at beside scores; None = nothing.
 
     Returns:
-        Which survive, [B, V] float32, as in `VisionSelection`: None = the best by ``scores``. And of the tokens that change,
-        group by group, slots [G, K] and embeddings [G, K, C].
+        Ranks [B, V] float32 as in `VisionSelection`, None = ``scores``. And of the tokens that change, group by
+        group, slots [G, K] and embeddings [G, K, C].
     """
     # The decoder's operator selects by itself where the best of a sample are what survives.
     are_best = stage.coverage == "topk" and stage.merge != "contextual" and places.one_view_each()
     if are_best and merging is None:
         return None, []
-    stays = None if are_best else places.stays(budget)
+    groups = places.groups(budget.views)
+    # And where it is told by what: every slot is of a view, and in its order.
+    is_whole = places.one_view_each() and len(groups) == 1 and groups[0].are_all
+    ranks: Tensor | None = None
     merged: list[tuple[Tensor, Tensor]] = []
-    for group in places.groups(budget.views):
+    for group in groups:
         beside_score = None if beside is None else group.at_slots(beside).to(scores.device)
         score = group.at_slots(scores.flatten())
-        survivors, changed = _survivors_of(group, score, stage, merging, beside_score)
-        if stays is not None:
-            for index in survivors:
-                stays.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
-        if changed is not None:
-            merged.append((group.slots_at(changed.index), changed.features))
-    return stays, merged
+        chosen = _survivors_of(group, score, stage, merging, beside_score, is_whole)
+        if chosen.changed is not None:
+            merged.append((group.slots_at(chosen.changed.index), chosen.changed.features))
+        if are_best:
+            continue
+        if is_whole and chosen.ranks is not None:
+            return chosen.ranks.view(places.shape), merged
+        ranks = places.stays(budget) if ranks is None else ranks
+        for index in chosen.index:
+            ranks.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
+    return places.stays(budget) if ranks is None and not are_best else ranks, merged
 
 
 def with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -238,15 +247,13 @@ def _beside(
 
 def _text_similarities(prompt: Prompt, embeds: Tensor) -> Tensor:
     """Cosine to the mean embedding of the text after the image; where there is none, of all text. [B, V] float32."""
+    device = embeds.device
+    if all(prompt.text_counts):
+        return text_cosine(embeds, prompt.visual_index.to(device), prompt.text_rows.to(device))
+    text = prompt.text_after
+    text = torch.where(text.any(dim=1, keepdim=True), text, prompt.query_rows & ~prompt.visual)
     visual = _rows_of(embeds, prompt.visual_index, prompt.visual_counts)
-    if not all(prompt.text_counts):
-        text = prompt.text_after
-        text = torch.where(text.any(dim=1, keepdim=True), text, prompt.query_rows & ~prompt.visual)
-        return text_similarity(visual, embeds, text.to(embeds.device))
-    mask = None
-    if min(prompt.text_counts) < prompt.text_rows.shape[1]:
-        mask = (prompt.text_rows >= 0).to(embeds.device)
-    return text_similarity(visual, _rows_of(embeds, prompt.text_rows, prompt.text_counts), mask)
+    return text_similarity(visual, embeds, text.to(device))
 
 
 def _rows_of(embeds: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
@@ -269,14 +276,36 @@ def _outliers(places: Places, scores: Tensor, stage: Stage) -> list[int]:
     return [by_view[number] for number in range(len(views))]
 
 
-def _survivors_of(
-    group: Group, score: Tensor, stage: Stage, merging: Merging | None, beside: Tensor | None
-) -> tuple[list[Tensor], Merged | None]:
-    """The survivors of each view, [G, K] in one or several parts; and those that others were merged into, as embeddings.
+class _Survivors(NamedTuple):
+    """What survives of the views of a group.
 
-    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it.
+    Attributes:
+        ranks: [G, N] float32, of which the ``keep`` largest survive; None where that is not known.
+        index: [G, K] int64, the survivors in one or several parts; none where ranks suffice.
+        changed: Those that others were merged into, as embeddings; None where there are none.
+    """
+
+    ranks: Tensor | None
+    index: list[Tensor]  # type: ignore[assignment]  # hides tuple.index, which is not needed here
+    changed: Merged | None
+
+
+def _survivors_of(
+    group: Group,
+    score: Tensor,
+    stage: Stage,
+    merging: Merging | None,
+    beside: Tensor | None,
+    is_whole: bool,
+) -> _Survivors:
+    """Choose from the views of a group, and merge.
+
+    ``score`` is [G, N], and ``beside`` [G, N, ...] what the coverage looks at beside it. With ``is_whole`` ranks suffice.
     """
     keep = group.keep
+
+    def ranks_of(count: int) -> Tensor | None:
+        return ranks_on_grid(score, count, stage.coverage, group.grid, beside, spread=stage.spread)
 
     def chosen(count: int) -> Tensor:
         return choose_on_grid(
@@ -291,51 +320,87 @@ def _survivors_of(
         )
 
     if merging is None or keep == group.size[1]:
-        return [chosen(keep)], None
-    if merging.merge in ADDS_ONE and stage.coverage == "topk":
-        survivors = best_first(score, keep)
+        ranks = ranks_of(keep)
+        if ranks is None:
+            return _Survivors(None, [chosen(keep)], None)
+        return _Survivors(ranks, [] if is_whole else [topk_indices(ranks, keep)], None)
+    if merging.merge == "contextual":
+        found = _with_contextual(group, merging, score, chosen, stage.coverage)
     elif merging.merge in ADDS_ONE:
-        kept = chosen(keep - 1)
-        survivors = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+        ranks = ranks_of(keep - 1)
+        if ranks is None:
+            kept = chosen(keep - 1)
+            index = torch.cat([kept, best_of_rest(score, kept)], dim=1)
+        else:
+            index = best_first(ranks, keep)
+        found = _Survivors(ranks, [index], _merge(group, merging, score, index))
     else:
-        count = int(contextual_count(keep)) if merging.merge == "contextual" else 0
-        survivors = chosen(keep - count)
-    changed = _merge(group, merging, score, survivors)
+        ranks = ranks_of(keep)
+        index = chosen(keep) if ranks is None else topk_indices(ranks, keep)
+        found = _Survivors(ranks, [index], _merge(group, merging, score, index))
+    if merging.before_projector and found.changed is not None:
+        features = merging.tower.project(found.changed.features)
+        found = found._replace(changed=found.changed._replace(features=features))
+    return found
+
+
+def _with_contextual(
+    group: Group,
+    merging: Merging,
+    score: Tensor,
+    chosen: Callable[[int], Tensor],
+    coverage: str,
+) -> _Survivors:
+    """The dominant tokens of each view, and the contextual ones with their features."""
+    num_rows, ranks = group.size[1], None  # type: tuple[int, Tensor | None]
+    count = int(contextual_count(group.keep))
+    dominant = group.keep - count
+    if coverage == "topk":
+        ranks = best_last(score)
+        order = best_first(ranks, num_rows)
+        kept, rest = order[:, :dominant], order[:, dominant:].sort(dim=1).values
+    else:
+        kept = chosen(dominant)
+        rest = rest_of(kept, num_rows)
+    features = _features_of(group, merging)
+    keys = group.at_features(merging.tower.rows["keys"]).to(features.device)
+    merged = contextual_of_rest(features, keys, kept.to(features.device), rest.to(features.device), count)
+    merged = merged._replace(index=merged.index.to(score.device))
+    if ranks is not None:  # behind the contextual ones, the dominant ones are the best
+        ranks.scatter_(1, merged.index, torch.inf)
+    return _Survivors(ranks, [kept, merged.index], merged)
+
+
+def _features_of(group: Group, merging: Merging) -> Tensor:
+    """What is merged, [G, N, C]: tokens as they enter the projector, or as the decoder gets them."""
     if merging.before_projector:
-        changed = changed._replace(features=merging.tower.project(changed.features))
-    return [survivors, changed.index] if merging.merge == "contextual" else [survivors], changed
+        return group.at_features(merging.tower.rows["features"])
+    return merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
 
 
 def _merge(group: Group, merging: Merging, score: Tensor, survivors: Tensor) -> Merged:
-    """The tokens of each view that change, with their features.
+    """The tokens of each view that change, with their features; but by ``"contextual"``.
 
     Args:
         group: The views.
         merging: How.
         score: [G, N] float32.
-        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last; contextual ones are not yet
-            among them.
+        survivors: [G, K] int64; if one token more is made of what is dropped, that comes last.
     """
     recorded: Mapping[Any, Tensor] = merging.tower.rows
-    if merging.before_projector:
-        features = group.at_features(recorded["features"])
-    else:
-        features = merging.embeds[group.at_slots(merging.rows).to(merging.embeds.device)]
+    features = _features_of(group, merging)
     device = features.device
     score, index = score.to(device), survivors.to(device)
     if merging.merge == "average":
         return Merged(survivors[:, -1:], average_of_rest(features, index[:, :-1]))
     if merging.merge == "cluster":
-        return Merged(survivors, means_of_all(features, index))
+        return Merged(survivors, merge_nearest(features, features, index, average=True))
     if merging.merge == "aggregation":
         similarity = group.at_features(recorded["similarity"]).to(device)
         merged = aggregate_without_filler(features, similarity, score, index, group.grid, rule=merging.rule)
         return merged._replace(index=survivors)
     keys = group.at_features(recorded["keys"]).to(device)
-    if merging.merge == "nearest":
-        return Merged(survivors, nearest_of_all(features, keys, score, index[:, :-1]))
-    merged = contextual_of_rest(features, keys, index, group.keep - survivors.shape[1])
-    return merged._replace(index=merged.index.to(survivors.device))
+    return Merged(survivors, collect_nearest(features, keys, score, index[:, :-1], COLLECT_COUNT))
 
 
 def _merging(

@@ -1,7 +1,7 @@
 """The vision tower of a model: which module it is, and how its rows become visual tokens.
 
 There is no list of towers. A tower is taken if it is a pretrained model below the module that receives ``input_ids``, whose
-layers each hold one attention module that calls transformers' attention interface and is not causal.
+layers each hold at most one attention module that calls transformers' attention interface and is not causal, and some do.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ POOLING_FIELDS = (
     "hidden_stride",
     "projector_pooling_ratio",
     "pooling_kernel_size",
+    "merge_kernel_size",  # rows and columns
 )
 RATIO_FIELDS = ("downsample_ratio", "pixel_shuffle_ratio")
 ALTERNATIVE = "use score='random' or 'text_similarity' (presets 'random', 'text'), or prune in the decoder (preset 'fastv')"
@@ -53,14 +54,15 @@ class Tower:
         module: The vision encoder.
         layers: Its layers.
         attention: Attention of the scoring layer: the one whose output becomes the visual features (the deepest, if several
-            do); where a tower has windows, the last layer without.
+            do); where a tower has windows, or layers without attention, the last layer that sees the whole image.
         earlier: Attention of layers before it, by the names of `EARLIER`.
         projector: Maps the tower's features to the width of the decoder one token at a time, None where there is no such
             module.
         has_cls: The tower has a CLS token.
         leading: Number of tokens before each image that don't become features.
         trailing: Number of tokens behind each image that don't: 1 where the CLS token comes last (Llama 4).
-        merge: Side of the square of patches that become one token, where the tower gets them one after the other; else 1.
+        patches: How many patches become one token, where the tower gets them one after the other: those of a square, or of a
+            row (MiniGPT-v2); else 1.
         window: Side of a window in merged tokens, None where the tower has no windows.
         constants: Index tensors by the sizes of images.
     """
@@ -74,7 +76,7 @@ class Tower:
     has_cls: bool
     leading: int
     trailing: int
-    merge: int
+    patches: int
     window: int | None
     constants: Constants = field(default_factory=lambda: Constants(INDICES))
 
@@ -89,8 +91,8 @@ class Tower:
         Returns:
             [F, ...]; ``rows`` where it is not known which patches become one token.
         """
-        if self.merge > 1:
-            rows = mean_of_patches(rows.unflatten(0, (-1, self.merge**2)), (1,))
+        if self.patches > 1:
+            rows = mean_of_patches(rows.unflatten(0, (-1, self.patches)), (1,))
             return (
                 rows if self.window is None else rows[self._out_of_windows(_grids_of(arguments), rows.device)]
             )
@@ -127,10 +129,10 @@ class Tower:
 
     def asks_for_sizes(self) -> bool:
         """Return whether `to_features` may ask for the sizes of images."""
-        return self.window is not None or (self.merge == 1 and pooling_of(self.owner) > 1)
+        return self.window is not None or (self.patches == 1 and pooling_of(self.owner) > 1)
 
     def _out_of_windows(self, grids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        merge, window = self.merge, self.window
+        merge, window = math.isqrt(self.patches), self.window
         assert window is not None
         key = ("windows", tuple(map(tuple, grids)), device)
         return self.constants.get(
@@ -168,27 +170,29 @@ def find_tower(owner: PreTrainedModel) -> Tower:
             f"gap_triton can't watch the vision tower of {type(owner).__name__}: {reason}. {ALTERNATIVE.capitalize()}"
         )
     ((module, layers),) = _candidates(owner)
-    has_cls = any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
-    cls_last = has_cls and _appends_cls(module)
+    has_cls = _has_cls(module)
+    cls_last = has_cls and bool(_appends_cls(module))
     strategy = getattr(owner.config, "vision_feature_select_strategy", None)
     merge = _merge_of(owner, module)
     window = None
     if getattr(module.config, "fullatt_block_indexes", None) is not None:
         window = module.config.window_size // merge // module.config.patch_size
+    seeing = _seeing_layers(module, layers)
+    last = _feature_layer(owner, module, len(layers))
     return Tower(
         owner=owner,
         module=module,
         layers=tuple(layers),
-        attention=_attention_of(layers[_scoring_layer(owner, module, len(layers))])[0],
+        attention=_attention_of(layers[max(index for index in seeing if index <= last)])[0],
         earlier={
             name: _attention_of(layers[index])[0]
-            for name, index in earlier_layers(module.config, len(layers)).items()
+            for name, index in earlier_layers(seeing, len(layers)).items()
         },
         projector=_projector_of(owner),
         has_cls=has_cls,
         leading=0 if cls_last else int(has_cls if strategy is None else strategy == "default"),
         trailing=int(cls_last),
-        merge=merge,
+        patches=getattr(owner, "patches_per_token", merge**2),
         window=window,
     )
 
@@ -222,8 +226,8 @@ def pooling_of(owner: PreTrainedModel) -> int:
     """
     vision = getattr(owner.config, "vision_config", None)
     for name in POOLING_FIELDS:
-        sides = (getattr(config, name, None) for config in (owner.config, vision))
-        if (side := next((side for side in sides if isinstance(side, int) and side > 0), None)) is not None:
+        sides = (side_of(getattr(config, name, None)) for config in (owner.config, vision))
+        if (side := next(filter(None, sides), None)) is not None:
             return side
     ratios = (getattr(config, name, None) for name in RATIO_FIELDS for config in (owner.config, vision))
     ratio = next((ratio for ratio in ratios if isinstance(ratio, float)), None)
@@ -233,6 +237,13 @@ def pooling_of(owner: PreTrainedModel) -> int:
     if vision is not None and isinstance(tokens, int) and tokens > 0 and patch is not None:
         return max(vision.image_size // patch[0] // math.isqrt(tokens), 1)
     return 1
+
+
+def side_of(size: Any) -> int | None:
+    """Return the side of a square of this ``size``: one number, or two of the same; None if it is no square."""
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def resamples(owner: PreTrainedModel) -> bool:
@@ -262,20 +273,31 @@ def _why_not(owner: PreTrainedModel) -> str | None:
         return "it makes each of its visual tokens of all patches, by attention"
     candidates = _candidates(owner)
     if not candidates:
-        return "found no encoder whose layers each hold one attention module that calls transformers' attention interface"
+        return "found no encoder whose layers hold one attention module that calls transformers' attention interface"
     if len(candidates) > 1:
         names = " and ".join(type(module).__name__ for module, _ in candidates)
         return f"it has several, {names}"
     module, layers = candidates[0]
-    full = getattr(module.config, "fullatt_block_indexes", None)
-    if full is not None and not any(index < len(layers) for index in full):
+    if not _seeing_layers(module, layers):
+        full = module.config.fullatt_block_indexes
         return f"each of its {len(layers)} layers attends within windows (fullatt_block_indexes={full!r})"
+    if _has_cls(module) and _appends_cls(module) is None:
+        return (
+            f"the code of {type(module).__name__} can't be read, so where it puts its CLS token is not known"
+        )
+    inside = set(layers.modules())  # there they mix tokens, as attention does
     overlapping = next(
-        (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride), None
+        (
+            m
+            for m in module.modules()
+            if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride and m not in inside
+        ),
+        None,
     )
     if overlapping is not None:
         return f"{type(module).__name__} makes a visual token of patches that belong to others too ({overlapping})"
-    if not 0 <= _scoring_layer(owner, module, len(layers)) < len(layers):
+    last = _feature_layer(owner, module, len(layers))
+    if not _seeing_layers(module, layers)[0] <= last < len(layers):
         return f"vision_feature_layer={owner.config.vision_feature_layer!r} takes its features from no layer's output"
     return None
 
@@ -298,8 +320,8 @@ def _candidates(owner: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.Module
 
 def _is_encoder(layers: nn.ModuleList) -> bool:
     attentions = [_attention_of(layer) for layer in layers]
-    return bool(attentions) and all(
-        len(each) == 1 and not getattr(each[0], "is_causal", False) for each in attentions
+    return any(attentions) and all(
+        len(each) <= 1 and not any(getattr(one, "is_causal", False) for one in each) for each in attentions
     )
 
 
@@ -307,34 +329,44 @@ def _attention_of(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if calls_interface(module)]
 
 
-def _scoring_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
-    full = getattr(module.config, "fullatt_block_indexes", None)
-    if full is not None:
-        return max((index for index in full if index < layers), default=layers)
+def _seeing_layers(module: PreTrainedModel, layers: nn.ModuleList) -> list[int]:
+    """The layers whose attention sees the whole image: others attend within windows, or to nothing (LFM3-VL)."""
+    return [
+        index for index in layers_without_windows(module.config, len(layers)) if _attention_of(layers[index])
+    ]
+
+
+def layers_without_windows(config: Any, layers: int) -> list[int]:
+    """Return those of a tower's ``layers`` that do not attend within windows, by its ``config``."""
+    full = getattr(config, "fullatt_block_indexes", None)
+    return [index for index in range(layers) if full is None or index in full]
+
+
+def _feature_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int) -> int:
+    """The layer whose output becomes the visual features; the deepest, if several do."""
     feature_layer = getattr(owner.config, "vision_feature_layer", None)
-    if feature_layer is None:
+    if feature_layer is None or getattr(module.config, "fullatt_block_indexes", None) is not None:
         return layers - 1
     # State 0 enters the first layer, and state i + 1 is what layer i puts out.
     states = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
-def earlier_layers(config: Any, layers: int) -> dict[str, int]:
+def earlier_layers(seeing: Sequence[int], layers: int) -> dict[str, int]:
     """Return the layers before the scoring one that may score too, by the names of `EARLIER`.
 
-    Each is the last of the first share of them; where a tower has windows, the layer without that is nearest.
+    Each is the last of the first share of all layers, or the layer nearest to it that sees the whole image; of two that are
+    equally near, the later one.
 
     Args:
-        config: The tower's.
-        layers: How many it has.
+        seeing: Layers whose attention sees the whole image, at least one.
+        layers: How many layers the tower has.
     """
-    full = getattr(config, "fullatt_block_indexes", None)
-    candidates = range(layers) if full is None else sorted(index for index in full if index < layers)
-    # Of two that are equally near, the later one.
-    return {
-        name: min(candidates, key=lambda index, last=share * layers - 1: (abs(index - last), -index))
-        for name, share in EARLIER.items()
-    }
+    return {name: _nearest(seeing, share * layers - 1) for name, share in EARLIER.items()}
+
+
+def _nearest(layers: Sequence[int], place: float) -> int:
+    return min(layers, key=lambda index: (abs(index - place), -index))
 
 
 def _merge_of(owner: PreTrainedModel, module: PreTrainedModel) -> int:
@@ -360,12 +392,23 @@ def _grids_of(arguments: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
     return grids
 
 
-def _appends_cls(module: nn.Module) -> bool:
-    """Whether the CLS token of ``module`` comes behind the patches, by its code."""
-    code = inspect.getsource(inspect.unwrap(type(module).forward))
+def _has_cls(module: nn.Module) -> bool:
+    return any(name.rsplit(".", 1)[-1] in CLS_PARAMETERS for name, _ in module.named_parameters())
+
+
+def _appends_cls(module: nn.Module) -> bool | None:
+    """Whether the CLS token of ``module`` comes behind the patches, by its code.
+
+    None where that names the token, and there is no source. Where modules inside of it do, the token comes first.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return False if set(CLS_PARAMETERS).isdisjoint(forward.__code__.co_names) else None
     return any(
         isinstance(node, ast.List) and len(node.elts) > 1 and _names_cls(node.elts[-1])
-        for node in ast.walk(ast.parse(textwrap.dedent(code)))
+        for node in ast.walk(code)
     )
 
 

@@ -79,11 +79,11 @@ def _chosen(
     merging = None if stage.merge == "none" else _merging(stage, features, tower)
     scores, beside = _scores(plan, places, tower), _beside(stage, places, features, tower)
     budget = budget_of(places.layout, stage, None)
-    stays, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
+    ranks, merged = choose_and_merge(places, scores, budget, stage, merging, beside)
     if merging is not None and merged:
         features = with_merged(merging, features[None], merged)[0]
     # In order, and without a read.
-    return topk_indices(scores if stays is None else stays, plan.kept)[0], features
+    return topk_indices(scores if ranks is None else ranks, plan.kept)[0], features
 
 
 def _scores(plan: Plan, places: Places, tower: TowerOutput) -> Tensor:

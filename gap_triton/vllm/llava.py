@@ -36,7 +36,8 @@ def scoring_layers(tower: nn.Module, config: Any) -> dict[str, nn.Module]:
         return {}
     vision = config.vision_config
     places = {"": -1} | {
-        f"{name}_": index for name, index in earlier_layers(vision, vision.num_hidden_layers).items()
+        f"{name}_": index
+        for name, index in earlier_layers(range(vision.num_hidden_layers), vision.num_hidden_layers).items()
     }
     return {prefix: encoder.layers[index].self_attn.attn for prefix, index in places.items()}
 

@@ -26,7 +26,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ..vision_tower.finding import earlier_layers
+from ..vision_tower.finding import earlier_layers, layers_without_windows
 from .layouts import PackedFamily
 from .model import GapModel
 from .processor import GapProcessor, ImagesAlone
@@ -65,8 +65,9 @@ class GapQwenModel(GapModel):
         blocks = getattr(self.visual, "blocks", ())  # type: ignore[attr-defined]
         layers = {}
         if blocks:
+            seeing = layers_without_windows(vision, len(blocks))
             places = {"": -1 if full is None else max(full)}
-            places |= {f"{name}_": index for name, index in earlier_layers(vision, len(blocks)).items()}
+            places |= {f"{name}_": index for name, index in earlier_layers(seeing, len(blocks)).items()}
             layers = {prefix: blocks[index].attn.attn for prefix, index in places.items()}
         self.start_pruning(vllm_config, family, layers)
 

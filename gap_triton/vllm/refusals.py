@@ -106,7 +106,7 @@ def _takes_first_layers(config: Any) -> bool:
         return False
     # State 0 enters the first layer.
     layer = state + layers if state < 0 else state - 1
-    return layer < max(earlier_layers(config.vision_config, layers).values())
+    return layer < max(earlier_layers(range(layers), layers).values())
 
 
 def _tried(config: Any) -> Any:

@@ -7,9 +7,11 @@ if find_spec("torch") is None:
 
 from .aggregate import spatial_aggregate
 from .backends import backend
+from .cosine import text_cosine
 from .flash_attention import AttentionOutput, attention
 from .greedy import greedy_indices
 from .importance import visual_importance
+from .merge import collect_nearest, merge_nearest
 from .prompt import PromptRows, read_prompt
 from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .raters import text_raters
@@ -24,12 +26,15 @@ __all__ = [
     "attention",
     "attention_received",
     "backend",
+    "collect_nearest",
     "greedy_indices",
     "grid_neighbours",
+    "merge_nearest",
     "prune_by_score",
     "prune_tokens",
     "read_prompt",
     "spatial_aggregate",
+    "text_cosine",
     "text_raters",
     "topk_indices",
     "topk_per_region",

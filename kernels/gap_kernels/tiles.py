@@ -194,6 +194,9 @@ SPATIAL_WEIGHTS_FLOAT32 = Tiles(16, 16, 4, 2, part=16)
 SPATIAL_AGGREGATE = Tiles(16, 64, 8, 3, part=128)
 SPATIAL_AGGREGATE_FLOAT32 = Tiles(16, 16, 4, 2, part=64)
 
+COLLECT = Tiles(1, 16, 4, 1, part=128)
+"""Of one token: the columns are those that it takes in."""
+
 
 def attention(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Return the tiles of ``attention_kernel``."""

@@ -56,6 +56,27 @@ class RememberingMlp(modeling_llama.LlamaMLP):
         return super().forward(x)
 
 
+class AsksForEager(modeling_llama.LlamaAttention):
+    def is_eager(self):
+        return self.config._attn_implementation == "eager"
+
+
+class AsksForSdpa(modeling_llama.LlamaAttention):
+    def is_sdpa(self):
+        return self.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(AsksForEager, None), (AsksForSdpa, "AsksForSdpa attends in another way")]
+)
+def test_asking_for_eager_alone_is_no_attention_of_its_own(kind: type[nn.Module], reason: str | None) -> None:
+    """In transformers 4.57 every attention asks for that, and calls the interface under any other name."""
+    text = build("llava", "sdpa").model.language_model
+    text.layers[0].self_attn.__class__ = kind
+    found = models.why_own_attention(text)
+    assert found is None if reason is None else (found or "").startswith(reason)
+
+
 class DeafOwner(modeling_llava.LlavaModel):
     def forward(self, input_ids=None, pixel_values=None, attention_mask=None):
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import transformers
@@ -80,10 +82,9 @@ def refuse_in_the_decoder(model: transformers.PreTrainedModel, reason: str, laye
     if not layers or wrong is not None:
         with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
             gap_triton.attach(model, GapConfig(layer=wrong if layers else 2))
-    both = GapConfig(0.5, -1, "random", then=(Stage(0.2, layers[0] if layers else 1, "text"),))
-    where = " both before and in its decoder" if layers else " in its decoder"
-    with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
-        gap_triton.attach(model, both)
+        both = GapConfig(0.5, -1, "random", then=(Stage(0.2, wrong if layers else 2, "text"),))
+        with pytest.raises(ValueError, match=rf"{where}: .*{reason}.* {instead}"):
+            gap_triton.attach(model, both)
     with pytest.raises(ValueError, match=r"GapConfig.ids='compacted': renumbering is not defined for"):
         gap_triton.attach(model, GapConfig(0.5, -1, "random", ids="compacted"))
     assert hooks(model) == 0
@@ -96,6 +97,7 @@ def test_dropping_in_the_decoder(model_type: str) -> None:
     inputs, layers = families.prompt(model), model_types.PRUNING_LAYERS[model_type]
     for layer in dict.fromkeys((layers[0], layers[-1])):
         pruned, stays = pruned_by(model, inputs, GapConfig(0.4, layer, "text"))
+        assert torch.equal(inputs["attention_mask"].bool() & ~stays, ranked_last(reference, inputs, layer))
         if model_type in model_types.LOOKS_AHEAD:
             expected = masked(reference, inputs, stays, layer)
         else:
@@ -106,13 +108,53 @@ def test_dropping_in_the_decoder(model_type: str) -> None:
             assert difference(pruned, elsewhere) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("model_type", model_types.PRUNING_LAYERS)
+def test_dropping_before_and_in_the_decoder(model_type: str) -> None:
+    """Layers up to the pruning layer see what the first stage leaves, and those behind it what both leave."""
+    model, reference = build_or_skip(model_type), build_or_skip(model_type)
+    inputs, layer = families.prompt(model), model_types.PRUNING_LAYERS[model_type][0]
+    config = GapConfig(0.7, -1, "random", then=(Stage(0.3, layer, "text"),))
+    with families.visual_features(model), gap_triton.pruning(model, config):
+        pruned = generate(model, inputs, tokens=TOKENS)
+        selection = gap_triton.last_selection(model)
+    before, stays = (stays_of(each, inputs["attention_mask"]) for each in (selection.before, selection))
+    assert bool((before & ~stays).any(dim=1).all())
+    if model_type in model_types.LOOKS_AHEAD:
+        expected = masked(reference, inputs, before, -1, then=[(layer, before & ~stays)])
+    else:
+        expected = expected_of(reference, inputs, pruned.sequences, stays, layer=layer, before=before)
+    assert difference(pruned, expected) <= TOLERANCE
+    elsewhere = expected_of(reference, inputs, pruned.sequences, stays, layer=layer)
+    assert difference(pruned, elsewhere) > 100 * TOLERANCE
+
+
+def ranked_last(
+    reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], layer: int
+) -> torch.Tensor:
+    """[B, Q] bool, what eager attention of ``layer``, which sees every token, weighs least in the rows behind the image."""
+    core_of(reference)[1].set_attn_implementation(ORACLE)
+    with (
+        torch.no_grad(),
+        families.visual_features(reference),
+        MaskingOracle(reference, layer, 0.4, "text") as oracle,
+    ):
+        reference(**inputs)
+    core_of(reference)[1].set_attn_implementation("sdpa")
+    assert oracle.dropped is not None
+    return oracle.dropped
+
+
 def masked(
-    reference: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], stays: torch.Tensor, layer: int
+    reference: transformers.PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    stays: torch.Tensor,
+    layer: int,
+    then: Sequence[tuple[int, torch.Tensor]] = (),
 ) -> list[torch.Tensor]:
-    """Logits of each token by a model that masks what is gone, for decoders of attention alone."""
+    """Logits of each token by a model that masks what is gone, and ``then`` more, for decoders of attention alone."""
     core_of(reference)[1].set_attn_implementation(ORACLE)
     gone = inputs["attention_mask"].bool() & ~stays
-    with families.visual_features(reference), MaskingOracle(reference, layer, 0.4, "text", gone):
+    with families.visual_features(reference), MaskingOracle(reference, layer, 0.4, "text", gone, then):
         logits = generate(reference, inputs, tokens=TOKENS).logits
     core_of(reference)[1].set_attn_implementation("sdpa")
     return list(logits)
@@ -191,6 +233,32 @@ def test_by_name_where_attention_is_more_than_it_names(model_type: str) -> None:
     build_or_skip(model_type)
     with pytest.raises(ValueError, match=r"load it under that and call gap_triton.attach\(model, GapConfig"):
         families.build(model_type, {"text_config": "gap_triton"})
+
+
+def with_blocks_of_four(topk: int) -> transformers.PreTrainedModel:
+    """MiniMax M3, each row of which attends to ``topk`` blocks of four tokens, the last of them its own."""
+    model = build_or_skip("minimax_m3_vl")
+    for layer in core_of(model)[1].layers[1:]:
+        layer.self_attn.indexer.block_size, layer.self_attn.indexer.topk_blocks = 4, topk
+    return model
+
+
+def test_an_index_of_blocks_counts_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares position ids with places in its cache, and is handed places; in prompt and steps, in any cache."""
+    inputs = {name: value[1:] for name, value in families.prompt(with_blocks_of_four(2)).items()}
+    model, (pruned, stays) = with_blocks_of_four(2), pruned_by(with_blocks_of_four(2), inputs)
+    expected = expected_of(with_blocks_of_four(2), inputs, pruned.sequences, stays)
+    assert difference(pruned, expected) <= TOLERANCE
+    static, _ = pruned_by(model, inputs, cache_implementation="static")
+    assert error(static, pruned) <= TOLERANCE
+    # Guards the lines above: the index leaves something out, of which more would be seen.
+    every = expected_of(with_blocks_of_four(99), inputs, pruned.sequences, stays)
+    assert difference(pruned, every) > 100 * TOLERANCE
+    monkeypatch.setattr(survivors_only, "BY_PLACES", ())
+    with pytest.raises(
+        (RuntimeError, IndexError), match="out of bounds"
+    ):  # ids stand in blocks that there are not
+        pruned_by(model, inputs)
 
 
 def gemma3n() -> transformers.PreTrainedModel:

@@ -31,23 +31,23 @@ LIMITS = {
     "random": 5,
     "spatial": 5,
     "cls": 8,
-    "text": 15,
-    "trim": 26,
+    "text": 6,
+    "trim": 17,
     "nuwa": 31,
-    "prumerge": 34,
-    "visionzip": 35,
-    "prumerge+": 42,
+    "prumerge": 17,
+    "visionzip": 20,
+    "prumerge+": 19,
     "fastervlm": 8,
     "swiftvlm": 12,
     "divprune": 9,
     "scope": 16,
-    "cdpruner": 28,
+    "cdpruner": 19,
     # Cosines to four pivots, and what is least like each of them in turn.
     "dart": 59,
     # Duplicates are removed eight at a time, here in five steps.
     "vispruner": 74,
-    "hiprune": 31,
-    "vscan": 73,
+    "hiprune": 15,
+    "vscan": 32,
 }
 # These ask where a visual token stands, or record a vision encoder of the second model, and so ask for sizes of its images.
 ASK_FOR_SIZES = {"feather", "spatial", "cls", "nuwa", "prumerge", "visionzip", "prumerge+"} | {

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from support import tiny
 from support.command_line import cli
+from support.shapes import small_subject
 
 from gap_triton import GapConfig, Stage
 from gap_triton.latency import SHAPES, Measurement, Subject, count, measure, random_subject, variants_of
@@ -132,31 +131,11 @@ def test_measurements_have_everything() -> None:
     json.dumps(rows)
 
 
-def small(config: Any) -> Any:
-    """The config with few, narrow layers, and the same image."""
-    for part in (config.text_config, config.vision_config):
-        depth = "depth" if hasattr(part, "depth") else "num_hidden_layers"
-        heads = "num_heads" if hasattr(part, "num_heads") else "num_attention_heads"
-        for name, value in ((depth, 2), (heads, 2), ("hidden_size", 32), ("intermediate_size", 32)):
-            setattr(part, name, value)
-    config.text_config.num_key_value_heads, config.text_config.head_dim = 1, 16
-    if hasattr(config.vision_config, "out_hidden_size"):
-        config.vision_config.out_hidden_size, config.vision_config.fullatt_block_indexes = 32, [1]
-        rope = "rope_parameters" if hasattr(config.text_config, "rope_parameters") else "rope_scaling"
-        getattr(config.text_config, rope)["mrope_section"] = [2, 3, 3]
-    else:
-        config.vision_feature_layer = -1
-    return config
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_prompts_of_as_many_visual_tokens_as_they_say(name: str) -> None:
     """Each with few, narrow layers: the model takes its inputs, and nothing is missing."""
     shape = SHAPES[name]
-    config, inputs = shape.build(shape.visual_tokens, 1, CPU)
-    model_type = transformers.AutoModelForImageTextToText._model_mapping[type(config)]
-    model = model_type._from_config(small(config), attn_implementation="sdpa").eval()
-    made = variants_of(Subject(name, model, inputs, shape.visual_tokens), GapConfig(0.25, 0), steps=4)
+    made = variants_of(small_subject(name, shape.visual_tokens), GapConfig(0.25, 0), steps=4)
     by_name = {each.name: each for each in made}
     assert check_against_oracle(by_name["pruned"], by_name["oracle"], steps=1) <= SAME
     kept = by_name["sdpa"].inputs["input_ids"].shape[1] - by_name["pruned"].cache.layers[1].keys.shape[2] + 1

@@ -20,6 +20,8 @@ from support.tiny import build as tiny_build
 
 import gap_triton
 from gap_triton import GapConfig, Stage
+from gap_triton.integration.stages import fitted
+from gap_triton.integration.supported_models import find_parts
 from gap_triton.presets import PRESETS
 from gap_triton.presets.depth import pruning_layers
 from gap_triton.strategies.by_features import BY_FEATURES
@@ -398,8 +400,13 @@ def test_a_preset_of_a_model_that_can_be_pruned_at_some_layers_only(
     assert [stage.layer for stage in GapConfig.preset("feather", model=hybrid).stages] == [1, 3]
     with pytest.raises(ValueError, match=r"at layers from .* on: .* At layer 1, 3 it can"):
         GapConfig.preset("pyramiddrop", model=hybrid)  # three stages
-    with pytest.raises(ValueError, match=r"both before and in its decoder: .*presets 'text', 'trim'"):
-        GapConfig.preset("nuwa", model=hybrid)
+    nuwa = GapConfig.preset("nuwa", budget=0.5, model=hybrid)  # before the decoder and half-way through it
+    assert ([stage.layer for stage in nuwa.stages], nuwa.score) == ([-1, 3], "received")
+    three = GapConfig(
+        0.8, -1, "random", then=(Stage(0.6, 1, "text"), Stage(0.5, 2, "text"), Stage(0.4, 3, "text"))
+    )
+    with pytest.raises(ValueError, match=r"at layers from 1, 2, 3 on: .* At layer 1, 3 it can"):
+        fitted(three, find_parts(hybrid))
     assert GapConfig.preset("trim", model=hybrid) == GapConfig.preset("trim")
 
 

@@ -18,7 +18,6 @@ import gap_triton
 from gap_triton import GapConfig
 from gap_triton.strategies import choose, cluster
 from gap_triton.strategies.coverage import choose_on_grid
-from gap_triton.strategies.without_filler import means_of_all
 from gap_triton.vision_tower import find_tower
 from gap_triton.vision_tower.finding import EARLIER, _earlier_layer
 
@@ -145,10 +144,6 @@ def test_cluster(data: st.DataObject) -> None:
     expect(
         cluster(features, kept), [clustered(*each) for each in zip(features, keeps, strict=True)], TOLERANCE
     )
-    if all(len(each) == width for each in keeps):
-        torch.testing.assert_close(
-            means_of_all(features, kept), cluster(features, kept).features, rtol=0, atol=0
-        )
 
 
 def test_what_nothing_goes_to_is_what_it_was() -> None:

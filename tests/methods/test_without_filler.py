@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gap_kernels import grid_neighbours
+from gap_kernels import collect_nearest, grid_neighbours
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,6 +29,7 @@ from gap_triton.strategies import without_filler as few
 from gap_triton.strategies.aggregation import _least_ranks, aggregate_without_filler
 from gap_triton.strategies.coverage import choose_on_grid
 from gap_triton.strategies.draw import draw
+from gap_triton.strategies.nearest import COLLECT_COUNT
 
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
 SCORE = st.one_of(
@@ -96,10 +97,13 @@ def test_merges(dtype: torch.dtype, data: st.DataObject) -> None:
 
     found = Merged(best[:, -1:], few.average_of_rest(features, best[:, :-1]))
     same(found, average(features, scores, kept))
-    found = Merged(best, few.nearest_of_all(features, keys, scores, best[:, :-1]))
+    found = Merged(best, collect_nearest(features, keys, scores, best[:, :-1], COLLECT_COUNT))
     same(found, nearest(features, keys, scores, kept))
     count = data.draw(st.integers(1, cells - keep))
-    same(few.contextual_of_rest(features, keys, kept, count), contextual(features, keys, kept, count))
+    same(
+        few.contextual_of_rest(features, keys, kept, few.rest_of(kept, cells), count),
+        contextual(features, keys, kept, count),
+    )
     for rule in (LLAVA, LLAVA_NEXT, QWEN):
         found = aggregate_without_filler(features, keys, scores, kept, grid, rule=rule)
         same(found, aggregate(features, keys, scores, kept, grid, rule=rule))
@@ -113,9 +117,12 @@ def test_keys_of_nan_collect_nothing() -> None:
     keys[1, :] = math.nan
     best = few.best_first(scores, 12)
     kept = best[:, :-1].sort(dim=1).values
-    found = Merged(best, few.nearest_of_all(features, keys, scores, best[:, :-1]))
+    found = Merged(best, collect_nearest(features, keys, scores, best[:, :-1], COLLECT_COUNT))
     same(found, nearest(features, keys, scores, kept))
-    same(few.contextual_of_rest(features, keys, kept, 4), contextual(features, keys, kept, 4))
+    same(
+        few.contextual_of_rest(features, keys, kept, few.rest_of(kept, 40), 4),
+        contextual(features, keys, kept, 4),
+    )
 
 
 def test_large_merges_are_done_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +131,8 @@ def test_large_merges_are_done_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     scores = torch.rand(2, 90, generator=source)
     best = few.best_first(scores, 30)
     run = [
-        lambda: few.nearest_of_all(features, keys, scores, best[:, :-1]),
-        lambda: few.contextual_of_rest(features, keys, best, 9).features,
+        lambda: collect_nearest(features, keys, scores, best[:, :-1], COLLECT_COUNT),
+        lambda: few.contextual_of_rest(features, keys, best, few.rest_of(best, 90), 9).features,
     ]
     whole = [each() for each in run]
     monkeypatch.setattr("gap_kernels.blocks.BLOCK_ELEMENTS", 1000)

@@ -69,6 +69,7 @@ BAD: dict[str, list[Any]] = {
     "pillar_quantile": [*NO_NUMBER, None, -0.1, 1.1, math.inf],
     "radius_in_diagonals": NO_BOOL,
     "causal": NO_BOOL,
+    "average": NO_BOOL,
     "head_reduction": NO_CHOICE,
     "coverage": NO_CHOICE,
     "exponent": [*NO_NUMBER, None, -0.5, math.inf, 1e39],
@@ -81,8 +82,17 @@ BAD: dict[str, list[Any]] = {
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
 BAD["keep"] = BAD["count"] = BAD["k"]
-INDICES = {"visual_index", "rows", "importance_rows", "importance_columns", "anchors", "kept", "neighbours"}
+INDICES = {
+    "visual_index",
+    "rows",
+    "importance_rows",
+    "importance_columns",
+    "anchors",
+    "kept",
+    "neighbours",
+} | {"targets", "excluded"}
 DISTINCT = {
+    ("collect_nearest", "kept"), ("merge_nearest", "targets"), ("merge_nearest", "excluded"),
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
     ("cluster", "kept"),
     ("contextual", "kept"), ("aggregate", "anchors"),
@@ -111,6 +121,9 @@ SHAPES: dict[str, dict[str, str]] = {
         "tokens": "B Q", "attention_mask": "B Q", "answer": "B Q", "rankers": "B Q", "index": "B S",
     },
     "text_raters": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
+    "collect_nearest": {"features": "B N C", "keys": "B N E", "weights": "B N", "kept": "B K"},
+    "merge_nearest": {"features": "B N C", "keys": "B N E", "targets": "B M", "excluded": "B K"},
+    "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
@@ -136,7 +149,7 @@ SHAPES: dict[str, dict[str, str]] = {
 """Names of dimensions by argument, as documented; "!" is one that has few sizes."""
 OPTIONAL = {
     "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
-    "cu_seqlens", "pillars", "mask",
+    "cu_seqlens", "pillars", "mask", "excluded",
 }  # fmt: skip
 
 
@@ -154,7 +167,7 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
         found += [("value", bad) for bad in (2**63, 10**30, too_many)]
         if isinstance(value, Tensor) and value.numel():
             found += [("value", value + too_many), ("value", value | 2**62)]
-    if name == "count" and call.arguments["length"] is None:
+    if name == "count" and call.arguments.get("length", 0) is None:
         found += [("value", bad) for bad in (MAX_LENGTH + 1, 10**30)]
     if name in ("keep", "count", "k") and isinstance(value, Tensor) and value.numel():
         found += [("value", value - value.max() - 1)]

@@ -122,6 +122,17 @@ OPERATORS: dict[str, Row] = {
         lambda d: [BOOL] * 3 + [INT] * 4,
     ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
+    "collect_nearest": (
+        lambda d: gap_kernels.collect_nearest(*features_and_keys(d), SCORES, KEPT, 4),
+        lambda d: [d],
+    ),
+    "merge_nearest": (lambda d: gap_kernels.merge_nearest(*features_and_keys(d), KEPT), lambda d: [d]),
+    "text_cosine": (
+        lambda d: gap_kernels.text_cosine(
+            randn(2, 9, 6, dtype=d), KEPT[:2, :3] % 4, torch.tensor([[5, 6, 8]] * 2)
+        ),
+        lambda d: [FLOAT],
+    ),
     "text_raters": (
         lambda d: gap_kernels.text_raters(
             2 * randn(2, 9, 6, dtype=d), KEPT[:2, :3] % 4, torch.tensor([[5, 6, 8]] * 2)

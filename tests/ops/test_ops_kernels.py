@@ -38,6 +38,8 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     operators = (
         "prompt",
         "raters",
+        "merge",
+        "cosine",
         "select",
         "region",
         "importance",

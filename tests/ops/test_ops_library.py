@@ -255,6 +255,7 @@ SCHEMAS = (
         "attention_received(Tensor query, Tensor key, Tensor? attention_mask, Tensor? cu_seqlens,"
         " bool causal, float? scale, Tensor? lse) -> Tensor"
     ),
+    "collect_nearest(Tensor features, Tensor keys, Tensor weights, Tensor kept, SymInt count) -> Tensor",
     (
         "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -263,6 +264,7 @@ SCHEMAS = (
         "greedy_indices(Tensor features, Tensor? scores, Tensor? mask, str rule, float exponent, SymInt k,"
         " Tensor? counts, SymInt length) -> Tensor"
     ),
+    "merge_nearest(Tensor features, Tensor keys, Tensor targets, Tensor? excluded, bool average) -> Tensor",
     (
         "prune_tokens(Tensor query, Tensor key, Tensor hidden_states, Tensor cos, Tensor sin,"
         " Tensor position_ids, Tensor visual_index, SymInt keep, Tensor? counts, Tensor? rows,"
@@ -284,6 +286,7 @@ SCHEMAS = (
         ' Tensor? attention_mask, SymInt num_rows, SymInt length, str coverage="topk",'
         " Tensor? neighbours=None, SymInt per_region=0, Tensor? order=None) -> Tensor"
     ),
+    "text_cosine(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "text_raters(Tensor embeds, Tensor visual_index, Tensor text_rows) -> Tensor",
     "topk_indices(Tensor scores, SymInt k, Tensor? counts, SymInt length) -> Tensor",
     (

@@ -25,9 +25,11 @@ REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
     for name in (
         "aggregate",
+        "cosine",
         "flash_attention",
         "greedy",
         "importance",
+        "merge",
         "prune",
         "raters",
         "received",

@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import transformers
 import yaml
+from PIL import Image
 from scripts import compat
 from support import command_line, model_types
 from support.command_line import cli
@@ -97,6 +98,37 @@ def test_options_in_a_document_are_those_of_the_command() -> None:
     for name, options in commands:
         for option in re.findall(r"--[a-z-]+", options):
             assert option in helps[name], f"gap-triton {name} has no {option}"
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    """As written, but for the model, which is the embedded one, and the device."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    for written, used in (
+        ("llava-hf/llava-1.5-7b-hf", str(Path(gap_triton.__file__).parent / "demo" / "model")),
+        ("cuda", "cpu"),
+    ):
+        assert f'"{written}"' in block
+        block = block.replace(f'"{written}"', repr(used))
+    names = {"image": Image.new("RGB", (64, 64), "red")}
+    exec(block, names)
+    selection = gap_triton.last_selection(names["model"])  # type: ignore[arg-type]
+    assert selection is not None
+    assert selection.visual_index.shape == (1, 16)
+
+
+def test_targets_in_a_document_are_in_the_makefile() -> None:
+    documents = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+    text = "".join(path.read_text(encoding="utf-8") for path in documents)
+    targets = re.findall(r"^([a-z-]+)%?:(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE))
+    assert {"demo", "test", "gpu-check"} <= named
+    unknown = [
+        name
+        for name in named
+        if not any(name == each or (each.endswith("-") and name.startswith(each)) for each in targets)
+    ]
+    assert unknown == []
 
 
 def test_the_table_of_the_configuration_has_every_field_and_value() -> None:

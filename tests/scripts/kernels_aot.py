@@ -26,9 +26,11 @@ import triton
 from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.cosine import kernel as cosine
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.greedy import kernel as greedy
 from gap_kernels.importance import kernel as importance
+from gap_kernels.merge import kernel as merge
 from gap_kernels.prompt import kernel as prompt_kernel
 from gap_kernels.prune import kernel as prune
 from gap_kernels.prune import one_launch
@@ -86,6 +88,8 @@ SYSTEM_SHARED_KIB = 1
 BUDGETS = {
     "text_share_kernel": ((128, 20), (160, 12)),
     "text_rater_kernel": ((64, 1), (64, 1)),
+    "text_sum_kernel": ((64, 2), (64, 2)),
+    "text_cosine_kernel": ((128, 2), (128, 2)),
     "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
@@ -102,6 +106,10 @@ BUDGETS = {
     "received_mean_kernel": ((40, 1), (32, 2)),
     "spatial_weights_kernel": ((168, 48), (192, 48)),
     "spatial_aggregate_kernel": ((96, 48), (160, 48)),
+    "cosines_kernel": ((192, 48), (144, 48)),
+    "collect_kernel": ((128, 3), (128, 3)),
+    "assign_kernel": ((168, 48), (208, 48)),
+    "merge_kernel": ((96, 48), (160, 48)),
     "squares_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
@@ -169,12 +177,12 @@ def cases(target: str) -> Iterator[Case]:
     """Name every launch for a target."""
     if target == ENTRIES_ONLY:
         yield from entry_cases()
-        yield from aggregate_cases()
         for name, launch in entry_cases():
             yield f"{name}, other GPUs", partial(launch_as_other_gpus, launch)
         return
     yield from prompt_cases()
     yield from raters_cases()
+    yield from cosine_cases()
     yield from select_cases()
     yield from region_cases()
     yield from importance_cases()
@@ -184,6 +192,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from attention_cases()
     yield from received_cases()
     yield from aggregate_cases()
+    yield from merge_cases()
     yield from greedy_cases()
 
 
@@ -215,6 +224,16 @@ def raters_cases() -> Iterator[Case]:
         yield (
             f"{channels:,} channels, {DTYPES[dtype]}",
             partial(raters.text_raters, embeds, rows, rows[:, :64]),
+        )
+
+
+def cosine_cases() -> Iterator[Case]:
+    rows = torch.zeros(2, LLAVA_15.visual, dtype=torch.int64)
+    for dtype, channels in ((torch.bfloat16, 4096), (torch.float32, 1000)):
+        embeds = empty(2, LLAVA_15.tokens, channels, dtype=dtype)
+        yield (
+            f"{channels:,} channels, {DTYPES[dtype]}",
+            partial(cosine.text_cosine, embeds, rows, rows[:, :64]),
         )
 
 
@@ -455,6 +474,17 @@ def aggregate_cases() -> Iterator[Case]:
         name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
         given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
         yield name, partial(aggregate.spatial_aggregate, *given)
+
+
+def merge_cases() -> Iterator[Case]:
+    for channels, length, dtype in ((4096, 1024, torch.bfloat16), (75, 33, torch.float32)):
+        features, keys = empty(1, 576, channels, dtype=dtype), empty(1, 576, length, dtype=dtype)
+        kept, name = (
+            torch.zeros(1, 112).long(),
+            f"{channels:,} channels, cosines of {length:,}, {DTYPES[dtype]}",
+        )
+        yield name, partial(merge.collect_nearest, features, keys, empty(1, 576), kept, 32)
+        yield name, partial(merge.merge_nearest, features, keys, kept, kept, False)
 
 
 def greedy_cases() -> Iterator[Case]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gap_kernels import topk_indices
 from support import towers
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
@@ -373,8 +374,9 @@ def test_coverages_by_two_layers(coverage: Coverage, choose_by_two: Any) -> None
     plan = Plan(60, "received", coverage, "kept", 0)
     name = {"anchors": "middle_received", "windows": "early_received"}[coverage]
     found = chosen(plan, layout_of_grid((8, 12)), received=last, **{name: earlier})
-    assert found == choose_by_two(last[None], earlier[None], 60, (8, 12))[0].tolist()
-    assert found != choose_by_two(last[None], last[None], 60, (8, 12))[0].tolist()
+    by_both, by_one = (choose_by_two(last[None], each[None], 60, (8, 12)) for each in (earlier, last))
+    assert found == topk_indices(by_both, 60)[0].tolist()
+    assert found != topk_indices(by_one, 60)[0].tolist()
 
 
 def test_tokens_of_tiles_are_compared_with_those_of_their_view() -> None:
@@ -410,13 +412,14 @@ def test_tokens_that_are_merged(has_projector: bool) -> None:
         recorded["features"] = entering
     with torch.no_grad():
         index, kept = prune(plan, layout, Encoded(features, TowerOutput(**recorded, projector=projector)))
-    dominant = score.topk(8).indices.sort().values  # of 10, two are contextual
+    ranked = score.argsort(descending=True)
+    dominant, rest = (each.sort().values[None] for each in ranked.split((8, 16)))  # of 10, two are contextual
     merged = contextual_of_rest(
-        (entering if has_projector else features)[None], keys[None], dominant[None], 2
+        (entering if has_projector else features)[None], keys[None], dominant, rest, 2
     )
     changed = projector(merged.features[0]).detach() if has_projector else merged.features[0]
     assert index is not None
-    assert index.tolist() == sorted([*dominant.tolist(), *merged.index[0].tolist()])
+    assert index.tolist() == sorted([*dominant[0].tolist(), *merged.index[0].tolist()])
     expected = features.clone()
     expected[merged.index[0]] = changed
     torch.testing.assert_close(kept, expected[index], rtol=TOLERANCE, atol=TOLERANCE)

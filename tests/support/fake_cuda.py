@@ -42,6 +42,7 @@ class FakeGraph:
     def __init__(self) -> None:
         self.tape: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
+    @torch.no_grad()
     def replay(self) -> None:
         for function, args, kwargs, outputs in self.tape:
             for target, fresh in zip(outputs, tensors(function(*args, **kwargs)), strict=True):

@@ -243,7 +243,10 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     "ernie4_5_vl_moe": _mrope(3, 3, 2),
     "cohere_compass": lambda config: setattr(config.vision_config, "deepstack_visual_indexes", [0, 1]),
     "hunyuan_vl": lambda config: (_mrope(2, 2, 2, 2)(config), _text(config, head_dim=16)),
-    "kimi_k25": lambda config: _text(config, head_dim=8, num_key_value_heads=4),
+    "kimi_k25": lambda config: (
+        setattr(config, "projection_hidden_size", 32),
+        _text(config, head_dim=8, num_key_value_heads=4),
+    ),
     "mistral4": lambda config: setattr(config, "num_key_value_heads", 4),
     "molmo2": lambda config: setattr(config, "image_patch_id", IMAGE),
     "perception_lm": lambda config: setattr(config.vision_config, "model_args", {"embed_dim": 32}),
@@ -256,8 +259,14 @@ PECULIAR: dict[str, Callable[[PretrainedConfig], Any]] = {
     ),
     # As released; the default config names none of these layers.
     "lfm2_vl": lambda config: _text(config, layer_types=["conv", *["full_attention"] * (LAYERS - 1)]),
-    "minimax_m3_vl": lambda config: _text(
-        config, layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)]
+    "minimax_m3_vl": lambda config: (
+        setattr(config, "merged_hidden_size", 4 * HIDDEN),
+        _text(
+            config,
+            layer_types=["full_attention", *["minimax_m3_sparse"] * (LAYERS - 1)],
+            index_n_heads=2,  # as many as there are key heads
+            index_head_dim=16,
+        ),
     ),
     "gemma4": lambda config: (
         setattr(config.vision_config, "pooling_kernel_size", 2),

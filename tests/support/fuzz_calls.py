@@ -23,8 +23,10 @@ from gap_triton import strategies
 
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
+from .naive import cosine as naive_cosine
 from .naive import greedy as naive_greedy
 from .naive import importance as naive_importance
+from .naive import merge as naive_merge
 from .naive import prompt as naive_prompt
 from .naive import prune as naive_prune
 from .naive import raters as naive_raters
@@ -176,6 +178,22 @@ def text_raters(source: Source) -> Call:
 
     arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
     return Call(gap_kernels.text_raters, arguments, check)
+
+
+def text_cosine(source: Source) -> Call:
+    batch, rows = source.size(0, 3), source.size(1, 12)
+    embeds = source.floats(batch, rows, source.size(0, 5))
+    visual_index = source.rows(batch, rows, source.size(0, rows))
+    text_rows = source.rows(batch, rows, source.size(0, rows))
+
+    def check(found: Tensor) -> None:
+        for sample, named in enumerate(text_rows.tolist()):
+            total = embeds[sample].detach().double()[[row for row in named if row >= 0]].sum(0)
+            assume(float(total.norm()) == 0 or float(total.norm()) > 1e-3)
+        naive_cosine.assert_cosines(found, embeds, visual_index, text_rows)
+
+    arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
+    return Call(gap_kernels.text_cosine, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -646,6 +664,55 @@ def nearest(source: Source) -> Call:
     return merged(strategies.nearest, arguments, "kept", dtype, wanted)
 
 
+def collect_nearest(source: Source) -> Call:
+    rows = source.pick([0, 1, 2, 5, 8])
+    dtype, features, keys, weights = merge_inputs(source, rows)
+    assume_apart(keys)
+    kept, count = source.rows(len(features), rows, source.size(0, min(rows, 6))), source.size(0, 9)
+
+    def check(found: Tensor) -> None:
+        assert found.dtype == dtype
+        for sample, own in enumerate(kept.tolist()):
+            given = (features[sample].detach(), keys[sample].detach(), weights[sample].tolist())
+            expected = torch.stack(naive_merge.collected(*given, own, count))
+            assert_near(found[sample], expected, dtype)
+
+    arguments = {"features": features, "keys": keys, "weights": weights, "kept": kept, "count": count}
+    return Call(gap_kernels.collect_nearest, arguments, check)
+
+
+def merge_nearest(source: Source) -> Call:
+    rows = source.size(0, 9)
+    dtype, features, keys, _ = merge_inputs(source, rows)
+    assume_apart(keys)
+    some, average = source.size(0, rows), source.pick([False, True])
+    index = source.rows(len(features), rows, rows)
+    targets, excluded = index[:, :some], index[:, some:] if source.pick([False, True]) else None
+
+    def check(found: Tensor) -> None:
+        assert found.dtype == dtype
+        for sample, own in enumerate(targets.tolist()):
+            gone = [] if excluded is None else excluded[sample].tolist()
+            given = (features[sample].detach(), keys[sample].detach(), own, gone, average)
+            expected = [each.expand(features.shape[2]) for each in naive_merge.merged(*given)]
+            wanted = torch.stack(expected) if expected else features.new_zeros(0, features.shape[2]).double()
+            assert_near(found[sample], wanted, dtype)
+
+    arguments = {
+        "features": features,
+        "keys": keys,
+        "targets": targets,
+        "excluded": excluded,
+        "average": average,
+    }
+    return Call(gap_kernels.merge_nearest, arguments, check)
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare sums of some features of a dtype."""
+    torch.testing.assert_close(found.detach().double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
 def contextual(source: Source) -> Call:
     rows = source.size(0, 9)
     dtype, features, keys, _ = merge_inputs(source, rows)
@@ -853,6 +920,9 @@ def raters(source: Source) -> Call:
 MAKERS: dict[str, Callable[[Source], Call]] = {
     "read_prompt": read_prompt,
     "text_raters": text_raters,
+    "text_cosine": text_cosine,
+    "collect_nearest": collect_nearest,
+    "merge_nearest": merge_nearest,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "greedy_indices": greedy_indices,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from gap_triton.integration.layer_calls import BASE, carries
+
 
 def hooks(model: torch.nn.Module) -> int:
-    """Number of our hooks on ``model``; transformers has hooks of its own."""
+    """Number of our hooks on ``model``, and of layers of a class of ours; transformers has hooks of its own."""
     found = [
         hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
     ]
-    return sum(getattr(hook, "func", hook).__module__.startswith("gap_triton") for hook in found)
+    layers = sum(carries(module) or hasattr(type(module), BASE) for module in model.modules())
+    return layers + sum(getattr(hook, "func", hook).__module__.startswith("gap_triton") for hook in found)
 
 
 def attributes(model: torch.nn.Module) -> dict[str, list[str]]:

@@ -19,12 +19,16 @@ from gap_kernels import blocks, tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
+from gap_kernels.cosine import kernel as cosine
+from gap_kernels.cosine import reference as cosine_reference
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.flash_attention import reference as attention_reference
 from gap_kernels.greedy import kernel as greedy
 from gap_kernels.greedy import reference as greedy_reference
 from gap_kernels.importance import kernel as importance
 from gap_kernels.importance import reference as importance_reference
+from gap_kernels.merge import kernel as merge
+from gap_kernels.merge import reference as merge_reference
 from gap_kernels.prompt import kernel as prompt
 from gap_kernels.prompt import reference as prompt_reference
 from gap_kernels.prune import kernel as prune
@@ -97,6 +101,36 @@ def test_raters(dtype: torch.dtype, generator: torch.Generator) -> None:
     visual_index[0, 40:], text_rows[1, :30] = -1, -1
     found = raters.text_raters(embeds, visual_index, text_rows)
     assert torch.equal(found, raters_reference.text_raters(embeds.double(), visual_index, text_rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cosine(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Tiles of visual tokens, text and channels that are not full."""
+    embeds = torch.randn(2, 300, 300, generator=generator).to(DEVICE, dtype)
+    order = torch.rand(2, 300, generator=generator).argsort(1).to(DEVICE)
+    visual_index, text_rows = order[:, :70].clone(), order[:, 70:220].clone()
+    visual_index[0, 40:], text_rows[1, :30] = -1, -1
+    found = cosine.text_cosine(embeds, visual_index, text_rows)
+    expected = cosine_reference.text_cosine(embeds.double(), visual_index, text_rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_merge(generator: torch.Generator) -> None:
+    """Tiles of tokens, of those that they merge into, and of channels that are not full; more of each than one."""
+    features = torch.randn(1, 70, 130, generator=generator).to(DEVICE, torch.bfloat16)
+    keys = torch.randn(1, 70, 130, generator=generator).to(DEVICE, torch.bfloat16)
+    weights = torch.rand(1, 70, generator=generator).to(DEVICE)
+    rows = torch.rand(1, 70, generator=generator).argsort(1).to(DEVICE)
+    rows[0, ::7] = -1
+    kept, excluded = rows[:, :20].contiguous(), rows[:, 20:40].contiguous()
+    exact = features.double(), keys.double()
+    found = merge.collect_nearest(features, keys, weights, kept, 40)
+    expected = merge_reference.collect_nearest(*exact, weights, kept, 40)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
+    for average in (False, True):
+        found = merge.merge_nearest(features, keys, kept, excluded, average)
+        expected = merge_reference.merge_nearest(*exact, kept, excluded, average)
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("n", [1, 127, 129, 576, 1000, 8193, 16384, 16385, 65536])

@@ -42,6 +42,7 @@ NOT_PLAIN = {
     "minicpm_ocr": RECURRENT,
     "minicpmv4_6": RECURRENT,
     "minicpmv4_7": RECURRENT,
+    "minimax_m3_vl": "by an index of its own which blocks of tokens",
     "mistral_large4": INDEX,
     "nemotron_h_omni": RECURRENT,
     "qwen3_5": RECURRENT,
@@ -69,7 +70,15 @@ PRUNING_LAYERS = {
 MASKED = ("gemma4", "gemma4_unified", "llama4")
 LOOKS_AHEAD = ("gemma4_unified",)  # its images see all of themselves
 # Those whose attention knows the names of implementations, or is more than dense: attached, and not loaded by name.
-OWN_ATTENTION = ("dots3_note", "glm5_next", "hy_v4_vl", "inkling2", "inkling2_loop", "mistral_large4")
+OWN_ATTENTION = (
+    "dots3_note",
+    "glm5_next",
+    "hy_v4_vl",
+    "inkling2",
+    "inkling2_loop",
+    "minimax_m3_vl",
+    "mistral_large4",
+)
 # Refused, with a part of the sentence that says why.
 CROSS_ATTENTION = "reads the image through cross-attention"
 NO_STACK = "found no vision-language decoder"
@@ -86,7 +95,6 @@ REFUSED = {
     "instructblipvideo": NO_STACK,
     "kosmos-2": "encoder_hidden_states|found no",
     "kosmos-2.5": "puts image features in by itself|found no",
-    "minimax_m3_vl": "compares position ids with places in its cache",
     "mllama": CROSS_ATTENTION,
     "pi0": SECOND,
     "pix2struct": CROSS_ATTENTION,
@@ -157,6 +165,7 @@ IMAGES = {
     "idefics3": "images by sample",
     "internvl": "images",
     "janus": "images",
+    "kimi_k25": "square patches",
     "lighton_ocr": "images and sizes",
     "llava": "images",
     "mistral3": "images and sizes",
@@ -183,8 +192,10 @@ IMAGES = {
 IMAGES_BEFORE = {
     "gemma4": "patches with positions",
     "lfm2_vl": "padded patches",
+    "lfm3_vl": "patches of two frames",
     "glm5_next": "patches of two frames",
     "llama4": "images",
+    "minimax_m3_vl": "patches of two frames",
     "mistral_large4": "images and sizes",
     "qwen3_5": "patches of two frames",
     "qwen3_5_moe": "patches of two frames",

@@ -64,7 +64,7 @@ class SurvivorsOracle:
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = torch.arange(self.stays.shape[1])[None]
             own = {name: self._rows_of(name, value, sample, rows) for name, value in kwargs.items()}
-            with relative_distances(self.text, rows):
+            with relative_distances(self.text, rows), places(self.text):
                 output = self.forward(
                     inputs_embeds=inputs_embeds[sample : sample + 1, rows],
                     attention_mask=self._mask(rows - first),
@@ -199,6 +199,24 @@ def relative_distances(text: nn.Module, positions: torch.Tensor) -> Iterator[Non
         module.get_relative_distance = count
 
 
+@contextmanager
+def places(text: nn.Module) -> Iterator[None]:
+    """MiniMax M3 compares position ids with places among the keys that there are: here both are places."""
+    attentions = [layer.self_attn for layer in text.layers if getattr(layer, "self_attn", None) is not None]
+    counting = [each for each in attentions if hasattr(getattr(each, "indexer", None), "build_block_mask")]
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "position_ids": torch.arange(hidden_states.shape[1])}
+
+    handles = [each.register_forward_pre_hook(count, with_kwargs=True) for each in counting]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -241,19 +259,24 @@ def expected_of(
     stays: torch.Tensor | None,
     features: bool = True,
     layer: int = -1,
+    before: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Logits of each generated token by the plain decoder on the survivors alone; of all tokens where ``stays`` is None.
 
-    Without ``features`` the images are those of the model's own vision encoder. Layers up to ``layer`` see every token.
+    Without ``features`` the images are those of the model's own vision encoder. Layers up to ``layer`` see every token, or
+    those that stay ``before`` the decoder.
     """
     prompt = inputs["input_ids"].shape[1]
     whole = with_answer(reference, inputs, sequences)
     if stays is None:
         stays = inputs["attention_mask"].bool()
-    stays = torch.nn.functional.pad(stays, (0, sequences.shape[1] - prompt), value=True)
+    seen = inputs["attention_mask"].bool() if before is None else before
+    stays, seen = (
+        torch.nn.functional.pad(rows, (0, sequences.shape[1] - prompt), value=True) for rows in (stays, seen)
+    )
     oracle = SurvivorsOracle(reference, stays, prompt)
     if layer >= 0:
-        oracle = LaterLayersOracle(reference, stays, whole["attention_mask"].bool(), prompt, layer)
+        oracle = LaterLayersOracle(reference, stays, seen, prompt, layer)
     filled = families.visual_features(reference) if features else nullcontext()
     with torch.no_grad(), filled, oracle:
         logits = reference(**whole).logits

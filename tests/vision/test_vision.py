@@ -16,8 +16,18 @@ import torch
 import transformers
 from packaging.version import Version
 from support import families, model_types, tiny
-from support.tiny import BOS, IMAGE, IMAGE_SIZE, PAD, PATCH, VIDEO
-from support.towers import MERGE, family
+from support.tiny import BOS, IMAGE, IMAGE_SIZE, PATCH, VIDEO
+from support.towers import (
+    GRID_MODELS,
+    MERGE,
+    PICTURES,
+    Eager,
+    captured,
+    family,
+    grid_model,
+    grid_prompt,
+    told_by_eager,
+)
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -159,21 +169,6 @@ def siglip() -> transformers.PreTrainedConfig:
 
 
 THREE = ((tiny.Image(),), (tiny.Image(), tiny.Image()))
-
-
-@contextlib.contextmanager
-def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Outputs of ``modules``, in the order of the calls."""
-    outputs: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda module, args, output: outputs.append(output))
-        for module in modules
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def eager_tower(model: PreTrainedModel, pixels: Tensor, layer: int, leading: int) -> dict[str, Tensor]:
@@ -351,53 +346,6 @@ def test_layout_of_tiled_images(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- grids
-Picture = tuple[str, tuple[int, int, int]]  # what it is; its frames, rows and columns of patches
-PICTURES: tuple[tuple[Picture, ...], ...] = (
-    (("image", (1, 6, 8)),),
-    (("image", (1, 4, 10)), ("video", (2, 4, 6)), ("image", (1, 10, 6))),
-)
-
-
-def grid_model(name: str) -> PreTrainedModel:
-    config = families.config_of(name)
-    if hasattr(config.vision_config, "fullatt_block_indexes"):
-        config.vision_config.depth = 3
-        config.vision_config.fullatt_block_indexes = [1]
-        config.vision_config.window_size = 2 * MERGE * PATCH  # two merged tokens
-    kind = getattr(transformers, families.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
-    return tiny.seed_weights(kind._from_config(config, attn_implementation="sdpa"))
-
-
-def grid_prompt(
-    model: PreTrainedModel, samples: tuple[tuple[Picture, ...], ...] = PICTURES
-) -> dict[str, Tensor]:
-    """Prompts with pictures of given grids, and random pixels for them, padded on the left."""
-    generator = torch.Generator().manual_seed(2)
-    config = model.config
-    apart = "qwen3" in config.model_type  # a frame of a video is one picture among the tokens
-    start, end = config.vision_start_token_id, config.vision_end_token_id
-    rows, pixels, grids = [], {"image": [], "video": []}, {"image": [], "video": []}
-    for pictures in samples:
-        row = [BOS, 7, 8]
-        for kind, (frames, height, width) in pictures:
-            tokens = [IMAGE if kind == "image" else VIDEO] * (height * width // MERGE**2)
-            for _ in range(frames if apart else 1):
-                row += [9, start, *tokens * (1 if apart else frames), end]
-            pixels[kind].append(torch.randn(frames * height * width, 3 * 2 * PATCH**2, generator=generator))
-            grids[kind].append((frames, height, width))
-        rows.append([*row, 10, 11])
-    width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **families._companions(model, ids)}
-    for kind, suffix in (("image", ""), ("video", "_videos")):
-        if pixels[kind]:
-            inputs[f"pixel_values{suffix}"] = torch.cat(pixels[kind])
-            inputs[f"{kind}_grid_thw"] = torch.tensor(grids[kind])
-        else:
-            inputs.pop(f"{kind}_grid_thw", None)
-    return inputs
-
-
 def mark_grid(inputs: dict[str, Tensor], image: int, view: int, row: int, column: int) -> dict[str, Tensor]:
     """Other pixels in one of the four patches of a token. Processors put the patches of a token next to each other."""
     pictures = [picture for sample in PICTURES for picture in sample]
@@ -408,9 +356,6 @@ def mark_grid(inputs: dict[str, Tensor], image: int, view: int, row: int, column
     pixels = inputs[field].clone()
     pixels[patch] += 1.0
     return {**inputs, field: pixels}
-
-
-GRID_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.mark.parametrize("name", GRID_MODELS)
@@ -481,58 +426,25 @@ def test_towers_that_cannot_tell_are_refused(name: str) -> None:
         look(model, families.prompt_with_pixels(model, KINDS[name]))
 
 
-@dataclass
-class Eager:
-    """An attention function that writes its weights down."""
-
-    module: nn.Module
-    weights: list[Tensor] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        logits = query @ key.transpose(-1, -2) * scaling
-        weights = (logits if attention_mask is None else logits + attention_mask).softmax(dim=-1)
-        if module is self.module:
-            self.weights.append(weights[0])  # [H, S, S]
-            self.keys.append(key[0].transpose(0, 1).flatten(1))  # [S, H * D]
-        return (weights @ value).transpose(1, 2), None
-
-
 @pytest.mark.parametrize("name", GRID_MODELS)
 def test_a_merging_tower_tells_what_an_eager_one_shows(name: str) -> None:
     model = grid_model(name)
     inputs = grid_prompt(model)
-    tower = find_parts(model).owner.visual
     output = look(model, inputs).output
+    for need, rows in told_by_eager(model, inputs).items():
+        torch.testing.assert_close(getattr(output, need), rows, rtol=1e-4, atol=1e-5)
 
-    expected: dict[str, list[Tensor]] = {need: [] for need in ALL}
-    eager = Eager(tower.blocks[1 if name == "qwen2_5_vl" else -1].attn)
-    AttentionInterface.register("written_down", eager)
-    tower.set_attn_implementation("written_down")
-    for kind, suffix in (("image", ""), ("video", "_videos")):
-        eager.weights, eager.keys = [], []
-        pixels, grid = inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"]
-        with captured([*tower.blocks, tower.merger]) as outputs, torch.no_grad():
-            run = tower(pixels, grid_thw=grid)
-        *blocks, merged = outputs
-        states = blocks[len(blocks) - 1 - len(blocks) // 3 :]
-        patches = {
-            "received": torch.cat([weights.mean(dim=(0, 1)) for weights in eager.weights]),
-            "keys": torch.cat(eager.keys),
-            "key_norm": torch.cat(eager.keys).norm(dim=-1),
-            "similarity": torch.stack(states).mean(dim=0),
-        }
-        final = getattr(run, "pooler_output", run)
-        final = (
-            final[0] if isinstance(final, tuple) else final
-        )  # transformers 4: with deepstack features behind
-        # The tower puts what its merger made back into raster order.
-        order = torch.cdist(final.double(), merged.double()).argmin(dim=1)
-        assert (name == "qwen2_5_vl") == (not torch.equal(order, torch.arange(len(order))))
-        for need, rows in patches.items():
-            expected[need].append(rows.unflatten(0, (-1, MERGE**2)).mean(dim=1)[order])
-    for need, parts in expected.items():
-        torch.testing.assert_close(getattr(output, need), torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.skipif("lfm3_vl" not in installed_types(), reason="this transformers has no LFM3-VL")
+def test_layers_without_attention_are_passed_over() -> None:
+    """Convolutions inside of a tower: the last layer that attends scores, and of the earlier ones the nearest."""
+    config = families.config_of("lfm3_vl")
+    config.vision_config.num_hidden_layers = 6
+    config.vision_config.layer_types = ["conv", "full_attention", "conv", "full_attention", "conv", "conv"]
+    owner = transformers.Lfm3VlForConditionalGeneration._from_config(config).model
+    tower, layers = find_tower(owner), owner.vision_tower.layers
+    assert tower.attention is layers[3].self_attn
+    assert set(tower.earlier.values()) == {layers[1].self_attn}
 
 
 def test_images_in_one_sequence_are_scored_apart() -> None:
@@ -785,6 +697,24 @@ def test_a_cls_score_needs_a_cls_token() -> None:
     tower = find_tower(find_parts(llava(siglip())).owner)
     with pytest.raises(ValueError, match=r"SiglipVisionModel has no CLS token.*use score='received'"):
         check_needs(tower, frozenset({"cls"}))
+
+
+def test_a_tower_without_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bundle of compiled files. Its CLS token comes first, but where the tower itself puts it somewhere."""
+
+    def fail(function: object) -> str:
+        raise OSError("could not get source code")
+
+    clip = find_parts(llava()).owner
+    last = find_parts(family("llama4")).owner if "llama4" in installed_types() else None
+    monkeypatch.setattr(inspect, "getsource", fail)
+    tower = find_tower(clip)
+    assert (tower.leading, tower.trailing) == (1, 0)
+    if last is not None:
+        with pytest.raises(
+            ValueError, match=r"code of Llama4VisionModel can't be read, so where it puts its CLS token"
+        ):
+            find_tower(last)
 
 
 def test_features_need_a_projector_of_single_tokens() -> None:

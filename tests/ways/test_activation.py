@@ -152,6 +152,44 @@ def test_switching_away_leaves_nothing() -> None:
     assert attributes(model) == attributes(build("llava", "sdpa"))
 
 
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_the_configuration_comes_back_with_the_name(part: str) -> None:
+    inputs = make_prompt("llava", "left-padded")
+    model = build("llava", "gap_triton")
+    default = generate(model, inputs)
+    gap_triton.configure(model, CONFIG)
+    pruned = generate(model, inputs)
+    assert error(pruned, default) > 1e-2
+    switched = model if part == "model" else model.model.language_model
+    switched.set_attn_implementation("sdpa")
+    assert hooks(model) == 0
+    model.set_attn_implementation("gap_triton")
+    assert same(generate(model, inputs), pruned)
+    gap_triton.attach(
+        model, GapConfig()
+    )  # a configuration that is given is taken, and the one before forgotten
+    switched.set_attn_implementation("sdpa")
+    model.set_attn_implementation("gap_triton")
+    assert same(generate(model, inputs), default)
+
+
+def test_a_model_that_is_detached_forgets_its_configuration() -> None:
+    inputs = make_prompt("llava", "left-padded")
+    model = build("llava", "gap_triton")
+    default = generate(model, inputs)
+    gap_triton.configure(model, CONFIG)
+    model.set_attn_implementation("sdpa")
+    gap_triton.detach(model)
+    model.set_attn_implementation("gap_triton")
+    assert same(generate(model, inputs), default)
+    with gap_triton.pruning(model, CONFIG):
+        pass
+    gap_triton.detach(model)
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("gap_triton")
+    assert same(generate(model, inputs), default)
+
+
 def test_pruning_is_scoped() -> None:
     model = build("llava", "sdpa")
     inputs = make_prompt("llava", "left-padded")

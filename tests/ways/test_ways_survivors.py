@@ -28,10 +28,40 @@ from support.survivors import (
 from support.tiny import EOS, IMAGE, generate
 
 import gap_triton
+from gap_triton import GapConfig, Stage
 from gap_triton.arguments import CACHE
 from gap_triton.kv_cache.kept_tokens import HELD_ATTRIBUTE
 
-STATE, WINDOW, CHUNK, SHARED, INDEX = "qwen3_5", "lfm3_vl", "llama4", "gemma4", "qwen4_exp"
+STATE, WINDOW, CHUNK, SHARED, INDEX, BLOCKS = (
+    "qwen3_5",
+    "lfm3_vl",
+    "llama4",
+    "gemma4",
+    "qwen4_exp",
+    "minimax_m3_vl",
+)
+
+
+def config_at(first: int, *then: int) -> GapConfig:
+    """Fewer tokens from layer ``first`` on, and fewer of them behind each of ``then``."""
+    stages = tuple(Stage(0.3, layer, "text") for layer in then)
+    return replace(CONFIG, layer=first, keep=0.7 if then else CONFIG.keep, then=stages)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"),
+    [(STATE, (-1, 1)), (WINDOW, (-1, 2)), (SHARED, (-1, 0)), ("lfm2_vl", (-1, 1, 3))],
+)
+def test_before_and_in_the_decoder_with_any_cache(model_type: str, layers: tuple[int, ...]) -> None:
+    model, config = build_or_skip(model_type), config_at(*layers)
+    inputs = families.prompt(model)
+    dynamic, _ = pruned_by(model, inputs, config)
+    with gap_triton.pruning(model, config):
+        shrinks = gap_triton.static_cache(model, inputs["input_ids"].shape[1] + TOKENS)
+    for where in ({"cache_implementation": "static"}, {CACHE: shrinks}, {"use_cache": False}):
+        other, _ = pruned_by(model, inputs, config, **where)
+        assert torch.equal(other.sequences, dynamic.sequences)
+        assert error(other, dynamic) <= TOLERANCE
 
 
 @pytest.mark.parametrize("shrinks", [False, True], ids=["full", "shrunk"])
@@ -93,9 +123,17 @@ def test_a_cache_that_the_decoder_makes_by_itself(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "layer"), [(STATE, -1), (WINDOW, -1), (SHARED, -1), (STATE, 1), (WINDOW, 2), (SHARED, 0)]
+    ("model_type", "layers"),
+    [
+        *((model_type, (-1,)) for model_type in (STATE, WINDOW, SHARED, BLOCKS)),
+        (STATE, (1,)),
+        (WINDOW, (2,)),
+        (SHARED, (0,)),
+        (STATE, (-1, 1)),
+        (SHARED, (-1, 0)),
+    ],
 )
-def test_another_turn_with_an_image_on_the_same_cache(model_type: str, layer: int) -> None:
+def test_another_turn_with_an_image_on_the_same_cache(model_type: str, layers: tuple[int, ...]) -> None:
     """Two turns with images in them, generated tokens after each; against the survivors of the whole conversation."""
     model, reference = build_or_skip(model_type), build_or_skip(model_type)
     first = families.prompt(model)
@@ -111,31 +149,35 @@ def test_another_turn_with_an_image_on_the_same_cache(model_type: str, layer: in
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     if hasattr(core_of(model)[0], "get_rope_index"):
         positions = torch.stack([positions, positions - positions % 3, positions - positions % 4])
-    logits, stays, start = [], [], 0
+    logits, stays, seen, start = [], [], [], 0
     cache = transformers.DynamicCache(config=model.config.get_text_config())
-    with torch.no_grad(), gap_triton.pruning(model, replace(CONFIG, layer=layer)):
+    with torch.no_grad(), gap_triton.pruning(model, config_at(*layers)):
         for turn in turns:
             end = start + turn.shape[1]
             inputs = {"input_ids": turn, "position_ids": positions[..., start:end], CACHE: cache}
             logits.append(model(**inputs, attention_mask=mask[:, :end], use_cache=True).logits)
             held = mask[:, start:end].bool()
+            seen.append(held)
             if (turn == families.IMAGE).any():
-                held = stays_of(gap_triton.last_selection(model), held)
+                selection = gap_triton.last_selection(model)
+                if selection.before is not None:
+                    seen[-1] = stays_of(selection.before, held)
+                held = stays_of(selection, held)
             stays.append(held)
             start = end
     kept = torch.cat(stays, dim=1)
     assert int((mask.bool() & ~kept)[:, first["input_ids"].shape[1] :].sum()) > 0
     whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     oracle = SurvivorsOracle(reference, kept, ids.shape[1])
-    if layer >= 0:
-        oracle = LaterLayersOracle(reference, kept, mask.bool(), ids.shape[1], layer)
+    if layers[-1] >= 0:
+        oracle = LaterLayersOracle(reference, kept, torch.cat(seen, dim=1), ids.shape[1], layers[-1])
     with torch.no_grad(), oracle:
         expected = reference(**whole).logits
     assert float((torch.cat(logits, dim=1) - expected)[kept].abs().max()) <= LARGE_LOGITS
 
 
 @pytest.mark.parametrize("right", [(4,), (2, 0), (0,)], ids=str)
-@pytest.mark.parametrize("model_type", [WINDOW, SHARED])
+@pytest.mark.parametrize("model_type", [WINDOW, SHARED, BLOCKS])
 def test_drafts(model_type: str, right: tuple[int, ...], drafts) -> None:
     """Drafts are taken back from convolutions, windows and what shares keys; transformers refuses it of recurrent states."""
     model = build_or_skip(model_type)
@@ -170,7 +212,8 @@ def test_beams() -> None:
     assert output.beam_indices.diff(dim=1)[:, : TOKENS - 1].any()  # some beam was left
 
 
-def test_decode_steps_are_one_graph() -> None:
+@pytest.mark.parametrize("layers", [(-1,), (-1, 1)], ids=str)
+def test_decode_steps_are_one_graph(layers: tuple[int, ...]) -> None:
     """By `generate` itself, on a static cache: for prompts of one shape, whatever tokens each of them keeps."""
     model = build_or_skip("lfm2_vl")
     torch._dynamo.reset()
@@ -187,7 +230,7 @@ def test_decode_steps_are_one_graph() -> None:
     kept = []
     with (
         families.visual_features(model),
-        gap_triton.pruning(model, replace(CONFIG, score="text_similarity")),
+        gap_triton.pruning(model, replace(config_at(*layers), score="text_similarity")),
     ):
         for shift in (0, 1):
             prompt = inputs | {"input_ids": inputs["input_ids"] + shift * words}
