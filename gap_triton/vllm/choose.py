@@ -110,4 +110,5 @@ def _beside(stage: Stage, places: Places, features: Tensor, tower: TowerOutput) 
 def _merging(stage: Stage, features: Tensor, tower: TowerOutput) -> Merging:
     before_projector = tower.features is not None and "features" in MERGE_NEEDS[stage.merge]
     rows = torch.arange(len(features), device=features.device)
+    # The rule is of aggregation alone, which engines refuse.
     return Merging(stage.merge, features, rows, tower, before_projector, LLAVA)

@@ -86,7 +86,8 @@ class TowerScores:
             self._scores[prefix + "cls"] = self._mean(cls_scores(query, key, index, row, layer.scale))
         if "keys" in kinds:
             keys = key_rows(key, self._of_features)
-            self._scores[prefix + "keys"] = keys if self._ranks == 1 else self._whole(keys)
+            # Communication reads memory as it lies: rows of a part of query, key and value would be those of all three.
+            self._scores[prefix + "keys"] = keys if self._ranks == 1 else self._whole(keys.contiguous())
         if "key_norm" in kinds:
             norm = key_rows(key, self._of_features).float().norm(dim=-1)
             self._scores[prefix + "key_norm"] = (

@@ -39,6 +39,7 @@ from gap_triton.demo.grounding import box_iou, boxes_from_tokens
 from gap_triton.demo.scenes import IMAGE_SIZE, held_out
 from gap_triton.strategies.by_features import BY_FEATURES
 from gap_triton.strategies.two_layers import BY_TWO_LAYERS
+from gap_triton.vllm.options import MERGES
 
 RESULTS = ROOT / "docs" / "results" / "serving.json"
 MODELS = tuple(ARCHITECTURES)
@@ -146,12 +147,6 @@ def ordinary_calls(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "region"},
         {"score": "received", "keep": 0.25, "coverage": "stride"},
         {"score": "spatial", "keep": 0.01},
-        *(
-            {"score": "received", "keep": 0.25, "coverage": coverage}
-            for coverage in (*BY_FEATURES, *BY_TWO_LAYERS)
-        ),
-        {"score": "random", "keep": 0.25, "coverage": "max_min"},
-        {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
     ):
         yield Call(shown(options), questions(model, 2 * FEW, **options))
     for number in range(4):
@@ -191,6 +186,25 @@ def test_an_ordinary_engine(model: str) -> None:
     for score in scores_of(model):
         kept, compacted = (accuracy(model, by_what[f"{score}, 0.5, {ids}"]) for ids in ("kept", "compacted"))
         assert kept > compacted + 0.3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_that_are_compared_and_merged(model: str) -> None:
+    received = {"score": "received", "keep": 0.25}
+    calls = [
+        Call(shown(options), questions(model, FEW, **options))
+        for options in (
+            *({**received, "coverage": coverage} for coverage in (*BY_FEATURES, *BY_TWO_LAYERS)),
+            {"score": "random", "keep": 0.25, "coverage": "max_min"},
+            {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
+            *({**received, "merge": merge} for merge in MERGES if merge != "none"),
+            {**received, "coverage": "coverage_gain", "merge": "contextual"},
+            *([{"score": "cls", "keep": 0.25, "merge": "contextual"}] if model == "llava" else []),
+        )
+    ]
+    answers, equal = run(model, "compared and merged", embedded(model), calls)
+    assert_equal(calls, equal)
+    assert len({str(answer.tokens) for answer in answers}) > len(calls) / 2  # none of it is without effect
 
 
 # --------------------------------------------------------------------------------------------- short of something
@@ -269,6 +283,7 @@ def test_tensor_parallelism(model: str) -> None:
             {"score": "received", "keep": 0.25},
             {"score": "key_norm", "keep": 0.25},
             {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
+            {"score": "received", "keep": 0.25, "merge": "contextual"},
             *([{"score": "cls", "keep": 0.25}] if model == "llava" else []),
         )
     ]
@@ -299,6 +314,7 @@ def test_models_with_random_weights(model: str, tmp_path: Path) -> None:
             {"score": "key_norm", "keep": 0.25},
             {"score": "spatial", "keep": 0.25},
             {"score": "received", "keep": 0.25, "coverage": "max_min"},
+            {"score": "received", "keep": 0.25, "merge": "contextual"},
         )
     ]
     pairs = about_two_images("qwen2_5_vl", FEW, score="received", keep=0.5)
@@ -324,6 +340,8 @@ def calls_about_tiles(model: str) -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
         {"score": "random", "keep": 0.25, "coverage": "max_min"},
         {"score": "received", "keep": 0.25, "coverage": "anchors"},
+        {"score": "received", "keep": 0.25, "merge": "contextual"},
+        {"score": "received", "keep": 0.25, "merge": "average"},
         *([{"score": "cls", "keep": 0.5}] if model == "llava_next" else []),
     ):
         yield Call(shown(options), questions("llava", FEW, **options))

@@ -121,6 +121,25 @@ def test_ranks_that_hold_half_of_the_heads_agree(query_and_key: tuple[Tensor, Te
         torch.testing.assert_close(scores[name].double(), expected[name], rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_keys_of_all_ranks_are_put_together(query_and_key: tuple[Tensor, Tensor], batch: int) -> None:
+    query, key = (each[:batch] for each in query_and_key)
+    local: list[Tensor] = []
+
+    def gather(keys: Tensor) -> Tensor:
+        assert keys.is_contiguous()
+        local.append(keys)
+        return keys
+
+    for half in (slice(0, 2), slice(2, 4)):
+        attention = Attention(2, 8)
+        # A tower's attention gets parts of one tensor.
+        parts = torch.cat([each[:, :, half].flatten(2) for each in (query, key, key)], -1).chunk(3, -1)
+        with TowerScores({"": attention}, 0, 2, alone, gather).record({"keys"}):
+            attention(*parts)
+    assert torch.equal(torch.cat(local, -1), key.flatten(2).flatten(0, 1))
+
+
 def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     last, middle, early = (Attention(4, 8) for _ in range(3))
