@@ -33,10 +33,12 @@ from ..kv_cache.kept_tokens import (
     is_static,
     is_unpruned,
     kept_tokens_of,
+    leave_state,
     make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
     store,
+    take_state,
 )
 from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_features
@@ -376,6 +378,11 @@ def before_text(
             kept.complete = True
             state.passes = not state.step.needs_mask
             _follow_layers(attachment, text)
+            if state.passes and not torch.compiler.is_compiling():
+                # Among their arguments it would cost all layers together more than everything that is done here.
+                leave_state(cache_of(kwargs), state)
+                kwargs = dict(kwargs)
+                del kwargs[STATE_KEY]
             return args, kwargs
         run = run_of_step(state, text, inputs, kept, kwargs)
     else:
@@ -493,9 +500,13 @@ def after_text(
     After a forward that failed ``output`` is None. Where the hook was removed right before it ran, the output, maybe a dict
     of its own kind, comes in place of the keyword arguments.
     """
-    state: ForwardState | None = kwargs.get(STATE_KEY) if type(kwargs) is dict else None
-    if state is None:
+    if type(kwargs) is not dict:
         return None
+    state: ForwardState | None = kwargs.get(STATE_KEY)
+    if state is None:
+        state = take_state(cache_of(kwargs))
+        if state is None:
+            return None
     if state.without_owner:
         _end(state)
     state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles

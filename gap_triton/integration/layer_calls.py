@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import STATE_KEY
+from ..arguments import STATE_KEY, cache_of
+from ..kv_cache.kept_tokens import state_left
 
 BEFORE = "_gap_before"  # of a layer: what is asked before it is called
 BASE = "_gap_base"  # of a class that is made here: the class that the layer had
@@ -75,7 +76,14 @@ def _asking(base: Any) -> Any:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = kwargs.get(STATE_KEY)
-        if state is not None and not (state.passes and kwargs.get("attention_mask") is None):
+        if state is None:
+            if kwargs.get("attention_mask") is not None:
+                state = state_left(cache_of(kwargs))
+                if state is not None:
+                    kwargs[STATE_KEY] = state
+        elif state.passes and kwargs.get("attention_mask") is None:
+            state = None
+        if state is not None:
             before = self.__dict__.get(BEFORE)
             given = None if before is None else before(self, args, kwargs)
             if given is not None:

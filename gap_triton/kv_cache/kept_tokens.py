@@ -17,6 +17,7 @@ UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has
 HELD_ATTRIBUTE = (
     "_gap_counts_held"  # of a cache that answers by what it holds, and not as if nothing had been dropped
 )
+STEP_ATTRIBUTE = "_gap_step"  # of a cache in a decode step: the state of that forward
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 ROOM = 256  # tokens that `Columns` of a cache that grows are made for at once
@@ -160,6 +161,24 @@ def has_plain_steps(cache: Any | None) -> bool:
     """Return whether tokens were dropped from ``cache``, and decode steps are plain; see `KeptTokens.plain_steps`."""
     kept: KeptTokens | None = getattr(cache, CACHE_ATTRIBUTE, None)
     return kept is not None and kept.plain_steps
+
+
+def leave_state(cache: Any, state: Any) -> None:
+    """Leave the state of a decode step with its cache, where `state_left` finds it, and not with every layer's arguments."""
+    setattr(cache, STEP_ATTRIBUTE, state)
+
+
+def state_left(cache: Any | None) -> Any | None:
+    """Return what `leave_state` left with ``cache``; None where it left nothing."""
+    return getattr(cache, STEP_ATTRIBUTE, None)
+
+
+def take_state(cache: Any | None) -> Any | None:
+    """Return what `leave_state` left with ``cache``, and leave it there no longer."""
+    state = getattr(cache, STEP_ATTRIBUTE, None)
+    if state is not None:
+        delattr(cache, STEP_ATTRIBUTE)
+    return state
 
 
 def mark_unfinished(cache: Any) -> None:
