@@ -15,6 +15,8 @@ VISUAL_MASK = "visual_mask"  # the caller names the visual tokens, in forward() 
 VISUAL_GRID = "visual_grid"  # and their rows and columns
 VISUAL_ENCODING = "visual_encoding"  # what encoded them, before a decoder alone, with what was recorded of it
 VISUAL_PROMPT = "visual_prompt"  # what `gap_triton.prepare` has read of the prompt
+# All that forward() and generate() of attached models take besides what the model takes.
+OWN_ARGUMENTS = (VISUAL_MASK, VISUAL_GRID, VISUAL_PROMPT, VISUAL_ENCODING)
 
 # transformers 5.24 renamed `past_key_values`, and takes the old name too for some releases.
 CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import VISUAL_ENCODING, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
+from ..arguments import OWN_ARGUMENTS
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -43,13 +43,6 @@ from .supported_models import (
     unwrap,
 )
 from .unpruned import warn_of_zeros
-
-OWN_ARGUMENTS = (
-    VISUAL_MASK,
-    VISUAL_GRID,
-    VISUAL_PROMPT,
-    VISUAL_ENCODING,
-)  # arguments of forward() and generate() that attached models take
 
 
 def attach(model: nn.Module, config: GapConfig | None = None) -> None:

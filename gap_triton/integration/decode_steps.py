@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arguments import HEAD_KEY, VISUAL_GRID, VISUAL_MASK, VISUAL_PROMPT
+from ..arguments import HEAD_KEY, OWN_ARGUMENTS
 from ..prefill.answers import GENERATED
 
-OURS = frozenset({HEAD_KEY, VISUAL_MASK, VISUAL_GRID, VISUAL_PROMPT})
+OURS = frozenset({HEAD_KEY, *OWN_ARGUMENTS})
 
 
 def is_one_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
