@@ -18,7 +18,7 @@ from gap_triton.presets import PRESETS
 
 # At most so many launches.
 DEFAULT = 4
-RECOMMENDED = 18
+RECOMMENDED = 14
 LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
