@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -47,7 +49,7 @@ class Attachment:
         handles: Removers of the hooks on everything but the layers and the vision encoder.
         layer_handles, tower_handles: Removers of the hooks on those.
         restore: The attention implementation that `attach` replaced, None where the model was loaded under our name.
-        running: The calls that are running: forwards, and whole generations.
+        running: The calls that are running, and the thread of each: forwards, and whole generations, of which it is None.
         closing: Detached; the hooks stay until no call is running, and do nothing in new ones.
         resting: The configuration keeps everything: layers carry hooks only while a call is running that needs them.
     """
@@ -70,12 +72,12 @@ class Attachment:
     layer_handles: list[Any] = field(default_factory=list)
     tower_handles: list[Any] = field(default_factory=list)
     restore: str | None = None
-    running: set[Any] = field(default_factory=set)
+    running: dict[Any, int | None] = field(default_factory=dict)
     closing: bool = False
     resting: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": set()}  # of a copy or a pickle no call is under way
+        return {**self.__dict__, "running": {}}  # of a copy or a pickle no call is under way
 
     def modules(self) -> list[PreTrainedModel]:
         """Return the modules that carry hooks for a whole forward, outermost first."""
@@ -86,6 +88,28 @@ class Attachment:
         runs_under_name = self.own_attention or attention_name(self.text.config) == NAME
         return runs_under_name and not (module.training or self.text.training)
 
+    def is_running(self) -> bool:
+        """Return whether a call is under way.
+
+        Torch runs no hook after a forward that was interrupted (Ctrl-C), so one that is in no thread's stack any more is
+        forgotten here. A generation ends by itself.
+        """
+        if any(thread is not None for thread in self.running.values()):
+            frames = sys._current_frames()
+            for call, thread in list(self.running.items()):
+                if thread is not None and not self._is_called_in(frames.get(thread)):
+                    self.running.pop(call, None)
+        return bool(self.running)
+
+    def _is_called_in(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            if "_call_impl" in frame.f_code.co_name:
+                module = frame.f_locals.get("self")
+                if isinstance(module, nn.Module) and attachment_of(module) is self:
+                    return True
+            frame = frame.f_back
+        return False
+
     def close(self) -> None:
         """Take everything off, at once or, if calls are running, when the last one ends."""
         self.closing = True
@@ -94,7 +118,7 @@ class Attachment:
     def settle(self) -> None:
         """If no call is running, take off a model what nothing needs any more: everything, where it was detached."""
         with attach_lock:
-            if self.running:
+            if self.is_running():
                 return
             if self.resting:
                 for handle in self.layer_handles:

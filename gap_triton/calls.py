@@ -49,7 +49,7 @@ def generation_of(model: nn.Module) -> Iterator[None]:
     generation = Generation(model, configs, inside=_generation.get() is not None)
     token = _generation.set(generation)
     for attachment in attachments:
-        attachment.running.add(generation)
+        attachment.running[generation] = None
         if attachment.closing:
             with attach_lock:  # a removal that began before this call was seen comes to its end first
                 configs[attachment] = configs[attachment] if attachment.handles else None
@@ -58,7 +58,7 @@ def generation_of(model: nn.Module) -> Iterator[None]:
     finally:
         _generation.reset(token)
         for attachment in configs:
-            attachment.running.discard(generation)
+            attachment.running.pop(generation, None)
             attachment.settle()
 
 

@@ -326,7 +326,7 @@ def _ensure_attached(model: nn.Module, parts: Parts, config: GapConfig | None) -
     earlier = _attachments_of(parts, model)
     attachment = next((each for each in earlier if _covers(each, parts)), None)
     replaced = [each for each in earlier if each is not attachment]
-    if any(each.running for each in replaced):
+    if any(each.is_running() for each in replaced):
         raise RuntimeError(
             f"modules of {type(model).__name__} were replaced since gap_triton was attached, and a call that began before "
             "is still under way: attach again when it has ended"

@@ -8,6 +8,7 @@ the pre-hook of the first later layer, which leaves all that a model adds after 
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,7 +263,7 @@ def _add_to_running(state: ForwardState) -> None:
     if torch.compiler.is_compiling():
         return  # a compiled forward can't be interrupted by `detach`
     attachment = state.attachment
-    attachment.running.add(state)
+    attachment.running[state] = threading.get_ident()
     if attachment.closing:
         with attach_lock:  # a removal that began before this call was seen comes to its end first
             state.enabled = state.enabled and bool(attachment.handles)
@@ -272,7 +273,7 @@ def _end(state: ForwardState) -> None:
     if state.recorder is not None:
         state.recorder.stop()
     if not torch.compiler.is_compiling():
-        state.attachment.running.discard(state)
+        state.attachment.running.pop(state, None)
         if state.attachment.closing or state.attachment.resting:
             state.attachment.settle()
 

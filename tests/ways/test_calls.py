@@ -245,3 +245,20 @@ def test_a_forward_that_fails_holds_nothing_back(inputs) -> None:
             call()
     gap_triton.detach(model)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("where", ["here", "in a thread that ended"])
+def test_a_forward_that_is_interrupted_holds_nothing_back(where: str, inputs, expected) -> None:
+    """Torch runs no hooks after a KeyboardInterrupt, which is no Exception."""
+    model = attached(CONFIGS["before"])
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for call in (lambda: model(**inputs), lambda: generate(model, inputs)):
+        with pytest.raises(KeyboardInterrupt), at(model, MODULES[-1], "before", interrupt), torch.no_grad():
+            call() if where == "here" else elsewhere(call)()
+    assert same(generate(model, inputs, tokens=3), expected["before"])
+    gap_triton.detach(model)
+    assert hooks(model) == 0
+    assert same(generate(model, inputs, tokens=3), expected["dense"])

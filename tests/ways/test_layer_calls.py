@@ -104,7 +104,7 @@ def test_a_prompt_that_began_before_everything_was_kept(
     attachment = attachment_of(model.model.language_model)
 
     def take_off(*_: object) -> None:
-        running, attachment.running = attachment.running, set()
+        running, attachment.running = attachment.running, {}
         gap_triton.configure(model, EVERYTHING)
         assert layers_that_carry(model) == 0
         attachment.running = running
