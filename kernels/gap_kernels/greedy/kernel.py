@@ -210,7 +210,8 @@ def choose_kernel(
         best = best_token(state, value, weight, n, RULE, BLOCK_SCAN)
         if best < n:
             residual = tl.load(value + best)
-            is_candidate = tl.load(state + best) == CANDIDATE
+            # A block and a scalar condition make no mask in the interpreter of Triton 3.9, so the scalar moves the bound.
+            channels = tl.where(tl.load(state + best) == CANDIDATE, C, 0)
             tl.debug_barrier()  # other threads have read the state and the value
             tl.store(state + best, CHOSEN)
             tl.debug_barrier()
@@ -224,7 +225,7 @@ def choose_kernel(
                 products = tl.zeros((BLOCK_N,), tl.float32)
                 for start in range(0, C, BLOCK_C):
                     c = start + tl.arange(0, BLOCK_C)
-                    own = tl.load(chosen + c, mask=(c < C) & is_candidate, other=0.0).to(tl.float32)
+                    own = tl.load(chosen + c, mask=c < channels, other=0.0).to(tl.float32)
                     part = load_vectors(pointer, usable, start, C, BLOCK_C, False).to(tl.float32)
                     products += tl.sum(part * own[None, :], 1)
                 cosine = products * tl.load(scale + token, mask=usable, other=0.0) * own_scale

@@ -172,7 +172,10 @@ def collect_kernel(
                 other=0.0,
             )
             total += tl.sum(values.to(tl.float32) * weight[:, None], 0)
-        mine = tl.load(features + own * stride_n + channel, mask=inside & (own >= 0), other=0.0)
+        # As in `greedy`: a scalar condition moves the bound.
+        mine = tl.load(
+            features + own * stride_n + channel, mask=channel < tl.where(own >= 0, C, 0), other=0.0
+        )
         total = tl.where(own >= 0, total + mine.to(tl.float32), 0.0)
     else:
         for start in range(0, num_rows, BLOCK_N):

@@ -131,11 +131,14 @@ def text_rater_kernel(shares, text_rows, found, num_rows, num_text, tiles, BLOCK
         column, word, is_word = words_of(text_rows, sample, start, num_text, BLOCK)
         relevance = relevance_of(shares, sample, tiles, column, num_text)
         reached += tl.sum((is_word & (relevance >= mean)).to(tl.int32), 0)
+    # Where none reaches the mean, all rate: from column 0 on. A block and a scalar condition make no mask in the interpreter
+    # of Triton 3.9.
+    first_of_all = tl.where(reached == 0, 0, num_text)
     tl.debug_barrier()  # other threads of this program have written the zeros
     for start in range(0, num_text, BLOCK):
         column, word, is_word = words_of(text_rows, sample, start, num_text, BLOCK)
         relevance = relevance_of(shares, sample, tiles, column, num_text)
-        rates = is_word & ((relevance >= mean) | (reached == 0))
+        rates = is_word & ((relevance >= mean) | (column >= first_of_all))
         tl.store(found + word, tl.full((BLOCK,), 1, tl.uint8), mask=rates)
 
 
