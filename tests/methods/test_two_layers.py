@@ -19,7 +19,7 @@ from gap_triton import GapConfig
 from gap_triton.strategies import choose, cluster
 from gap_triton.strategies.coverage import choose_on_grid
 from gap_triton.vision_tower import find_tower
-from gap_triton.vision_tower.finding import EARLIER, _earlier_layer
+from gap_triton.vision_tower.finding import earlier_layers, layers_without_windows
 
 NAN, INF = math.nan, math.inf
 NAIVE = {"anchors": chosen_with_neighbours, "windows": chosen_by_windows}
@@ -91,11 +91,8 @@ def test_they_need_a_score_of_both_layers(score: str) -> None:
 def test_the_earlier_layers_are_as_published(
     layers: int, full: list[int] | None, middle: int, early: int
 ) -> None:
-    tower = SimpleNamespace(config=SimpleNamespace(fullatt_block_indexes=full))
-    assert {name: _earlier_layer(tower, layers, share) for name, share in EARLIER.items()} == {
-        "middle": middle,
-        "early": early,
-    }
+    seeing = layers_without_windows(SimpleNamespace(fullatt_block_indexes=full), layers)
+    assert earlier_layers(seeing, layers) == {"middle": middle, "early": early}
 
 
 @pytest.mark.parametrize("score", ["cls", "received"])

@@ -1,14 +1,7 @@
-"""The Triton kernels without a GPU: results in the interpreter, resources from ahead-of-time compilation.
-
-Either needs a process of its own: the interpreter has to be chosen before Triton is imported, and the compiler can't
-be used where it is.
-"""
+"""The Triton kernels without a GPU: results in the interpreter, which has to be chosen before Triton is imported."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gap_kernels
@@ -17,18 +10,7 @@ import torch
 from gap_kernels import backend, topk_indices
 from gap_kernels.backends import use_triton
 from packaging.version import Version
-
-TESTS = Path(__file__).resolve().parents[1]
-
-
-def run_pytest(arguments: list[str], **environment: str) -> None:
-    """Run pytest in a new process and fail with its output if it fails."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *arguments]
-    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+from support.processes import run_pytest
 
 
 def test_results_in_the_interpreter(tmp_path: Path) -> None:
@@ -55,10 +37,6 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         TRITON_INTERPRET="1",
         HYPOTHESIS_STORAGE_DIRECTORY=str(tmp_path),
     )
-
-
-def test_ahead_of_time_compilation(tmp_path: Path) -> None:
-    run_pytest(["scripts/kernels_aot.py"], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu

@@ -34,7 +34,7 @@ def _files(**folders: str) -> tuple[str, ...]:
     )
 
 
-KERNELS = _files(ops="ops_kernels")
+KERNELS = _files(ops="ops_kernels ops_compiled")
 CORE = _files(
     decoder="oracle ids visual_mask models models_structure scores stages",
     ways="generation activation refusals ways_assisted ways_caches ways_generation",

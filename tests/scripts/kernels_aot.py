@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every kernel, for GPUs that needn't be there.
 
-Not collected by default, as Triton's interpreter can't share a process with its compiler: ``test_ops_kernels.py``
+Not collected by default, as Triton's interpreter can't share a process with its compiler: ``test_ops_compiled.py``
 runs this file in a process of its own. The launchers run as they do on a GPU, with specialisation by the arguments'
 values and alignment, but every launch only compiles. What the binaries need is compared with the budgets below, and with
 docs/results/kernels.json, which ``python tests/scripts/kernels_aot.py`` writes.
