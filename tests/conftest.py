@@ -5,11 +5,15 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
 pytest.register_assert_rewrite("support")
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("tests", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("tests")
 # What a test starts is no worker: pytest-benchmark, for one, measures nothing in workers.
 if os.environ.pop("PYTEST_XDIST_WORKER", None) is not None:
     torch.set_num_threads(1)  # there is a worker on every core
