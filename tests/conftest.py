@@ -1,19 +1,22 @@
 """Shared set-up: quiet transformers, no network, one thread where several processes share the tests."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
 import pytest
 import torch
 import transformers
 
 pytest.register_assert_rewrite("support")
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("tests", hypothesis.settings.default, deadline=None)
-hypothesis.settings.load_profile("tests")
+if importlib.util.find_spec("hypothesis") is not None:  # the environment of vLLM has none
+    from hypothesis import settings
+
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("tests", settings.default, deadline=None)
+    settings.load_profile("tests")
 # What a test starts is no worker: pytest-benchmark, for one, measures nothing in workers.
 if os.environ.pop("PYTEST_XDIST_WORKER", None) is not None:
     torch.set_num_threads(1)  # there is a worker on every core
