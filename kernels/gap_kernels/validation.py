@@ -314,6 +314,21 @@ def check_distinct(name: str, value: Tensor, num_rows: int) -> None:
         raise ValueError(f"{name}: expected distinct positions, got {position} twice in sample {sample}")
 
 
+def check_image_and_text(embeds: Tensor, visual_index: Tensor, text_rows: Tensor) -> None:
+    """Check what compares an image with the text beside it: [B, Q, C] float, and rows of it, [B, V] and [B, R] int64."""
+    shapes = ShapeChecker()
+    shapes.check("embeds", embeds, "B Q C", FLOAT_DTYPES)
+    shapes.check("visual_index", visual_index, "B V", (torch.int64,))
+    shapes.check("text_rows", text_rows, "B R", (torch.int64,))
+
+
+def check_rows_of_both(embeds: Tensor, visual_index: Tensor, text_rows: Tensor) -> None:
+    """Check on the CPU that ``embeds`` has the rows that are named; elsewhere it would need a read."""
+    if embeds.is_cpu:
+        check_range("visual_index", visual_index, -1, embeds.shape[1] - 1)
+        check_range("text_rows", text_rows, -1, embeds.shape[1] - 1)
+
+
 def read_max(counts: Tensor, reason: str) -> int:
     """Read the largest entry of an int64 tensor [B] to the host; 0 if it is empty.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..validation import FLOAT_DTYPES, ShapeChecker
+from ..validation import check_image_and_text
 from .op import text_cosine_op
 
 __all__ = ["text_cosine"]
@@ -28,8 +27,5 @@ def text_cosine(embeds: Tensor, visual_index: Tensor, text_rows: Tensor) -> Tens
     Raises:
         ValueError: If an argument has another shape, dtype or device than stated; on the CPU also if a row isn't there.
     """
-    shapes = ShapeChecker()
-    shapes.check("embeds", embeds, "B Q C", FLOAT_DTYPES)
-    shapes.check("visual_index", visual_index, "B V", (torch.int64,))
-    shapes.check("text_rows", text_rows, "B R", (torch.int64,))
+    check_image_and_text(embeds, visual_index, text_rows)
     return text_cosine_op(embeds, visual_index, text_rows)

@@ -7,16 +7,14 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
-from ..validation import check_range
+from ..validation import check_rows_of_both
 from . import reference
 
 
 @operator("text_raters")
 def text_raters_op(embeds: Tensor, visual_index: Tensor, text_rows: Tensor) -> Tensor:
     """Run the operator; see `gap_kernels.text_raters` and ``reference.py``."""
-    if embeds.is_cpu:
-        check_range("visual_index", visual_index, -1, embeds.shape[1] - 1)
-        check_range("text_rows", text_rows, -1, embeds.shape[1] - 1)
+    check_rows_of_both(embeds, visual_index, text_rows)
     if embeds.dtype != torch.float64 and use_triton(embeds):
         from . import kernel
 
