@@ -33,7 +33,7 @@ LIMITS = {
     "cls": 8,
     "text": 6,
     "trim": 17,
-    "nuwa": 31,
+    "nuwa": 24,
     "prumerge": 17,
     "visionzip": 20,
     "prumerge+": 19,

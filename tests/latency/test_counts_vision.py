@@ -39,7 +39,7 @@ LIMITS = {
     "prumerge": (9, 1),
     "prumerge+": (11, 1),
     "visionzip": (12, 1),
-    "nuwa": (17, 3),
+    "nuwa": (10, 3),
     "divprune": (4, 0),
     "cdpruner": (14, 0),
     "scope": (8, 1),

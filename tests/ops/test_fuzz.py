@@ -135,7 +135,9 @@ SHAPES: dict[str, dict[str, str]] = {
     },
     "prune_by_score": {**ROWS, **SPREAD, "scores": "B V", "attention_mask": "B Q"},
     "prune_tokens": {**ATTENTION, **ROWS, **SPREAD},
-    "spatial_aggregate": {"features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M"},
+    "spatial_aggregate": {
+        "features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M", "scores": "B N",
+    },
     "choose": {"scores": "G N", "keep": "G", "neighbours": "! N R", "order": "! N"},
     "average": MERGE,
     "cluster": MERGE,
@@ -148,6 +150,9 @@ SHAPES: dict[str, dict[str, str]] = {
     "raters": {"visual": "G N C", "visual_mask": "G N", "text": "G T C", "text_mask": "G T"},
 }  # fmt: skip
 """Names of dimensions by argument, as documented; "!" is one that has few sizes."""
+SHORT = {
+    ("spread", "prune_by_score"), ("spread", "prune_tokens"), ("pillar_quantile", "spatial_aggregate"),
+}  # fmt: skip
 OPTIONAL = {
     "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
     "cu_seqlens", "pillars", "mask", "excluded",
@@ -170,7 +175,7 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
             found += [("value", value + too_many), ("value", value | 2**62)]
     if name == "count" and call.arguments.get("length", 0) is None:
         found += [("value", bad) for bad in (MAX_LENGTH + 1, 10**30)]
-    if name == "spread" and function != "choose":  # a kernel multiplies by its digits
+    if (name, function) in SHORT:  # a kernel multiplies by its digits
         found.append(("value", 0.1234567891))
     if name in ("keep", "count", "k") and isinstance(value, Tensor) and value.numel():
         found += [("value", value - value.max() - 1)]

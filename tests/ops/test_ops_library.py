@@ -279,7 +279,8 @@ SCHEMAS = (
     ),
     (
         "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
-        " float radius, Tensor? pillars, float? self_weight) -> Tensor"
+        " float radius, Tensor? pillars, float? self_weight, Tensor? scores=None, SymInt share=0,"
+        " SymInt of_shares=1) -> Tensor"
     ),
     (
         "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"

@@ -460,20 +460,21 @@ def entry_cases() -> Iterator[Case]:
 
 
 def aggregate_cases() -> Iterator[Case]:
-    for side, channels, length, dtype, similarity_dtype, collectors_only, self_weight in (
-        (24, 1024, 1024, torch.float16, torch.float16, False, 1.0),
-        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, False, None),
-        (24, 1000, 72, torch.bfloat16, torch.float32, True, 1.0),
-        (24, 75, 33, torch.float16, torch.float16, False, 1.0),
-        (24, 75, 33, torch.float32, torch.float32, True, None),
+    for side, channels, length, dtype, similarity_dtype, pillars, self_weight in (
+        (24, 1024, 1024, torch.float16, torch.float16, "pillars by score", 1.0),
+        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, "pillars by score", None),
+        (24, 1000, 72, torch.bfloat16, torch.float32, None, 1.0),
+        (24, 75, 33, torch.float16, torch.float16, "pillars", 1.0),
+        (24, 75, 33, torch.float32, torch.float32, None, None),
     ):
         features = empty(1, side * side, channels, dtype=dtype)
         similarity = empty(1, side * side, length, dtype=similarity_dtype)
         anchors = torch.zeros(1, 112).long()
-        pillars = None if collectors_only else torch.zeros(1, 112, dtype=torch.bool)
+        mask = torch.zeros(1, 112, dtype=torch.bool) if pillars == "pillars" else None
+        scores = empty(1, side * side) if pillars == "pillars by score" else None
         name = f"{channels:,} channels, {DTYPES[dtype]}, cosines of {length:,} {DTYPES[similarity_dtype]}"
-        name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
-        given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
+        name += ("" if pillars is None else f", {pillars}") + ("" if self_weight is None else ", self weight")
+        given = (features, similarity, anchors, side, 280**0.5, mask, self_weight, scores, 11, 20)
         yield name, partial(aggregate.spatial_aggregate, *given)
 
 

@@ -517,9 +517,13 @@ def spatial_aggregate(source: Source) -> Call:
         "anchors": anchors,
         "grid": source.pick([tuple, list])(grid),
         "radius": source.pick([1e-30, 0.5, 1, 2.5, 30.0, INF]),
-        "pillars": source.maybe(lambda: source.bools(batch, count)),
         "self_weight": source.pick([None, 1.0, 0, -2.5]),
     }
+    if source.pick([False, True]):
+        quantile = source.pick([0, 0.1, 0.123456789, 0.55, 1])
+        arguments |= {"scores": source.scores(batch, patches), "pillar_quantile": quantile}
+    else:
+        arguments["pillars"] = source.maybe(lambda: source.bools(batch, count))
 
     def check(found: Tensor) -> None:
         plain = {

@@ -998,6 +998,22 @@ def test_aggregate(
     assert torch.equal(collected, aggregate.spatial_aggregate(features, similarity, *arguments))
 
 
+def test_aggregate_by_the_scores_of_anchors(generator: torch.Generator) -> None:
+    """Tiles of anchors that are not full, ties and NaN; scores of a longer row, as the attention of a CLS token has them."""
+    features = torch.randn(2, 130, 20, generator=generator).to(DEVICE)
+    anchors = torch.stack([torch.randperm(130, generator=generator)[:77] for _ in range(2)]).to(DEVICE)
+    anchors[1, ::3], anchors[0, 5] = -1, 999
+    scores = special_scores(2, 131, generator)[:, 1:]
+    real = anchors.masked_fill(anchors == 999, -1)
+    for share, of_shares in ((0, 1), (11, 20), (123456789, 10**9), (1, 1)):
+        given = (10, 4.0, None, 0.5, scores, share, of_shares)
+        found = aggregate.spatial_aggregate(features, features, anchors, *given)
+        expected = aggregate_reference.spatial_aggregate(features, features, real, *given)
+        torch.testing.assert_close(
+            found, expected, rtol=ROUNDING[torch.float32], atol=ROUNDING[torch.float32]
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_aggregate_with_nan_across_tiles(dtype: torch.dtype, generator: torch.Generator) -> None:
     features = torch.randn(1, 140, 70, generator=generator).to(DEVICE, dtype)
