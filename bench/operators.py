@@ -100,6 +100,13 @@ def prune_tokens_lse(x: Inputs) -> Result:
     return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, lse=x.lse, length=x.length))
 
 
+def scatter_rows(x: Inputs) -> Result:
+    """Put the visual rows back to where they stand, in the reverse of their order, among all rows."""
+    rows = x.hidden_states[:, : x.visual_index.shape[1]]
+    num_rows = x.hidden_states.shape[1]
+    return (gap_kernels.scatter_rows(rows, x.visual_index.flip(1), num_rows, base=x.hidden_states),)
+
+
 def attention(x: Inputs) -> Result:
     """Causal attention and its log-sum-exp."""
     output, lse, _ = gap_kernels.attention(x.query, x.key, x.value)
@@ -181,6 +188,7 @@ DECODER_CALLS: dict[str, Call] = {
     "prune_tokens, lse": prune_tokens_lse,
     "prune_tokens, region": partial(prune_tokens, coverage="region"),
     "prune_tokens, stride": partial(prune_tokens, coverage="stride"),
+    "scatter_rows": scatter_rows,
     "attention": attention,
     "attention, importance": attention_importance,
 }

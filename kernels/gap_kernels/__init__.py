@@ -17,6 +17,7 @@ from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
+from .scatter import scatter_rows
 from .select import topk_indices
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "prune_by_score",
     "prune_tokens",
     "read_prompt",
+    "scatter_rows",
     "spatial_aggregate",
     "text_cosine",
     "text_raters",

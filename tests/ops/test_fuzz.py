@@ -83,6 +83,7 @@ BAD: dict[str, list[Any]] = {
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
 BAD["keep"] = BAD["count"] = BAD["k"]
+BAD["num_rows"] = [None, *BAD["length"]]
 INDICES = {
     "visual_index",
     "rows",
@@ -91,11 +92,11 @@ INDICES = {
     "anchors",
     "kept",
     "neighbours",
-} | {"targets", "excluded"}
+} | {"targets", "excluded", "index", "among"}
 DISTINCT = {
     ("collect_nearest", "kept"), ("merge_nearest", "targets"), ("merge_nearest", "excluded"),
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
-    ("cluster", "kept"),
+    ("cluster", "kept"), ("scatter_rows", "index"),
     ("contextual", "kept"), ("aggregate", "anchors"),
 }  # fmt: skip
 ATTENTION = {
@@ -125,6 +126,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "collect_nearest": {"features": "B N C", "keys": "B N E", "weights": "B N", "kept": "B K"},
     "merge_nearest": {"features": "B N C", "keys": "B N E", "targets": "B M", "excluded": "B K"},
     "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
+    "scatter_rows": {"values": "B L C", "index": "B L", "among": "B S", "base": "B Q C"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
@@ -155,7 +157,7 @@ SHORT = {
 }  # fmt: skip
 OPTIONAL = {
     "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
-    "cu_seqlens", "pillars", "mask", "excluded",
+    "cu_seqlens", "pillars", "mask", "excluded", "among", "base",
 }  # fmt: skip
 
 

@@ -121,6 +121,12 @@ OPERATORS: dict[str, Row] = {
         ),
         lambda d: [BOOL] * 3 + [INT] * 4,
     ),
+    "scatter_rows": (
+        lambda d: gap_kernels.scatter_rows(
+            features_and_keys(d)[0], torch.arange(PATCHES).expand(BATCH, -1), 99
+        ),
+        lambda d: [d],
+    ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
     "collect_nearest": (
         lambda d: gap_kernels.collect_nearest(*features_and_keys(d), SCORES, KEPT, 4),

@@ -22,6 +22,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         "raters",
         "merge",
         "cosine",
+        "scatter",
         "select",
         "region",
         "importance",

@@ -277,6 +277,7 @@ SCHEMAS = (
         " Tensor? rankers, Tensor? index, SymInt num_visual, SymInt num_text, SymInt[]? expected)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    ("scatter_rows(Tensor values, Tensor index, SymInt num_rows, Tensor? among, Tensor? base) -> Tensor"),
     (
         "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
         " float radius, Tensor? pillars, float? self_weight, Tensor? scores=None, SymInt share=0,"

@@ -38,6 +38,7 @@ from gap_kernels.raters import kernel as raters
 from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
+from gap_kernels.scatter import kernel as scatter
 from gap_kernels.select import kernel as select
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
@@ -100,6 +101,7 @@ BUDGETS = {
     "mean_kernel": ((56, 1), (48, 2)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
+    "scatter_rows_kernel": ((72, 1), (64, 1)),
     "prune_kernel": ((128, 49), None),
     "attention_kernel": ((255, 132), (256, 48)),
     "token_lse_kernel": ((216, 72), (192, 48)),
@@ -189,6 +191,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from importance_cases()
     yield from importance_variants()
     yield from prune_cases()
+    yield from scatter_cases()
     yield from one_launch_cases()
     yield from attention_cases()
     yield from received_cases()
@@ -457,6 +460,18 @@ def entry_cases() -> Iterator[Case]:
     for head_dim in (64, 72, 80, 128, 256):
         yield attention_case(head_dim, torch.bfloat16, True)
         yield received_case(head_dim, torch.bfloat16, head_dim not in (64, 128))
+
+
+def scatter_cases() -> Iterator[Case]:
+    index = torch.zeros(2, 208).long()
+    for dtype, channels in ((torch.bfloat16, 4096), (torch.float32, 1000)):
+        rows, base = empty(2, 208, channels, dtype=dtype), empty(2, LLAVA_15.tokens, channels, dtype=dtype)
+        name = f"{channels:,} channels, {DTYPES[dtype]}"
+        yield name, partial(scatter.scatter_rows, rows, index, LLAVA_15.tokens, None, None)
+        yield (
+            f"{name}, among others",
+            partial(scatter.scatter_rows, rows, index, LLAVA_15.tokens, index, base),
+        )
 
 
 def aggregate_cases() -> Iterator[Case]:

@@ -32,6 +32,7 @@ from .naive import prune as naive_prune
 from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
+from .naive import scatter as naive_scatter
 from .naive import select as naive_select
 from .naive import strategies as naive_strategies
 
@@ -194,6 +195,25 @@ def text_cosine(source: Source) -> Call:
 
     arguments = {"embeds": embeds, "visual_index": visual_index, "text_rows": text_rows}
     return Call(gap_kernels.text_cosine, arguments, check)
+
+
+def scatter_rows(source: Source) -> Call:
+    batch, num_rows, channels = source.size(0, 3), source.size(0, 9), source.size(0, 3)
+    dtype, some = source.pick(FLOATS), source.maybe(lambda: source.size(0, 9))
+    length = source.size(0, 6)
+    arguments = {
+        "values": source.floats(batch, length, channels, dtype=dtype),
+        "index": source.rows(batch, num_rows if some is None else some, length),
+        "num_rows": num_rows,
+        "among": None if some is None else source.rows(batch, num_rows, some),
+        "base": source.maybe(lambda: source.floats(batch, num_rows, channels, dtype=dtype)),
+    }
+
+    def check(found: Tensor) -> None:
+        plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        assert torch.equal(found, naive_scatter.scattered(**plain))
+
+    return Call(gap_kernels.scatter_rows, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -928,6 +948,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "text_cosine": text_cosine,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,
+    "scatter_rows": scatter_rows,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "greedy_indices": greedy_indices,

@@ -41,6 +41,8 @@ from gap_kernels.received import reference as received_reference
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.region import reference as region_reference
+from gap_kernels.scatter import kernel as scatter
+from gap_kernels.scatter import reference as scatter_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
 from hypothesis import given, settings
@@ -539,6 +541,21 @@ def test_gather_rows(dtype: torch.dtype, axes: int | None, channels: int, genera
         assert output.shape == wanted.shape
         assert output.dtype == wanted.dtype
         assert torch.equal(output.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 100), (torch.bfloat16, 2100)], ids=str)
+def test_scatter_rows(dtype: torch.dtype, channels: int, generator: torch.Generator) -> None:
+    """Tiles of rows and of the index that are not full, rows that are copied in parts, filler, also out of range."""
+    rows = torch.randn(2, 68, channels, generator=generator).to(DEVICE, dtype)[:, 1:]
+    base = torch.randn(2, 71, channels, generator=generator).to(DEVICE, dtype)
+    index, among = (torch.rand(2, 71, generator=generator).argsort(1).to(DEVICE) for _ in range(2))
+    index, among = index[:, :67].contiguous(), among.contiguous()
+    index[0, ::5], among[1, ::7] = -1, -1
+    for others in ((None, None), (None, base), (among, None), (among, base)):
+        beyond = torch.where(index < 0, 999, index)  # only the CPU checks their range
+        expected = scatter_reference.scatter_rows(rows, index, 71, *others)
+        assert torch.equal(scatter.scatter_rows(rows, index, 71, *others), expected)
+        assert torch.equal(scatter.scatter_rows(rows, beyond, 71, *others), expected)
 
 
 class Prompts(NamedTuple):
