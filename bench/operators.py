@@ -133,6 +133,14 @@ def topk_per_region(x: Inputs) -> Result:
     return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
 
 
+def window_ranks(x: Inputs) -> Result:
+    """Rank patches, half of what is kept from all windows; infinity is no part of a comparison."""
+    scores = x.scores[:, -x.neighbours.shape[1] :]
+    side = math.isqrt(scores.shape[1])
+    ranks = gap_kernels.window_ranks(scores, scores.flip(1), (side, side), x.keep // 2)
+    return (ranks, ranks.isposinf().long())
+
+
 def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_gain"]) -> Result:
     """Choose a few patches one after another; of many, two choices come to be as near as their rounding."""
     features = aggregated(x)[0]
@@ -195,6 +203,7 @@ DECODER_CALLS: dict[str, Call] = {
 TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
     "topk_per_region": topk_per_region,
+    "window_ranks": window_ranks,
     "spatial_aggregate": spatial_aggregate,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,

@@ -19,6 +19,7 @@ from .received import attention_received
 from .region import grid_neighbours, topk_per_region
 from .scatter import scatter_rows
 from .select import topk_indices
+from .windows import window_ranks
 
 __all__ = [
     "AttentionOutput",
@@ -41,4 +42,5 @@ __all__ = [
     "topk_indices",
     "topk_per_region",
     "visual_importance",
+    "window_ranks",
 ]

@@ -79,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "device": NO_DEVICE,
     "rule": [None, "llava", {}, strategies.AggregationRule, *NO_CHOICE],
     "per_region": [*NO_INT, 0, -1, -(10**30)],
+    "windows": [*NO_INT, None, 0, -1, -(10**30)],
     "length": [*NO_INT, -1, MAX_LENGTH + 1, *BIG, torch.tensor(3)],
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
@@ -128,6 +129,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "scatter_rows": {"values": "B L C", "index": "B L", "among": "B S", "base": "B Q C"},
     "topk_indices": {"scores": "B N", "k": "B"},
+    "window_ranks": {"scores": "B N", "earlier": "B N"},
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},

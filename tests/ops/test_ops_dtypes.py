@@ -151,6 +151,7 @@ OPERATORS: dict[str, Row] = {
         lambda d: [INT],
     ),
     "visual_importance": (importance, lambda d: [wide(d)]),
+    "window_ranks": (lambda d: gap_kernels.window_ranks(SCORES, -SCORES, GRID, 5), lambda d: [FLOAT]),
 }
 STRATEGIES: dict[str, Row] = {
     "aggregate": (

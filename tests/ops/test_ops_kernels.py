@@ -25,6 +25,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         "scatter",
         "select",
         "region",
+        "windows",
         "importance",
         "prune",
         "attention",

@@ -301,6 +301,10 @@ SCHEMAS = (
         " Tensor? attention_mask, Tensor? lse, float? scale, bool causal=True, Tensor? value=None,"
         ' str head_reduction="mean") -> Tensor'
     ),
+    (
+        "window_ranks(Tensor scores, Tensor earlier, SymInt height, SymInt width, SymInt count,"
+        " SymInt windows) -> Tensor"
+    ),
 )
 """What a program that was compiled or exported with an earlier release holds this one to."""
 

@@ -40,6 +40,7 @@ from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.scatter import kernel as scatter
 from gap_kernels.select import kernel as select
+from gap_kernels.windows import kernel as windows
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -95,6 +96,7 @@ BUDGETS = {
     "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
+    "window_ranks_kernel": ((128, 1), (128, 1)),
     "row_lse_kernel": ((144, 50), (280, 25)),
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
@@ -188,6 +190,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from cosine_cases()
     yield from select_cases()
     yield from region_cases()
+    yield from windows_cases()
     yield from importance_cases()
     yield from importance_variants()
     yield from prune_cases()
@@ -460,6 +463,13 @@ def entry_cases() -> Iterator[Case]:
     for head_dim in (64, 72, 80, 128, 256):
         yield attention_case(head_dim, torch.bfloat16, True)
         yield received_case(head_dim, torch.bfloat16, head_dim not in (64, 128))
+
+
+def windows_cases() -> Iterator[Case]:
+    for side in (24, 256):
+        n = side * side
+        given = (empty(2, n), empty(2, n), side, side, n // 8, 4)
+        yield f"{n:,} scores, 4 x 4 windows", partial(windows.window_ranks, *given)
 
 
 def scatter_cases() -> Iterator[Case]:

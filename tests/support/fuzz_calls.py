@@ -35,6 +35,7 @@ from .naive import region as naive_region
 from .naive import scatter as naive_scatter
 from .naive import select as naive_select
 from .naive import strategies as naive_strategies
+from .naive import windows as naive_windows
 
 NAN, INF = math.nan, math.inf
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -228,6 +229,26 @@ def topk_indices(source: Source) -> Call:
         assert_index(found, wanted, length, most)
 
     return Call(gap_kernels.topk_indices, {"scores": scores, "k": k, "length": length}, check)
+
+
+def window_ranks(source: Source) -> Call:
+    batch, grid = source.size(0, 3), (source.size(1, 6), source.size(1, 6))
+    cells = grid[0] * grid[1]
+    arguments = {
+        "scores": source.scores(batch, cells),
+        "earlier": source.scores(batch, cells),
+        "grid": source.pick([tuple, list])(grid),
+        "count": source.size(0, cells + 1),
+        "windows": source.pick([1, 2, 4, 10**30]),
+    }
+
+    def check(found: Tensor) -> None:
+        given = arguments["count"], min(arguments["windows"], 2**40)
+        for sample, line in enumerate(arguments["scores"].tolist()):
+            wanted = naive_windows.ranks(line, arguments["earlier"][sample].tolist(), grid, *given)
+            assert torch.equal(found[sample], wanted)
+
+    return Call(gap_kernels.window_ranks, arguments, check)
 
 
 def greedy_indices(source: Source) -> Call:
@@ -951,6 +972,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "scatter_rows": scatter_rows,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
+    "window_ranks": window_ranks,
     "greedy_indices": greedy_indices,
     "grid_neighbours": grid_neighbours,
     "visual_importance": visual_importance,

@@ -45,6 +45,8 @@ from gap_kernels.scatter import kernel as scatter
 from gap_kernels.scatter import reference as scatter_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
+from gap_kernels.windows import kernel as windows
+from gap_kernels.windows import reference as windows_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -556,6 +558,16 @@ def test_scatter_rows(dtype: torch.dtype, channels: int, generator: torch.Genera
         expected = scatter_reference.scatter_rows(rows, index, 71, *others)
         assert torch.equal(scatter.scatter_rows(rows, index, 71, *others), expected)
         assert torch.equal(scatter.scatter_rows(rows, beyond, 71, *others), expected)
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (3, 140)])
+def test_window_ranks(grid: tuple[int, int], generator: torch.Generator) -> None:
+    """Tiles of tokens that are not full, and windows of more columns than are compared at a time."""
+    n = grid[0] * grid[1]
+    scores, earlier = special_scores(2, n + 1, generator)[:, 1:], special_scores(2, n, generator)
+    for count, along in ((n // 5, 4), (n - n // 9, 2), (n, 200)):
+        found = windows.window_ranks(scores, earlier, *grid, count, along)
+        assert torch.equal(found, windows_reference.window_ranks(scores, earlier, *grid, count, along))
 
 
 class Prompts(NamedTuple):
