@@ -100,6 +100,14 @@ def prune_tokens_lse(x: Inputs) -> Result:
     return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, lse=x.lse, length=x.length))
 
 
+def unrotate(x: Inputs) -> Result:
+    """Turn queries and keys back, of halves."""
+    head_dim = x.cos.shape[-1]
+    channel = torch.arange(head_dim, dtype=torch.int32, device=x.cos.device)
+    pairs = torch.stack([(channel + head_dim // 2) % head_dim, channel])
+    return gap_kernels.unrotate(x.query, x.key, x.cos, x.sin, pairs)
+
+
 def scatter_rows(x: Inputs) -> Result:
     """Put the visual rows back to where they stand, in the reverse of their order, among all rows."""
     rows = x.hidden_states[:, : x.visual_index.shape[1]]
@@ -197,6 +205,7 @@ DECODER_CALLS: dict[str, Call] = {
     "prune_tokens, region": partial(prune_tokens, coverage="region"),
     "prune_tokens, stride": partial(prune_tokens, coverage="stride"),
     "scatter_rows": scatter_rows,
+    "unrotate": unrotate,
     "attention": attention,
     "attention, importance": attention_importance,
 }

@@ -17,6 +17,7 @@ from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
+from .rotation import unrotate
 from .scatter import scatter_rows
 from .select import topk_indices
 from .windows import window_ranks
@@ -41,6 +42,7 @@ __all__ = [
     "text_raters",
     "topk_indices",
     "topk_per_region",
+    "unrotate",
     "visual_importance",
     "window_ranks",
 ]

@@ -71,6 +71,7 @@ BAD: dict[str, list[Any]] = {
     "spread": [*NO_NUMBER, -0.1, 1.1, math.inf],
     "causal": NO_BOOL,
     "average": NO_BOOL,
+    "rescale": NO_BOOL,
     "head_reduction": NO_CHOICE,
     "coverage": NO_CHOICE,
     "exponent": [*NO_NUMBER, None, -0.5, math.inf, 1e39],
@@ -93,7 +94,7 @@ INDICES = {
     "anchors",
     "kept",
     "neighbours",
-} | {"targets", "excluded", "index", "among"}
+} | {"targets", "excluded", "index", "among", "pairs"}
 DISTINCT = {
     ("collect_nearest", "kept"), ("merge_nearest", "targets"), ("merge_nearest", "excluded"),
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
@@ -130,6 +131,9 @@ SHAPES: dict[str, dict[str, str]] = {
     "scatter_rows": {"values": "B L C", "index": "B L", "among": "B S", "base": "B Q C"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "window_ranks": {"scores": "B N", "earlier": "B N"},
+    "unrotate": {
+        "query": "B Hq S D", "key": "B Hkv S D", "cos": "A ! S F", "sin": "A ! S F", "pairs": "! D",
+    },
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},
@@ -298,7 +302,8 @@ def test_one_bad_argument(name: str) -> None:
     each()
 
 
-SAMPLES = [name for name in MAKERS if name in SHAPES and name != "read_prompt"]  # which takes no numbers
+# The former takes no numbers, and of the latter some belong to all samples.
+SAMPLES = [name for name in MAKERS if name in SHAPES and name not in ("read_prompt", "unrotate")]
 
 
 def plain(value: Tensor) -> Tensor:

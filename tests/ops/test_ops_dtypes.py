@@ -56,6 +56,15 @@ def pruned(dtype: torch.dtype) -> Any:
     return gap_kernels.prune_tokens(*attention_inputs(dtype), *prompt(dtype), VISUAL, 7)
 
 
+def turned_back(dtype: torch.dtype) -> Any:
+    query, key = attention_inputs(dtype)
+    key = key[:, :, : query.shape[2]]
+    head_dim = query.shape[3]
+    pairs = torch.stack([torch.arange(head_dim) ^ 1, torch.arange(head_dim) // 2]).int()
+    angle = randn(1, query.shape[2], head_dim, dtype=dtype)
+    return gap_kernels.unrotate(query[:, :, : key.shape[2]], key, angle.cos(), angle.sin(), pairs)
+
+
 def attended(dtype: torch.dtype) -> Any:
     query, key = attention_inputs(dtype)
     return gap_kernels.attention(query, key, key + 1, importance_columns=VISUAL)
@@ -151,6 +160,7 @@ OPERATORS: dict[str, Row] = {
         lambda d: [INT],
     ),
     "visual_importance": (importance, lambda d: [wide(d)]),
+    "unrotate": (turned_back, lambda d: [d, d]),
     "window_ranks": (lambda d: gap_kernels.window_ranks(SCORES, -SCORES, GRID, 5), lambda d: [FLOAT]),
 }
 STRATEGIES: dict[str, Row] = {

@@ -23,6 +23,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         "merge",
         "cosine",
         "scatter",
+        "rotation",
         "select",
         "region",
         "windows",

@@ -297,6 +297,10 @@ SCHEMAS = (
         " SymInt length) -> Tensor"
     ),
     (
+        "unrotate(Tensor query, Tensor key, Tensor cos, Tensor sin, Tensor pairs, bool rescale)"
+        " -> (Tensor, Tensor)"
+    ),
+    (
         "visual_importance(Tensor query, Tensor key, Tensor visual_index, Tensor? rows,"
         " Tensor? attention_mask, Tensor? lse, float? scale, bool causal=True, Tensor? value=None,"
         ' str head_reduction="mean") -> Tensor'

@@ -38,6 +38,7 @@ from gap_kernels.raters import kernel as raters
 from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
+from gap_kernels.rotation import kernel as rotation
 from gap_kernels.scatter import kernel as scatter
 from gap_kernels.select import kernel as select
 from gap_kernels.windows import kernel as windows
@@ -103,6 +104,7 @@ BUDGETS = {
     "mean_kernel": ((56, 1), (48, 2)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
+    "unrotate_kernel": ((80, 9), (64, 1)),
     "scatter_rows_kernel": ((72, 1), (64, 1)),
     "prune_kernel": ((128, 49), None),
     "attention_kernel": ((255, 132), (256, 48)),
@@ -195,6 +197,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from importance_variants()
     yield from prune_cases()
     yield from scatter_cases()
+    yield from rotation_cases()
     yield from one_launch_cases()
     yield from attention_cases()
     yield from received_cases()
@@ -482,6 +485,19 @@ def scatter_cases() -> Iterator[Case]:
             f"{name}, among others",
             partial(scatter.scatter_rows, rows, index, LLAVA_15.tokens, index, base),
         )
+
+
+def rotation_cases() -> Iterator[Case]:
+    for shape, dtype, axes, rescale in (
+        (LLAVA_15, torch.bfloat16, None, False),
+        (of_heads(8, 2, 80), torch.float32, 3, True),
+    ):
+        query = empty(1, shape.heads, shape.tokens, shape.head_dim, dtype=dtype)
+        of_axes = [] if axes is None else [axes]
+        cos = empty(*of_axes, 1, shape.tokens, shape.head_dim, dtype=dtype)
+        pairs = torch.zeros(2, shape.head_dim, dtype=torch.int32)
+        name = f"head_dim {shape.head_dim}, {DTYPES[dtype]}" + (", 3 axes, rescaled" if rescale else "")
+        yield name, partial(rotation.unrotate, query, query[:, : shape.key_heads], cos, cos, pairs, rescale)
 
 
 def aggregate_cases() -> Iterator[Case]:

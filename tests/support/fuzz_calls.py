@@ -32,6 +32,7 @@ from .naive import prune as naive_prune
 from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
+from .naive import rotation as naive_rotation
 from .naive import scatter as naive_scatter
 from .naive import select as naive_select
 from .naive import strategies as naive_strategies
@@ -215,6 +216,36 @@ def scatter_rows(source: Source) -> Call:
         assert torch.equal(found, naive_scatter.scattered(**plain))
 
     return Call(gap_kernels.scatter_rows, arguments, check)
+
+
+def unrotate(source: Source) -> Call:
+    batch, rows, key_heads, half = source.size(0, 2), source.size(0, 5), source.size(1, 2), source.size(0, 3)
+    head_dim, axes = 2 * half + source.size(half == 0, 2), source.pick([None, 1, 3])
+    dtype = source.pick(FLOATS)
+    shape = [] if axes is None else [axes]
+    angle = 9 * torch.randn(*shape, source.pick([1, batch]), rows, 2 * half, generator=source.generator)
+    stretch = source.pick([1.0, 1.5])
+    pairs = naive_rotation.pairs_of(head_dim, 2 * half, source.pick([False, True]), axes or 1)
+    arguments = {
+        "query": source.floats(batch, key_heads * source.size(1, 2), rows, head_dim, dtype=dtype),
+        "key": source.floats(batch, key_heads, rows, head_dim, dtype=dtype),
+        "cos": source.laid_out(stretch * angle.cos()),
+        "sin": source.laid_out(stretch * angle.sin()),
+        "pairs": source.laid_out(pairs),
+        "rescale": stretch != 1.0,
+    }
+
+    def check(found: tuple[Tensor, Tensor]) -> None:
+        cos, sin = arguments["cos"].detach(), arguments["sin"].detach()
+        for result, name in zip(found, ("query", "key"), strict=True):
+            assert result.dtype == dtype
+            again = naive_rotation.rotated(result.detach(), cos, sin, pairs)
+            tolerance = 4 * ROUNDING[dtype] if dtype != torch.float64 else 1e-5  # of cos and sin in float32
+            torch.testing.assert_close(
+                again, arguments[name].detach().double(), rtol=tolerance, atol=tolerance
+            )
+
+    return Call(gap_kernels.unrotate, arguments, check)
 
 
 def topk_indices(source: Source) -> Call:
@@ -970,6 +1001,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,
     "scatter_rows": scatter_rows,
+    "unrotate": unrotate,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "window_ranks": window_ranks,

@@ -41,6 +41,8 @@ from gap_kernels.received import reference as received_reference
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.region import reference as region_reference
+from gap_kernels.rotation import kernel as rotation
+from gap_kernels.rotation import reference as rotation_reference
 from gap_kernels.scatter import kernel as scatter
 from gap_kernels.scatter import reference as scatter_reference
 from gap_kernels.select import kernel as select
@@ -558,6 +560,30 @@ def test_scatter_rows(dtype: torch.dtype, channels: int, generator: torch.Genera
         expected = scatter_reference.scatter_rows(rows, index, 71, *others)
         assert torch.equal(scatter.scatter_rows(rows, index, 71, *others), expected)
         assert torch.equal(scatter.scatter_rows(rows, beyond, 71, *others), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "axes"), [(torch.float32, 72, 3), (torch.bfloat16, 128, None)], ids=str
+)
+def test_unrotate(dtype: torch.dtype, head_dim: int, axes: int | None, generator: torch.Generator) -> None:
+    """Tiles of rows that are not full, channels that are not turned, and pairs that only the CPU checks."""
+    query, key = (
+        torch.randn(2, heads, 37, head_dim, generator=generator).to(DEVICE, dtype) for heads in (3, 1)
+    )
+    angle = 50 * torch.randn(*([] if axes is None else [axes]), 1, 37, 64, generator=generator)
+    cos, sin = (1.5 * function(angle).to(DEVICE, dtype) for function in (torch.cos, torch.sin))
+    channel = torch.arange(head_dim)
+    column = channel // 2 + (0 if axes is None else channel % 4 // 2 * 64)
+    turned = channel < 64
+    pairs = torch.stack([channel ^ 1, torch.where(turned, column, -1)]).int().to(DEVICE)
+    beyond = torch.where(turned.to(DEVICE), pairs, 999)
+    for rescale in (False, True):
+        found = rotation.unrotate(query, key, cos, sin, pairs, rescale)
+        exact = rotation_reference.unrotate(query.double(), key.double(), cos, sin, pairs, rescale)
+        for one, wanted in zip(found, exact, strict=True):
+            torch.testing.assert_close(one.double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        again = rotation.unrotate(query, key, cos, sin, beyond, rescale)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (3, 140)])
