@@ -142,11 +142,11 @@ def topk_per_region(x: Inputs) -> Result:
 
 
 def window_ranks(x: Inputs) -> Result:
-    """Rank patches, half of what is kept from all windows; infinity is no part of a comparison."""
+    """Rank patches, half of what is kept from all windows; as whole numbers, since infinity has no rounding."""
     scores = x.scores[:, -x.neighbours.shape[1] :]
     side = math.isqrt(scores.shape[1])
     ranks = gap_kernels.window_ranks(scores, scores.flip(1), (side, side), x.keep // 2)
-    return (ranks, ranks.isposinf().long())
+    return (ranks.view(torch.int32).long(),)
 
 
 def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_gain"]) -> Result:
