@@ -143,3 +143,19 @@ def test_the_operator_and_the_models_own_function_agree(
     for one, other, before in zip(found, by_function, (query, key), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(one, before, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "glm"])
+def test_in_half_precision_the_operator_rounds_once(name: str) -> None:
+    """The model's own function rounds each product and their sum: it is never nearer to what was rotated."""
+    cos, sin = (each.bfloat16() for each in angles(MODELS[name]))
+    rotation = function_of(name)
+    pairs = pairs_of(rotation, None, D, cos)
+    assert pairs is not None
+    vectors = torch.randn(2, 4, 5, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = rotate(rotation, None, vectors.double(), vectors.double(), cos.double(), -sin.double())[0]
+    own = rotate(rotation, None, vectors, vectors, cos, -sin)[0]
+    (found, _) = gap_kernels.unrotate(vectors, vectors, cos, sin, pairs)
+    errors = [(each.double() - exact).abs() for each in (found, own)]
+    assert (errors[0] <= errors[1]).all()
+    assert errors[0].max() < errors[1].max()
