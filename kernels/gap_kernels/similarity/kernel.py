@@ -255,8 +255,8 @@ def least_similar_kernel(
                 token = start + tl.arange(0, BLOCK_SCAN)
                 is_candidate = tl.load(state + token, mask=token < n, other=NEVER) == CANDIDATE
                 found = tl.load(cosine + tl.cast(slot, tl.int64) * n + token, mask=token < n, other=0.0)
-                key = score_keys(tl.where(found == found, -found, -float("inf")))
-                tl.store(keys + token, tl.where(is_candidate, key, DROPPED), mask=token < n)
+                # NaN comes behind all of them.
+                tl.store(keys + token, tl.where(is_candidate, score_keys(-found), DROPPED), mask=token < n)
             tl.debug_barrier()
             threshold, ties, _, _ = select_threshold(keys, n, share, BLOCK, RESIDENT, False)
             take_selected(state, keys, n, threshold, ties, BLOCK_SCAN)
