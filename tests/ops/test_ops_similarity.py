@@ -123,7 +123,7 @@ def test_least_similar_by_hand() -> None:
     assert least_similar_indices(features, torch.tensor([[3, 0]]), 3).tolist() == [[0, 3, 5]]
     assert least_similar_indices(features, torch.tensor([[0, 3]]), 3).tolist() == [[0, 1, 3]]
     # Of more pivots than are wanted the first; without one nothing; filler is none.
-    assert least_similar_indices(features, torch.tensor([[4, 3, 0]]), 2).tolist() == [[3, 4]]
+    assert least_similar_indices(features, torch.tensor([[0, 4, 3]]), 2).tolist() == [[0, 4]]
     assert least_similar_indices(features, torch.tensor([[-1, -1]]), 2).tolist() == [[-1, -1]]
     assert least_similar_indices(features, torch.tensor([[-1, 0]]), 2).tolist() == [[0, 5]]
     # What is hidden is never chosen, not even as a pivot.
