@@ -112,7 +112,7 @@ BUDGETS = {
     "collect_kernel": ((128, 3), (128, 3)),
     "assign_kernel": ((168, 48), (208, 48)),
     "merge_kernel": ((96, 48), (160, 48)),
-    "squares_kernel": ((64, 1), (64, 1)),
+    "prepare_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
     "rest_kernel": ((104, 1), (64, 1)),
