@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import gap_kernels
@@ -49,6 +50,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gap_triton import latency
 from support.poison import poisoned_memory
 
 DEVICE = "cpu" if triton_is_interpreted() else "cuda"
@@ -1132,3 +1134,34 @@ def test_least_similar_beyond_what_can_be_chosen() -> None:
     index = similarity.least_similar_indices(features, pivots, None, 0, counts, 4)
     every = [-1, 0, 1, 2]
     assert index.tolist() == [every, [-1] * 4, every, [-1] * 4]
+
+
+def test_choices_launch_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what counts as one operator would be a dozen launches on a GPU."""
+    launched: list[str] = []
+    for module in (greedy, merge, similarity):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *rest, **options: launched.append(kernel.__name__)
+        )
+    features, scores = torch.zeros(2, 40, 8, device=DEVICE), torch.zeros(2, 40, device=DEVICE)
+    pivots, mask, counts = scores[:, :4].long(), scores > 0, scores[:, 0].long()
+    choices = {
+        ("prepare", "pairs", "choose"): partial(
+            greedy.greedy_indices, features, None, mask, "max_min", 1.0, 0, counts, 9
+        ),
+        ("prepare", "choose"): partial(
+            greedy.greedy_indices, features, scores, mask, "determinant", 1.0, 9, None, 9
+        ),
+        ("prepare", *["pairs", "choose"] * 9): partial(
+            greedy.greedy_indices, features, scores, None, "coverage_gain", 1.0, 9, None, 9
+        ),
+        ("rest", "cosines", "remove"): partial(similarity.distinct_indices, features, scores, 9, 4, 8),
+        ("cosines", "least_similar"): partial(
+            similarity.least_similar_indices, features, pivots, mask, 0, counts, 9
+        ),
+    }
+    for kernels, choose in choices.items():
+        launched.clear()
+        operators = latency.count(choose, torch.device("cpu")).operators
+        assert [name.removesuffix("_kernel") for name in launched] == list(kernels)
+        assert set(operators) <= {"clone"}, kernels  # of what isn't contiguous
