@@ -1,0 +1,68 @@
+"""Attention over what RoPE makes of it, in plain PyTorch: the definition that every other path must reproduce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..importance.reference import accumulation_dtype, attended, last_row
+
+
+def corrected_importance(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    turned: int,
+    heads: int,
+    rows: Tensor | None,
+    attention_mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Compute `gap_kernels.corrected_importance`; float64 inputs make it the oracle of the other paths.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key: [B, Hkv, S, D].
+        visual_index: [B, V] int64, -1 = filler.
+        cos: [B, Q, E].
+        sin: [B, Q, E].
+        turned: E or 2 E.
+        heads: 1 to Hq.
+        rows: [B, R] int64, -1 = filler; None = the last row.
+        attention_mask: [B, S] bool or None.
+        scale: None = ``D ** -0.5``.
+
+    Returns:
+        [B, V], float64 for float64 queries, else float32.
+    """
+    batch, query_heads, _, head_dim = query.shape
+    rows = last_row(query) if rows is None else rows
+    angles = torch.cat([cos, sin], dim=2).to(accumulation_dtype(query))  # [B, Q, 2 E]
+
+    def angles_at(index: Tensor) -> Tensor:
+        return angles.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, angles.shape[2]))
+
+    of_tokens = angles_at(visual_index).transpose(1, 2)  # [B, 2 E, V]
+    per_angle, rest = factors(turned, cos.shape[2], head_dim)
+    size = (batch, key.shape[1], query_heads // key.shape[1], visual_index.shape[1])
+    total = torch.zeros(size, dtype=angles.dtype, device=query.device)
+    for block, weight, counted in attended(
+        query, key, visual_index, rows, attention_mask, None, scale, True
+    ):
+        by_rope = angles_at(rows[:, block]) @ of_tokens * per_angle + rest  # [B, r, V]
+        # Nothing over what RoPE makes 0 of is nothing, too.
+        total += torch.where(counted & (weight != 0), weight / by_rope[:, None, None], 0.0).sum(3)
+    return mean_of_best(total.flatten(1, 2), heads) / (rows >= 0).sum(1, keepdim=True).clamp(min=1)
+
+
+def factors(turned: int, angles: int, head_dim: int) -> tuple[float, float]:
+    """Return what a product of cos and one of sin count in the scaled product of ones, and what is added to it."""
+    return turned / angles * head_dim**-0.5, (head_dim - turned) * head_dim**-0.5
+
+
+def mean_of_best(total: Tensor, heads: int) -> Tensor:
+    """Return [B, V], the mean of ``total`` [B, H, V] over the ``heads`` heads that have the most of it."""
+    best = total.sum(2).argsort(dim=1, descending=True, stable=True)[:, :heads]
+    return total.gather(1, best[..., None].expand(-1, -1, total.shape[2])).mean(1)
