@@ -221,9 +221,9 @@ def importance(head_dim: int, num_rows: int, dtype: torch.dtype, device_class: s
     return chosen._replace(rows=FEW_ROWS) if num_rows <= FEW_ROWS else chosen
 
 
-def corrected(num_rows: int, dtype: torch.dtype, angle_dtype: torch.dtype) -> Tiles:
-    """Return the tiles of ``corrected_mass_kernel`` for so many rows, by the dtypes of queries and of cos and sin."""
-    chosen = CORRECTED_FLOAT32 if torch.float32 in (dtype, angle_dtype) else CORRECTED
+def corrected(num_rows: int, dtype: torch.dtype) -> Tiles:
+    """Return the tiles of ``corrected_mass_kernel`` for so many rows."""
+    chosen = CORRECTED_FLOAT32 if dtype == torch.float32 else CORRECTED
     return chosen._replace(rows=FEW_ROWS) if num_rows <= FEW_ROWS else chosen
 
 

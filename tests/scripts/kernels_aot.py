@@ -99,7 +99,7 @@ BUDGETS = {
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
     "mean_kernel": ((56, 1), (48, 2)),
-    "corrected_mass_kernel": ((160, 18), (200, 6)),
+    "corrected_mass_kernel": ((176, 16), (208, 6)),
     "best_heads_kernel": ((56, 1), (32, 1)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
@@ -347,7 +347,8 @@ def corrected_cases() -> Iterator[Case]:
         query, key, index = prompt(QWEN, dtype)
         rows, mask, _ = scoring(QWEN, 64, False)
         angles = empty(1, QWEN.tokens, QWEN.head_dim, dtype=dtype)
-        given = (query, key, index, angles, angles, QWEN.head_dim, 12, rows, mask, None)
+        turns = torch.zeros(QWEN.head_dim).long()
+        given = (query, key, index, angles, angles, turns, 12, rows, mask, None)
         name = described("Qwen2.5-VL", dtype, 64, False)
         yield name, partial(corrected.corrected_importance, *given)
 

@@ -49,6 +49,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.naive.corrected import halves
 from support.poison import poisoned_memory
 
 DEVICE = "cpu" if triton_is_interpreted() else "cuda"
@@ -361,7 +362,8 @@ def test_corrected(
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     angle = torch.rand(2, num_query, channels, generator=generator)
     angles = [x.to(DEVICE, dtype) for x in (angle.cos(), angle.sin())]
-    optional = (channels, max(heads[0] * 14 // 32, 1), rows, mask, None)
+    turns = halves(channels, head_dim).to(DEVICE)
+    optional = (turns, max(heads[0] * 14 // 32, 1), rows, mask, None)
     scores = corrected.corrected_importance(query, key, visual_index, *angles, *optional)
     exact = corrected_reference.corrected_importance(
         query.double(), key.double(), visual_index, *(x.double() for x in angles), *optional

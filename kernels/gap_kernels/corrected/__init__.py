@@ -16,7 +16,7 @@ def corrected_importance(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: int,
+    turns: Tensor,
     heads: int,
     *,
     rows: Tensor | None = None,
@@ -30,8 +30,8 @@ def corrected_importance(
     That is added up over the rows. Then the heads rank by their sum over the visual tokens, and the score is the mean over
     the best of them and over the rows. Equal heads go to the lower one, and NaN is more than any number.
 
-    RoPE turns channels in pairs, each pair by one angle: (1, 1) becomes (cos - sin, cos + sin), so two such vectors
-    have the product ``2 (cos cos' + sin sin')``, whichever channels make a pair. A channel that isn't turned adds 1.
+    RoPE makes of a 1 the cosine of its channel's angle, minus or plus the sine: (1, 1) becomes (cos - sin, cos + sin).
+    Which channels make a pair, and which aren't turned at all, differs between models, and ``turns`` says it.
 
     Args:
         query: [B, Hq, Q, D] float32, float16, bfloat16 or float64, after the rotary embedding; any strides.
@@ -39,8 +39,8 @@ def corrected_importance(
         visual_index: [B, V] int64, positions of the visual tokens in any order; -1 = filler.
         cos: [B, Q, E] float32, float16, bfloat16 or float64, by which RoPE turns the Q rows; any strides.
         sin: [B, Q, E], same dtype.
-        turned: How many of the D channels RoPE turns, an even number: E, where a channel of ``cos`` and ``sin`` is for one
-            channel of a pair, or 2 E, where it is for both.
+        turns: [D] int64, what a 1 in each channel of a head becomes: ``-e`` = ``cos - sin`` of channel ``e - 1``, ``e`` =
+            ``cos + sin`` of it, e in 1..E; 0 = 1 as it was. Of Llama, with D = E = 4, it is ``[-1, -2, 3, 4]``.
         heads: How many heads count, 1 to Hq.
         rows: [B, R] int64, the query rows to average; -1 = filler, left out of the mean. Default: the last row.
         attention_mask: [B, S] bool, True = a real token.
@@ -51,9 +51,9 @@ def corrected_importance(
         sees, and samples without a valid row get 0. Where RoPE makes 0 of the attention, the score is infinite.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device, or a number is out of range; on the CPU also for a
-            position out of range.
+        ValueError: If an argument has another shape, dtype or device, or ``heads`` is out of range; on the CPU also for a
+            position or a turn out of range.
     """
     optional = (rows, attention_mask, scale)
-    check_corrected(ShapeChecker(), query, key, visual_index, cos, sin, turned, heads, *optional)
-    return corrected_importance_op(query, key, visual_index, cos, sin, turned, heads, *optional)
+    check_corrected(ShapeChecker(), query, key, visual_index, cos, sin, turns, heads, *optional)
+    return corrected_importance_op(query, key, visual_index, cos, sin, turns, heads, *optional)

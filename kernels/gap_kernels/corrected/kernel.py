@@ -24,8 +24,6 @@ from ..importance.kernel import (
     allowed_columns,
     combine_statistics,
     count_valid,
-    load_keys,
-    load_queries,
     load_statistics,
     locate_rows,
     part_of,
@@ -34,8 +32,9 @@ from ..importance.kernel import (
     visible_logits,
 )
 from ..launch import cdiv, launch, next_power_of_2
-from .reference import factors
 
+ROPE_PART = 16
+"""Channels of turned vectors at a time: they are in float32, which is not for tensor cores."""
 HEAD_TOKENS = 32
 """Visual tokens of a program of ``best_heads_kernel``."""
 HEAD_TILES = 16
@@ -43,25 +42,16 @@ HEAD_TILES = 16
 
 
 @triton.jit
-def product(
-    of_rows,
-    of_tokens,
-    is_row,
-    is_token,
-    total,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Return ``total`` and the products of vectors of length E at ``of_rows`` [BLOCK_M] and ``of_tokens`` [BLOCK_N]."""
-    for start in range(0, E, BLOCK_E):
-        left = load_queries(of_rows, is_row, start, E, BLOCK_E)
-        right = load_keys(of_tokens, is_token, start, E, BLOCK_E)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    return total
+def turned_ones(cos, sin, inside, turn, E: tl.constexpr):
+    """Return what RoPE makes of ones in some channels, of rows at the pointers ``cos`` and ``sin``, in float32.
+
+    ``turn`` broadcasts with the pointers. Nothing is read of rows that aren't ``inside``.
+    """
+    channel = tl.abs(turn) - 1
+    is_turned = (channel >= 0) & (channel < E)
+    c = tl.load(cos + channel, mask=inside & is_turned, other=0.0).to(tl.float32)
+    s = tl.load(sin + channel, mask=inside & is_turned, other=0.0).to(tl.float32)
+    return tl.where(is_turned, tl.where(turn < 0, c - s, c + s), 1.0)
 
 
 # What changes from prompt to prompt isn't specialised on, or every new value could mean a new compilation.
@@ -78,6 +68,7 @@ def corrected_mass_kernel(
     mask,
     cos,
     sin,
+    turns,
     partial_max,
     partial_sum,
     mass,
@@ -100,8 +91,7 @@ def corrected_mass_kernel(
     num_visual,
     splits,
     scale_log2,
-    per_angle,
-    rest,
+    rope_scale,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -137,19 +127,25 @@ def corrected_mass_kernel(
         )
         is_row, row = last_column >= 0, last_column - (num_keys - num_query)
         by_rope = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        by_rope = product(
-            cos + row * cos_stride_s, cos + position * cos_stride_s, is_row, inside, by_rope, E, BLOCK_E, UPCAST
-        )
-        by_rope = product(
-            sin + row * sin_stride_s, sin + position * sin_stride_s, is_row, inside, by_rope, E, BLOCK_E, UPCAST
-        )
+        for part_start in range(0, D, BLOCK_E):
+            d = part_start + tl.arange(0, BLOCK_E)
+            turn = tl.load(turns + d, mask=d < D, other=0)
+            of_row = turned_ones(
+                (cos + row * cos_stride_s)[:, None], (sin + row * sin_stride_s)[:, None], is_row[:, None], turn[None, :], E
+            )
+            of_row = tl.where((d < D)[None, :], of_row, 0.0)
+            of_token = turned_ones(
+                (cos + position * cos_stride_s)[None, :], (sin + position * sin_stride_s)[None, :], inside[None, :],
+                turn[:, None], E,
+            )  # fmt: skip
+            by_rope = tl.dot(of_row, of_token, by_rope, input_precision="ieee")
         logits = visible_logits(
             None, None, queries, last_column, keys, column, inside, usable, scale_log2,
             D, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
         probability = probabilities(logits, combine_statistics(maximum, part), None)
         # Nothing over what RoPE makes 0 of is nothing, too.
-        total += tl.sum(probability / tl.where(probability == 0.0, 1.0, by_rope * per_angle + rest), 0)
+        total += tl.sum(probability / tl.where(probability == 0.0, 1.0, by_rope * rope_scale), 0)
     tl.store(mass + batch_head * num_visual + slot, total, mask=slot < num_visual)
     tl.store(sums + batch_head * tl.num_programs(0) + tile, tl.sum(total, 0))
 
@@ -212,7 +208,7 @@ def corrected_importance(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: int,
+    turns: Tensor,
     heads: int,
     rows: Tensor | None,
     attention_mask: Tensor | None,
@@ -220,7 +216,7 @@ def corrected_importance(
 ) -> Tensor:
     """Launch the three kernels; arguments and result as in ``reference.py``, for any dtypes but float64."""
     batch, query_heads, num_query, head_dim = query.shape
-    key_heads, num_keys, angles = key.shape[1], key.shape[2], cos.shape[2]
+    key_heads, num_keys = key.shape[1], key.shape[2]
     num_visual = visual_index.shape[1]
     num_rows = 1 if rows is None else rows.shape[1]
     scores = torch.empty((batch, num_visual), dtype=torch.float32, device=query.device)
@@ -230,7 +226,7 @@ def corrected_importance(
         return scores
 
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
-    visual_index = visual_index.contiguous()
+    visual_index, turns = visual_index.contiguous(), turns.contiguous()
     rows = None if rows is None else rows.contiguous()
     mask = None if attention_mask is None else attention_mask.view(torch.uint8)
     scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
@@ -238,26 +234,26 @@ def corrected_importance(
         query, key, rows, mask, scale_log2, causal=True, stores=False
     )
     splits = partial_max.shape[3]
-    chosen = tiles.corrected(num_rows, query.dtype, cos.dtype)
+    chosen = tiles.corrected(num_rows, query.dtype)
     visual_tiles = cdiv(num_visual, chosen.columns)
     mass = torch.empty((batch, query_heads, num_visual), dtype=torch.float32, device=query.device)
     sums = torch.empty((batch, query_heads, visual_tiles), dtype=torch.float32, device=query.device)
     launch(
         corrected_mass_kernel,
         (visual_tiles, batch * query_heads),
-        (query, key, visual_index, rows, mask, cos, sin, partial_max, partial_sum, mass, sums),
+        (query, key, visual_index, rows, mask, cos, sin, turns, partial_max, partial_sum, mass, sums),
         (*query.stride()[:3], *key.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
         (*((0, 0) if mask is None else mask.stride()), num_query, num_keys, num_rows, num_visual, splits),
-        (scale_log2, *factors(turned, angles, head_dim)),
+        (scale_log2, head_dim**-0.5),
         {
             "KEY_HEADS": key_heads,
             "GROUP": query_heads // key_heads,
             "D": head_dim,
-            "E": angles,
+            "E": cos.shape[2],
             "BLOCK_M": chosen.rows,
             "BLOCK_N": chosen.columns,
             "BLOCK_K": part_of(head_dim, min(max(16, next_power_of_2(head_dim)), chosen.part)),
-            "BLOCK_E": part_of(angles, min(max(16, next_power_of_2(angles)), chosen.part)),
+            "BLOCK_E": ROPE_PART,
             "BLOCK_SPLITS": next_power_of_2(splits),
             "UPCAST": triton_is_interpreted(),
         },

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import use_triton
 from ..importance.op import check_importance, check_positions
 from ..library import fake, no_gradient, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, describe, is_int
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_range, describe, is_int
 from . import reference
 
 
@@ -19,7 +19,7 @@ def corrected_importance_op(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: int,
+    turns: Tensor,
     heads: int,
     rows: Tensor | None,
     attention_mask: Tensor | None,
@@ -27,12 +27,14 @@ def corrected_importance_op(
 ) -> Tensor:
     """Run the operator; see `gap_kernels.corrected_importance` and ``reference.py``."""
     check_positions(query, visual_index, rows)
+    if turns.is_cpu:
+        check_range("turns", turns, -cos.shape[2], cos.shape[2])
     optional = (rows, attention_mask, scale)
     if torch.float64 not in (query.dtype, cos.dtype) and use_triton(query):
         from . import kernel
 
-        return kernel.corrected_importance(query, key, visual_index, cos, sin, turned, heads, *optional)
-    return reference.corrected_importance(query, key, visual_index, cos, sin, turned, heads, *optional)
+        return kernel.corrected_importance(query, key, visual_index, cos, sin, turns, heads, *optional)
+    return reference.corrected_importance(query, key, visual_index, cos, sin, turns, heads, *optional)
 
 
 @fake("corrected_importance")
@@ -51,7 +53,7 @@ def check_corrected(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: object,
+    turns: Tensor,
     heads: object,
     rows: Tensor | None,
     attention_mask: Tensor | None,
@@ -60,16 +62,12 @@ def check_corrected(
     """Check the arguments of `gap_kernels.corrected_importance` and record their sizes in ``shapes``.
 
     Raises:
-        ValueError: If one has another shape, dtype or device than documented, or a number is out of range.
+        ValueError: If one has another shape, dtype or device than documented, or ``heads`` is out of range.
     """
     check_importance(shapes, query, key, visual_index, rows, attention_mask, None, scale)
     shapes.check("cos", cos, "B Q E", FLOAT_DTYPES)
     shapes.check("sin", sin, "B Q E", (cos.dtype,))
-    query_heads, head_dim, angles = query.shape[1], query.shape[3], cos.shape[2]
-    possible = [number for number in (angles, 2 * angles) if 2 <= number <= head_dim and number % 2 == 0]
-    if not possible:
-        raise ValueError(f"cos: expected E even in 2..{head_dim}, or in 1..{head_dim // 2}, got {describe(cos)}")
-    if not is_int(turned) or turned not in possible:
-        raise ValueError(f"turned: expected {' or '.join(map(str, possible))}, got {describe(turned)}")
+    shapes.check("turns", turns, "D", (torch.int64,))
+    query_heads = query.shape[1]
     if not is_int(heads) or not 1 <= heads <= query_heads:
         raise ValueError(f"heads: expected an int in 1..{query_heads}, got {describe(heads)}")

@@ -14,7 +14,7 @@ def corrected_importance(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: int,
+    turns: Tensor,
     heads: int,
     rows: Tensor | None,
     attention_mask: Tensor | None,
@@ -28,7 +28,7 @@ def corrected_importance(
         visual_index: [B, V] int64, -1 = filler.
         cos: [B, Q, E].
         sin: [B, Q, E].
-        turned: E or 2 E.
+        turns: [D] int64, -E..E.
         heads: 1 to Hq.
         rows: [B, R] int64, -1 = filler; None = the last row.
         attention_mask: [B, S] bool or None.
@@ -39,27 +39,31 @@ def corrected_importance(
     """
     batch, query_heads, _, head_dim = query.shape
     rows = last_row(query) if rows is None else rows
-    angles = torch.cat([cos, sin], dim=2).to(accumulation_dtype(query))  # [B, Q, 2 E]
+    ones = turned_ones(cos, sin, turns).to(accumulation_dtype(query))
 
-    def angles_at(index: Tensor) -> Tensor:
-        return angles.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, angles.shape[2]))
+    def ones_at(index: Tensor) -> Tensor:
+        return ones.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, head_dim))
 
-    of_tokens = angles_at(visual_index).transpose(1, 2)  # [B, 2 E, V]
-    per_angle, rest = factors(turned, cos.shape[2], head_dim)
+    of_tokens = ones_at(visual_index).transpose(1, 2)  # [B, D, V]
     size = (batch, key.shape[1], query_heads // key.shape[1], visual_index.shape[1])
-    total = torch.zeros(size, dtype=angles.dtype, device=query.device)
+    total = torch.zeros(size, dtype=ones.dtype, device=query.device)
     for block, weight, counted in attended(
         query, key, visual_index, rows, attention_mask, None, scale, True
     ):
-        by_rope = angles_at(rows[:, block]) @ of_tokens * per_angle + rest  # [B, r, V]
+        by_rope = ones_at(rows[:, block]) @ of_tokens * head_dim**-0.5  # [B, r, V]
         # Nothing over what RoPE makes 0 of is nothing, too.
         total += torch.where(counted & (weight != 0), weight / by_rope[:, None, None], 0.0).sum(3)
     return mean_of_best(total.flatten(1, 2), heads) / (rows >= 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def factors(turned: int, angles: int, head_dim: int) -> tuple[float, float]:
-    """Return what a product of cos and one of sin count in the scaled product of ones, and what is added to it."""
-    return turned / angles * head_dim**-0.5, (head_dim - turned) * head_dim**-0.5
+def turned_ones(cos: Tensor, sin: Tensor, turns: Tensor) -> Tensor:
+    """Return [B, Q, D], what RoPE makes of ones in each row, in float32 or float64; arguments as above."""
+    dtype = torch.float64 if cos.dtype == torch.float64 else torch.float32
+    if cos.shape[2] == 0:
+        return torch.ones(*cos.shape[:2], len(turns), dtype=dtype, device=cos.device)
+    channel = (turns.abs() - 1).clamp(min=0)
+    ones = cos.to(dtype).index_select(2, channel) + sin.to(dtype).index_select(2, channel) * turns.sign()
+    return torch.where(turns == 0, 1.0, ones)
 
 
 def mean_of_best(total: Tensor, heads: int) -> Tensor:

@@ -13,14 +13,11 @@ CLEAR = 1e-4
 """Heads whose sums are nearer to each other than this may be ranked either way."""
 
 
-def turned_ones(cos: list[float], sin: list[float], turned: int, head_dim: int) -> list[float]:
-    """A vector of ones after RoPE: first and second halves of what is turned are pairs."""
-    half, ones = turned // 2, [1.0] * head_dim
-    for channel in range(half):
-        # With an angle for each channel, the two of a pair have the same one.
-        c, s = cos[channel], sin[channel]
-        ones[channel], ones[channel + half] = c - s, c + s
-    return ones
+def turned_ones(cos: list[float], sin: list[float], turns: list[int]) -> list[float]:
+    """A vector of ones after RoPE."""
+    return [
+        cos[abs(turn) - 1] + math.copysign(1.0, turn) * sin[abs(turn) - 1] if turn else 1.0 for turn in turns
+    ]
 
 
 def oracle(
@@ -29,7 +26,7 @@ def oracle(
     visual_index: Tensor,
     cos: Tensor,
     sin: Tensor,
-    turned: int,
+    turns: Tensor,
     heads: int,
     rows: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -45,7 +42,7 @@ def oracle(
     clear = math.inf
     for b in range(batch):
         ones = [
-            turned_ones(*angles, turned, head_dim)
+            turned_ones(*angles, turns.tolist())
             for angles in zip(cos[b].tolist(), sin[b].tolist(), strict=True)
         ]
         valid = [row for row in wanted[b] if row >= 0]
@@ -75,10 +72,17 @@ def oracle(
 
 
 def make_angles(
-    batch: int, rows: int, channels: int, repeated: bool, dtype: torch.dtype = torch.float32
+    batch: int, rows: int, channels: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cos and sin [B, Q, E] of angles so near that nothing is orthogonal; ``repeated``: halves are the same."""
+    """Cos and sin [B, Q, E] of angles so near that nothing is orthogonal."""
     generator = torch.Generator().manual_seed(channels)
-    angle = 0.7 * torch.rand(batch, rows, channels // 2 if repeated else channels, generator=generator)
-    angle = torch.cat([angle, angle], dim=2) if repeated else angle
+    angle = 0.7 * torch.rand(batch, rows, channels, generator=generator)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def halves(channels: int, head_dim: int) -> Tensor:
+    """[D] int64, as Llama turns the first channels of a head: those of a pair are half of them apart."""
+    places = torch.arange(1, channels + 1)
+    turns = torch.zeros(head_dim, dtype=torch.int64)
+    turns[:channels] = torch.where(places <= channels // 2, -places, places)
+    return turns
