@@ -45,9 +45,7 @@ def rope_of(module: Any, rotary: Any, query: torch.Tensor) -> Rope | None:
     if turns is None:
         return None
     device, batch = query.device, query.shape[0]
-    on_device = _TURNS.get(
-        (rotate, channels, head_dim, device), device, lambda: to_device(turns, device)
-    )
+    on_device = _TURNS.get((rotate, channels, head_dim, device), device, lambda: to_device(turns, device))
     return Rope(cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), on_device)
 
 
@@ -81,7 +79,7 @@ def _tried_out(module: Any, rotate: Any, channels: int, head_dim: int) -> list[i
     of_cos, of_sin = of_cos - rest, of_sin - rest
     signs = of_sin.sum(0)  # [D], 0 where nothing is turned
     turns = (of_cos.argmax(0) + 1) * signs.long()
-    expected = torch.nn.functional.one_hot(turns.abs(), channels + 1).T[1:]  # [E, D]
+    expected = torch.arange(1, channels + 1, device="cpu")[:, None] == turns.abs()  # [E, D]
     as_told = (
         torch.equal(query, key)
         and torch.equal(rest[0], (turns == 0).float())

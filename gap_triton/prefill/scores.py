@@ -39,7 +39,7 @@ class Attention:
         scale: Factor of ``q k^T``, None = ``D ** -0.5``.
         group: The process group over which heads are split, None = all are here.
         plain: ``prune_tokens`` computes this score by itself.
-        rope: For ``"raters_corrected"``: how the layer turned its rows, where ``corrected_importance`` takes that; else None.
+        rope: For ``"raters_corrected"``: how the layer turned its rows, if ``corrected_importance`` takes it; else None.
         ones: For ``"raters_corrected"`` where ``rope`` is None: equal queries and keys after RoPE, [B or 1, 1, S, D] each.
     """
 

@@ -32,7 +32,9 @@ def test_heads_and_dtypes(heads: tuple[int, int], dtype: torch.dtype) -> None:
     query, key = make((2, *heads, 7, 7, 16), dtype)
     angles = make_angles(2, 7, 16, dtype)
     rows = torch.tensor([[5, 6, -1], [6, -1, -1]])
-    scores = check(query, key, torch.tensor([[1, 2, -1, 4], [5, 0, 2, 6]]), *angles, halves(16, 16), 2, rows=rows)
+    scores = check(
+        query, key, torch.tensor([[1, 2, -1, 4], [5, 0, 2, 6]]), *angles, halves(16, 16), 2, rows=rows
+    )
     assert scores[0, 2] == 0
     assert (scores > 0).sum() == 7
 

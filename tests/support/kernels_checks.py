@@ -340,7 +340,15 @@ def test_importance(
     ("heads", "num_query", "num_keys", "head_dim", "channels", "num_rows", "num_visual"),
     [
         ((2, 1), 40, 140, 128, 128, None, 33),  # several splits of the keys
-        ((2, 1), 50, 50, 40, 20, 37, 40),  # several tiles of rows and of visual tokens, a part of the channels
+        (
+            (2, 1),
+            50,
+            50,
+            40,
+            20,
+            37,
+            40,
+        ),  # several tiles of rows and of visual tokens, a part of the channels
         ((6, 3), 20, 25, 20, 10, 5, 10),  # no power of two of anything
     ],
 )

@@ -131,7 +131,11 @@ def corrected_mass_kernel(
             d = part_start + tl.arange(0, BLOCK_E)
             turn = tl.load(turns + d, mask=d < D, other=0)
             of_row = turned_ones(
-                (cos + row * cos_stride_s)[:, None], (sin + row * sin_stride_s)[:, None], is_row[:, None], turn[None, :], E
+                (cos + row * cos_stride_s)[:, None],
+                (sin + row * sin_stride_s)[:, None],
+                is_row[:, None],
+                turn[None, :],
+                E,
             )
             of_row = tl.where((d < D)[None, :], of_row, 0.0)
             of_token = turned_ones(

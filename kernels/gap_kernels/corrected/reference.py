@@ -39,7 +39,7 @@ def corrected_importance(
     """
     batch, query_heads, _, head_dim = query.shape
     rows = last_row(query) if rows is None else rows
-    ones = turned_ones(cos, sin, turns).to(accumulation_dtype(query))
+    ones = turned_ones(cos, sin, turns, accumulation_dtype(query))
 
     def ones_at(index: Tensor) -> Tensor:
         return ones.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, head_dim))
@@ -47,18 +47,15 @@ def corrected_importance(
     of_tokens = ones_at(visual_index).transpose(1, 2)  # [B, D, V]
     size = (batch, key.shape[1], query_heads // key.shape[1], visual_index.shape[1])
     total = torch.zeros(size, dtype=ones.dtype, device=query.device)
-    for block, weight, counted in attended(
-        query, key, visual_index, rows, attention_mask, None, scale, True
-    ):
+    for block, weight, counted in attended(query, key, visual_index, rows, attention_mask, None, scale, True):
         by_rope = ones_at(rows[:, block]) @ of_tokens * head_dim**-0.5  # [B, r, V]
         # Nothing over what RoPE makes 0 of is nothing, too.
         total += torch.where(counted & (weight != 0), weight / by_rope[:, None, None], 0.0).sum(3)
     return mean_of_best(total.flatten(1, 2), heads) / (rows >= 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def turned_ones(cos: Tensor, sin: Tensor, turns: Tensor) -> Tensor:
-    """Return [B, Q, D], what RoPE makes of ones in each row, in float32 or float64; arguments as above."""
-    dtype = torch.float64 if cos.dtype == torch.float64 else torch.float32
+def turned_ones(cos: Tensor, sin: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [B, Q, D], what RoPE makes of ones in each row; arguments as above."""
     if cos.shape[2] == 0:
         return torch.ones(*cos.shape[:2], len(turns), dtype=dtype, device=cos.device)
     channel = (turns.abs() - 1).clamp(min=0)
