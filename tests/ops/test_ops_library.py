@@ -257,6 +257,10 @@ SCHEMAS = (
     ),
     "collect_nearest(Tensor features, Tensor keys, Tensor weights, Tensor kept, SymInt count) -> Tensor",
     (
+        "corrected_importance(Tensor query, Tensor key, Tensor visual_index, Tensor cos, Tensor sin,"
+        " Tensor turns, SymInt heads, Tensor? rows, Tensor? attention_mask, float? scale) -> Tensor"
+    ),
+    (
         "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
