@@ -62,6 +62,18 @@ def visual_importance_lse(x: Inputs) -> Result:
     return (gap_kernels.visual_importance(x.query, x.key, x.visual_index, lse=x.lse),)
 
 
+def corrected_importance(x: Inputs) -> Result:
+    """Score by all text rows, over what RoPE makes of it; of all heads, as rounding may decide which are the best."""
+    # Made of positive numbers what is divided by is far from 0.
+    head_dim, device = x.cos.shape[2], x.cos.device
+    turns = torch.arange(1, head_dim + 1, device=device)
+    angles = (x.cos.abs(), x.sin.abs(), turns)
+    heads = x.query.shape[1]
+    return (
+        gap_kernels.corrected_importance(x.query, x.key, x.visual_index, *angles, heads, rows=x.text_rows),
+    )
+
+
 def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return x.hidden_states, x.cos, x.sin, x.position_ids, x.visual_index
 
@@ -191,6 +203,7 @@ DECODER_CALLS: dict[str, Call] = {
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,
     "visual_importance, lse": visual_importance_lse,
+    "corrected_importance": corrected_importance,
     "prune_by_score": prune_by_score,
     "prune_tokens": prune_tokens,
     "prune_tokens, text rows": prune_tokens_text,

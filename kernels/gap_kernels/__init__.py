@@ -7,6 +7,7 @@ if find_spec("torch") is None:
 
 from .aggregate import spatial_aggregate
 from .backends import backend
+from .corrected import corrected_importance
 from .cosine import text_cosine
 from .flash_attention import AttentionOutput, attention
 from .greedy import greedy_indices
@@ -28,6 +29,7 @@ __all__ = [
     "attention_received",
     "backend",
     "collect_nearest",
+    "corrected_importance",
     "distinct_indices",
     "greedy_indices",
     "grid_neighbours",

@@ -23,8 +23,7 @@ LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
     "sparsevlm": 14,
-    # Attention is computed head by head, and divided, in operators of PyTorch.
-    "sparsevlm+": 173,
+    "sparsevlm+": 20,
     # Queries and keys are turned back in operators of PyTorch.
     "feather": 34,
     # Before the decoder.

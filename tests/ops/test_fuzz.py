@@ -79,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "device": NO_DEVICE,
     "rule": [None, "llava", {}, strategies.AggregationRule, *NO_CHOICE],
     "per_region": [*NO_INT, 0, -1, -(10**30)],
+    "heads": [*NO_INT, None, 0, -1, 99, *BIG],
     "length": [*NO_INT, -1, MAX_LENGTH + 1, *BIG, torch.tensor(3)],
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
@@ -132,6 +133,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "distinct_indices": {"features": "B N C", "scores": "B N"},
     "least_similar_indices": {"features": "B N C", "pivots": "B P", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
+    "corrected_importance": {**ATTENTION, "cos": "B Q E", "sin": "B Q E", "turns": "D"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},
     "attention": {**ATTENTION, "value": "B Hkv S D", "importance_rows": "B R", "importance_columns": "B V"},
     "attention_received": {
@@ -253,6 +255,8 @@ def bad_tensors(call: Call, name: str, value: Tensor) -> list[tuple[str, Any]]:
             twice = value.clone()
             twice[:, 0, :2] = 1
             found.append(("value", twice))
+    if name == "turns":
+        found += [("value", value + 99), ("value", value - 99)]
     if name == "cu_seqlens":
         found += [("value", value + 1), ("value", value.flip(0)), ("value", value[:0])]
     return found

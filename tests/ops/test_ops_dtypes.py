@@ -56,6 +56,13 @@ def pruned(dtype: torch.dtype) -> Any:
     return gap_kernels.prune_tokens(*attention_inputs(dtype), *prompt(dtype), VISUAL, 7)
 
 
+def corrected(dtype: torch.dtype) -> Any:
+    _, cos, sin, _ = prompt(dtype)
+    turns, rows = torch.arange(1, DIM + 1), VISUAL[:, -3:] + 1
+    inputs = (*attention_inputs(dtype), VISUAL, cos.abs(), sin.abs(), turns, 2)
+    return gap_kernels.corrected_importance(*inputs, rows=rows)
+
+
 def attended(dtype: torch.dtype) -> Any:
     query, key = attention_inputs(dtype)
     return gap_kernels.attention(query, key, key + 1, importance_columns=VISUAL)
@@ -134,6 +141,7 @@ OPERATORS: dict[str, Row] = {
         lambda d: gap_kernels.collect_nearest(*features_and_keys(d), SCORES, KEPT, 4),
         lambda d: [d],
     ),
+    "corrected_importance": (corrected, lambda d: [wide(d)]),
     "merge_nearest": (lambda d: gap_kernels.merge_nearest(*features_and_keys(d), KEPT), lambda d: [d]),
     "text_cosine": (
         lambda d: gap_kernels.text_cosine(

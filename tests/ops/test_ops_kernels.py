@@ -25,6 +25,7 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         "select",
         "region",
         "importance",
+        "corrected",
         "prune",
         "attention",
         "received",

@@ -257,6 +257,10 @@ SCHEMAS = (
     ),
     "collect_nearest(Tensor features, Tensor keys, Tensor weights, Tensor kept, SymInt count) -> Tensor",
     (
+        "corrected_importance(Tensor query, Tensor key, Tensor visual_index, Tensor cos, Tensor sin,"
+        " Tensor turns, SymInt heads, Tensor? rows, Tensor? attention_mask, float? scale) -> Tensor"
+    ),
+    (
         "distinct_indices(Tensor features, Tensor scores, SymInt k, SymInt important, SymInt removed_at_once)"
         " -> Tensor"
     ),

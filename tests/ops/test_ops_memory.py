@@ -25,6 +25,7 @@ REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
     for name in (
         "aggregate",
+        "corrected",
         "cosine",
         "flash_attention",
         "greedy",
@@ -102,6 +103,13 @@ def importance(rows: int, **options: Any) -> Tensor:
         lse = torch.randn(2, 4, rows)
         return visual_importance(query, key, visual, rows=text, attention_mask=mask, lse=lse, **options)
     return visual_importance(query, key, visual, rows=text, attention_mask=mask, **options)
+
+
+def corrected(rows: int) -> Tensor:
+    query, key = parts(2, (4, 2), rows + 40)
+    visual, text = torch.arange(40).expand(2, -1), torch.arange(40, rows + 40).expand(2, -1)
+    angles, turns = torch.rand(2, rows + 40, 4), torch.arange(1, 5)
+    return gap_kernels.corrected_importance(query, key, visual, angles, angles, turns, 2, rows=text)
 
 
 def pruned(rows: int) -> Tensor:
@@ -185,6 +193,7 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "importance": importance,
     "importance, max": lambda rows: importance(rows, head_reduction="max", causal=False),
     "importance with lse": lambda rows: importance(rows, given=True),
+    "corrected_importance": corrected,
     "prune_tokens": pruned,
     "attention": attended,
     "attention_received": received,

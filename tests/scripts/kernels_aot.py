@@ -26,6 +26,7 @@ import triton
 from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.corrected import kernel as corrected
 from gap_kernels.cosine import kernel as cosine
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.greedy import kernel as greedy
@@ -99,6 +100,8 @@ BUDGETS = {
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
     "mean_kernel": ((56, 1), (48, 2)),
+    "corrected_mass_kernel": ((176, 16), (208, 6)),
+    "best_heads_kernel": ((56, 1), (32, 1)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
     "prune_kernel": ((128, 49), None),
@@ -192,6 +195,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from region_cases()
     yield from importance_cases()
     yield from importance_variants()
+    yield from corrected_cases()
     yield from prune_cases()
     yield from one_launch_cases()
     yield from attention_cases()
@@ -341,6 +345,17 @@ def importance_variants() -> Iterator[Case]:
         name += "" if value_dim is None else f", value_dim {value_dim}"
         name += ("" if causal else ", not causal") + (", max" if reduction == "max" else "")
         yield described(name, dtype, num_rows, with_lse), partial(importance.visual_importance, *given)
+
+
+def corrected_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key, index = prompt(QWEN, dtype)
+        rows, mask, _ = scoring(QWEN, 64, False)
+        angles = empty(1, QWEN.tokens, QWEN.head_dim, dtype=dtype)
+        turns = torch.zeros(QWEN.head_dim).long()
+        given = (query, key, index, angles, angles, turns, 12, rows, mask, None)
+        name = described("Qwen2.5-VL", dtype, 64, False)
+        yield name, partial(corrected.corrected_importance, *given)
 
 
 def spread_over(coverage: str, num_visual: int) -> tuple[Any, ...]:

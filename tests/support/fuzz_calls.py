@@ -23,6 +23,7 @@ from gap_triton import strategies
 
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
+from .naive import corrected as naive_corrected
 from .naive import cosine as naive_cosine
 from .naive import greedy as naive_greedy
 from .naive import importance as naive_importance
@@ -395,6 +396,38 @@ def visual_importance(source: Source) -> Call:
 
     arguments = {"query": query, "key": key, "visual_index": visual_index, **options}
     return Call(gap_kernels.visual_importance, arguments, check)
+
+
+def corrected_importance(source: Source) -> Call:
+    dtype, query, key = attention_tensors(source)
+    batch, heads, rows, head_dim = query.shape
+    channels = source.size(1, 6)
+    options = {
+        "rows": source.maybe(lambda: source.ints(-1, rows - 1, batch, source.size(0, 3))),
+        "attention_mask": source.maybe(lambda: source.bools(batch, key.shape[2])),
+        "scale": source.pick([None, None, 0.3, -1, 0]),
+    }
+    angles = naive_corrected.make_angles(batch, rows, channels, source.pick(FLOATS))
+    arguments = {
+        "query": query,
+        "key": key,
+        "visual_index": source.ints(-1, rows - 1, batch, source.size(0, 4)),
+        **dict(zip(("cos", "sin"), map(source.laid_out, angles), strict=True)),
+        # Not turned, or by a sum: differences could be 0, and so could be what is divided by.
+        "turns": source.ints(0, channels, head_dim),
+        "heads": source.size(1, heads),
+        **options,
+    }
+    exact = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    expected, clear = naive_corrected.oracle(**exact)
+
+    def check(found: Tensor) -> None:
+        assume(clear > naive_corrected.CLEAR)
+        tolerance = naive_corrected.TOLERANCE[dtype]
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=10 * tolerance, atol=tolerance)
+
+    return Call(gap_kernels.corrected_importance, arguments, check)
 
 
 def attention(source: Source) -> Call:
@@ -981,6 +1014,7 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "least_similar_indices": least_similar_indices,
     "grid_neighbours": grid_neighbours,
     "visual_importance": visual_importance,
+    "corrected_importance": corrected_importance,
     "attention": attention,
     "attention_received": attention_received,
     "prune_by_score": prune_by_score,

@@ -20,6 +20,8 @@ from gap_kernels import blocks, tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
+from gap_kernels.corrected import kernel as corrected
+from gap_kernels.corrected import reference as corrected_reference
 from gap_kernels.cosine import kernel as cosine
 from gap_kernels.cosine import reference as cosine_reference
 from gap_kernels.flash_attention import kernel as attention
@@ -51,6 +53,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gap_triton import latency
+from support.naive.corrected import halves
 from support.poison import poisoned_memory
 
 DEVICE = "cpu" if triton_is_interpreted() else "cuda"
@@ -334,6 +337,54 @@ def test_importance(
     lse = row_lse(query, key, rows, mask)
     scores = importance.visual_importance(query, key, visual_index, rows, mask, lse, None)
     assert_accurate(scores, exact, query)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "num_query", "num_keys", "head_dim", "channels", "num_rows", "num_visual"),
+    [
+        ((2, 1), 40, 140, 128, 128, None, 33),  # several splits of the keys
+        (
+            (2, 1),
+            50,
+            50,
+            40,
+            20,
+            37,
+            40,
+        ),  # several tiles of rows and of visual tokens, a part of the channels
+        ((6, 3), 20, 25, 20, 10, 5, 10),  # no power of two of anything
+    ],
+)
+def test_corrected(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    channels: int,
+    num_rows: int | None,
+    num_visual: int,
+    generator: torch.Generator,
+) -> None:
+    query, key, visual_index, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    query, key = query.to(dtype), key.to(dtype)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    angle = torch.rand(2, num_query, channels, generator=generator)
+    angles = [x.to(DEVICE, dtype) for x in (angle.cos(), angle.sin())]
+    turns = halves(channels, head_dim).to(DEVICE)
+    optional = (turns, max(heads[0] * 14 // 32, 1), rows, mask, None)
+    scores = corrected.corrected_importance(query, key, visual_index, *angles, *optional)
+    exact = corrected_reference.corrected_importance(
+        query.double(), key.double(), visual_index, *(x.double() for x in angles), *optional
+    )
+    assert_accurate(scores, exact, query)
+    assert (scores[1, ::7] == 0).all()
+
+    again = corrected.corrected_importance(query, key, visual_index, *angles, *optional)
+    assert torch.equal(scores, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
