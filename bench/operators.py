@@ -18,6 +18,7 @@ Result = tuple[Tensor, ...]
 Call = Callable[[Inputs], Result]
 
 GREEDY_STEPS = 16
+FEW_PATCHES = 64
 RADIUS_OF_SIDE = 0.7
 """Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
@@ -144,6 +145,21 @@ def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_
     return (gap_kernels.greedy_indices(features, min(x.keep, GREEDY_STEPS), rule),)
 
 
+def distinct_indices(x: Inputs) -> Result:
+    """Remove duplicates among a few patches; of many, two come to be as alike as their rounding."""
+    features = aggregated(x)[0][:, :FEW_PATCHES]
+    patches = features.shape[1]
+    scores = x.scores[:, :patches].contiguous()
+    return (gap_kernels.distinct_indices(features, scores, patches // 2, patches // 4),)
+
+
+def least_similar_indices(x: Inputs) -> Result:
+    """Choose among a few patches what is least like one of two of them."""
+    features = aggregated(x)[0][:, :FEW_PATCHES]
+    pivots = torch.arange(2, device=features.device).expand(len(features), -1)
+    return (gap_kernels.least_similar_indices(features, pivots, features.shape[1] // 2),)
+
+
 def aggregated(x: Inputs) -> tuple[Tensor, Tensor, int, float]:
     """Features of the patches, by rows, what they are compared by, the side of their square and the radius."""
     patches = x.neighbours.shape[1]
@@ -203,6 +219,8 @@ TOWER_CALLS: dict[str, Call] = {
     "spatial_aggregate": spatial_aggregate,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,
+    "distinct_indices": distinct_indices,
+    "least_similar_indices": least_similar_indices,
     "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
     "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
     "greedy_indices, coverage": partial(greedy_indices, rule="coverage_gain"),

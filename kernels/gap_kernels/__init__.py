@@ -19,6 +19,7 @@ from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
 from .select import topk_indices
+from .similarity import distinct_indices, least_similar_indices
 
 __all__ = [
     "AttentionOutput",
@@ -29,8 +30,10 @@ __all__ = [
     "backend",
     "collect_nearest",
     "corrected_importance",
+    "distinct_indices",
     "greedy_indices",
     "grid_neighbours",
+    "least_similar_indices",
     "merge_nearest",
     "prune_by_score",
     "prune_tokens",

@@ -41,10 +41,8 @@ LIMITS = {
     "divprune": 9,
     "scope": 16,
     "cdpruner": 19,
-    # Cosines to four pivots, and what is least like each of them in turn.
-    "dart": 32,
-    # Duplicates are removed eight at a time, here in five steps.
-    "vispruner": 74,
+    "dart": 16,
+    "vispruner": 13,
     "hiprune": 15,
     "vscan": 32,
 }

@@ -115,8 +115,16 @@ OPERATORS: dict[str, Row] = {
         lambda d: gap_kernels.attention_received(*attention_inputs(d)),
         lambda d: [wide(d)],
     ),
+    "distinct_indices": (
+        lambda d: gap_kernels.distinct_indices(features_and_keys(d)[0], SCORES, 8, 3),
+        lambda d: [INT],
+    ),
     "greedy_indices": (greedy, lambda d: [INT] * 3),
     "grid_neighbours": (lambda d: grid_neighbours((3, 4)), lambda d: [SHORT]),
+    "least_similar_indices": (
+        lambda d: gap_kernels.least_similar_indices(features_and_keys(d)[0], KEPT, 8),
+        lambda d: [INT],
+    ),
     "prune_by_score": (
         lambda d: gap_kernels.prune_by_score(SCORES, *prompt(d), VISUAL, 7),
         lambda d: [d, d, d, INT, INT, FLOAT],

@@ -36,6 +36,7 @@ REFERENCES = [
         "received",
         "region",
         "select",
+        "similarity",
     )
 ]
 
@@ -146,6 +147,16 @@ def greedy(patches: int, rule: str) -> Tensor:
     return gap_kernels.greedy_indices(torch.randn(1, patches, 6), 10, rule).float()
 
 
+def distinct(patches: int) -> Tensor:
+    features = torch.randn(1, patches, 6)
+    return gap_kernels.distinct_indices(features, torch.rand(1, patches), patches // 2, 10).float()
+
+
+def least_similar(patches: int) -> Tensor:
+    pivots = torch.tensor([[3, 1, 8, 50]])
+    return gap_kernels.least_similar_indices(torch.randn(1, patches, 6), pivots, patches // 2).float()
+
+
 def contextual(patches: int) -> Tensor:
     features, keys, _ = grids(patches)
     kept = torch.arange(0, patches, 4)[None]
@@ -190,6 +201,8 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "greedy_indices, max-min": lambda patches: greedy(patches, "max_min"),
     "greedy_indices, determinant": lambda patches: greedy(patches, "determinant"),
     "greedy_indices, coverage": lambda patches: greedy(patches, "coverage_gain"),
+    "distinct_indices": distinct,
+    "least_similar_indices": least_similar,
     "contextual": contextual,
     "nearest": nearest,
     "average": average,

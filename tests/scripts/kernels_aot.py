@@ -40,6 +40,7 @@ from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
+from gap_kernels.similarity import kernel as similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -114,9 +115,12 @@ BUDGETS = {
     "collect_kernel": ((128, 3), (128, 3)),
     "assign_kernel": ((168, 48), (208, 48)),
     "merge_kernel": ((96, 48), (160, 48)),
-    "squares_kernel": ((64, 1), (64, 1)),
+    "prepare_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
+    "rest_kernel": ((104, 1), (64, 1)),
+    "remove_kernel": ((128, 9), (64, 1)),
+    "least_similar_kernel": ((128, 1), (96, 1)),
 }
 
 
@@ -199,6 +203,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from aggregate_cases()
     yield from merge_cases()
     yield from greedy_cases()
+    yield from similarity_cases()
 
 
 def launch_as_other_gpus(launch: partial[object]) -> None:
@@ -517,6 +522,18 @@ def greedy_cases() -> Iterator[Case]:
         # Of coverage, two steps are what many are: launches of the same kernels.
         given = (features, scores, None, rule, 1.0, 2, torch.tensor([2]) if with_scores else None, 2)
         yield name, partial(greedy.greedy_indices, *given)
+
+
+def similarity_cases() -> Iterator[Case]:
+    """Of features that merges are compared by, too: the cosines are the same kernel."""
+    features, scores = empty(1, 576, 1024, dtype=torch.bfloat16), empty(1, 576)
+    yield "576 tokens", partial(similarity.distinct_indices, features, scores, 128, 64, 8)
+    pivots, mask = torch.zeros(1, 4).long(), torch.ones(1, 576, dtype=torch.bool)
+    for name, more in (
+        ("576 tokens", (None, 128, None, 128)),
+        ("576 tokens, mask, k per sample", (mask, 0, torch.tensor([2]), 128)),
+    ):
+        yield name, partial(similarity.least_similar_indices, features, pivots, *more)
 
 
 class OfflineDriver:

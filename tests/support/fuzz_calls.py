@@ -34,6 +34,7 @@ from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
 from .naive import select as naive_select
+from .naive import similarity as naive_similarity
 from .naive import strategies as naive_strategies
 
 NAN, INF = math.nan, math.inf
@@ -248,6 +249,55 @@ def greedy_indices(source: Source) -> Call:
         "length": length,
     }
     return Call(gap_kernels.greedy_indices, arguments, check)
+
+
+def distinct_indices(source: Source) -> Call:
+    batch, tokens, channels = source.size(0, 2), source.size(0, 12), source.size(0, 6)
+    features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
+    scores, k = source.scores(batch, tokens), source.size(0, tokens)
+    important, at_once = source.size(0, k), source.pick([1, 2, 8, 2**40])
+
+    def check(found: Tensor) -> None:
+        wanted = []
+        for sample, row in enumerate(scores.tolist()):
+            given = (features[sample].detach(), row, k, important, at_once)
+            index, clear = naive_similarity.distinct(*given)
+            assume(clear > naive_similarity.CLEAR)
+            wanted.append(index)
+        assert_index(found, wanted, None, k)
+
+    arguments = {
+        "features": features,
+        "scores": scores,
+        "k": k,
+        "important": important,
+        "removed_at_once": at_once,
+    }
+    return Call(gap_kernels.distinct_indices, arguments, check)
+
+
+def least_similar_indices(source: Source) -> Call:
+    batch, tokens, channels = source.size(0, 2), source.size(0, 9), source.size(0, 6)
+    features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
+    pivots = source.rows(batch, tokens, source.size(0, tokens + 1))
+    mask = source.maybe(lambda: source.bools(batch, tokens))
+    k = source.pick([source.counts(batch, tokens + 3), 2**62, 10**30])
+    counts = [min(count, tokens) for count in listed(k, batch)]
+    most = max(counts, default=0) if isinstance(k, Tensor) else min(k, tokens)
+    length = source.length(most)
+
+    def check(found: Tensor) -> None:
+        wanted = []
+        for sample, count in enumerate(counts):
+            hidden = None if mask is None else mask[sample].tolist()
+            given = (features[sample].detach(), pivots[sample].tolist(), count, hidden)
+            index, clear = naive_similarity.least_similar(*given)
+            assume(clear > naive_similarity.CLEAR)
+            wanted.append(index)
+        assert_index(found, wanted, length, most)
+
+    arguments = {"features": features, "pivots": pivots, "k": k, "mask": mask, "length": length}
+    return Call(gap_kernels.least_similar_indices, arguments, check)
 
 
 def neighbours_of(source: Source, groups: int, entries: int) -> Tensor:
@@ -960,6 +1010,8 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "greedy_indices": greedy_indices,
+    "distinct_indices": distinct_indices,
+    "least_similar_indices": least_similar_indices,
     "grid_neighbours": grid_neighbours,
     "visual_importance": visual_importance,
     "corrected_importance": corrected_importance,
