@@ -44,7 +44,7 @@ LIMITS = {
     "cdpruner": (13, 0),
     "scope": (7, 1),
     "fastervlm": (0, 1),
-    "vispruner": (66, 1),
+    "vispruner": (4, 1),
     "hiprune": (4, 2),
     "vscan": (5, 2),
 }
