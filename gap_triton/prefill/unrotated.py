@@ -43,7 +43,7 @@ def unrotated(
     stretched = not _is_known_not_to_stretch(text)
     pairs = None
     if query.dtype == key.dtype and cos.dtype == sin.dtype:
-        rotation, sections = _rotation(module)
+        rotation, sections = rotation_with(module)
         pairs = pairs_of(rotation, sections, query.shape[3], cos)
     if pairs is not None:
         return unrotate(query, key, cos, sin, pairs, rescale=stretched)
@@ -135,12 +135,12 @@ def rotate_by(
     module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys [B, H, S, D] by the function of the attention ``module``, which has one."""
-    rotation, sections = _rotation(module)
+    rotation, sections = rotation_with(module)
     return rotate(rotation, sections, query, key, cos, sin)
 
 
-def _rotation(module: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """The function by which the attention ``module`` rotates, and how many channels belong to each axis if it is told so."""
+def rotation_with(module: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """Return the function by which the attention ``module`` rotates, and how many channels of each axis it is told."""
     function: Any = rotation_of(module)
     if "mrope_section" not in inspect.signature(function).parameters:
         return function, None

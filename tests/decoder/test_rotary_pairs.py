@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gap_triton.integration.supported_models import find_parts
 from gap_triton.prefill import unrotated as unrotation
-from gap_triton.prefill.rotary_pairs import _known, pairs_of, rotate
+from gap_triton.prefill.rotary_pairs import pairs_of, rotate
 
 TOLERANCE = 1e-5
 D = 32
@@ -106,18 +106,16 @@ def test_what_is_no_such_rotation_has_no_pairs(rotation: Any) -> None:
     assert pairs_of(rotation, None, D, angles(D)[0]) is None
 
 
-def test_nothing_is_run_while_a_graph_is_traced() -> None:
-    """Where it is known it is a constant; else the model's own function runs as ever."""
-    rotation = function_of("llama")
-    cos = angles(D)[0]
-    pairs = pairs_of(rotation, None, D, cos)
+def test_real_numbers_tell_also_while_operators_are_traced() -> None:
+    def traced(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return function_of("llama")(q, k, cos, sin)
+
+    expected = pairs_of(function_of("llama"), None, D, angles(D)[0])
     with FakeTensorMode():
-        fake = torch.empty(2, 5, D, device="cuda")
-        known = pairs_of(rotation, None, D, fake)
-        assert known is not None
-        assert (known.device.type, known.shape) == ("cuda", pairs.shape)
-        assert pairs_of(failing, None, D + 2, fake) is None
-    assert all(key[0] is not failing or key[2] != D + 2 for key in _known)
+        found = pairs_of(traced, None, D, torch.empty(2, 5, D, device="cuda"))
+        assert found is not None
+        assert (found.device.type, found.shape) == ("cuda", (2, D))
+    assert torch.equal(pairs_of(traced, None, D, angles(D)[0]), expected)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +133,7 @@ def test_the_operator_and_the_models_own_function_agree(
     axes = getattr(text.config, "rope_parameters", None) or {}
     position = position.expand(3, -1, -1) if "mrope_section" in axes else position
     cos, sin = text.rotary_emb(query, position)
-    rotation, sections = unrotation._rotation(attention)
+    rotation, sections = unrotation.rotation_with(attention)
     given = rotate(rotation, sections, query, key, cos, sin)
     found = unrotation.unrotated(attention, text, (cos, sin), *given)
     monkeypatch.setattr(unrotation, "pairs_of", lambda *arguments: None)
