@@ -25,7 +25,7 @@ def expected(scores: Tensor, earlier: Tensor, grid: tuple[int, int], count: int,
     return torch.stack([ranks(*each, grid, count, windows) for each in rows])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_against_loops(data: st.DataObject) -> None:
     grid = data.draw(st.tuples(SIDE, SIDE))
