@@ -25,7 +25,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from gap_triton.demo.scenes import IMAGE_SIZE
-from gap_triton.vllm.plan import FIELD
+from gap_triton.vllm.plan import FIELDS
 
 
 def configure(engine: Engine) -> Any:
@@ -118,7 +118,7 @@ def test_placeholders_and_hashes(model: str) -> None:
         assert len(set(ids[place.offset : place.offset + kept])) == 1
         assert ids[place.offset + kept] != ids[place.offset]
         (item,) = result["mm_kwargs"]["image"]
-        assert int(item[FIELD].data[0]) == kept
+        assert int(item[FIELDS["image"]].data[0]) == kept
 
     def hash_of(processor: Processor, **options: Any) -> str:
         (found,) = processor(**options)["mm_hashes"]["image"]
