@@ -53,9 +53,11 @@ class GapProcessor(ABC):
 
     Attributes:
         has_cls: The vision tower has a CLS token.
+        recurrent: Some layers of the decoder carry a state.
     """
 
     has_cls = False
+    recurrent = False
 
     @abstractmethod
     def image_tokens(self, processed: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -112,6 +114,11 @@ class GapProcessor(ABC):
             raise ValueError(
                 "score='cls': the vision tower of this model has no CLS token, whose attention could rank visual tokens: "
                 "use score='received', the attention that each of them receives"
+            )
+        if options.config.ids == "compacted" and self.recurrent:
+            raise ValueError(
+                "ids='compacted': some decoder layers of this model carry a state, and renumbering was never tried with "
+                "these: use ids='kept'"
             )
         return options
 

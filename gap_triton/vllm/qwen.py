@@ -19,6 +19,7 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5ProcessingInfo
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -167,5 +168,20 @@ class GapQwen3VLProcessor(GapFramesProcessor, Qwen3VLMultiModalProcessor):
 )
 class GapQwen3VLForConditionalGeneration(GapQwenModel, Qwen3VLForConditionalGeneration):
     """Qwen3-VL, whose features for the first decoder layers (deepstack) lie beside those of the input and stay with them."""
+
+    frames_apart = True
+
+
+class GapQwen3_5Processor(GapQwen3VLProcessor):
+    """The processor of Qwen3.5."""
+
+    recurrent = True
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    GapQwen3_5Processor, info=Qwen3_5ProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class GapQwen3_5ForConditionalGeneration(GapQwenModel, Qwen3_5ForConditionalGeneration):
+    """Qwen3.5, some of whose decoder layers carry a state: what was dropped before the first layer never enters it."""
 
     frames_apart = True

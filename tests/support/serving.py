@@ -24,6 +24,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 import gap_triton
 from gap_triton import GapConfig
@@ -58,6 +59,7 @@ PLUG_IN = {
     "qwen2_vl": "GapQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "GapQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "GapQwen3VLForConditionalGeneration",
+    "qwen3_5": "GapQwen3_5ForConditionalGeneration",
 }
 
 
@@ -172,6 +174,11 @@ def random_weights(model_type: str, folder: Path) -> Engine:
     text.num_key_value_heads = text.num_attention_heads = 4
     text.head_dim = 32  # the least that vLLM's attention takes on a CPU
     text.rope_parameters["mrope_section"] = [4, 6, 6]
+    if model_type == "qwen3_vl":
+        text.rope_parameters["mrope_interleaved"] = True
+    if model_type == "qwen3_5":  # of whose heads a quarter turns
+        text.rope_parameters |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        text.linear_key_head_dim = text.linear_value_head_dim = 128  # likewise
     setattr(
         vision, "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size", text.hidden_size
     )
@@ -181,9 +188,12 @@ def random_weights(model_type: str, folder: Path) -> Engine:
     for path in source.folder.glob("*token*.json"):
         shutil.copy(path, folder)
     shutil.copy(source.folder / "preprocessor_config.json", folder)
-    name = kind.__name__.replace("ForConditionalGeneration", "Processor")
+    name = PROCESSOR_MAPPING_NAMES[model_type]
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": name}), encoding="utf-8")
-    if model_type == "qwen3_vl":  # whose processor of videos is one of its own, and counts the pixels of all frames
+    if model_type in (
+        "qwen3_vl",
+        "qwen3_5",
+    ):  # whose processor of videos is one of its own, and counts the pixels of all frames
         images = json.loads((source.folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         common = {key: images[key] for key in ("patch_size", "temporal_patch_size", "merge_size")}
         sizes = {"size": {"shortest_edge": TILE**2, "longest_edge": 2**16}}
