@@ -50,6 +50,9 @@ SCENES, FEW = 128, 16
 DENSE_ROUNDING = (
     2  # requests of FEW x 4 whose tokens may differ in bfloat16, where they do without pruning too
 )
+LOGITS = (
+    0.25  # by which a token of a model with random weights may win in bfloat16; they are in the range of +-5
+)
 LENGTHS = {"llava": 6, "qwen2_5_vl": 8}  # tokens of a prompt beside the image's
 CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 24}
 # On a CPU the ranks of a pipeline warm up, which they do through torch.compile.
@@ -111,15 +114,24 @@ def run(
     model: str, name: str, engine: Engine, calls: list[Call], dtype: torch.dtype = torch.float32
 ) -> tuple[list[Answers], list[int]]:
     """Ask an engine and the oracle; what the engine answered, and how often they agree, by call."""
+    answers, equal, _ = run_and_measure(model, name, engine, calls, dtype)
+    return answers, equal
+
+
+def run_and_measure(
+    model: str, name: str, engine: Engine, calls: list[Call], dtype: torch.dtype
+) -> tuple[list[Answers], list[int], float]:
+    """The same, and how much worse the engine's tokens are in the oracle's eyes, at most: a difference of logits."""
     answers = ask(engine, [call.requests for call in calls])
     oracle = Oracle(engine.folder, dtype)
-    expected = [
-        oracle.answer([replace(each, options={**engine.gap, **each.options}) for each in call.requests])
-        for call in calls
-    ]
-    equal = list(map(same, answers, expected))
+    equal, worst = [], 0.0
+    for call, answer in zip(calls, answers, strict=True):
+        requests = [replace(each, options={**engine.gap, **each.options}) for each in call.requests]
+        count, difference = oracle.compare(requests, answer.tokens)
+        equal.append(count)
+        worst = max(worst, difference)
     record(model, name, calls, answers, equal)
-    return answers, equal
+    return answers, equal, worst
 
 
 def assert_equal(calls: list[Call], equal: list[int]) -> None:
@@ -302,14 +314,15 @@ def test_bfloat16(model: str) -> None:
     ]
     engine = embedded(model, settings={"dtype": "bfloat16"})
     _, equal = run(model, "bfloat16", engine, calls, torch.bfloat16)
-    assert_within_dense_rounding(equal)
-    assert equal[0] >= 4 * FEW - DENSE_ROUNDING
-
-
-def assert_within_dense_rounding(equal: list[int]) -> None:
-    """Of an unpruned call and of pruned ones, each of 4 * FEW requests."""
     dense, *pruned = equal
     assert min(pruned) >= dense - DENSE_ROUNDING
+    assert dense >= 4 * FEW - DENSE_ROUNDING
+
+
+def assert_rounded(equal: list[int], worst: float) -> None:
+    """Of calls of 4 * FEW requests to random weights, which decide between tokens more narrowly than trained ones."""
+    assert min(equal) >= 4 * FEW * 2 / 3
+    assert worst <= LOGITS
 
 
 # --------------------------------------------------------------------------------------------- several processes
@@ -398,14 +411,13 @@ def test_layers_that_carry_a_state(tmp_path: Path) -> None:
             for options in ways
         ),
     ]
-    answers, equal = run(
+    answers, equal, worst = run_and_measure(
         "qwen3_5, random weights", "bfloat16, 24 tokens a step", engine, calls, torch.bfloat16
     )
-    assert_within_dense_rounding(equal[:3])
-    assert_within_dense_rounding(equal[3:])
+    assert_rounded(equal, worst)
     # By another choice of as many tokens they would be other answers.
-    _, received, spatial, *_ = answers
-    assert same(received, spatial.tokens) < FEW
+    _, otherwise = Oracle(engine.folder, torch.bfloat16).compare(calls[1].requests, answers[2].tokens)
+    assert otherwise > 4 * LOGITS
 
 
 TILES = ("llava_next", "llava_onevision")
@@ -491,8 +503,8 @@ def test_tiles_in_bfloat16(model: str, tmp_path: Path) -> None:
             {"score": "received", "keep": 0.5},
         )
     ]
-    _, equal = run(f"{model}, random weights", "bfloat16", engine, calls, torch.bfloat16)
-    assert_within_dense_rounding(equal)
+    _, equal, worst = run_and_measure(f"{model}, random weights", "bfloat16", engine, calls, torch.bfloat16)
+    assert_rounded(equal, worst)
 
 
 @pytest.mark.parametrize("model", TILES)

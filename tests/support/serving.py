@@ -23,6 +23,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -280,7 +281,29 @@ class Oracle:
 
     def answer(self, requests: Sequence[Request], batch: int = 32) -> list[list[int]]:
         """Return the tokens that each request is answered with, up to the one that ends it."""
-        answers: dict[int, list[int]] = {}
+        return [tokens for tokens, _ in self._answers(requests, batch)]
+
+    def compare(
+        self, requests: Sequence[Request], tokens: Sequence[list[int]], batch: int = 32
+    ) -> tuple[int, float]:
+        """Return how many requests have the oracle's ``tokens``, and by how much others were worse in its eyes, at most.
+
+        That is a difference of logits, at the first token of a request that differs: what comes after it has something else
+        before it.
+        """
+        equal, worst = 0, 0.0
+        for (own, logits), other in zip(self._answers(requests, batch), tokens, strict=True):
+            equal += own == other
+            first = next(
+                (step for step, pair in enumerate(zip(own, other, strict=False)) if len(set(pair)) > 1), None
+            )
+            if first is not None:
+                worst = max(worst, float(logits[first, own[first]] - logits[first, other[first]]))
+        return equal, worst
+
+    def _answers(self, requests: Sequence[Request], batch: int) -> list[tuple[list[int], Tensor]]:
+        """Of each request the tokens, and the logits by token."""
+        answers: dict[int, tuple[list[int], Tensor]] = {}
         groups: dict[Any, list[int]] = {}
         for number, request in enumerate(requests):
             key = (tuple(sorted(request.options.items())), len(request.images), len(request.videos))
@@ -291,7 +314,7 @@ class Oracle:
                 answers |= zip(part, self._generate([requests[number] for number in part]), strict=True)
         return [answers[number] for number in range(len(requests))]
 
-    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _generate(self, requests: Sequence[Request]) -> list[tuple[list[int], Tensor]]:
         options = {"keep": 1.0, "score": "received", **requests[0].options}
         if isinstance(options["keep"], int):
             # An engine counts the survivors of an image, transformers those of a sample.
@@ -312,11 +335,19 @@ class Oracle:
             if name in inputs:
                 inputs[name] = inputs[name].to(self.model.dtype)
         with torch.no_grad():
-            generated = self.model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER)
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=ANSWER,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         end = self.model.generation_config.eos_token_id
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        logits = torch.stack(output.logits, dim=1).float()
         return [
-            row[: row.index(end) + 1] if end in row else row
-            for row in generated[:, inputs["input_ids"].shape[1] :].tolist()
+            (row[: row.index(end) + 1] if end in row else row, logits[number])
+            for number, row in enumerate(rows)
         ]
 
 
