@@ -136,7 +136,10 @@ class GapModel:
             sizes, rows = [layout.counts[0]], [plan.kept]
             starts = [place.offset]
             if feature.modality == "video" and self.gap_family.frame_start is not None:
-                sizes, rows = [view.size for view in layout.views], survivors_by_view(plan, layout)
+                sizes = [view.size for view in layout.views]
+                rows = (
+                    survivors_by_view(plan, layout) or rows
+                )  # they are known, or the processor has refused it
                 run = range(place.offset, place.offset + place.length)
                 starts = [row + 1 for row in run if input_tokens[row] == self.gap_family.frame_start]
             offsets = self.gap_family.offsets(layout, interval)

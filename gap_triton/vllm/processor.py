@@ -36,8 +36,9 @@ class ImagesAlone:
         return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
-        """Raise ValueError with the reason for anything but images."""
-        if modality != "image" and num_items:
+        """Raise ValueError, with the reason for what the model would take without the plug-in."""
+        taken: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        if modality in taken and modality != "image" and num_items:
             raise ValueError(
                 f"gap_triton in vLLM takes no {modality} here, {self.why}: send images, or use the model's own architecture "
                 "without 'gap'"
