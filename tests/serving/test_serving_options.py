@@ -69,8 +69,10 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         (
             {"merge": "aggregation"},
             {},
-            "merge='aggregation' in vLLM: merging by the hidden states of several",
+            "merge='aggregation' in vLLM: it compares tokens by hidden states of the last third of the encoder's layers, "
+            "which an engine doesn't keep, and of a LLaVA's encoder doesn't even build",
         ),
+        ({"preset": "nuwa"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
