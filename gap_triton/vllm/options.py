@@ -128,8 +128,8 @@ def refuse(config: GapConfig) -> None:
     elif config.merge not in MERGES:
         reason = (
             f"merge={config.merge!r}",
-            "it compares tokens by hidden states of the last third of the encoder's layers, which an engine doesn't keep, and "
-            "of a LLaVA's encoder doesn't even build: it ends with the layer whose features it takes",
+            "it compares tokens by hidden states of the last third of the encoder's layers, which an engine doesn't keep, "
+            "and of a LLaVA's encoder doesn't even build: it ends with the layer whose features it takes",
         )
     elif config.ids not in IDS:
         reason = (
