@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from support.serving import (
@@ -14,6 +17,7 @@ from support.serving import (
     TILE,
     Engine,
     Request,
+    about_an_image_and_a_video,
     about_videos,
     embedded,
     of_another_shape,
@@ -25,12 +29,19 @@ from support.serving import (
 os.environ |= {**ENVIRONMENT, **IN_PROCESS}
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from gap_triton.demo.scenes import IMAGE_SIZE
+from gap_triton.vllm.model import GapModel
 from gap_triton.vllm.plan import FIELDS
+from gap_triton.vllm.qwen import packed_family
 
 
 def configure(engine: Engine) -> Any:
@@ -246,6 +257,59 @@ def test_placeholders_of_frames_apart(model: str, tmp_path: Path) -> None:
             half.about_a_video(frames=3, **options)
         assert half(**options)  # of an image
     assert half.about_a_video(frames=3, preset="divprune", keep=1.0)
+
+
+def numbered(model: Any, owner: Any, result: Any) -> tuple[torch.Tensor, int]:
+    """The ids that ``model``, a class, has for what a processor made; ``owner`` has what it asks itself for."""
+    features = [
+        MultiModalFeatureSpec(data=item, modality=modality, identifier=str(number), mm_position=place)
+        for modality, places in result["mm_placeholders"].items()
+        for number, (item, place) in enumerate(zip(result["mm_kwargs"][modality], places, strict=True))
+    ]
+    return model.get_mrope_input_positions(owner, result["prompt_token_ids"], features)
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("frames", [2, 9])
+def test_ids_are_those_of_vllm_without_pruning(model: str, frames: int, tmp_path: Path) -> None:
+    """Also of a video that takes more ids by its frames than by its rows: there transformers 5 has smaller ones."""
+    engine = embedded(model) if model == "qwen2_5_vl" else random_weights(model, tmp_path)
+    processor = Processor("qwen2_5_vl", {"keep": 0.5}, engine)
+    config = processor.processor.info.get_hf_config()
+    ours = SimpleNamespace(
+        gap_family=packed_family(config, config.vision_start_token_id if model == "qwen3_vl" else None)
+    )
+    stock = {
+        "qwen2_vl": Qwen2VLForConditionalGeneration,
+        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
+    }[model]
+    owner = SimpleNamespace(config=config)
+    for name in ("iter_mm_grid_thw", "_get_mrope_input_positions"):
+        if hasattr(stock, name):
+            of_class = inspect.getattr_static(stock, name)
+            setattr(
+                owner,
+                name,
+                getattr(stock, name) if isinstance(of_class, staticmethod) else partial(of_class, owner),
+            )
+    (image,) = about_an_image_and_a_video("qwen2_5_vl", 1)
+    (video,) = about_videos("qwen2_5_vl", 1, frames)
+    request = replace(image, videos=video.videos)
+    whole = processor.processed(request, None, {"keep": 1.0})
+    expected, delta = numbered(stock, owner, whole)
+    found, found_delta = numbered(GapModel, ours, whole)
+    assert torch.equal(found, expected)
+    assert found_delta == delta
+    # Pruned, all that is no placeholder keeps its id, and so does what is generated.
+    pruned = processor.processed(request, None, {"keep": 0.25})
+    ids, after = numbered(GapModel, ours, pruned)
+    media = torch.tensor(ours.gap_family.placeholders)
+    text, text_of_whole = (
+        ~torch.isin(torch.tensor(each["prompt_token_ids"]), media) for each in (pruned, whole)
+    )
+    assert torch.equal(ids[:, text], expected[:, text_of_whole])
+    assert len(pruned["prompt_token_ids"]) + after == len(whole["prompt_token_ids"]) + delta
 
 
 def test_renumbering_is_refused_where_layers_carry_a_state(tmp_path: Path) -> None:
