@@ -10,7 +10,7 @@ from gap_kernels import topk_indices
 from torch import Tensor
 
 from ..config import Stage, needs_grid
-from ..strategies import LLAVA
+from ..strategies import QWEN
 from ..strategies.by_features import BY_FEATURES
 from ..vision.budget import budget_of
 from ..vision.layout import Layout, layout_without_grid
@@ -126,5 +126,5 @@ def _beside(stage: Stage, places: Places, features: Tensor, tower: TowerOutput) 
 def _merging(stage: Stage, features: Tensor, tower: TowerOutput) -> Merging:
     before_projector = tower.features is not None and "features" in MERGE_NEEDS[stage.merge]
     rows = torch.arange(len(features), device=features.device)
-    # The rule is of aggregation alone, which engines refuse.
-    return Merging(stage.merge, features, rows, tower, before_projector, LLAVA)
+    # The rule is of aggregation, which an engine does behind the projector alone.
+    return Merging(stage.merge, features, rows, tower, before_projector, QWEN)

@@ -42,7 +42,11 @@ class GapModel:
     gap_family: Family
 
     def start_pruning(
-        self, vllm_config: VllmConfig, family: Family, attentions: Mapping[str, nn.Module]
+        self,
+        vllm_config: VllmConfig,
+        family: Family,
+        attentions: Mapping[str, nn.Module],
+        norms: Sequence[nn.Module] = (),
     ) -> None:
         """Prepare the model.
 
@@ -51,6 +55,7 @@ class GapModel:
             family: How it lays out its images.
             attentions: Of the layers of the vision tower that may score, as `TowerScores` takes them; none where this rank
                 of a pipeline has no tower.
+            norms: Of the tower, those that get the hidden states by which tokens may be compared.
 
         Raises:
             ValueError: The options don't go with this model or this engine.
@@ -72,7 +77,9 @@ class GapModel:
         whole = tensor_model_parallel_all_gather
         projector = getattr(self, "multi_modal_projector", None)
         self._gap_scores = (
-            TowerScores(attentions, family.leading, ranks, total, whole, projector) if attentions else None
+            TowerScores(attentions, family.leading, ranks, total, whole, projector, norms)
+            if attentions
+            else None
         )
         self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)

@@ -55,10 +55,12 @@ class GapProcessor(ABC):
     Attributes:
         has_cls: The vision tower has a CLS token.
         recurrent: Some layers of the decoder carry a state.
+        whole_tower: The vision tower is built to its last layer.
     """
 
     has_cls = False
     recurrent = False
+    whole_tower = False
 
     @abstractmethod
     def image_tokens(self, processed: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -115,6 +117,12 @@ class GapProcessor(ABC):
             raise ValueError(
                 "score='cls': the vision tower of this model has no CLS token, whose attention could rank visual tokens: "
                 "use score='received', the attention that each of them receives"
+            )
+        if options.config.merge == "aggregation" and not self.whole_tower:
+            raise ValueError(
+                "merge='aggregation' in vLLM: it compares tokens by hidden states of the last third of the vision tower's "
+                "layers, of which vLLM builds none behind the one whose features a LLaVA takes: use another merge, or "
+                "gap_triton in transformers"
             )
         if options.config.ids == "compacted" and self.recurrent:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
@@ -29,7 +30,7 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..vision.layout import Layout
-from ..vision_tower.finding import earlier_layers, layers_without_windows
+from ..vision_tower.finding import earlier_layers, last_third, layers_without_windows
 from .choose import survivors_by_view
 from .layouts import PackedFamily
 from .model import GapModel
@@ -62,6 +63,8 @@ def packed_family(config: Any, frame_start: int | None = None) -> PackedFamily:
 
 class GapQwenProcessor(GapProcessor):
     """What the processors share."""
+
+    whole_tower = True
 
     @cached_property
     def gap_family(self) -> PackedFamily:
@@ -127,14 +130,20 @@ class GapQwenModel(GapModel):
         vision = config.vision_config
         full = getattr(vision, "fullatt_block_indexes", None)
         family = packed_family(config, config.vision_start_token_id if self.frames_apart else None)
-        blocks = getattr(self.visual, "blocks", ())  # type: ignore[attr-defined]
-        layers = {}
+        blocks: Any = getattr(self.visual, "blocks", ())  # type: ignore[attr-defined]
+        layers: dict[str, nn.Module] = {}
+        norms: list[nn.Module] = []
         if blocks:
             seeing = layers_without_windows(vision, len(blocks))
             places = {"": -1 if full is None else max(full)}
             places |= {f"{name}_": index for name, index in earlier_layers(seeing, len(blocks)).items()}
             layers = {prefix: blocks[index].attn.attn for prefix, index in places.items()}
-        self.start_pruning(vllm_config, family, layers)
+            # What a layer puts out enters the next one, and in the end the module behind them.
+            behind: Any = self.visual.merger  # type: ignore[attr-defined]
+            following: Any = last_third(blocks)[1:]
+            norms = [block.norm1 for block in following]
+            norms.append(behind.ln_q if hasattr(behind, "ln_q") else behind.norm)
+        self.start_pruning(vllm_config, family, layers, norms)
 
 
 class GapQwen2VLProcessor(GapQwenProcessor, Qwen2VLMultiModalProcessor):

@@ -54,6 +54,8 @@ LOGITS = (
     0.25  # by which a token of a model with random weights may win in bfloat16; they are in the range of +-5
 )
 LENGTHS = {"llava": 6, "qwen2_5_vl": 8}  # tokens of a prompt beside the image's
+# Of the Qwen family, whose towers vLLM builds to the last layer.
+AGGREGATED = ({"score": "received", "keep": 0.25, "coverage": "region", "merge": "aggregation"},)
 CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 24}
 # On a CPU the ranks of a pipeline warm up, which they do through torch.compile.
 PIPELINE = {
@@ -197,6 +199,7 @@ def calls_about_videos() -> Iterator[Call]:
         {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
         {"score": "received", "keep": 0.25, "coverage": "windows"},
         {"score": "received", "keep": 0.25, "merge": "contextual"},
+        *AGGREGATED,
     ):
         yield Call(f"videos: {shown(options)}", about_videos("qwen2_5_vl", FEW, 2, **options))
     options = {"score": "received", "keep": 0.25, "seed": 1}
@@ -240,7 +243,8 @@ def test_tokens_that_are_compared_and_merged(model: str) -> None:
             *({**received, "coverage": coverage} for coverage in (*BY_FEATURES, *BY_TWO_LAYERS)),
             {"score": "random", "keep": 0.25, "coverage": "max_min"},
             {"score": "key_norm", "keep": 0.25, "coverage": "coverage_gain", "exponent": 2.0},
-            *({**received, "merge": merge} for merge in MERGES if merge != "none"),
+            *({**received, "merge": merge} for merge in MERGES if merge not in ("none", "aggregation")),
+            *(AGGREGATED if model != "llava" else ()),
             {**received, "coverage": "coverage_gain", "merge": "contextual"},
             *([{"score": "cls", "keep": 0.25, "merge": "contextual"}] if model == "llava" else []),
         )
@@ -336,7 +340,7 @@ def test_tensor_parallelism(model: str) -> None:
             {"score": "key_norm", "keep": 0.25},
             {"score": "received", "keep": 0.25, "coverage": "coverage_gain"},
             {"score": "received", "keep": 0.25, "merge": "contextual"},
-            *([{"score": "cls", "keep": 0.25}] if model == "llava" else []),
+            *([{"score": "cls", "keep": 0.25}] if model == "llava" else AGGREGATED),
         )
     ]
     if model != "llava":

@@ -161,6 +161,11 @@ def test_requests_that_are_refused() -> None:
     with pytest.raises(ValueError, match="score='cls': the vision tower of this model has no CLS token"):
         qwen(score="cls")
     assert llava(score="cls")
+    with pytest.raises(
+        ValueError, match="merge='aggregation' in vLLM: it compares tokens by hidden states of the last"
+    ):
+        llava(merge="aggregation", coverage="region")
+    assert qwen(merge="aggregation", coverage="region")
     with pytest.raises(ValueError, match="the prompt ends in a pruned image"):
         llava(text="<image>")
     assert llava(text="<image>", keep=1.0)

@@ -94,12 +94,19 @@ SAYS: dict[str, tuple[str, ...]] = {
     ATTENTION.rpartition(".")[0]: ("self.num_heads", "self.num_kv_heads", "self.scale"),
     f"{MODELS}.clip": ("attn_cls=MMEncoderAttention", "self.attn = attn_cls(", "self.vision_model = "),
     f"{MODELS}.siglip": ("attn_cls=MMEncoderAttention", "self.attn = attn_cls(", "self.vision_model = "),
-    f"{MODELS}.qwen2_vl": ("self.attn = MMEncoderAttention(", "x = blk( x, cu_seqlens=cu_seqlens,"),
+    f"{MODELS}.qwen2_vl": ("self.attn = MMEncoderAttention(", "self.norm1(x)", "self.ln_q(x)"),
     f"{MODELS}.qwen2_5_vl": (
         "hidden_states[window_index, :, :]",
         "if layer_num in self.fullatt_block_indexes:",
+        "self.norm1(x)",
+        "self.ln_q(x)",
     ),
-    f"{MODELS}.qwen3_vl": ("self.attn = Qwen2_5_VisionAttention(", "PromptUpdateDetails.select_token_id("),
+    f"{MODELS}.qwen3_vl": (
+        "self.attn = Qwen2_5_VisionAttention(",
+        "self.norm1(x)",
+        "self.norm(x)",
+        "PromptUpdateDetails.select_token_id(",
+    ),
     "vllm.multimodal.processing.processor": ("class PromptUpdateDetails: ", "is_embed: Callable"),
     # What refusals look at.
     "vllm.config.multimodal": ("mm_encoder_tp_mode:", "video_pruning_rate:", "enable_mm_embeds:"),

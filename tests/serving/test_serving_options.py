@@ -66,12 +66,6 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "fastv"}, {}, "in vLLM: an engine counts the same tokens of a request for all layers"),
         ({"preset": "pyramiddrop"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
-        (
-            {"merge": "aggregation"},
-            {},
-            "merge='aggregation' in vLLM: it compares tokens by hidden states of the last third of the encoder's layers, "
-            "which an engine doesn't keep, and of a LLaVA's encoder doesn't even build",
-        ),
         ({"preset": "nuwa"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),

@@ -142,6 +142,34 @@ def test_keys_of_all_ranks_are_put_together(query_and_key: tuple[Tensor, Tensor]
     assert torch.equal(torch.cat(local, -1), key.flatten(2).flatten(0, 1))
 
 
+def test_the_mean_hidden_state_of_several_layers() -> None:
+    """Of what each puts out, also where the next one writes into it; of nothing that isn't asked for."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.norm(x) * 2
+            x.zero_()
+            return output
+
+    layers = [Layer() for _ in range(3)]
+    watched = TowerScores({}, 0, 1, alone, alone, norms=[layer.norm for layer in layers[1:]])
+    state = torch.rand(6, 1, 4, generator=torch.Generator().manual_seed(2))
+    mean = (state * 2 + state * 4)[:, 0] / 2
+    for needs in ({"similarity"}, {"received"}, {"similarity"}):
+        x = state.clone()
+        with watched.record(needs) as recorded:
+            for layer in layers:
+                x = layer(x)
+        if "similarity" in needs:
+            torch.testing.assert_close(recorded["similarity"], mean, rtol=TOLERANCE, atol=TOLERANCE)
+        else:
+            assert not recorded
+
+
 def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     last, middle, early = (Attention(4, 8) for _ in range(3))
@@ -393,7 +421,7 @@ def test_how_many_tokens_of_each_frame_survive_is_known_before_the_tower_runs() 
         name: torch.rand(60, generator=generator)
         for name in ("received", "middle_received", "early_received")
     }
-    tower["keys"] = torch.randn(60, 8, generator=generator)
+    tower["keys"] = tower["similarity"] = torch.randn(60, 8, generator=generator)
     counted = 0
     for score, coverage, merge, kept in product(
         ("received", "spatial", "random"), COVERAGES, MERGES, (7, 31)

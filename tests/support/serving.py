@@ -36,6 +36,8 @@ from gap_triton.demo.scenes import Scenes, held_out
 from . import families, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+# The checkout's own packages, in all processes of an engine, whatever is installed; as pytest has them.
+CHECKOUT = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", ".", "tests"))
 WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM allows on a CPU
 TILE = 32  # rows and columns of pixels
@@ -147,7 +149,7 @@ def ask(engine: Engine, calls: Sequence[Sequence[Request]]) -> list[Answers]:
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [sys.executable, str(WORKER), str(job), str(result)],
-                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": str(ROOT / "tests")},
+                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": CHECKOUT},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
