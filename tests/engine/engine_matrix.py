@@ -325,8 +325,8 @@ def test_bfloat16(model: str) -> None:
 
 def assert_rounded(equal: list[int], worst: float) -> None:
     """Of calls of 4 * FEW requests to random weights, which decide between tokens more narrowly than trained ones."""
-    assert min(equal) >= 4 * FEW * 2 / 3
     assert worst <= LOGITS
+    assert min(equal) > 4 * FEW / 2
 
 
 # --------------------------------------------------------------------------------------------- several processes
