@@ -172,7 +172,7 @@ def _run_plain_step(
 
 def text_step(attachment: Attachment, text: PreTrainedModel, args: Args, kwargs: Kwargs) -> Any:
     """Run a step of the decoder, which its owner has begun or on a cache from which nothing was dropped."""
-    if STATE_KEY in kwargs or has_ours(kwargs):
+    if STATE_KEY in kwargs or not OURS.isdisjoint(kwargs):
         return NO_STEP
     cache = cache_of(kwargs)
     step = step_left(cache)

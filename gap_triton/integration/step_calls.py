@@ -59,12 +59,13 @@ def call_of_module(base: Any) -> Callable[..., Any]:
 
     # Its name tells that a call of the module is under way, as that of torch does; see `Attachment.is_running`.
     def short_call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
-        way = self.__dict__.get(SHORT)
+        attributes = self.__dict__
+        way = attributes.get(SHORT)
         if (
             way is not None
             and not torch.compiler.is_compiling()
             and base.__call__ is TORCH_CALL
-            and is_bare(self, way.hooks)
+            and is_bare(attributes, way.hooks)
         ):
             output = way.take(self, args, kwargs)
             if output is not NO_STEP:
@@ -74,15 +75,20 @@ def call_of_module(base: Any) -> Callable[..., Any]:
     return short_call_impl
 
 
-def is_bare(module: Any, but: frozenset[int]) -> bool:
-    """Return whether torch, when ``module`` is called, has nothing to do but its forward and the hooks ``but``."""
+def is_bare(attributes: dict[str, Any], but: frozenset[int]) -> bool:
+    """Return whether torch, when a module is called, has nothing to do but its forward and the hooks ``but``.
+
+    Args:
+        attributes: Those of the module, past `nn.Module`, which would look for each in its class first.
+        but: The ids of hooks.
+    """
     return (
-        but.issuperset(module._forward_pre_hooks)
-        and but.issuperset(module._forward_hooks)
+        but.issuperset(attributes["_forward_pre_hooks"])
+        and but.issuperset(attributes["_forward_hooks"])
         and not (
-            module._compiled_call_impl
-            or module._backward_hooks
-            or module._backward_pre_hooks
+            attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or attributes.get("_compiled_call_impl")
             or _global_forward_pre_hooks
             or _global_forward_hooks
             or _global_backward_pre_hooks
