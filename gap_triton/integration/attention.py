@@ -94,8 +94,9 @@ def gap_attention_forward(
             gap_state.record_attention(module, query, key, attention_mask, scaling)
     elif query.shape[2] > 1:  # a decode step may come without a state, and prunes nothing anyway
         _warn_not_attached(module)
-    flash = flash_attn_func() if _flash_applies(query, attention_mask, kwargs) else None
-    if flash is not None:
+    if query.is_cuda and _flash_applies(query, attention_mask, kwargs):
+        flash = flash_attn_func()
+        assert flash is not None
         return _flash_attention(flash, module, query, key, value, dropout, scaling, is_causal), None
     if idle:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal)
@@ -132,11 +133,10 @@ def flash_attn_func() -> Any | None:
 
 
 def _flash_applies(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-    # flash_attn_func takes no mask. Padding, ragged batches and sliding windows shorter than the sequence arrive here
-    # as an explicit mask, and stay with sdpa.
+    # Of a query on a GPU. flash_attn_func takes no mask. Padding, ragged batches and sliding windows shorter than the
+    # sequence arrive here as an explicit mask, and stay with sdpa.
     return (
-        query.is_cuda
-        and query.dtype in HALF_PRECISION
+        query.dtype in HALF_PRECISION
         and attention_mask is None
         and query.shape[-1] <= FLASH_HEAD_DIM_LIMIT
         and kwargs.get("position_bias") is None

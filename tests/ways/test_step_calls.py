@@ -1,4 +1,4 @@
-"""A decode step passes the hooks of torch on a module where all of them are ours and have nothing to do, and else runs them."""
+"""A decode step passes the hooks of torch on a module where all are ours and have nothing to do. Elsewhere it runs them."""
 
 from __future__ import annotations
 
