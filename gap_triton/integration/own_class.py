@@ -27,9 +27,10 @@ def change_class(module: nn.Module, call_of: CallOf) -> None:
         module: The module.
         call_of: A function of a module, by which copies and pickles name it.
     """
-    if not hasattr(type(module), BASE):
+    base: Any = type(module)
+    if not hasattr(base, BASE):
         # Past nn.Module, where what torch.compile returns would hand it on to the module that it holds.
-        object.__setattr__(module, "__class__", _class_like(type(module), call_of))
+        object.__setattr__(module, "__class__", _class_like(base, call_of))
 
 
 def give_class_back(module: nn.Module) -> None:
