@@ -49,9 +49,7 @@ def row_of(args: Args, kwargs: Kwargs) -> torch.Tensor | None:
 
 def step_row_of(args: Args, kwargs: Kwargs) -> torch.Tensor | None:
     """Return `row_of` a call, from which nothing can be dropped; None where it asks for what must be refused."""
-    if GENERATED in kwargs or kwargs.get("output_attentions"):
-        return None
-    return row_of(args, kwargs)
+    return None if GENERATED in kwargs or kwargs.get("output_attentions") else row_of(args, kwargs)
 
 
 def has_ours(kwargs: Kwargs) -> bool:
@@ -125,7 +123,7 @@ def head_step(
 def owner_step(attachment: Attachment, owner: PreTrainedModel, args: Args, kwargs: Kwargs) -> Any:
     """Run a step of the module that receives ``input_ids``, on a cache from which nothing was dropped or a plain step."""
     row = step_row_of(args, kwargs)
-    if row is None or has_ours(kwargs):
+    if row is None or not OURS.isdisjoint(kwargs):
         return NO_STEP
     cache = cache_of(kwargs)
     if is_unpruned(cache):

@@ -63,7 +63,7 @@ def call_of_module(base: Any) -> Callable[..., Any]:
         way = attributes.get(SHORT)
         if (
             way is not None
-            and not torch.compiler.is_compiling()
+            and not torch.compiler.is_dynamo_compiling()
             and base.__call__ is TORCH_CALL
             and is_bare(attributes, way.hooks)
         ):
