@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import OWN_ARGUMENTS
+from ..arguments import OWN_ARGUMENTS, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -236,7 +236,7 @@ def let_calls_keep_their_configuration() -> None:
 
     @functools.wraps(generate)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with generation_of(self):
+        with generation_of(self, kwargs.get(VISUAL_PROMPT)):
             return generate(self, *args, **kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
