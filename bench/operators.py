@@ -18,6 +18,7 @@ Result = tuple[Tensor, ...]
 Call = Callable[[Inputs], Result]
 
 GREEDY_STEPS = 16
+FEW_PATCHES = 64
 RADIUS_OF_SIDE = 0.7
 """Within which patches are collected, nearly as Nüwa has it: sqrt(280) on 24 x 24."""
 
@@ -59,6 +60,18 @@ def visual_importance_text(x: Inputs) -> Result:
 def visual_importance_lse(x: Inputs) -> Result:
     """Score by the last row, its log-sum-exp given."""
     return (gap_kernels.visual_importance(x.query, x.key, x.visual_index, lse=x.lse),)
+
+
+def corrected_importance(x: Inputs) -> Result:
+    """Score by all text rows, over what RoPE makes of it; of all heads, as rounding may decide which are the best."""
+    # Made of positive numbers what is divided by is far from 0.
+    head_dim, device = x.cos.shape[2], x.cos.device
+    turns = torch.arange(1, head_dim + 1, device=device)
+    angles = (x.cos.abs(), x.sin.abs(), turns)
+    heads = x.query.shape[1]
+    return (
+        gap_kernels.corrected_importance(x.query, x.key, x.visual_index, *angles, heads, rows=x.text_rows),
+    )
 
 
 def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -132,6 +145,21 @@ def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_
     return (gap_kernels.greedy_indices(features, min(x.keep, GREEDY_STEPS), rule),)
 
 
+def distinct_indices(x: Inputs) -> Result:
+    """Remove duplicates among a few patches; of many, two come to be as alike as their rounding."""
+    features = aggregated(x)[0][:, :FEW_PATCHES]
+    patches = features.shape[1]
+    scores = x.scores[:, :patches].contiguous()
+    return (gap_kernels.distinct_indices(features, scores, patches // 2, patches // 4),)
+
+
+def least_similar_indices(x: Inputs) -> Result:
+    """Choose among a few patches what is least like one of two of them."""
+    features = aggregated(x)[0][:, :FEW_PATCHES]
+    pivots = torch.arange(2, device=features.device).expand(len(features), -1)
+    return (gap_kernels.least_similar_indices(features, pivots, features.shape[1] // 2),)
+
+
 def aggregated(x: Inputs) -> tuple[Tensor, Tensor, int, float]:
     """Features of the patches, by rows, what they are compared by, the side of their square and the radius."""
     patches = x.neighbours.shape[1]
@@ -175,6 +203,7 @@ DECODER_CALLS: dict[str, Call] = {
     "visual_importance": visual_importance,
     "visual_importance, text rows": visual_importance_text,
     "visual_importance, lse": visual_importance_lse,
+    "corrected_importance": corrected_importance,
     "prune_by_score": prune_by_score,
     "prune_tokens": prune_tokens,
     "prune_tokens, text rows": prune_tokens_text,
@@ -190,6 +219,8 @@ TOWER_CALLS: dict[str, Call] = {
     "spatial_aggregate": spatial_aggregate,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,
+    "distinct_indices": distinct_indices,
+    "least_similar_indices": least_similar_indices,
     "greedy_indices, max-min": partial(greedy_indices, rule="max_min"),
     "greedy_indices, determinant": partial(greedy_indices, rule="determinant"),
     "greedy_indices, coverage": partial(greedy_indices, rule="coverage_gain"),

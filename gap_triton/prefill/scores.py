@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gap_kernels import visual_importance
+from gap_kernels import corrected_importance, visual_importance
+from gap_kernels.corrected.reference import mean_of_best
 from torch.nn.functional import pad
 
 from ..config import Stage
@@ -17,6 +18,7 @@ from ..later_layers.masks import is_plain
 from ..state import DecoderRun, Drop, Plan, Prefill
 from ..strategies.draw import draw
 from .parallel import mean_over_ranks, tensor_parallel_group
+from .rope import Rope, rope_of
 from .unrotated import BY_ROTATION, rotated_ones, unrotated
 
 PRIORITY_HEADS, PUBLISHED_HEADS = 14, 32  # of SparseVLM+'s released code, for decoders of 7B
@@ -36,8 +38,9 @@ class Attention:
             ``columns``, which needs no mask.
         scale: Factor of ``q k^T``, None = ``D ** -0.5``.
         group: The process group over which heads are split, None = all are here.
-        ones: For ``"raters_corrected"``: equal queries and keys after RoPE, [B or 1, 1, S, D] each; else None.
         plain: ``prune_tokens`` computes this score by itself.
+        rope: For ``"raters_corrected"``: how the layer turned its rows, if ``corrected_importance`` takes it; else None.
+        ones: For ``"raters_corrected"`` where ``rope`` is None: equal queries and keys after RoPE, [B or 1, 1, S, D] each.
     """
 
     query: torch.Tensor
@@ -47,6 +50,7 @@ class Attention:
     scale: float | None
     group: Any
     plain: bool
+    rope: Rope | None = None
     ones: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -84,16 +88,17 @@ def attention_of(run: DecoderRun, prefill: Prefill, stage: Stage, plan: Plan, ro
             mask = among(mask, visual)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
-    ones = None
+    rope = ones = None
     if stage.score == "raters_corrected":
         if group is not None:
             raise ValueError(
                 "score='raters_corrected': it ranks by some of the heads, and these are split over devices; use "
                 "score='raters'"
             )
-        ones = rotated_ones(scoring.module, rotary, query)
+        rope = rope_of(scoring.module, rotary, query) if mask is None else None
+        ones = rotated_ones(scoring.module, rotary, query) if rope is None else None
     plain = mask is None and group is None and stage.score not in ("key_norm", *BY_ROTATION)
-    return Attention(query, key, real, mask, scoring.scale, group, plain, ones)
+    return Attention(query, key, real, mask, scoring.scale, group, plain, rope, ones)
 
 
 def among(mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -135,6 +140,17 @@ def scores_by_attention(stage: Stage, plan: Plan, attention: Attention) -> torch
         if attention.group is not None:
             squares = mean_over_ranks(squares, attention.group)
         return squares.sqrt().gather(1, plan.visual_index.clamp(min=0))
+    if attention.rope is not None:
+        return corrected_importance(
+            attention.query,
+            attention.key,
+            plan.visual_index,
+            *attention.rope,
+            priority_heads(attention),
+            rows=plan.rows,
+            attention_mask=attention.columns,
+            scale=attention.scale,
+        ).float()
     if attention.ones is not None:
         return importance_corrected(attention, attention.ones, plan.rows, plan.visual_index)
     if attention.mask is None:
@@ -173,13 +189,18 @@ def importance_by_mask(
     return torch.where(visual_index >= 0, total, 0.0).float()
 
 
+def priority_heads(attention: Attention) -> int:
+    """Return how many heads count for SparseVLM+: its share of those that there are, one at least."""
+    return max(round(attention.query.shape[1] * PRIORITY_HEADS / PUBLISHED_HEADS), 1)
+
+
 def importance_corrected(
     attention: Attention,
     ones: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
     visual_index: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the attention of ``rows`` over what RoPE makes of it, mean over the heads that have the most (SparseVLM+).
+    """Return `gap_kernels.corrected_importance` of rows that attend by a mask, or are turned in another way.
 
     Args:
         attention: Query, key, mask and scale.
@@ -190,7 +211,7 @@ def importance_corrected(
     Returns:
         [B, V] float32; 0 at filler.
     """
-    batch, heads, queries, channels = attention.query.shape
+    batch, _, queries, channels = attention.query.shape
     mask = attention.mask
     if mask is None:
         columns = attention.key.shape[2]
@@ -211,10 +232,7 @@ def importance_corrected(
         total = total + (weights / by_rope).masked_fill_(weights == 0, 0.0).sum(dim=2)  # [B, H, V]
     assert isinstance(total, torch.Tensor)
     total = total.masked_fill_(filler[:, None], 0.0)
-    count = max(round(heads * PRIORITY_HEADS / PUBLISHED_HEADS), 1)
-    best = total.sum(dim=2).argsort(dim=1, descending=True, stable=True)[:, :count]
-    chosen = total.gather(1, best[..., None].expand(-1, -1, total.shape[2]))
-    mean = chosen.mean(dim=1) / (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+    mean = mean_of_best(total, priority_heads(attention)) / (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1)
     return mean.masked_fill_(filler, 0.0).float()
 
 

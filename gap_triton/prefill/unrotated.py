@@ -37,8 +37,8 @@ def unrotated(
     Raises:
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
-    cos, sin = _cos_and_sin(module, rotary, query, "unrotated")
-    query, key = _rotate(module, query, key, cos, -sin)
+    cos, sin = cos_and_sin(module, rotary, query, "unrotated")
+    query, key = rotate_by(module, query, key, cos, -sin)
     if _is_known_not_to_stretch(text):
         return query, key
     # Some embeddings scale cos and sin (YaRN), in both directions: by now the channels that turn are scaled twice.
@@ -61,8 +61,8 @@ def rotated_ones(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.T
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
     ones = torch.ones_like(query[:, :1], dtype=torch.float32)
-    cos, sin = _cos_and_sin(module, rotary, query, "raters_corrected")
-    return _rotate(module, ones, ones, cos.float(), sin.float())
+    cos, sin = cos_and_sin(module, rotary, query, "raters_corrected")
+    return rotate_by(module, ones, ones, cos.float(), sin.float())
 
 
 def _is_known_not_to_stretch(text: Any) -> bool:
@@ -109,18 +109,24 @@ def _rotates(node: ast.AST) -> bool:
     return any(map(_rotates, ast.iter_child_nodes(node)))
 
 
-def _cos_and_sin(
+def cos_and_sin(
     module: Any, rotary: Any, query: torch.Tensor, score: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of the rows of ``query`` [B, H, S, D], as the layer got them in ``rotary``.
+
+    Raises:
+        ValueError: The attention ``module`` has no known rotation, or ``rotary`` is something else.
+    """
     if rotation_of(module) is None or not isinstance(rotary, tuple) or len(rotary) != 2:
         raise _no_rotation(module, score)
     cos, sin = (x.to(query.device)[..., : query.shape[2], :] for x in rotary)
     return cos, sin
 
 
-def _rotate(
+def rotate_by(
     module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys [B, H, S, D] by the function of the attention ``module``, which has one."""
     rotate: Any = rotation_of(module)
     sections: tuple[Any, ...] = ()
     if "mrope_section" in inspect.signature(rotate).parameters:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from gap_kernels import greedy_indices, topk_indices
-from gap_kernels.precision import without_autocast
+from gap_kernels import distinct_indices, greedy_indices, least_similar_indices, topk_indices
 from torch import Tensor
 
-from .rows import accumulation_dtype, last_where, rows_at
-from .without_filler import best_first
+from .rows import last_where, nan_last
 
 GREEDY = ("max_min", "determinant", "coverage_gain")
 """Rules of `gap_kernels.greedy_indices`."""
@@ -74,7 +71,6 @@ def _scaled(scores: Tensor, mask: Tensor | None) -> Tensor:
     return (scores - least + SCALE_EPSILON) / (most - least).clamp(min=SCALE_EPSILON)
 
 
-@without_autocast
 def least_similar(
     scores: Tensor,
     features: Tensor,
@@ -97,77 +93,24 @@ def least_similar(
     Returns:
         [G, length] int64, ascending, filled with -1 on the left.
     """
-    if mask is None and not isinstance(keep, Tensor):
-        index = _least_similar_of_all(scores, features, keep)
-        return F.pad(index, (length - keep, 0), value=-1) if length > keep else index
-    most = min(PIVOTS, length)
     num_pivots = keep.clamp(max=PIVOTS) if isinstance(keep, Tensor) else min(keep, PIVOTS)
-    scores = (
-        last_where(~mask, scores) if mask is not None else torch.where(scores.isnan(), -torch.inf, scores)
-    )
-    pivots = topk_indices(scores, num_pivots, length=most)
-    unit = F.normalize(features.to(accumulation_dtype(features)), dim=-1)
-    # Where there are fewer pivots, what stands for them is used for nothing: no other token is chosen.
-    cosine = unit @ rows_at(unit, pivots.clamp(min=0)).transpose(1, 2)
-    distance = torch.where(cosine.isnan(), -torch.inf, -cosine.float())
-    if mask is not None:
-        distance = torch.where(mask[..., None], distance, torch.nan)
-    # One more row takes the filler.
-    distance = F.pad(distance, (0, 0, 0, 1), value=torch.nan)
-    chosen, rest = [pivots], keep - num_pivots
-    for number in range(most):
-        taken = chosen[-1].where(chosen[-1] >= 0, scores.shape[1])
-        distance.scatter_(1, taken[..., None].expand(-1, -1, most), torch.nan)
-        share = rest * (number + 1) // most - rest * number // most
-        width = -(-(length - most) // most) if isinstance(share, Tensor) else share
-        chosen.append(topk_indices(distance[:, :-1, number].contiguous(), share, length=width))
-    index = torch.cat(chosen, dim=1).sort(dim=1).values  # filler first
-    return F.pad(index, (length - index.shape[1], 0), value=-1)
+    ranked = nan_last(scores) if mask is None else last_where(~mask, scores)
+    pivots = topk_indices(ranked, num_pivots, length=min(PIVOTS, length))
+    return least_similar_indices(features, pivots, keep, mask=mask, length=length)
 
 
-def _least_similar_of_all(scores: Tensor, features: Tensor, keep: int) -> Tensor:
-    """Choose as `least_similar` does, the same number of every row and without filler: [G, keep] int64."""
-    num_pivots = min(keep, PIVOTS)
-    ranked = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    chosen, rest = [topk_indices(ranked, num_pivots)], keep - num_pivots
-    if rest:
-        unit = F.normalize(features.to(accumulation_dtype(features)), dim=-1)
-        cosine = (rows_at(unit, chosen[0]) @ unit.transpose(1, 2)).float()
-        distance = torch.nan_to_num(-cosine, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # [G, P, N]
-        for number in range(num_pivots):
-            distance.scatter_(2, chosen[-1][:, None].expand(-1, num_pivots, -1), torch.nan)  # comes last
-            share = rest * (number + 1) // num_pivots - rest * number // num_pivots
-            chosen.append(topk_indices(distance[:, number], share))
-    return torch.cat(chosen, dim=1).sort(dim=1).values
-
-
-@without_autocast
 def distinct(scores: Tensor, features: Tensor, keep: int) -> Tensor:
     """Choose a half by score, and from the others remove what is most like another (VisPruner, arXiv 2412.01818).
 
-    In order of their scores, the others are dealt into two halves. Of the first, those with the largest cosine to any token
-    of the second are removed, up to `REMOVED_AT_ONCE`; what is left is dealt again, until as many are left as are wanted.
+    See `gap_kernels.distinct_indices`.
 
     Args:
-        scores: [G, N] float32, none of them NaN.
+        scores: [G, N] float32; NaN counts as -inf.
         features: [G, N, C]. A token with NaN or infinity is removed as the first of its half.
         keep: How many to choose, 0..N.
 
     Returns:
         [G, keep] int64, ascending.
     """
-    best = keep // IMPORTANT_OF
-    order = best_first(scores, scores.shape[1])
-    others, wanted = order[:, best:], keep - best
-    unit = F.normalize(features.to(accumulation_dtype(features)), dim=-1)
-    fine = unit.isfinite().all(-1, keepdim=True)
-    unit = torch.where(fine, unit, 0.0)
-    spoiled = torch.where(fine[..., 0], 0.0, torch.inf)
-    while wanted and others.shape[1] > wanted:
-        first, second = others[:, ::2], others[:, 1::2]
-        removed = min(REMOVED_AT_ONCE, others.shape[1] - wanted, first.shape[1])
-        cosine = (rows_at(unit, first) @ rows_at(unit, second).transpose(1, 2)).amax(2)
-        alike = cosine + spoiled.gather(1, first)
-        left = alike.argsort(dim=1, descending=True, stable=True)[:, removed:]
-        others = torch.cat([first.gather(1, left), second], dim=1)
-    return torch.cat([order[:, :best], others[:, :wanted]], dim=1).sort(dim=1).values
+    given = {"important": keep // IMPORTANT_OF, "removed_at_once": REMOVED_AT_ONCE}
+    return distinct_indices(features, nan_last(scores), keep, **given)

@@ -251,7 +251,6 @@ def _by_features(
     if coverage == "least_similar":
         return least_similar(scores, features, keep, mask=mask, length=length)
     assert not isinstance(keep, Tensor)
-    scores = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     index = distinct(scores, features, keep)
     return index if length == keep else F.pad(index, (length - keep, 0), value=-1)
 

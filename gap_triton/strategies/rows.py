@@ -56,6 +56,11 @@ def last_where(mask: Tensor, scores: Tensor) -> Tensor:
     return torch.where(mask, torch.nan, torch.where(scores.isnan(), -torch.inf, scores))
 
 
+def nan_last(scores: Tensor) -> Tensor:
+    """Return a copy of ``scores`` in which NaN is -inf."""
+    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
 def best_last(scores: Tensor) -> Tensor:
     """Return a copy of ``scores`` in which nothing is as large as infinity, and NaN is -inf: what comes first gets that."""
     largest = torch.finfo(torch.float32).max

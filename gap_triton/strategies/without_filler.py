@@ -12,7 +12,7 @@ from gap_kernels.precision import without_autocast
 from torch import Tensor
 
 from .merged import Merged
-from .rows import accumulation_dtype
+from .rows import accumulation_dtype, nan_last
 
 
 def best_first(scores: Tensor, count: int) -> Tensor:
@@ -25,8 +25,7 @@ def best_first(scores: Tensor, count: int) -> Tensor:
 
 def best_of_rest(scores: Tensor, kept: Tensor) -> Tensor:
     """Return the best-scored token of each grid that is not ``kept`` [G, K] int64: [G, 1] int64; NaN counts as -inf."""
-    ranked = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return topk_indices(ranked.scatter_(1, kept, torch.nan), 1)
+    return topk_indices(nan_last(scores).scatter_(1, kept, torch.nan), 1)
 
 
 @without_autocast

@@ -456,8 +456,14 @@ def layout_of_packed(packed: Tensor, side: int) -> Layout | None:
 
 def layout_of_grid(grid: tuple[int, int]) -> Layout:
     """Return the layout of one image in one sample, whose tokens are those of one grid."""
+    return layout_of_frames(1, grid)
+
+
+def layout_of_frames(frames: int, grid: tuple[int, int]) -> Layout:
+    """Return the layout of one video in one sample, each frame of which is a grid."""
     index = np.arange(grid[0] * grid[1])
-    return Layout((len(index),), (View(0, 0, index, grid, index),))
+    starts = [frame * len(index) for frame in range(frames)]
+    return Layout((frames * len(index),), tuple(View(0, 0, index + at, grid, index + at) for at in starts))
 
 
 def layout_without_grid(counts: Sequence[int]) -> Layout:

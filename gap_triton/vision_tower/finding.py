@@ -352,6 +352,11 @@ def _feature_layer(owner: PreTrainedModel, module: PreTrainedModel, layers: int)
     return max(state + layers if state < 0 else state - 1 for state in states)
 
 
+def last_third(layers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """Return the layers whose outputs tokens may be compared by: those of the last third, and the one before it."""
+    return layers[-1 - len(layers) // 3 :]
+
+
 def earlier_layers(seeing: Sequence[int], layers: int) -> dict[str, int]:
     """Return the layers before the scoring one that may score too, by the names of `EARLIER`.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..introspect import NAME, SCORES
-from .finding import ALTERNATIVE, ENCODERS, PIXEL_FIELDS, Tower, packs
+from .finding import ALTERNATIVE, ENCODERS, PIXEL_FIELDS, Tower, last_third, packs
 from .recording import Encoded, Needs, Recording, TowerOutput, current_recording
 from .sizes import HOST_SIZES, host_sizes
 
@@ -121,7 +121,7 @@ def install(
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
             handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs, sizes)))
-    for layer in tower.layers[-1 - len(tower.layers) // 3 :]:
+    for layer in last_third(tower.layers):
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
         handles.append(tower.projector.register_forward_pre_hook(_before_projector))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host import to_device
-from .finding import ALTERNATIVE, Tower
+from .finding import ALTERNATIVE, Tower, last_third
 from .scoring import cls_scores, key_rows, received_scores
 
 Need = Literal[
@@ -297,7 +297,7 @@ class Recording:
             )
 
     def _check_states(self) -> None:
-        expected = 1 + len(self.tower.layers) // 3
+        expected = len(last_third(self.tower.layers))
         if self._states != expected:
             self._refuse_if_replaced()
             raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from gap_kernels import topk_indices
 from torch import Tensor
 
 from ..config import Stage, needs_grid
-from ..strategies import LLAVA
+from ..strategies import QWEN
 from ..strategies.by_features import BY_FEATURES
 from ..vision.budget import budget_of
 from ..vision.layout import Layout, layout_without_grid
@@ -45,6 +46,21 @@ def choose(plan: Plan, layout: Layout) -> Tensor | None:
     if plan.kept >= layout.counts[0] or not plan.is_known:
         return None
     return _chosen(plan, layout, None, torch.device("cpu"))[0]
+
+
+def survivors_by_view(plan: Plan, layout: Layout) -> list[int] | None:
+    """Return how many tokens of each view of an image survive; None where the image has to be encoded first.
+
+    Args:
+        plan: How they are chosen.
+        layout: Where its N tokens stand, each of them in a view.
+    """
+    if plan.kept >= layout.counts[0]:
+        return [view.size for view in layout.views]
+    index = choose(plan, layout)
+    if index is not None:
+        return [int(np.isin(view.numbers, index.numpy()).sum()) for view in layout.views]
+    return list(budget_of(layout, plan.stage, None).views) if needs_grid(plan.stage) else None
 
 
 def prune(plan: Plan, layout: Layout, encoded: Encoded) -> tuple[Tensor | None, Tensor]:
@@ -110,5 +126,5 @@ def _beside(stage: Stage, places: Places, features: Tensor, tower: TowerOutput) 
 def _merging(stage: Stage, features: Tensor, tower: TowerOutput) -> Merging:
     before_projector = tower.features is not None and "features" in MERGE_NEEDS[stage.merge]
     rows = torch.arange(len(features), device=features.device)
-    # The rule is of aggregation alone, which engines refuse.
-    return Merging(stage.merge, features, rows, tower, before_projector, LLAVA)
+    # The rule is of aggregation, which an engine does behind the projector alone.
+    return Merging(stage.merge, features, rows, tower, before_projector, QWEN)

@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from .options import options_of
 from .refusals import reasons_against
+
+OURS = "Gap"
+"""What the names of our architectures begin with."""
 
 
 class GapConfigHook(VerifyAndUpdateConfig):
@@ -22,6 +25,7 @@ class GapConfigHook(VerifyAndUpdateConfig):
         Raises:
             ValueError: There are none, or they are wrong.
         """
+        _hook_of_vllm(model_config).verify_and_update_model_config(model_config)
         options_of(_gap_of(model_config))
 
     @staticmethod
@@ -31,6 +35,7 @@ class GapConfigHook(VerifyAndUpdateConfig):
         Raises:
             ValueError: The engine does what was never tried with pruned images; the message has all of it.
         """
+        _hook_of_vllm(vllm_config.model_config).verify_and_update_config(vllm_config)
         reasons = reasons_against(vllm_config)
         if reasons:
             raise ValueError("gap_triton in vLLM: " + "; ".join(reasons))
@@ -52,6 +57,12 @@ class GapLlavaConfigHook(GapConfigHook):
         # Its presence and length are all that is read, and on the outer configuration by the runner alone. The decoder keeps
         # its own RoPE: with this in the text's configuration it would build one of three axes.
         model_config.hf_config.rope_parameters = {"rope_type": "default", "mrope_section": [0, 0, 0]}
+
+
+def _hook_of_vllm(model_config: ModelConfig) -> type[VerifyAndUpdateConfig]:
+    """What vLLM itself calls for the model that ours is made of: it looks by name, and ours has another."""
+    name = model_config.architecture.removeprefix(OURS)
+    return MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
 
 
 def _gap_of(model_config: ModelConfig) -> Any:

@@ -1,10 +1,13 @@
-"""What families of models have of their own: where an image's tokens stand, and how a batch of images is taken apart."""
+"""What families of models have of their own: where an image's tokens stand, and how a batch of images is taken apart.
+
+A video is an image of several frames, a grid each; what is said of images here holds for both.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ..vision.layout import Layout, layout_of_grid, layout_of_packed
+from ..vision.layout import Layout, layout_of_frames, layout_of_packed
 from ..vision.pictures import numbered
 from ..vision_tower.patches import mean_of_patches, out_of_windows
 
@@ -21,30 +24,39 @@ CACHED_SIZES = 64
 
 
 @lru_cache(CACHED_SIZES)
-def layout_of_size(grid: tuple[int, int]) -> Layout:
-    """Return the layout of an image of so many rows and columns of tokens."""
-    return layout_of_grid(grid)
+def layout_of_size(grid: tuple[int, int], frames: int = 1) -> Layout:
+    """Return the layout of an image of so many rows and columns of tokens, or of a video of so many frames of them."""
+    return layout_of_frames(frames, grid)
 
 
 @dataclass(frozen=True)
 class Family(ABC):
     """How a family lays out its images. Each has a `Layout` of its own, as the only image of the only sample.
 
+    A batch of images, as vLLM makes it, is of images or of videos, never of both.
+
     Attributes:
         placeholders: The tokens that stand for images in a prompt.
         leading: Rows of the tower before each image, or each tile of one, that don't become tokens.
         axes: Axes of the decoder's position ids.
+        frame_start: The token after which the tokens of each frame of a video come, where text stands between frames: then a
+            frame is numbered as an image is; None = the frames of a video follow each other.
     """
 
     placeholders: tuple[int, ...]
     leading: int
     axes: int
+    frame_start: int | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def layouts(self, fields: dict[str, Any], images: int) -> list[Layout]:
         """Return where the tokens stand of each of the ``images`` in the multimodal ``fields``."""
 
-    def offsets(self, layout: Layout) -> Tensor:
+    def intervals(self, fields: dict[str, Any], images: int) -> list[float]:
+        """Return how many ids lie between two frames of each of the ``images``."""
+        return [1.0] * images
+
+    def offsets(self, layout: Layout, interval: float = 1.0) -> Tensor:
         """Return the ids of an image's tokens, counted from its first one: [3, N] int64.
 
         vLLM asks for three axes; here all of them are the decoder's one.
@@ -109,44 +121,67 @@ def layout_of_tiles(family: TiledFamily, height: int, width: int) -> Layout:
     return layout_of_packed(packed, family.side) or Layout((len(packed),), ())
 
 
+GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
+"""Fields of images and of videos: frames, rows and columns of patches of each, and the patches."""
+
+
 @dataclass(frozen=True)
 class PackedFamily(Family):
-    """Images of many sizes, packed into one sequence of patches, squares of which are tokens: Qwen-VL.
+    """Images and videos of many sizes, packed into one sequence of patches, squares of which are tokens: Qwen-VL.
 
     Attributes:
         merge: Side of such a square.
         window: Side of a window in tokens, where the tower takes images window by window; else None.
+        per_second: Ids of the first axis that a second of a video takes.
     """
 
     merge: int
     window: int | None = None
+    per_second: float = 1.0
 
     def layouts(self, fields: dict[str, Any], images: int) -> list[Layout]:
-        """Read ``image_grid_thw``, which vLLM keeps on the CPU; an image has one frame."""
-        sizes = fields["image_grid_thw"].reshape(images, 3).tolist()
-        return [layout_of_size((height // self.merge, width // self.merge)) for _, height, width in sizes]
+        """Read the numbers of patches, which vLLM keeps on the CPU."""
+        sizes = fields[_grid_name(fields)].reshape(images, 3).tolist()
+        return [
+            layout_of_size((height // self.merge, width // self.merge), frames)
+            for frames, height, width in sizes
+        ]
 
-    def offsets(self, layout: Layout) -> Tensor:
-        """Count rows and columns."""
+    def intervals(self, fields: dict[str, Any], images: int) -> list[float]:
+        """Read the seconds that a frame takes, which vLLM keeps on the CPU where a model asks for them."""
+        seconds = fields.get("second_per_grid_ts")
+        if seconds is None:
+            return [1.0 if "image_grid_thw" in fields else self.per_second] * images
+        return [each * self.per_second for each in torch.as_tensor(seconds).reshape(images).tolist()]
+
+    def offsets(self, layout: Layout, interval: float = 1.0) -> Tensor:
+        """Count frames, rows and columns; not frames between which there is text."""
         height, width = layout.views[0].grid
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        return torch.stack([torch.zeros_like(row), row, column]).flatten(1)
+        frames = torch.arange(len(layout.views), dtype=torch.float64)
+        # As vLLM rounds without pruning.
+        times = (frames * (interval if self.frame_start is None else 0)).long()
+        grid = torch.meshgrid(times, torch.arange(height), torch.arange(width), indexing="ij")
+        return torch.stack(grid).flatten(1)
 
     def part(self, fields: dict[str, Any], first: int, after: int) -> dict[str, Any]:
         """Cut the patches where the images begin and end."""
-        sizes = fields["image_grid_thw"]
-        ends = [0, *sizes.prod(-1).cumsum(0).tolist()]
-        patches = fields["pixel_values"][ends[first] : ends[after]]
-        return {**fields, "pixel_values": patches, "image_grid_thw": sizes[first:after]}
+        pixels = GRIDS[_grid_name(fields)]
+        ends = [0, *fields[_grid_name(fields)].prod(-1).cumsum(0).tolist()]
+        patches = fields[pixels][ends[first] : ends[after]]
+        return {**super().part(fields, first, after), pixels: patches}
 
     def by_image(self, rows: Tensor, fields: dict[str, Any], layouts: Sequence[Layout]) -> list[Tensor]:
         """Average the patches of each token, and put the tokens back into raster order."""
         rows = mean_of_patches(rows.unflatten(0, (-1, self.merge**2)), (1,))
         if self.window is not None:
-            grids = [layout.views[0].grid for layout in layouts]
-            patches = [(1, height * self.merge, width * self.merge) for height, width in grids]
+            grids = [(len(layout.views), *layout.views[0].grid) for layout in layouts]
+            patches = [(frames, height * self.merge, width * self.merge) for frames, height, width in grids]
             rows = rows[out_of_windows(patches, self.merge, self.window).to(rows.device)]
         return super().by_image(rows, fields, layouts)
+
+
+def _grid_name(fields: dict[str, Any]) -> str:
+    return next(name for name in GRIDS if name in fields)
 
 
 def chunks(layouts: Sequence[Layout], most: int) -> Iterator[tuple[int, int]]:

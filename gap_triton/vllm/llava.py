@@ -51,9 +51,9 @@ class GapLlavaProcessor(GapProcessor, LlavaMultiModalProcessor):
 
     has_cls = True
 
-    def image_tokens(self, processed: Mapping[str, Any]) -> list[int]:
+    def image_tokens(self, processed: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return the same number for each image."""
-        return [self.info.get_max_image_tokens()] * len(processed.get("pixel_values", ()))
+        return {"image": [self.info.get_max_image_tokens()] * len(processed.get("pixel_values", ()))}
 
 
 @MULTIMODAL_REGISTRY.register_processor(

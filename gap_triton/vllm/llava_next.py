@@ -73,9 +73,9 @@ class GapTilesProcessor(GapProcessor):
         """How the model lays out its images."""
         return tiled_family(self.info.get_hf_config(), type(self).gap_pack)  # type: ignore[attr-defined]
 
-    def image_tokens(self, processed: Mapping[str, Any]) -> list[int]:
+    def image_tokens(self, processed: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return the numbers of their tokens, newlines among them."""
-        return [layout.counts[0] for layout in self._layouts(processed)]
+        return {"image": [layout.counts[0] for layout in self._layouts(processed)]}
 
     def check_images(self, processed: Mapping[str, Any], options: Options) -> None:
         """Refuse images that are too large for the model, where it matters where their tokens stand."""
@@ -131,6 +131,8 @@ class GapLlavaNextForConditionalGeneration(GapTilesModel, LlavaNextForConditiona
 
 class GapLlavaOnevisionProcessingInfo(ImagesAlone, LlavaOnevisionProcessingInfo):
     """What vLLM knows of LLaVA-OneVision."""
+
+    why = "because LLaVA-OneVision makes one token of several that the tower scores, by interpolation"
 
 
 class GapLlavaOnevisionProcessor(GapTilesProcessor, LlavaOnevisionMultiModalProcessor):

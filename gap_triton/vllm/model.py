@@ -19,12 +19,12 @@ from vllm.sequence import IntermediateTensors
 from ..vision.layout import Layout
 from ..vision.needs import needs_of_stage
 from ..vision_tower import TowerOutput
-from .choose import Encoded, choose, prune
+from .choose import Encoded, choose, prune, survivors_by_view
 from .layouts import Family, chunks
 from .options import options_of
 from .pipeline import IDS, send_ids
-from .plan import FIELD, Plan, plans_of
-from .positions import PlacedImage, after_encoding, prompt_positions, with_offsets
+from .plan import FIELDS, Plan, plans_of
+from .positions import PlacedImage, after_encoding, placed, prompt_positions, with_offsets
 from .runner import let_the_runner_ask
 from .scores import TowerScores
 
@@ -42,7 +42,11 @@ class GapModel:
     gap_family: Family
 
     def start_pruning(
-        self, vllm_config: VllmConfig, family: Family, attentions: Mapping[str, nn.Module]
+        self,
+        vllm_config: VllmConfig,
+        family: Family,
+        attentions: Mapping[str, nn.Module],
+        norms: Sequence[nn.Module] = (),
     ) -> None:
         """Prepare the model.
 
@@ -51,6 +55,7 @@ class GapModel:
             family: How it lays out its images.
             attentions: Of the layers of the vision tower that may score, as `TowerScores` takes them; none where this rank
                 of a pipeline has no tower.
+            norms: Of the tower, those that get the hidden states by which tokens may be compared.
 
         Raises:
             ValueError: The options don't go with this model or this engine.
@@ -72,18 +77,20 @@ class GapModel:
         whole = tensor_model_parallel_all_gather
         projector = getattr(self, "multi_modal_projector", None)
         self._gap_scores = (
-            TowerScores(attentions, family.leading, ranks, total, whole, projector) if attentions else None
+            TowerScores(attentions, family.leading, ranks, total, whole, projector, norms)
+            if attentions
+            else None
         )
         self._gap_channels = vllm_config.model_config.hf_text_config.hidden_size
         logger.info("gap_triton prunes images before the decoder: %s", options)
 
     # ------------------------------------------------------------------------------------------- encoding
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Encode images, and return the survivors of each: [kept, C + 6], with their ids beside them."""
-        rows = kwargs.pop(FIELD, None)
-        if rows is None:
+        """Encode images or videos, and return the survivors of each: [kept, C + 6], with their ids beside them."""
+        name = next((field for field in FIELDS.values() if field in kwargs), None)
+        if name is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        plans = plans_of(rows)
+        plans = plans_of(kwargs.pop(name))
         layouts = self.gap_family.layouts(kwargs, len(plans))
         survivors: list[Tensor] = []
         # The scheduler counts survivors, so it may send more images at once than memory was profiled with.
@@ -104,6 +111,7 @@ class GapModel:
                 name: self.gap_family.by_image(rows, fields, layouts) for name, rows in recorded.items()
             }
         survivors, projector = [], getattr(self, "multi_modal_projector", None)
+        intervals = self.gap_family.intervals(fields, len(plans))
         for image, (plan, layout, rows) in enumerate(zip(plans, layouts, features, strict=True)):
             (tokens,) = layout.counts
             if len(rows) != tokens:
@@ -113,7 +121,7 @@ class GapModel:
             # Behind them may be what later layers of the decoder get (deepstack).
             own, behind = rows.split([self._gap_channels, rows.shape[1] - self._gap_channels], dim=1)
             index, own = prune(plan, layout, Encoded(own, tower))
-            offsets = self.gap_family.offsets(layout).to(rows.device)
+            offsets = self.gap_family.offsets(layout, intervals[image]).to(rows.device)
             if index is not None:
                 behind, offsets = behind[index], offsets[:, index]
             rows = torch.cat([own, behind], dim=1) if behind.shape[1] else own
@@ -125,15 +133,25 @@ class GapModel:
         self, input_tokens: Sequence[int], mm_features: Sequence[Any]
     ) -> tuple[Tensor, int]:
         """Return the ids of a prompt, [3, L] int64, as far as they are known before it is encoded; and the delta."""
-        images = []
+        images: list[PlacedImage] = []
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
             fields = {name: element.data for name, element in feature.data.items()}
-            (plan,) = plans_of(fields.pop(FIELD))
+            (plan,) = plans_of(fields.pop(FIELDS[feature.modality]))
             (layout,) = self.gap_family.layouts(fields, 1)
+            (interval,) = self.gap_family.intervals(fields, 1)
             place = feature.mm_position
+            sizes, rows = [layout.counts[0]], [plan.kept]
+            starts = [place.offset]
+            if feature.modality == "video" and self.gap_family.frame_start is not None:
+                sizes = [view.size for view in layout.views]
+                rows = (
+                    survivors_by_view(plan, layout) or rows
+                )  # they are known, or the processor has refused it
+                run = range(place.offset, place.offset + place.length)
+                starts = [row + 1 for row in run if input_tokens[row] == self.gap_family.frame_start]
+            offsets = self.gap_family.offsets(layout, interval)
             known = choose(plan, layout)
-            offsets = self.gap_family.offsets(layout)
-            images.append(PlacedImage(place.offset, place.length, offsets, known, plan.ids == "compacted"))
+            images += placed(starts, sizes, rows, offsets, known, plan.ids == "compacted")
         return prompt_positions(len(input_tokens), images)
 
     def recompute_mrope_positions(

@@ -14,7 +14,7 @@ PREFIX = "gap_"
 """What the options of a request begin with, among the ``mm_processor_kwargs``."""
 FIELDS = ("keep", "score", "coverage", "ids", "seed", "exponent", "merge")
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
-MERGES: tuple[Merge, ...] = ("none", "contextual", "nearest", "average", "cluster")
+MERGES: tuple[Merge, ...] = get_args(Merge)
 IDS: tuple[Ids, ...] = ("kept", "compacted")
 OPTIONS = (*FIELDS, "preset", "block", "before")
 SCORE = "received"  # any tower has it
@@ -124,11 +124,6 @@ def refuse(config: GapConfig) -> None:
         reason = (
             f"score={config.score!r}",
             "what is kept of an image is cached by the image, and would depend on the question",
-        )
-    elif config.merge not in MERGES:
-        reason = (
-            f"merge={config.merge!r}",
-            "merging by the hidden states of several layers has not been built for an engine",
         )
     elif config.ids not in IDS:
         reason = (

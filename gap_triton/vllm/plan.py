@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from ..strategies import Coverage
 from ..strategies.by_features import BY_FEATURES
 from .options import COVERAGES, IDS, MERGES, Options
 
-FIELD = "gap_plan"
-"""Name of the multimodal field: [images, 7] int64."""
+FIELDS = {"image": "gap_plan", "video": "gap_video_plan"}
+"""Names of the multimodal fields of images and of videos: [images, 7] int64."""
 
 
 class Plan(NamedTuple):
@@ -81,3 +82,25 @@ def plans_of(rows: Tensor) -> list[Plan]:
         )
         for kept, score, coverage, ids, seed, bits, merge in rows.reshape(-1, len(Plan._fields)).tolist()
     ]
+
+
+def shortened(tokens: Sequence[int], stands_for: Sequence[bool], rows: Sequence[int]) -> list[int]:
+    """Return ``tokens`` with fewer placeholders.
+
+    Args:
+        tokens: What an image becomes in a prompt: runs of placeholders, between which there may be text.
+        stands_for: Whether each is a placeholder.
+        rows: How many of each run stay.
+    """
+    runs = [
+        (place, list(run))
+        for place, run in groupby(zip(tokens, stands_for, strict=True), lambda pair: pair[1])
+    ]
+    if sum(place for place, _ in runs) != len(rows):
+        raise ValueError(
+            f"an image has {sum(place for place, _ in runs)} runs of placeholders: expected {len(rows)}"
+        )
+    counts, found = iter(rows), []
+    for place, run in runs:
+        found += [token for token, _ in (run[: next(counts)] if place else run)]
+    return found

@@ -22,7 +22,7 @@ WIDTH = AXES * DIGITS
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """One image in a prompt.
+    """One image in a prompt, or one frame of a video where text stands between frames.
 
     Attributes:
         start: The row of its first token.
@@ -73,6 +73,35 @@ def prompt_positions(length: int, images: Sequence[PlacedImage]) -> tuple[Tensor
     after = length - row
     parts.append(torch.arange(following, following + after).expand(AXES, -1))
     return torch.cat(parts, 1), following + after - length
+
+
+def placed(
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    rows: Sequence[int],
+    offsets: Tensor,
+    survivors: Tensor | None,
+    compacted: bool,
+) -> list[PlacedImage]:
+    """Return an image in its place, or a video whose frames stand apart, frame by frame.
+
+    Args:
+        starts: The row of the first token of each frame.
+        sizes: How many tokens each has unpruned, N together.
+        rows: How many of them the prompt has.
+        offsets: [3, N] int64, their ids, counted from the first of their frame.
+        survivors: [K] int64, which of the N the prompt has, ascending; None = the encoder has to say, or all of them.
+        compacted: They are numbered as if there had never been more.
+    """
+    images, before = [], 0
+    for start, size, kept in zip(starts, sizes, rows, strict=True):
+        own = offsets[:, before : before + size]
+        inside = None
+        if survivors is not None:
+            inside = survivors[(survivors >= before) & (survivors < before + size)] - before
+        images.append(PlacedImage(start, kept, own, inside, compacted))
+        before += size
+    return images
 
 
 def with_offsets(embeddings: Tensor, offsets: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "video_pruning_rate",
         lambda c: bool(c.model_config.multimodal_config.video_pruning_rate),
-        "that is another method, for videos, which these models don't take; leave it out",
+        "that is vLLM's own pruning of videos, after which text has other ids; leave it out, 'gap' says what videos keep",
     ),
     (
         "a LLaVA with another tower than its own",

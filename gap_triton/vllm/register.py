@@ -14,6 +14,7 @@ MODELS = {
     "GapQwen2VLForConditionalGeneration": ("qwen", GapConfigHook),
     "GapQwen2_5_VLForConditionalGeneration": ("qwen", GapConfigHook),
     "GapQwen3VLForConditionalGeneration": ("qwen", GapConfigHook),
+    "GapQwen3_5ForConditionalGeneration": ("qwen", GapConfigHook),
 }
 
 

@@ -1,8 +1,8 @@
-"""What the scoring layer of a vision tower says of the tokens, while an encoder runs."""
+"""What layers of a vision tower say of the tokens, while an encoder runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,11 +14,13 @@ from ..vision_tower.scoring import cls_scores, key_rows, received_scores
 
 FEATURES = "features"
 """What enters the projector, among the needs."""
+STATES = "similarity"
+"""The mean hidden state of several layers, among the needs."""
 KINDS = ("received", "cls", "key_norm", "keys")
 
 
 class TowerScores:
-    """Scores by the attention of one layer, or of several, and what enters the projector behind the tower.
+    """Scores by the attention of one layer, or of several, their mean hidden state, and what enters the projector.
 
     Args:
         attentions: Modules whose arguments are query, key and value: [B, S, H * D] or [B, S, H, D], after RoPE where the
@@ -29,6 +31,7 @@ class TowerScores:
         total: Adds up a tensor over these processes, so that all choose alike.
         whole: Puts the channels of these processes one behind the other: [..., E] becomes [..., ranks * E].
         projector: Maps the tower's features one by one; None = no module does.
+        norms: Modules that get the hidden states [S, ..., E] whose mean counts: vLLM calls layers past their hooks.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class TowerScores:
         total: Callable[[Tensor], Tensor],
         whole: Callable[[Tensor], Tensor],
         projector: nn.Module | None = None,
+        norms: Sequence[nn.Module] = (),
     ) -> None:
         self._leading, self._ranks, self._total, self._whole = leading, ranks, total, whole
         self._of_features = slice(leading, None)
@@ -48,6 +52,9 @@ class TowerScores:
             attention.register_forward_pre_hook(partial(self._before_attention, prefix), with_kwargs=True)
         if projector is not None:
             projector.register_forward_pre_hook(self._before_projector)
+        self._count = len(norms)
+        for norm in norms:
+            norm.register_forward_pre_hook(self._before_norm)
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -93,6 +100,13 @@ class TowerScores:
             self._scores[prefix + "key_norm"] = (
                 norm if self._ranks == 1 else self._total(norm.square()).sqrt()
             )
+
+    def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if STATES not in self._needs:
+            return
+        # A new tensor: a layer may write into what it gets.
+        state = args[0].flatten(0, -2).float() / self._count
+        self._scores[STATES] = state + self._scores[STATES] if STATES in self._scores else state
 
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if FEATURES in self._needs:

@@ -7,6 +7,7 @@ if find_spec("torch") is None:
 
 from .aggregate import spatial_aggregate
 from .backends import backend
+from .corrected import corrected_importance
 from .cosine import text_cosine
 from .flash_attention import AttentionOutput, attention
 from .greedy import greedy_indices
@@ -18,6 +19,7 @@ from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
 from .select import topk_indices
+from .similarity import distinct_indices, least_similar_indices
 
 __all__ = [
     "AttentionOutput",
@@ -27,8 +29,11 @@ __all__ = [
     "attention_received",
     "backend",
     "collect_nearest",
+    "corrected_importance",
+    "distinct_indices",
     "greedy_indices",
     "grid_neighbours",
+    "least_similar_indices",
     "merge_nearest",
     "prune_by_score",
     "prune_tokens",

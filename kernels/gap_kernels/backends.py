@@ -28,7 +28,7 @@ def backend(name: str) -> Iterator[None]:
         name: ``"auto"``, the default: Triton for CUDA tensors where Triton is installed, the reference elsewhere;
             ``"reference"``: PyTorch everywhere; ``"triton"``: Triton everywhere, or an error. CPU tensors then need
             Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported). Scores of float64 queries,
-            and aggregation and greedy selection in float64, always come from the reference.
+            and what compares or merges features in float64, always come from the reference.
 
     Raises:
         ValueError: If the name is none of these.

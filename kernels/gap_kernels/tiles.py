@@ -185,6 +185,10 @@ IMPORTANCE_FLOAT32 = ByLength(*[Tiles(16, 32, 4, 3, part=16)] * 4, *[Tiles(16, 1
 ATTENTION_FLOAT32 = ByLength(*[Tiles(32, 16, 4, 1, part=16)], *[Tiles(16, 16, 4, 1, part=16)] * 4)
 RECEIVED_FLOAT32 = Tiles(16, 16, 2, 1, part=16)
 
+CORRECTED = Tiles(32, 32, 4, 1, part=64)
+CORRECTED_FLOAT32 = Tiles(16, 16, 4, 1, part=16)
+"""Query rows of one head, 16 where there are no more; columns are visual tokens. Both products are at hand at once."""
+
 PRUNE_WARPS = 8
 PRUNE_REGISTERS = 120
 """Of a thread. Told so, the compiler uses them; left alone it spills a few values to fit one more program."""
@@ -214,6 +218,12 @@ def importance(head_dim: int, num_rows: int, dtype: torch.dtype, device_class: s
     table = IMPORTANCE_FLOAT32 if dtype == torch.float32 else IMPORTANCE[device_class]
     # A short vector behind a mask takes as many registers as an odd one: at 40 elements, 161 where 144 leave room for three.
     chosen = table.odd if head_dim < 64 and head_dim not in (16, 32) else table.of(head_dim)
+    return chosen._replace(rows=FEW_ROWS) if num_rows <= FEW_ROWS else chosen
+
+
+def corrected(num_rows: int, dtype: torch.dtype) -> Tiles:
+    """Return the tiles of ``corrected_mass_kernel`` for so many rows."""
+    chosen = CORRECTED_FLOAT32 if dtype == torch.float32 else CORRECTED
     return chosen._replace(rows=FEW_ROWS) if num_rows <= FEW_ROWS else chosen
 
 

@@ -300,6 +300,19 @@ def check_range(name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: expected values in {low}..{high}, got {found}")
 
 
+def check_counts(counts: Tensor, num_tokens: int, length: int) -> None:
+    """Check the values of a count per sample, which only CPU tensors are checked for.
+
+    Raises:
+        ValueError: If one is negative, or more than the result has columns for.
+    """
+    if int(counts.min()) < 0:
+        raise ValueError(f"k: expected counts >= 0, got {int(counts.min())}")
+    largest = min(int(counts.max()), num_tokens)
+    if largest > length:
+        raise ValueError(f"length: expected at least the largest min(k, N), {largest}, got {length}")
+
+
 def check_distinct(name: str, value: Tensor, num_rows: int) -> None:
     """Check that no sample of a CPU tensor [B, V], whose range is checked, names a position twice (filler aside).
 

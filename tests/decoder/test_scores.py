@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from support import families, ways
 from support.installed_types import build_or_skip
 from support.prompts import make_prompt
 from support.tiny import IMAGE, build
+from torch import Tensor
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.integration.supported_models import find_parts
+from gap_triton.prefill import rope, unrotated
 from gap_triton.prefill import scores as scores_of_decoder
-from gap_triton.prefill import unrotated
 from gap_triton.strategies import STRIDE_SHARE, spatial_order
 
 LAYER = 1
@@ -295,6 +297,71 @@ def test_corrected_raters_against_loops(batch: str) -> None:
         assert torch.allclose(found.score[b, : len(visual)], expected, rtol=2e-3, atol=1e-5)
     plain = selected("llava", batch, GapConfig(0.4, LAYER, "raters"))
     assert not torch.allclose(found.score, plain.score, rtol=1e-2)
+
+
+def corrected_in_both_ways(run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the operator, and by ones that the model's own function turns."""
+    known: list[bool] = []
+
+    def noting(module: Any, rotary: Any, query: Tensor) -> rope.Rope | None:
+        found = rope.rope_of(module, rotary, query)
+        # Before transformers 5 there may be cos and sin of several axes, which the operator doesn't take.
+        known.append(found is not None or rotary[0].dim() == 4)
+        return found
+
+    monkeypatch.setattr(scores_of_decoder, "rope_of", noting)
+    by_operator = run()
+    assert known
+    assert all(known)
+    monkeypatch.setattr(scores_of_decoder, "rope_of", lambda *given: None)
+    by_function = run()
+    torch.testing.assert_close(by_operator, by_function, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", ["left-padded", "right-padded", "ragged-images"])
+@pytest.mark.parametrize("name", ROPES)
+def test_the_operator_turns_ones_as_the_model_does(
+    name: str, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GapConfig(0.6, 0, "raters_corrected", then=(Stage(0.3, LAYER, "raters_corrected"),))
+    corrected_in_both_ways(lambda: selected(name, batch, config).score, monkeypatch)
+
+
+@pytest.mark.parametrize("model_type", ["glm4v", "glm4v_moe", "hunyuan_vl", "granite4_vision"])
+def test_the_operator_turns_ones_as_other_families_do(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs side by side, a part of the channels, pairs of two angles, and a scale of its own."""
+    model = build_or_skip(model_type)
+    gap_triton.attach(model, GapConfig(0.5, 0, "raters_corrected"))
+
+    def run() -> Tensor:
+        with torch.no_grad(), families.visual_features(model):
+            model(**families.prompt(model))
+        return gap_triton.last_selection(model).score
+
+    corrected_in_both_ways(run, monkeypatch)
+
+
+def test_a_rotation_that_turns_ones_in_another_way_turns_them_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long queries have twice the attention by RoPE alone, so half the score."""
+    config = GapConfig(0.4, LAYER, "raters_corrected")
+    expected, module = (
+        selected("llava", "left-padded", config).score,
+        transformers.models.llama.modeling_llama,
+    )
+    rotate = module.apply_rotary_pos_emb
+
+    def longer(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        is_of_ones = bool((q == 1).all())  # those of the model stay as they are
+        q, k = rotate(q, k, cos, sin, unsqueeze_dim)
+        return (2 * q if is_of_ones else q), k
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", longer)
+    found = selected("llava", "left-padded", config).score
+    torch.testing.assert_close(2 * found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", ["raters_corrected", "unrotated"])

@@ -25,8 +25,7 @@ LIMITS = {
     "fastv": 4,
     "pyramiddrop": 12,
     "sparsevlm": 14,
-    # Attention is computed head by head, and divided, in operators of PyTorch.
-    "sparsevlm+": 173,
+    "sparsevlm+": 20,
     # Queries and keys are turned back in operators of PyTorch.
     "feather": 34,
     # Before the decoder.
@@ -44,10 +43,8 @@ LIMITS = {
     "divprune": 9,
     "scope": 16,
     "cdpruner": 19,
-    # Cosines to four pivots, and what is least like each of them in turn.
-    "dart": 32,
-    # Duplicates are removed eight at a time, here in five steps.
-    "vispruner": 74,
+    "dart": 16,
+    "vispruner": 13,
     "hiprune": 15,
     "vscan": 32,
 }

@@ -44,7 +44,7 @@ LIMITS = {
     "cdpruner": (14, 0),
     "scope": (8, 1),
     "fastervlm": (0, 1),
-    "vispruner": (66, 1),
+    "vispruner": (5, 1),
     "hiprune": (4, 2),
     "vscan": (17, 2),
 }

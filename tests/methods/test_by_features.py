@@ -107,7 +107,10 @@ def test_choice_on_samples_with_filler(coverage: str, data: st.DataObject) -> No
 def test_scores_to_a_power(coverage: str, data: st.DataObject) -> None:
     rows, exponent = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([0.0, 0.5, 2.0, 4.0]))
     features, keep = rows_apart(data, rows), data.draw(st.integers(0, rows))
-    scores = data.draw(st.lists(st.floats(0, 4, width=32), min_size=rows, max_size=rows))
+    score = st.one_of(
+        st.just(0.0), st.floats(2**-8, 4, width=32)
+    )  # its power is no less than float32 can hold
+    scores = data.draw(st.lists(score, min_size=rows, max_size=rows))
     wanted, clear = chosen_greedily(coverage, scores, features, keep, exponent)
     assume(clear > CLEAR)
     given_scores = torch.tensor([scores])

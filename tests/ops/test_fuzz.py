@@ -79,10 +79,13 @@ BAD: dict[str, list[Any]] = {
     "device": NO_DEVICE,
     "rule": [None, "llava", {}, strategies.AggregationRule, *NO_CHOICE],
     "per_region": [*NO_INT, 0, -1, -(10**30)],
+    "heads": [*NO_INT, None, 0, -1, 99, *BIG],
     "length": [*NO_INT, -1, MAX_LENGTH + 1, *BIG, torch.tensor(3)],
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
 BAD["keep"] = BAD["count"] = BAD["k"]
+BAD["important"] = [*NO_INT, None, -1, 10**30, torch.tensor(1)]
+BAD["removed_at_once"] = [*NO_INT, None, 0, -1, -(10**30)]
 INDICES = {
     "visual_index",
     "rows",
@@ -91,12 +94,12 @@ INDICES = {
     "anchors",
     "kept",
     "neighbours",
-} | {"targets", "excluded"}
+} | {"targets", "excluded", "pivots"}
 DISTINCT = {
     ("collect_nearest", "kept"), ("merge_nearest", "targets"), ("merge_nearest", "excluded"),
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
     ("cluster", "kept"),
-    ("contextual", "kept"), ("aggregate", "anchors"),
+    ("contextual", "kept"), ("aggregate", "anchors"), ("least_similar_indices", "pivots"),
 }  # fmt: skip
 ATTENTION = {
     "query": "B Hq Q D",
@@ -127,7 +130,10 @@ SHAPES: dict[str, dict[str, str]] = {
     "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
     "topk_indices": {"scores": "B N", "k": "B"},
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
+    "distinct_indices": {"features": "B N C", "scores": "B N"},
+    "least_similar_indices": {"features": "B N C", "pivots": "B P", "mask": "B N", "k": "B"},
     "topk_per_region": {"scores": "B N", "neighbours": "! N R", "k": "B"},
+    "corrected_importance": {**ATTENTION, "cos": "B Q E", "sin": "B Q E", "turns": "D"},
     "visual_importance": {**ATTENTION, "lse": "B Hq R", "value": "B Hkv S Dv"},
     "attention": {**ATTENTION, "value": "B Hkv S D", "importance_rows": "B R", "importance_columns": "B V"},
     "attention_received": {
@@ -163,7 +169,7 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
         found = [
             (kind, bad) for kind, bad in found if not isinstance(bad, Tensor) or bad.dtype != torch.int64
         ]
-    if (function, name) in (("choose", "keep"), ("topk_indices", "k")):
+    if (function, name) in (("choose", "keep"), ("topk_indices", "k"), ("distinct_indices", "k")):
         too_many = call.arguments["scores"].shape[1] + 1
         found += [("value", bad) for bad in (2**63, 10**30, too_many)]
         if isinstance(value, Tensor) and value.numel():
@@ -249,6 +255,8 @@ def bad_tensors(call: Call, name: str, value: Tensor) -> list[tuple[str, Any]]:
             twice = value.clone()
             twice[:, 0, :2] = 1
             found.append(("value", twice))
+    if name == "turns":
+        found += [("value", value + 99), ("value", value - 99)]
     if name == "cu_seqlens":
         found += [("value", value + 1), ("value", value.flip(0)), ("value", value[:0])]
     return found

@@ -56,6 +56,13 @@ def pruned(dtype: torch.dtype) -> Any:
     return gap_kernels.prune_tokens(*attention_inputs(dtype), *prompt(dtype), VISUAL, 7)
 
 
+def corrected(dtype: torch.dtype) -> Any:
+    _, cos, sin, _ = prompt(dtype)
+    turns, rows = torch.arange(1, DIM + 1), VISUAL[:, -3:] + 1
+    inputs = (*attention_inputs(dtype), VISUAL, cos.abs(), sin.abs(), turns, 2)
+    return gap_kernels.corrected_importance(*inputs, rows=rows)
+
+
 def attended(dtype: torch.dtype) -> Any:
     query, key = attention_inputs(dtype)
     return gap_kernels.attention(query, key, key + 1, importance_columns=VISUAL)
@@ -108,8 +115,16 @@ OPERATORS: dict[str, Row] = {
         lambda d: gap_kernels.attention_received(*attention_inputs(d)),
         lambda d: [wide(d)],
     ),
+    "distinct_indices": (
+        lambda d: gap_kernels.distinct_indices(features_and_keys(d)[0], SCORES, 8, 3),
+        lambda d: [INT],
+    ),
     "greedy_indices": (greedy, lambda d: [INT] * 3),
     "grid_neighbours": (lambda d: grid_neighbours((3, 4)), lambda d: [SHORT]),
+    "least_similar_indices": (
+        lambda d: gap_kernels.least_similar_indices(features_and_keys(d)[0], KEPT, 8),
+        lambda d: [INT],
+    ),
     "prune_by_score": (
         lambda d: gap_kernels.prune_by_score(SCORES, *prompt(d), VISUAL, 7),
         lambda d: [d, d, d, INT, INT, FLOAT],
@@ -126,6 +141,7 @@ OPERATORS: dict[str, Row] = {
         lambda d: gap_kernels.collect_nearest(*features_and_keys(d), SCORES, KEPT, 4),
         lambda d: [d],
     ),
+    "corrected_importance": (corrected, lambda d: [wide(d)]),
     "merge_nearest": (lambda d: gap_kernels.merge_nearest(*features_and_keys(d), KEPT), lambda d: [d]),
     "text_cosine": (
         lambda d: gap_kernels.text_cosine(

@@ -25,11 +25,13 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
         "select",
         "region",
         "importance",
+        "corrected",
         "prune",
         "attention",
         "received",
         "aggregate",
         "greedy",
+        "similarity",
     )
     files = [*(f"ops/test_ops_{name}.py" for name in operators), "support/kernels_checks.py"]
     run_pytest(

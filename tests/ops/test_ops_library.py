@@ -257,12 +257,24 @@ SCHEMAS = (
     ),
     "collect_nearest(Tensor features, Tensor keys, Tensor weights, Tensor kept, SymInt count) -> Tensor",
     (
+        "corrected_importance(Tensor query, Tensor key, Tensor visual_index, Tensor cos, Tensor sin,"
+        " Tensor turns, SymInt heads, Tensor? rows, Tensor? attention_mask, float? scale) -> Tensor"
+    ),
+    (
+        "distinct_indices(Tensor features, Tensor scores, SymInt k, SymInt important, SymInt removed_at_once)"
+        " -> Tensor"
+    ),
+    (
         "gather_rows(Tensor hidden_states, Tensor cos, Tensor sin, Tensor position_ids, Tensor index)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     (
         "greedy_indices(Tensor features, Tensor? scores, Tensor? mask, str rule, float exponent, SymInt k,"
         " Tensor? counts, SymInt length) -> Tensor"
+    ),
+    (
+        "least_similar_indices(Tensor features, Tensor pivots, Tensor? mask, SymInt k, Tensor? counts,"
+        " SymInt length) -> Tensor"
     ),
     "merge_nearest(Tensor features, Tensor keys, Tensor targets, Tensor? excluded, bool average) -> Tensor",
     (

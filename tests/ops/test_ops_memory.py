@@ -25,6 +25,7 @@ REFERENCES = [
     importlib.import_module(f"gap_kernels.{name}.reference")
     for name in (
         "aggregate",
+        "corrected",
         "cosine",
         "flash_attention",
         "greedy",
@@ -35,6 +36,7 @@ REFERENCES = [
         "received",
         "region",
         "select",
+        "similarity",
     )
 ]
 
@@ -103,6 +105,13 @@ def importance(rows: int, **options: Any) -> Tensor:
     return visual_importance(query, key, visual, rows=text, attention_mask=mask, **options)
 
 
+def corrected(rows: int) -> Tensor:
+    query, key = parts(2, (4, 2), rows + 40)
+    visual, text = torch.arange(40).expand(2, -1), torch.arange(40, rows + 40).expand(2, -1)
+    angles, turns = torch.rand(2, rows + 40, 4), torch.arange(1, 5)
+    return gap_kernels.corrected_importance(query, key, visual, angles, angles, turns, 2, rows=text)
+
+
 def pruned(rows: int) -> Tensor:
     query, key = parts(1, (4, 2), rows + 40)
     ids, visual = torch.arange(rows + 40)[None], torch.arange(40)[None]
@@ -136,6 +145,16 @@ def aggregated(patches: int) -> Tensor:
 
 def greedy(patches: int, rule: str) -> Tensor:
     return gap_kernels.greedy_indices(torch.randn(1, patches, 6), 10, rule).float()
+
+
+def distinct(patches: int) -> Tensor:
+    features = torch.randn(1, patches, 6)
+    return gap_kernels.distinct_indices(features, torch.rand(1, patches), patches // 2, 10).float()
+
+
+def least_similar(patches: int) -> Tensor:
+    pivots = torch.tensor([[3, 1, 8, 50]])
+    return gap_kernels.least_similar_indices(torch.randn(1, patches, 6), pivots, patches // 2).float()
 
 
 def contextual(patches: int) -> Tensor:
@@ -174,6 +193,7 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "importance": importance,
     "importance, max": lambda rows: importance(rows, head_reduction="max", causal=False),
     "importance with lse": lambda rows: importance(rows, given=True),
+    "corrected_importance": corrected,
     "prune_tokens": pruned,
     "attention": attended,
     "attention_received": received,
@@ -181,6 +201,8 @@ WORK: dict[str, Callable[[int], Tensor]] = {
     "greedy_indices, max-min": lambda patches: greedy(patches, "max_min"),
     "greedy_indices, determinant": lambda patches: greedy(patches, "determinant"),
     "greedy_indices, coverage": lambda patches: greedy(patches, "coverage_gain"),
+    "distinct_indices": distinct,
+    "least_similar_indices": least_similar,
     "contextual": contextual,
     "nearest": nearest,
     "average": average,

@@ -26,6 +26,7 @@ import triton
 from gap_kernels import launch as launching
 from gap_kernels import tiles
 from gap_kernels.aggregate import kernel as aggregate
+from gap_kernels.corrected import kernel as corrected
 from gap_kernels.cosine import kernel as cosine
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.greedy import kernel as greedy
@@ -39,6 +40,7 @@ from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.select import kernel as select
+from gap_kernels.similarity import kernel as similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -98,6 +100,8 @@ BUDGETS = {
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
     "mean_kernel": ((56, 1), (48, 2)),
+    "corrected_mass_kernel": ((176, 16), (208, 6)),
+    "best_heads_kernel": ((56, 1), (32, 1)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
     "prune_kernel": ((128, 49), None),
@@ -111,9 +115,12 @@ BUDGETS = {
     "collect_kernel": ((128, 3), (128, 3)),
     "assign_kernel": ((168, 48), (208, 48)),
     "merge_kernel": ((96, 48), (160, 48)),
-    "squares_kernel": ((64, 1), (64, 1)),
+    "prepare_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
+    "rest_kernel": ((104, 1), (64, 1)),
+    "remove_kernel": ((128, 9), (64, 1)),
+    "least_similar_kernel": ((128, 1), (96, 1)),
 }
 
 
@@ -188,6 +195,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from region_cases()
     yield from importance_cases()
     yield from importance_variants()
+    yield from corrected_cases()
     yield from prune_cases()
     yield from one_launch_cases()
     yield from attention_cases()
@@ -195,6 +203,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from aggregate_cases()
     yield from merge_cases()
     yield from greedy_cases()
+    yield from similarity_cases()
 
 
 def launch_as_other_gpus(launch: partial[object]) -> None:
@@ -336,6 +345,17 @@ def importance_variants() -> Iterator[Case]:
         name += "" if value_dim is None else f", value_dim {value_dim}"
         name += ("" if causal else ", not causal") + (", max" if reduction == "max" else "")
         yield described(name, dtype, num_rows, with_lse), partial(importance.visual_importance, *given)
+
+
+def corrected_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key, index = prompt(QWEN, dtype)
+        rows, mask, _ = scoring(QWEN, 64, False)
+        angles = empty(1, QWEN.tokens, QWEN.head_dim, dtype=dtype)
+        turns = torch.zeros(QWEN.head_dim).long()
+        given = (query, key, index, angles, angles, turns, 12, rows, mask, None)
+        name = described("Qwen2.5-VL", dtype, 64, False)
+        yield name, partial(corrected.corrected_importance, *given)
 
 
 def spread_over(coverage: str, num_visual: int) -> tuple[Any, ...]:
@@ -502,6 +522,18 @@ def greedy_cases() -> Iterator[Case]:
         # Of coverage, two steps are what many are: launches of the same kernels.
         given = (features, scores, None, rule, 1.0, 2, torch.tensor([2]) if with_scores else None, 2)
         yield name, partial(greedy.greedy_indices, *given)
+
+
+def similarity_cases() -> Iterator[Case]:
+    """Of features that merges are compared by, too: the cosines are the same kernel."""
+    features, scores = empty(1, 576, 1024, dtype=torch.bfloat16), empty(1, 576)
+    yield "576 tokens", partial(similarity.distinct_indices, features, scores, 128, 64, 8)
+    pivots, mask = torch.zeros(1, 4).long(), torch.ones(1, 576, dtype=torch.bool)
+    for name, more in (
+        ("576 tokens", (None, 128, None, 128)),
+        ("576 tokens, mask, k per sample", (mask, 0, torch.tensor([2]), 128)),
+    ):
+        yield name, partial(similarity.least_similar_indices, features, pivots, *more)
 
 
 class OfflineDriver:

@@ -48,7 +48,7 @@ def main(job: Path, result: Path) -> None:
         prompts = [
             {
                 "prompt": request.text,
-                "multi_modal_data": {"image": list(request.images)},
+                "multi_modal_data": request.data,
                 "mm_processor_kwargs": {f"gap_{name}": value for name, value in request.options.items()},
             }
             for request in requests

@@ -13,7 +13,7 @@ from support.towers import MERGE
 
 from gap_triton import GapConfig
 from gap_triton.vllm.options import OPTIONS, PREFIX, Options, options_of, without_options
-from gap_triton.vllm.plan import Plan, plans_of, rows_of
+from gap_triton.vllm.plan import Plan, plans_of, rows_of, shortened
 from gap_triton.vllm.refusals import REFUSED, reasons_against
 
 
@@ -66,11 +66,7 @@ def test_a_preset_takes_keep_as_its_budget() -> None:
         ({"preset": "fastv"}, {}, "in vLLM: an engine counts the same tokens of a request for all layers"),
         ({"preset": "pyramiddrop"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "prumerge"}, {}, "keep='outliers' in vLLM"),
-        (
-            {"merge": "aggregation"},
-            {},
-            "merge='aggregation' in vLLM: merging by the hidden states of several",
-        ),
+        ({"preset": "nuwa"}, {}, "nothing can be dropped inside the decoder"),
         ({"preset": "trim"}, {}, "keep='outliers' in vLLM"),
         ({"preset": "cdpruner"}, {}, "score='text_similarity' in vLLM"),
         ({"preset": "trim", "keep": 0.5}, {}, "score='text_similarity' in vLLM"),
@@ -154,6 +150,16 @@ def test_a_plan_is_what_was_asked_for() -> None:
         Plan(20, "key_norm", "determinant", "kept", 2**62, 0.1, "average"),
     ]
     assert plans_of(rows[1]) == plans_of(rows)[1:]
+
+
+def test_placeholders_that_are_fewer() -> None:
+    assert shortened([7] * 5, [True] * 5, [2]) == [7] * 2
+    # Text between the frames of a video stays, also where nothing of a frame does.
+    tokens = [1, 2, 7, 7, 7, 3, 1, 2, 7, 7, 7, 3]
+    stands_for = [token == 7 for token in tokens]
+    assert shortened(tokens, stands_for, [0, 2]) == [1, 2, 3, 1, 2, 7, 7, 3]
+    with pytest.raises(ValueError, match="an image has 2 runs of placeholders: expected 1"):
+        shortened(tokens, stands_for, [2])
 
 
 def test_options_are_shown_in_one_line() -> None:

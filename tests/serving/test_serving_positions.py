@@ -18,7 +18,9 @@ from gap_triton.vllm.positions import (
     PlacedImage,
     after_encoding,
     offsets_of,
+    placed,
     prompt_positions,
+    resolve,
     with_offsets,
 )
 
@@ -28,20 +30,36 @@ CHANNELS = 4
 
 @dataclass
 class Picture:
-    """An image of a prompt, and which of its tokens survive."""
+    """An image of a prompt, or a video whose frames follow each other, and which of its tokens survive.
+
+    A frame of a video between whose frames there is text is an image here, which may have no survivor.
+    """
 
     grid: tuple[int, int]
     survivors: list[int]
     known: bool
+    frames: int = 1
+    interval: int = 1
 
     @property
     def offsets(self) -> Tensor:
         height, width = self.grid
-        return torch.tensor([[0, row, column] for row in range(height) for column in range(width)]).T
+        return torch.tensor(
+            [
+                [frame * self.interval, row, column]
+                for frame in range(self.frames)
+                for row in range(height)
+                for column in range(width)
+            ]
+        ).T
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.grid[0] * self.grid[1]
 
     @property
     def whole(self) -> bool:
-        return len(self.survivors) == self.grid[0] * self.grid[1]
+        return len(self.survivors) == self.tokens
 
 
 @dataclass
@@ -71,7 +89,9 @@ class Prompt:
                 start=start,
                 rows=len(picture.survivors),
                 offsets=picture.offsets,
-                survivors=torch.tensor(picture.survivors) if picture.known and not picture.whole else None,
+                survivors=torch.tensor(picture.survivors, dtype=torch.int64)
+                if picture.known and not picture.whole
+                else None,
                 compacted=False,
             )
             for start, picture in zip(self.starts(), self.pictures, strict=True)
@@ -87,14 +107,9 @@ class Prompt:
             if number == len(self.pictures):
                 break
             picture = self.pictures[number]
-            height, width = picture.grid
-            every = [
-                [following, following + row, following + column]
-                for row in range(height)
-                for column in range(width)
-            ]
+            every = (picture.offsets + following).T.tolist()
             ids += [every[survivor] for survivor in picture.survivors]
-            following += max(picture.grid)
+            following += max(*picture.grid, (picture.frames - 1) * picture.interval + 1)
         return torch.tensor(ids).T, following - len(ids)
 
     def encoded(self) -> list[Tensor]:
@@ -113,10 +128,12 @@ def prompts(draw: st.DrawFn) -> Prompt:
     pictures = []
     for _ in range(draw(st.integers(1, 3))):
         grid = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
-        tokens = range(grid[0] * grid[1])
-        kept = draw(st.integers(1, len(tokens)))
-        survivors = sorted(random.Random(draw(st.integers(0, 99))).sample(tokens, kept))
-        pictures.append(Picture(grid, survivors, draw(st.booleans())))
+        picture = Picture(grid, [], draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+        kept = draw(st.integers(0, picture.tokens))
+        picture.survivors = sorted(
+            random.Random(draw(st.integers(0, 99))).sample(range(picture.tokens), kept)
+        )
+        pictures.append(picture)
     texts = [draw(st.integers(0, 4)) for _ in pictures] + [draw(st.integers(1, 4))]
     return Prompt(texts, pictures)
 
@@ -179,6 +196,37 @@ def test_a_portrait_image_moves_the_text_by_its_height() -> None:
     prompt = Prompt([1, 1], [Picture((9, 2), [0, 17], known=False)])
     positions, _ = prompt_positions(4, prompt.placed())
     assert positions[:, -1].tolist() == [10, 10, 10]
+
+
+def test_a_video_that_is_long_moves_the_text_by_its_frames() -> None:
+    video = Picture((2, 3), [0, 23], known=False, frames=4, interval=2)
+    positions, delta = prompt_positions(4, Prompt([1, 1], [video]).placed())
+    assert positions[:, -1].tolist() == [8, 8, 8]
+    assert delta == 9 - 4
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_frames_between_which_there_is_text(known: bool) -> None:
+    """Each is an image; one of them has lost all of its tokens, and its ids are left out all the same."""
+    frame = Picture((2, 3), [], known=False).offsets
+    survivors = torch.tensor([1, 5, 12, 13, 14, 15, 16, 17])  # of the last frame all
+    images = placed(
+        [2, 6, 8], [6, 6, 6], [2, 0, 6], frame.repeat(1, 3), survivors if known else None, compacted=False
+    )
+    assert [(image.start, image.rows) for image in images] == [(2, 2), (6, 0), (8, 6)]
+    positions, delta = prompt_positions(16, images)
+    rows = [0, 1, 2, 2, 5, 6, 10, 11, 12, 12, 12, 12, 12, 12, 15, 16]  # text, and the first axis
+    if not known:
+        rows[2:4] = [-3, -3]
+    assert positions[0].tolist() == rows
+    assert positions[2, 8:14].tolist() == [12, 13, 14, 12, 13, 14]
+    assert delta == 17 - 16
+    if known:
+        assert positions[1:, 2:4].tolist() == [[2, 3], [3, 4]]
+    else:
+        resolved = resolve(positions, [1, 1, 7, 7, 1, 1, 1, 1, *[7] * 6, 1, 1], [7], frame[:, [1, 5]], 0)
+        assert resolved[1:, 2:4].tolist() == [[2, 3], [3, 4]]
+        assert torch.equal(resolved[:, 4:], positions[:, 4:])
 
 
 def test_compacted_ids_count_the_survivors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +14,19 @@ from support import towers
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
+from gap_triton import GapConfig
 from gap_triton.strategies import Coverage, spatial_order
 from gap_triton.strategies.by_features import BY_FEATURES, WEIGHTED
 from gap_triton.strategies.coverage import choose as choose_rows
 from gap_triton.strategies.draw import draw
 from gap_triton.strategies.two_layers import by_windows, with_neighbours
 from gap_triton.strategies.without_filler import contextual_of_rest
-from gap_triton.vision.layout import Layout, layout_of_grid
+from gap_triton.vision.layout import Layout, layout_of_frames, layout_of_grid
 from gap_triton.vision.pictures import numbered_newline
 from gap_triton.vision_tower import TowerOutput, find_tower
-from gap_triton.vllm.choose import Encoded, choose, prune
+from gap_triton.vllm.choose import Encoded, choose, prune, survivors_by_view
 from gap_triton.vllm.layouts import PackedFamily, SquareFamily, TiledFamily, chunks, layout_of_tiles
+from gap_triton.vllm.options import COVERAGES, MERGES
 from gap_triton.vllm.plan import Plan
 from gap_triton.vllm.scores import TowerScores
 
@@ -140,6 +142,34 @@ def test_keys_of_all_ranks_are_put_together(query_and_key: tuple[Tensor, Tensor]
     assert torch.equal(torch.cat(local, -1), key.flatten(2).flatten(0, 1))
 
 
+def test_the_mean_hidden_state_of_several_layers() -> None:
+    """Of what each puts out, also where the next one writes into it; of nothing that isn't asked for."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.norm(x) * 2
+            x.zero_()
+            return output
+
+    layers = [Layer() for _ in range(3)]
+    watched = TowerScores({}, 0, 1, alone, alone, norms=[layer.norm for layer in layers[1:]])
+    state = torch.rand(6, 1, 4, generator=torch.Generator().manual_seed(2))
+    mean = (state * 2 + state * 4)[:, 0] / 2
+    for needs in ({"similarity"}, {"received"}, {"similarity"}):
+        x = state.clone()
+        with watched.record(needs) as recorded:
+            for layer in layers:
+                x = layer(x)
+        if "similarity" in needs:
+            torch.testing.assert_close(recorded["similarity"], mean, rtol=TOLERANCE, atol=TOLERANCE)
+        else:
+            assert not recorded
+
+
 def test_scores_of_earlier_layers(query_and_key: tuple[Tensor, Tensor]) -> None:
     query, key = query_and_key
     last, middle, early = (Attention(4, 8) for _ in range(3))
@@ -212,6 +242,37 @@ def test_patches_become_tokens_as_they_do_in_transformers() -> None:
     assert not torch.equal(without.by_image(rows, fields, layouts)[0], first)
 
 
+def test_frames_of_videos_are_put_back_into_raster_order() -> None:
+    tower = find_tower(towers.grid_model("qwen2_5_vl").model)
+    grids = [(2, 8, 12), (3, 6, 4)]
+    qwen = PackedFamily((7,), 0, 3, merge=towers.MERGE, window=tower.window)
+    fields = {"video_grid_thw": torch.tensor(grids)}
+    layouts = qwen.layouts(fields, 2)
+    assert [len(layout.views) for layout in layouts] == [2, 3]
+    assert [layout.views[0].grid for layout in layouts] == [(4, 6), (3, 2)]
+    rows = torch.randn(sum(t * h * w for t, h, w in grids), generator=torch.Generator().manual_seed(1))
+    expected = tower.to_features(rows, {"video_grid_thw": grids}, 48 + 18)
+    assert torch.equal(torch.cat(qwen.by_image(rows, fields, layouts)), expected)
+
+
+def test_ids_of_a_video() -> None:
+    sizes = {"video_grid_thw": torch.tensor([[3, 4, 4]])}
+    for frame_start, seconds, times in (
+        (None, None, [0, 2, 4]),
+        (None, torch.tensor([0.75]), [0, 1, 3]),
+        (5, None, [0, 0, 0]),  # each is numbered as an image
+    ):
+        family = PackedFamily((7,), 0, 3, merge=2, per_second=2.0, frame_start=frame_start)
+        fields = sizes if seconds is None else {**sizes, "second_per_grid_ts": seconds}
+        (layout,), (interval,) = family.layouts(fields, 1), family.intervals(fields, 1)
+        time, row, column = family.offsets(layout, interval).unflatten(1, (3, 4))
+        assert time.T.tolist() == [times] * 4
+        assert row.tolist() == [[0, 0, 1, 1]] * 3
+        assert column.tolist() == [[0, 1, 0, 1]] * 3
+    # An image has no seconds.
+    assert family.intervals({"image_grid_thw": torch.tensor([[1, 4, 4]])}, 1) == [1.0]
+
+
 def test_ids_of_an_image() -> None:
     assert PackedFamily((7,), 0, 3, merge=2).offsets(layout_of_grid((2, 3))).tolist() == [
         [0] * 6,
@@ -229,6 +290,14 @@ def test_a_batch_is_taken_apart() -> None:
     part = packed.part(fields, 1, 3)
     assert part["pixel_values"].tolist() == list(range(8, 28))
     assert torch.equal(part["image_grid_thw"], sizes[1:])
+    of_videos = {
+        "pixel_values_videos": fields["pixel_values"],
+        "video_grid_thw": torch.tensor([[2, 2, 4], [1, 2, 6]]),
+        "second_per_grid_ts": torch.tensor([0.5, 2.0]),
+    }
+    part = packed.part(of_videos, 1, 2)
+    assert part["pixel_values_videos"].tolist() == list(range(16, 28))
+    assert packed.intervals(part, 1) == [2.0]
     square = SquareFamily((7,), 1, 1, side=2)
     assert square.part({"pixel_values": torch.arange(5)}, 1, 3)["pixel_values"].tolist() == [1, 2]
     assert [layout.views[0].grid for layout in square.layouts({}, 2)] == [(2, 2), (2, 2)]
@@ -342,6 +411,39 @@ def test_what_needs_no_tower_is_known_before_it_runs() -> None:
         before = choose(plan, layout)
         assert before is not None
         assert before.tolist() == chosen(plan, layout) == expected
+
+
+def test_how_many_tokens_of_each_frame_survive_is_known_before_the_tower_runs() -> None:
+    """Where places matter: whatever chooses them, and whatever the others are merged into."""
+    layout, generator = layout_of_frames(3, (4, 5)), torch.Generator().manual_seed(8)
+    features = torch.randn(60, 8, generator=generator)
+    tower = {
+        name: torch.rand(60, generator=generator)
+        for name in ("received", "middle_received", "early_received")
+    }
+    tower["keys"] = tower["similarity"] = torch.randn(60, 8, generator=generator)
+    counted = 0
+    for score, coverage, merge, kept in product(
+        ("received", "spatial", "random"), COVERAGES, MERGES, (7, 31)
+    ):
+        plan = Plan(kept, score, coverage, "kept", 3, merge=merge)
+        try:
+            GapConfig(kept, -1, score, coverage=coverage, merge=merge)
+        except ValueError:
+            continue  # no method
+        counts = survivors_by_view(plan, layout)
+        if counts is None:
+            assert score == "random"
+            continue
+        index, _ = prune(plan, layout, Encoded(features, TowerOutput(**tower)))
+        assert index is not None
+        assert counts == torch.bincount(index // 20, minlength=3).tolist(), plan
+        assert sum(counts) == kept
+        counted += 1
+    assert counted > 50
+    assert survivors_by_view(Plan(60, "random", "max_min", "kept", 0), layout) == [20] * 3  # all of them
+    assert survivors_by_view(Plan(9, "random", "max_min", "kept", 0), layout) is None
+    assert survivors_by_view(Plan(9, "random", "topk", "kept", 0, merge="average"), layout) is None
 
 
 def test_what_is_chosen_of_tiles() -> None:

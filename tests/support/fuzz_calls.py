@@ -23,6 +23,7 @@ from gap_triton import strategies
 
 from .naive import aggregate as naive_aggregate
 from .naive import attention as naive_attention
+from .naive import corrected as naive_corrected
 from .naive import cosine as naive_cosine
 from .naive import greedy as naive_greedy
 from .naive import importance as naive_importance
@@ -33,6 +34,7 @@ from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
 from .naive import select as naive_select
+from .naive import similarity as naive_similarity
 from .naive import strategies as naive_strategies
 
 NAN, INF = math.nan, math.inf
@@ -249,6 +251,55 @@ def greedy_indices(source: Source) -> Call:
     return Call(gap_kernels.greedy_indices, arguments, check)
 
 
+def distinct_indices(source: Source) -> Call:
+    batch, tokens, channels = source.size(0, 2), source.size(0, 12), source.size(0, 6)
+    features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
+    scores, k = source.scores(batch, tokens), source.size(0, tokens)
+    important, at_once = source.size(0, k), source.pick([1, 2, 8, 2**40])
+
+    def check(found: Tensor) -> None:
+        wanted = []
+        for sample, row in enumerate(scores.tolist()):
+            given = (features[sample].detach(), row, k, important, at_once)
+            index, clear = naive_similarity.distinct(*given)
+            assume(clear > naive_similarity.CLEAR)
+            wanted.append(index)
+        assert_index(found, wanted, None, k)
+
+    arguments = {
+        "features": features,
+        "scores": scores,
+        "k": k,
+        "important": important,
+        "removed_at_once": at_once,
+    }
+    return Call(gap_kernels.distinct_indices, arguments, check)
+
+
+def least_similar_indices(source: Source) -> Call:
+    batch, tokens, channels = source.size(0, 2), source.size(0, 9), source.size(0, 6)
+    features = source.floats(batch, tokens, channels, dtype=source.pick(FLOATS))
+    pivots = source.rows(batch, tokens, source.size(0, tokens + 1))
+    mask = source.maybe(lambda: source.bools(batch, tokens))
+    k = source.pick([source.counts(batch, tokens + 3), 2**62, 10**30])
+    counts = [min(count, tokens) for count in listed(k, batch)]
+    most = max(counts, default=0) if isinstance(k, Tensor) else min(k, tokens)
+    length = source.length(most)
+
+    def check(found: Tensor) -> None:
+        wanted = []
+        for sample, count in enumerate(counts):
+            hidden = None if mask is None else mask[sample].tolist()
+            given = (features[sample].detach(), pivots[sample].tolist(), count, hidden)
+            index, clear = naive_similarity.least_similar(*given)
+            assume(clear > naive_similarity.CLEAR)
+            wanted.append(index)
+        assert_index(found, wanted, length, most)
+
+    arguments = {"features": features, "pivots": pivots, "k": k, "mask": mask, "length": length}
+    return Call(gap_kernels.least_similar_indices, arguments, check)
+
+
 def neighbours_of(source: Source, groups: int, entries: int) -> Tensor:
     """int32 [groups, entries, R], others of each, distinct, -1 anywhere."""
     most = source.size(0, 8)
@@ -345,6 +396,38 @@ def visual_importance(source: Source) -> Call:
 
     arguments = {"query": query, "key": key, "visual_index": visual_index, **options}
     return Call(gap_kernels.visual_importance, arguments, check)
+
+
+def corrected_importance(source: Source) -> Call:
+    dtype, query, key = attention_tensors(source)
+    batch, heads, rows, head_dim = query.shape
+    channels = source.size(1, 6)
+    options = {
+        "rows": source.maybe(lambda: source.ints(-1, rows - 1, batch, source.size(0, 3))),
+        "attention_mask": source.maybe(lambda: source.bools(batch, key.shape[2])),
+        "scale": source.pick([None, None, 0.3, -1, 0]),
+    }
+    angles = naive_corrected.make_angles(batch, rows, channels, source.pick(FLOATS))
+    arguments = {
+        "query": query,
+        "key": key,
+        "visual_index": source.ints(-1, rows - 1, batch, source.size(0, 4)),
+        **dict(zip(("cos", "sin"), map(source.laid_out, angles), strict=True)),
+        # Not turned, or by a sum: differences could be 0, and so could be what is divided by.
+        "turns": source.ints(0, channels, head_dim),
+        "heads": source.size(1, heads),
+        **options,
+    }
+    exact = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    expected, clear = naive_corrected.oracle(**exact)
+
+    def check(found: Tensor) -> None:
+        assume(clear > naive_corrected.CLEAR)
+        tolerance = naive_corrected.TOLERANCE[dtype]
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=10 * tolerance, atol=tolerance)
+
+    return Call(gap_kernels.corrected_importance, arguments, check)
 
 
 def attention(source: Source) -> Call:
@@ -927,8 +1010,11 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
     "greedy_indices": greedy_indices,
+    "distinct_indices": distinct_indices,
+    "least_similar_indices": least_similar_indices,
     "grid_neighbours": grid_neighbours,
     "visual_importance": visual_importance,
+    "corrected_importance": corrected_importance,
     "attention": attention,
     "attention_received": attention_received,
     "prune_by_score": prune_by_score,

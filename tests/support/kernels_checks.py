@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import gap_kernels
@@ -19,6 +20,8 @@ from gap_kernels import blocks, tiles
 from gap_kernels.aggregate import kernel as aggregate
 from gap_kernels.aggregate import reference as aggregate_reference
 from gap_kernels.backends import triton_is_interpreted
+from gap_kernels.corrected import kernel as corrected
+from gap_kernels.corrected import reference as corrected_reference
 from gap_kernels.cosine import kernel as cosine
 from gap_kernels.cosine import reference as cosine_reference
 from gap_kernels.flash_attention import kernel as attention
@@ -43,10 +46,14 @@ from gap_kernels.region import kernel as region
 from gap_kernels.region import reference as region_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
+from gap_kernels.similarity import kernel as similarity
+from gap_kernels.similarity import reference as similarity_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gap_triton import latency
+from support.naive.corrected import halves
 from support.poison import poisoned_memory
 
 DEVICE = "cpu" if triton_is_interpreted() else "cuda"
@@ -330,6 +337,54 @@ def test_importance(
     lse = row_lse(query, key, rows, mask)
     scores = importance.visual_importance(query, key, visual_index, rows, mask, lse, None)
     assert_accurate(scores, exact, query)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "num_query", "num_keys", "head_dim", "channels", "num_rows", "num_visual"),
+    [
+        ((2, 1), 40, 140, 128, 128, None, 33),  # several splits of the keys
+        (
+            (2, 1),
+            50,
+            50,
+            40,
+            20,
+            37,
+            40,
+        ),  # several tiles of rows and of visual tokens, a part of the channels
+        ((6, 3), 20, 25, 20, 10, 5, 10),  # no power of two of anything
+    ],
+)
+def test_corrected(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_query: int,
+    num_keys: int,
+    head_dim: int,
+    channels: int,
+    num_rows: int | None,
+    num_visual: int,
+    generator: torch.Generator,
+) -> None:
+    query, key, visual_index, rows, mask = importance_case(
+        generator, heads, num_query, num_keys, head_dim, num_rows, num_visual
+    )
+    query, key = query.to(dtype), key.to(dtype)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    angle = torch.rand(2, num_query, channels, generator=generator)
+    angles = [x.to(DEVICE, dtype) for x in (angle.cos(), angle.sin())]
+    turns = halves(channels, head_dim).to(DEVICE)
+    optional = (turns, max(heads[0] * 14 // 32, 1), rows, mask, None)
+    scores = corrected.corrected_importance(query, key, visual_index, *angles, *optional)
+    exact = corrected_reference.corrected_importance(
+        query.double(), key.double(), visual_index, *(x.double() for x in angles), *optional
+    )
+    assert_accurate(scores, exact, query)
+    assert (scores[1, ::7] == 0).all()
+
+    again = corrected.corrected_importance(query, key, visual_index, *angles, *optional)
+    assert torch.equal(scores, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -1089,3 +1144,75 @@ def test_greedy_beyond_what_can_be_chosen() -> None:
     index = greedy.greedy_indices(features, None, None, "max_min", 1.0, 0, counts, 4)
     every = [-1, 0, 1, 2]
     assert index.tolist() == [every, [-1] * 4, every, every, [-1] * 4]
+
+
+def test_distinct(generator: torch.Generator) -> None:
+    """Several tiles of tokens and of both halves; NaN and zeros; samples in two blocks."""
+    features = torch.randn(1, 290, 20, generator=generator).to(DEVICE, torch.bfloat16)
+    features[0, 7, 9], features[0, 90, 3], features[0, 5] = math.nan, math.inf, 0.0
+    scores = torch.rand(1, 290, generator=generator).to(DEVICE)
+    scores[0, 33], scores[0, 40:45] = math.nan, 0.5
+    expected = similarity_reference.distinct_indices(features.double(), scores, 20, 10, 61)
+    assert torch.equal(similarity.distinct_indices(features, scores, 20, 10, 61), expected)
+    features, scores = features.view(10, 29, 20)[:3], scores.view(10, 29)[:3]
+    expected = similarity_reference.distinct_indices(features.double(), scores, 9, 2, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", 2 * 27 * 29)
+        assert torch.equal(similarity.distinct_indices(features, scores, 9, 2, 8), expected)
+
+
+@pytest.mark.parametrize(("tokens", "num_pivots"), [(1100, 4), (40, 19)])
+def test_least_similar(tokens: int, num_pivots: int, generator: torch.Generator) -> None:
+    """More tokens than are written at a time, more pivots than a tile has; NaN, filler, a mask, a count each."""
+    features = torch.randn(2, tokens, 20, generator=generator).to(DEVICE, torch.bfloat16)
+    features[0, 7, 9], features[1, 30, 3], features[1, 5] = math.nan, math.inf, 0.0
+    pivots = torch.rand(2, tokens, generator=generator).argsort(1)[:, :num_pivots].to(DEVICE)
+    pivots[0, ::4] = -1
+    mask = (torch.rand(2, tokens, generator=generator) < 0.9).to(DEVICE)
+    counts = torch.tensor([tokens // 4, 30], device=DEVICE)
+    arguments = pivots, mask, 0, counts, max(30, tokens // 4) + 2
+    expected = similarity_reference.least_similar_indices(features.double(), *arguments)
+    assert torch.equal(similarity.least_similar_indices(features, *arguments), expected)
+
+
+def test_least_similar_beyond_what_can_be_chosen() -> None:
+    """Counts that only the CPU checks: a GPU clamps them."""
+    features = torch.eye(3, device=DEVICE).repeat(4, 1, 1)
+    pivots = torch.tensor([[2, -1]] * 4, device=DEVICE)
+    counts = torch.tensor([9, -2, 2**40, -(2**40)], device=DEVICE)
+    index = similarity.least_similar_indices(features, pivots, None, 0, counts, 2)
+    assert index.tolist() == [[0, 2], [-1, -1], [0, 2], [-1, -1]]
+    index = similarity.least_similar_indices(features, pivots, None, 0, counts, 4)
+    every = [-1, 0, 1, 2]
+    assert index.tolist() == [every, [-1] * 4, every, [-1] * 4]
+
+
+def test_choices_launch_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what counts as one operator would be a dozen launches on a GPU."""
+    launched: list[str] = []
+    for module in (greedy, merge, similarity):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *rest, **options: launched.append(kernel.__name__)
+        )
+    features, scores = torch.zeros(2, 40, 8, device=DEVICE), torch.zeros(2, 40, device=DEVICE)
+    pivots, mask, counts = scores[:, :4].long(), scores > 0, scores[:, 0].long()
+    choices = {
+        ("prepare", "pairs", "choose"): partial(
+            greedy.greedy_indices, features, None, mask, "max_min", 1.0, 0, counts, 9
+        ),
+        ("prepare", "choose"): partial(
+            greedy.greedy_indices, features, scores, mask, "determinant", 1.0, 9, None, 9
+        ),
+        ("prepare", *["pairs", "choose"] * 9): partial(
+            greedy.greedy_indices, features, scores, None, "coverage_gain", 1.0, 9, None, 9
+        ),
+        ("rest", "cosines", "remove"): partial(similarity.distinct_indices, features, scores, 9, 4, 8),
+        ("cosines", "least_similar"): partial(
+            similarity.least_similar_indices, features, pivots, mask, 0, counts, 9
+        ),
+    }
+    for kernels, choose in choices.items():
+        launched.clear()
+        operators = latency.count(choose, torch.device("cpu")).operators
+        assert [name.removesuffix("_kernel") for name in launched] == list(kernels)
+        assert set(operators) <= {"clone"}, kernels  # of what isn't contiguous

@@ -18,11 +18,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 import gap_triton
 from gap_triton import GapConfig
@@ -33,9 +36,12 @@ from gap_triton.demo.scenes import Scenes, held_out
 from . import families, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+# The checkout's own packages, in all processes of an engine, whatever is installed; as pytest has them.
+CHECKOUT = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", ".", "tests"))
 WORKER = ROOT / "tests" / "scripts" / "vllm_worker.py"
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM allows on a CPU
 TILE = 32  # rows and columns of pixels
+FRAMES_PER_SECOND = 4.0  # so that three frames of Qwen2.5-VL, each made of two, take fewer ids than its rows
 ANSWER = 8  # tokens of an answer
 STARTS_AND_ANSWERS_WITHIN = 1500  # seconds; a pipeline compiles, and a machine may be busy
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "block_size": BLOCK}
@@ -56,16 +62,40 @@ PLUG_IN = {
     "qwen2_vl": "GapQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "GapQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "GapQwen3VLForConditionalGeneration",
+    "qwen3_5": "GapQwen3_5ForConditionalGeneration",
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt with its images, and what is kept of them: fields of `GapConfig`."""
+    """One prompt with its images and videos, and what is kept of them: fields of `GapConfig`.
+
+    Attributes:
+        videos: Each [frames, rows, columns, 3] uint8, at `FRAMES_PER_SECOND`.
+    """
 
     text: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    videos: tuple[np.ndarray, ...] = ()
+
+    @property
+    def data(self) -> dict[str, list[Any]]:
+        """Images and videos as vLLM takes them."""
+        videos = [(video, {**metadata_of(video), "do_sample_frames": False}) for video in self.videos]
+        return {name: items for name, items in (("image", list(self.images)), ("video", videos)) if items}
+
+
+def metadata_of(video: np.ndarray) -> dict[str, Any]:
+    """What is known of a video beside its frames."""
+    frames = len(video)
+    return {
+        "fps": FRAMES_PER_SECOND,
+        "duration": frames / FRAMES_PER_SECOND,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+    }
 
 
 @dataclass(frozen=True)
@@ -119,7 +149,7 @@ def ask(engine: Engine, calls: Sequence[Sequence[Request]]) -> list[Answers]:
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [sys.executable, str(WORKER), str(job), str(result)],
-                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": str(ROOT / "tests")},
+                env={**os.environ, **ENVIRONMENT, **engine.environment, "PYTHONPATH": CHECKOUT},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -147,6 +177,11 @@ def random_weights(model_type: str, folder: Path) -> Engine:
     text.num_key_value_heads = text.num_attention_heads = 4
     text.head_dim = 32  # the least that vLLM's attention takes on a CPU
     text.rope_parameters["mrope_section"] = [4, 6, 6]
+    if model_type == "qwen3_vl":
+        text.rope_parameters["mrope_interleaved"] = True
+    if model_type == "qwen3_5":  # of whose heads a quarter turns
+        text.rope_parameters |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        text.linear_key_head_dim = text.linear_value_head_dim = 128  # likewise
     setattr(
         vision, "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size", text.hidden_size
     )
@@ -156,8 +191,17 @@ def random_weights(model_type: str, folder: Path) -> Engine:
     for path in source.folder.glob("*token*.json"):
         shutil.copy(path, folder)
     shutil.copy(source.folder / "preprocessor_config.json", folder)
-    name = kind.__name__.replace("ForConditionalGeneration", "Processor")
+    name = PROCESSOR_MAPPING_NAMES[model_type]
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": name}), encoding="utf-8")
+    if model_type in (
+        "qwen3_vl",
+        "qwen3_5",
+    ):  # whose processor of videos is one of its own, and counts the pixels of all frames
+        images = json.loads((source.folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        common = {key: images[key] for key in ("patch_size", "temporal_patch_size", "merge_size")}
+        sizes = {"size": {"shortest_edge": TILE**2, "longest_edge": 2**16}}
+        videos = {"video_processor_type": "Qwen3VLVideoProcessor", **common, **sizes}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(videos), encoding="utf-8")
     return Engine(folder, model_type)
 
 
@@ -239,10 +283,32 @@ class Oracle:
 
     def answer(self, requests: Sequence[Request], batch: int = 32) -> list[list[int]]:
         """Return the tokens that each request is answered with, up to the one that ends it."""
-        answers: dict[int, list[int]] = {}
+        return [tokens for tokens, _ in self._answers(requests, batch)]
+
+    def compare(
+        self, requests: Sequence[Request], tokens: Sequence[list[int]], batch: int = 32
+    ) -> tuple[int, float]:
+        """Return how many requests have the oracle's ``tokens``, and by how much others were worse in its eyes, at most.
+
+        That is a difference of logits, at the first token of a request that differs: what comes after it has something else
+        before it.
+        """
+        equal, worst = 0, 0.0
+        for (own, logits), other in zip(self._answers(requests, batch), tokens, strict=True):
+            equal += own == other
+            first = next(
+                (step for step, pair in enumerate(zip(own, other, strict=False)) if len(set(pair)) > 1), None
+            )
+            if first is not None:
+                worst = max(worst, float(logits[first, own[first]] - logits[first, other[first]]))
+        return equal, worst
+
+    def _answers(self, requests: Sequence[Request], batch: int) -> list[tuple[list[int], Tensor]]:
+        """Of each request the tokens, and the logits by token."""
+        answers: dict[int, tuple[list[int], Tensor]] = {}
         groups: dict[Any, list[int]] = {}
         for number, request in enumerate(requests):
-            key = (tuple(sorted(request.options.items())), len(request.images))
+            key = (tuple(sorted(request.options.items())), len(request.images), len(request.videos))
             groups.setdefault(key, []).append(number)
         for numbers in groups.values():
             for start in range(0, len(numbers), batch):
@@ -250,31 +316,40 @@ class Oracle:
                 answers |= zip(part, self._generate([requests[number] for number in part]), strict=True)
         return [answers[number] for number in range(len(requests))]
 
-    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _generate(self, requests: Sequence[Request]) -> list[tuple[list[int], Tensor]]:
         options = {"keep": 1.0, "score": "received", **requests[0].options}
-        images = len(requests[0].images)
         if isinstance(options["keep"], int):
-            options["keep"] *= (
-                images  # an engine counts the survivors of an image, transformers those of a sample
-            )
+            # An engine counts the survivors of an image, transformers those of a sample.
+            options["keep"] *= len(requests[0].images) + len(requests[0].videos)
         gap_triton.configure(self.model, GapConfig(layer=BEFORE_THE_DECODER, **options))
         pictures: list[Any] = [list(request.images) for request in requests]
         if self.model.config.model_type == "llava_onevision":
             # One list: of several images of one prompt its processor makes no tiles, and vLLM does.
             pictures = [image for images in pictures for image in images]
+        given: dict[str, Any] = {"images": pictures} if any(pictures) else {}
+        if videos := [video for request in requests for video in request.videos]:
+            metadata = [metadata_of(video) for video in videos]
+            given |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
         inputs = self.processor(
-            images=pictures,
-            text=[request.text for request in requests],
-            padding=True,
-            return_tensors="pt",
+            text=[request.text for request in requests], padding=True, return_tensors="pt", **given
         )
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in inputs:
+                inputs[name] = inputs[name].to(self.model.dtype)
         with torch.no_grad():
-            generated = self.model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER)
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=ANSWER,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         end = self.model.generation_config.eos_token_id
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        logits = torch.stack(output.logits, dim=1).float()
         return [
-            row[: row.index(end) + 1] if end in row else row
-            for row in generated[:, inputs["input_ids"].shape[1] :].tolist()
+            (row[: row.index(end) + 1] if end in row else row, logits[number])
+            for number, row in enumerate(rows)
         ]
 
 
@@ -304,6 +379,27 @@ def about_two_images(name: str, count: int, **options: Any) -> list[Request]:
             options,
         )
         for i in range(count)
+    ]
+
+
+def about_videos(name: str, count: int, frames: int = 3, **options: Any) -> list[Request]:
+    """Questions about videos, each frame of which shows the next scene, for as long as a model makes one frame of it."""
+    drawn, architecture = held_out(count + frames), find(name)
+    return [
+        Request(
+            architecture.prompt(drawn.question(i)).replace("image", "video"),
+            options=options,
+            videos=(np.stack([np.asarray(drawn.image(i + frame // 2)) for frame in range(2 * frames)]),),
+        )
+        for i in range(count)
+    ]
+
+
+def about_an_image_and_a_video(name: str, count: int, **options: Any) -> list[Request]:
+    """Questions about a video that follows an image."""
+    return [
+        replace(video, text=f"{find(name).image_text} {video.text}", images=image.images)
+        for image, video in zip(questions(name, count), about_videos(name, count, 2, **options), strict=True)
     ]
 
 

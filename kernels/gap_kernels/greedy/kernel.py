@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Greedy, similarity-aware selection in Triton.
 
-1. ``squares_kernel``: the length of each vector, once;
+1. ``prepare_kernel``: the length of each vector, its state and its weight, once;
 2. ``pairs_kernel``: over all pairs, a tile of cosines at a time and none of them stored, for each token the nearest other
    (max-min, once) or what it would cover more (coverage, before every step);
 3. ``choose_kernel``: one program per sample chooses, and compares the chosen token with all others, step after step. By
@@ -32,12 +32,15 @@ from ..launch import cdiv, launch, next_power_of_2
 from ..select.kernel import WRITE_BLOCK, write_selected
 from . import reference
 
+NEVER = tl.constexpr(reference.NEVER)
 LAST = tl.constexpr(reference.LAST)
 CANDIDATE = tl.constexpr(reference.CANDIDATE)
 CHOSEN = tl.constexpr(reference.CHOSEN)
 DEPENDENT = tl.constexpr(reference.DEPENDENT)
 NOTHING = tl.constexpr(reference.NOTHING)
 TIE = tl.constexpr(reference.TIE)
+NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
+MAX_WEIGHT = tl.constexpr(reference.MAX_WEIGHT)
 MAX_MIN, DETERMINANT, COVERAGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 RULES = {"max_min": 0, "determinant": 1, "coverage_gain": 2}
 SCAN_BLOCK = 1024
@@ -46,19 +49,53 @@ HISTORY_BLOCK = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["n"])
-def squares_kernel(
-    features, squares, stride_b, stride_n, n, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+def prepare_kernel(
+    features,
+    scores,
+    mask,
+    scale,
+    state,
+    value,
+    weight,
+    covered,
+    stride_b,
+    stride_n,
+    n,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Sum of squares of each vector: squares [B, N] float32. Grid (B * token tiles)."""
+    """Prepare a tile of tokens, all [B, N]. Grid (B * token tiles).
+
+    ``scale`` is what a vector is multiplied by to have length 1, ``value`` 1 where it has one, ``weight`` the score
+    within 0 and the largest weight, ``covered`` 0; the first two, and ``state``, are as in ``reference.py``.
+    """
     tiles = tl.cdiv(n, BLOCK_N)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     token = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = token < n
+    place = batch * n + token
     pointer = features + batch * stride_b + token.to(tl.int64) * stride_n
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, C, BLOCK_C):
-        part = load_vectors(pointer, token < n, start, C, BLOCK_C, False).to(tl.float32)
-        total += tl.sum(part * part, 1)
-    tl.store(squares + batch * n + token, total, mask=token < n)
+        part = load_vectors(pointer, inside, start, C, BLOCK_C, False).to(tl.float32)
+        squares += tl.sum(part * part, 1)
+    fine = squares < float("inf")  # nor is NaN
+    if scores is not None:
+        score = tl.load(scores + place, mask=inside, other=0.0)
+        fine = fine & (score == score)
+        score = tl.where(score == score, score, 0.0)
+        tl.store(weight + place, tl.minimum(tl.maximum(score, 0.0), MAX_WEIGHT), mask=inside)
+    kind = tl.where(fine, CANDIDATE, LAST)
+    if mask is not None:
+        kind = tl.where(tl.load(mask + place, mask=inside, other=0) != 0, kind, NEVER)
+    norm = tl.sqrt(tl.where(fine, squares, 0.0))
+    usable = (kind == CANDIDATE) & (norm > NORM_EPSILON)
+    tl.store(state + place, kind, mask=inside)
+    tl.store(scale + place, tl.where(usable, 1.0 / tl.where(usable, norm, 1.0), 0.0), mask=inside)
+    tl.store(value + place, usable.to(tl.float32), mask=inside)
+    if covered is not None:
+        tl.store(covered + place, tl.zeros((BLOCK_N,), tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -276,31 +313,38 @@ def greedy_indices(
     features = features if features.stride(-1) == 1 else features.contiguous()
     tiles = tile_options(channels, features.dtype == torch.float32)
     index = torch.empty((batch, length), dtype=torch.int64, device=device)
-    value, squares = torch.empty((2, batch, n), dtype=torch.float32, device=device)
+    scale, value = torch.empty((2, batch, n), dtype=torch.float32, device=device)
+    state = torch.empty((batch, n), dtype=torch.int32, device=device)
+    weight = None if scores is None else torch.empty_like(value)
+    covered = torch.empty_like(value) if rule == "coverage_gain" else None
     strides = features.stride()[:2]
     launch(
-        squares_kernel,
+        prepare_kernel,
         (batch * cdiv(n, tiles["ROWS"]),),
-        (features, squares),
+        (
+            features,
+            None if scores is None else scores.contiguous(),
+            None if mask is None else mask.contiguous(),
+            scale,
+            state,
+            value,
+            weight,
+            covered,
+        ),
         strides,
         (n,),
         (),
         {"C": channels, "BLOCK_N": tiles["ROWS"], "BLOCK_C": tiles["PART"]},
         num_warps=4,
     )
-    state = reference.states(squares, scores, mask)
-    scale = reference.inverse_norms(squares, state)
-    weight = None if scores is None else reference.weights(scores, exponent)
-    covered = history = None
-    per_launch = steps
+    if weight is not None and exponent != 1:
+        weight.pow_(exponent).clamp_(max=reference.MAX_WEIGHT)
+    history = None
     if rule == "max_min":
         _compare_pairs(features, scale, state, None, value, tiles)
     elif rule == "determinant":
-        value = (scale > 0).float()
         history = torch.empty((batch, steps, n), dtype=torch.float32, device=device)
-    else:
-        covered = torch.zeros((batch, n), dtype=torch.float32, device=device)
-        per_launch = 1
+    per_launch = steps if covered is None else 1
     for first in range(0, steps, per_launch):
         if covered is not None:
             _compare_pairs(features, scale, state, covered, value, tiles)

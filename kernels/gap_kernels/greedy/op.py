@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, operator
-from ..validation import FLOAT_DTYPES, ShapeChecker, describe, is_finite
+from ..validation import FLOAT_DTYPES, ShapeChecker, check_counts, describe, is_finite
 from . import reference
 
 RULES = tuple(reference.CHOOSERS)
@@ -38,19 +38,6 @@ def greedy_indices_op(
 @fake("greedy_indices")
 def _(features: Tensor, length: int) -> Tensor:
     return features.new_empty((features.shape[0], length), dtype=torch.int64)
-
-
-def check_counts(counts: Tensor, num_tokens: int, length: int) -> None:
-    """Check the values of a count per sample, which only CPU tensors are checked for.
-
-    Raises:
-        ValueError: If one is negative, or more than the result has columns for.
-    """
-    if int(counts.min()) < 0:
-        raise ValueError(f"k: expected counts >= 0, got {int(counts.min())}")
-    largest = min(int(counts.max()), num_tokens)
-    if largest > length:
-        raise ValueError(f"length: expected at least the largest min(k, N), {largest}, got {length}")
 
 
 def check_greedy(

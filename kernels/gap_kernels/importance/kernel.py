@@ -677,27 +677,12 @@ def visual_importance(
     partial_max = partial_sum = stored = None
     splits = 0
     if lse is None:
-        chosen = tiles.importance(head_dim, group * num_rows, query.dtype, device_class)
-        row_tiles = cdiv(group * num_rows, chosen.rows)
-        split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, chosen.columns)
-        shape = (batch, key_heads, group * num_rows, splits)
-        partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
-        partial_sum = torch.empty_like(partial_max)
-        plain = value is None and not per_head
-        if plain and stores_logits(group * num_rows, num_keys, num_visual, head_dim, query.dtype):
-            shape = (batch, query_heads, num_rows, num_keys)
-            stored = torch.empty(shape, dtype=torch.float32, device=query.device)
-        launch(
-            row_lse_kernel,
-            (batch * key_heads, row_tiles, splits),
-            (query, key, rows, mask, partial_max, partial_sum, stored),
-            strides,
-            (*mask_strides, num_query, num_keys, num_rows, split_keys),
-            (scale_log2,),
-            {**heads, **block_sizes(chosen, head_dim), **flags},
-            num_warps=chosen.warps,
-            num_stages=stages_of(chosen, head_dim, query.dtype, stored is not None),
+        stores = value is None and not per_head
+        stores = stores and stores_logits(group * num_rows, num_keys, num_visual, head_dim, query.dtype)
+        partial_max, partial_sum, stored = row_statistics(
+            query, key, rows, mask, scale_log2, causal=causal, stores=stores
         )
+        splits = partial_max.shape[3]
     else:
         lse = lse.float().contiguous()
     if stored is not None:
@@ -745,6 +730,65 @@ def visual_importance(
         {"KEY_HEADS": key_heads, "QUERY_HEADS": query_heads, "BLOCK": MEAN_BLOCK, "PER_HEAD": per_head},
     )
     return scores
+
+
+def row_statistics(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    scale_log2: float,
+    *,
+    causal: bool,
+    stores: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch ``row_lse_kernel``.
+
+    Args:
+        query: [B, Hq, Q, D], dense in its last dimension, as ``key`` [B, Hkv, S, D] is.
+        key: See ``query``.
+        rows: [B, R] int64, contiguous; None = the last row.
+        mask: [B, S] uint8, or None.
+        scale_log2: Factor of ``q k^T`` for logits in base 2.
+        causal: Whether a row sees no key after its own.
+        stores: Whether the logits are stored.
+
+    Returns:
+        Maximum and sum [B, Hkv, M, splits] float32, and the logits [B, Hq, R, S] float32 or None.
+    """
+    batch, query_heads, num_query, head_dim = query.shape
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    num_rows = 1 if rows is None else rows.shape[1]
+    group = query_heads // key_heads
+    chosen = tiles.importance(head_dim, group * num_rows, query.dtype, tiles.architecture(query.device))
+    row_tiles = cdiv(group * num_rows, chosen.rows)
+    split_keys, splits = split_of(num_keys, batch * key_heads * row_tiles, chosen.columns)
+    shape = (batch, key_heads, group * num_rows, splits)
+    partial_max = torch.empty(shape, dtype=torch.float32, device=query.device)
+    partial_sum = torch.empty_like(partial_max)
+    stored = None
+    if stores:
+        shape = (batch, query_heads, num_rows, num_keys)
+        stored = torch.empty(shape, dtype=torch.float32, device=query.device)
+    launch(
+        row_lse_kernel,
+        (batch * key_heads, row_tiles, splits),
+        (query, key, rows, mask, partial_max, partial_sum, stored),
+        (*query.stride()[:3], *key.stride()[:3]),
+        (*((0, 0) if mask is None else mask.stride()), num_query, num_keys, num_rows, split_keys),
+        (scale_log2,),
+        {
+            "KEY_HEADS": key_heads,
+            "GROUP": group,
+            "D": head_dim,
+            **block_sizes(chosen, head_dim),
+            "UPCAST": triton_is_interpreted(),
+            "CAUSAL": causal,
+        },
+        num_warps=chosen.warps,
+        num_stages=stages_of(chosen, head_dim, query.dtype, stores),
+    )
+    return partial_max, partial_sum, stored
 
 
 def block_sizes(chosen: Tiles, head_dim: int) -> dict[str, int]:

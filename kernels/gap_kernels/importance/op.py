@@ -25,10 +25,7 @@ def visual_importance_op(
     head_reduction: str = "mean",
 ) -> Tensor:
     """Run the operator; see `gap_kernels.visual_importance` and ``reference.py``."""
-    if query.is_cpu:
-        check_range("visual_index", visual_index, -1, query.shape[2] - 1)
-        if rows is not None:
-            check_range("rows", rows, -1, query.shape[2] - 1)
+    check_positions(query, visual_index, rows)
     optional = (rows, attention_mask, lse, scale, causal, value, head_reduction)
     if query.dtype != torch.float64 and use_triton(query):
         from . import kernel
@@ -44,6 +41,14 @@ def _(query: Tensor, visual_index: Tensor) -> Tensor:
 
 
 no_gradient("visual_importance")
+
+
+def check_positions(query: Tensor, visual_index: Tensor, rows: Tensor | None) -> None:
+    """Check on the CPU that ``query`` has the rows that are named; elsewhere it would need a read."""
+    if query.is_cpu:
+        check_range("visual_index", visual_index, -1, query.shape[2] - 1)
+        if rows is not None:
+            check_range("rows", rows, -1, query.shape[2] - 1)
 
 
 def check_importance(

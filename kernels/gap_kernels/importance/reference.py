@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -40,26 +42,58 @@ def visual_importance(
     Returns:
         [B, V], float64 for float64 queries, else float32.
     """
+    query_heads, key_heads = query.shape[1], key.shape[1]
+    rows = last_row(query) if rows is None else rows
+    norm = None
+    if value is not None:
+        columns = visual_index.clamp(min=0) + key.shape[2] - query.shape[2]
+        norm = take(value, columns).to(accumulation_dtype(query)).abs().sum(-1)[:, :, None, None]
+    per_head = head_reduction == "max"
+    over, shape = ((3,), (key_heads, query_heads // key_heads)) if per_head else ((1, 2, 3), ())
+    size = (query.shape[0], *shape, visual_index.shape[1])
+    mass = torch.zeros(size, dtype=accumulation_dtype(query), device=query.device)
+    for _, weight, counted in attended(query, key, visual_index, rows, attention_mask, lse, scale, causal):
+        if norm is not None:
+            weight = weight * norm
+        # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
+        mass += torch.where(counted, weight, 0.0).sum(over)
+    valid_rows = (rows >= 0).sum(-1, keepdim=True).clamp(min=1)
+    if per_head:
+        return mass.amax((1, 2)) / valid_rows
+    return mass / (query_heads * valid_rows)
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    visual_index: Tensor,
+    rows: Tensor,
+    attention_mask: Tensor | None,
+    lse: Tensor | None,
+    scale: float | None,
+    causal: bool,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield what rows attend to visual tokens with, some rows at a time; arguments as in `visual_importance`.
+
+    Yields:
+        Which of ``rows`` [B, R] these are, r of them; their weights [B, Hkv, G, r, V]; and which of these count, bool of
+        a shape that broadcasts to theirs. Others may be NaN.
+    """
     batch, query_heads, num_rows, head_dim = query.shape
     key_heads, num_keys = key.shape[1], key.shape[2]
     group = query_heads // key_heads
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(query)
     offset = num_keys - num_rows  # key column of query row 0
-    if rows is None:
-        rows = torch.full((batch, 1), num_rows - 1, dtype=torch.int64, device=query.device)
 
     def grouped(tensor: Tensor) -> Tensor:  # [B, Hq, ...] into [B, Hkv, G, ...]
         return tensor.to(dtype).unflatten(1, (key_heads, group))
 
-    wanted = grouped(_take(query, rows)) * (head_dim**-0.5 if scale is None else scale)  # [B, Hkv, G, R, D]
+    wanted = grouped(take(query, rows)) * (head_dim**-0.5 if scale is None else scale)  # [B, Hkv, G, R, D]
     given_lse = None if lse is None else grouped(lse)  # [B, Hkv, G, R]
     every_column = torch.arange(num_keys, device=query.device).expand(batch, num_keys)
     every_key = key.to(dtype).transpose(-1, -2) if lse is None else None
     columns = visual_index.clamp(min=0) + offset
-    visual_key = _take(key, columns).to(dtype).transpose(-1, -2)  # [B, Hkv, D, V]
-    norm = None if value is None else _take(value, columns).to(dtype).abs().sum(-1)[:, :, None, None]
-    over, shape = ((3,), (batch, key_heads, group)) if head_reduction == "max" else ((1, 2, 3), (batch,))
-    mass = torch.zeros((*shape, columns.shape[1]), dtype=dtype, device=query.device)
+    visual_key = take(key, columns).to(dtype).transpose(-1, -2)  # [B, Hkv, D, V]
     widest = max(columns.shape[1], num_keys if lse is None else 0)
     for block in row_blocks(rows.shape[1], batch * query_heads * widest):
         row = rows[:, block]  # [B, r]
@@ -74,18 +108,20 @@ def visual_importance(
         logits = (asking @ visual_key).unflatten(2, (group, row.shape[1]))  # [B, Hkv, G, r, V]
         real = (visual_index >= 0)[:, None, :] & (row >= 0)[:, :, None]  # [B, r, V]
         counted = _visible(columns, row + offset, attention_mask, causal) & real[:, None, None]
-        weight = (logits - row_lse[..., None]).exp()
-        if norm is not None:
-            weight = weight * norm
-        # `where`, not a product: what isn't counted may be NaN (a row that sees nothing has an lse of -inf).
-        mass += torch.where(counted, weight, 0.0).sum(over)
-    valid_rows = (rows >= 0).sum(-1, keepdim=True).clamp(min=1)
-    if head_reduction == "max":
-        return mass.amax((1, 2)) / valid_rows
-    return mass / (query_heads * valid_rows)
+        yield block, (logits - row_lse[..., None]).exp(), counted
 
 
-def _take(tensor: Tensor, position: Tensor) -> Tensor:
+def accumulation_dtype(query: Tensor) -> torch.dtype:
+    """Return float64 for float64 queries, else float32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def last_row(query: Tensor) -> Tensor:
+    """Return [B, 1] int64, the row that scores where none are named."""
+    return torch.full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.int64, device=query.device)
+
+
+def take(tensor: Tensor, position: Tensor) -> Tensor:
     """Gather [B, H, S, D] at [B, P] int64 into [B, H, P, D]; filler (-1) reads position 0."""
     index = position.clamp(min=0)[:, None, :, None]
     return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))

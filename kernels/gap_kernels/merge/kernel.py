@@ -299,22 +299,12 @@ def collect_nearest(features: Tensor, keys: Tensor, weights: Tensor, kept: Tenso
     weights, kept = weights.contiguous(), kept.contiguous()
     output = torch.empty((batch, num_kept + 1, channels), dtype=features.dtype, device=features.device)
     dropped = torch.empty((batch, num_rows), dtype=torch.uint8, device=features.device)
-    of_cosines = tiles.spatial_weights(keys.dtype)
     channel_block = min(next_power_of_2(channels), tiles.COLLECT.part)
     for block in row_blocks(num_kept, batch * num_rows):
         first = block.start
         number = min(block.stop, num_kept) - first
         cosine = torch.empty((batch, number, num_rows), dtype=torch.float32, device=features.device)
-        launch(
-            cosines_kernel,
-            (batch * max(cdiv(number, of_cosines.rows), 1) * cdiv(num_rows, of_cosines.columns),),
-            (keys, kept, cosine, dropped),
-            keys.stride()[:2],
-            (num_rows, num_kept, first, number),
-            (),
-            _of_keys(keys, of_cosines),
-            **of_cosines.options(),
-        )
+        launch_cosines(keys, kept, block, cosine, dropped)
         nearest = select.topk_indices(cosine.flatten(0, 1), most, None, most)
         launch(
             collect_kernel,
@@ -369,6 +359,22 @@ def merge_nearest(
         **of_features.options(),
     )
     return output
+
+
+def launch_cosines(keys: Tensor, kept: Tensor, block: slice, cosine: Tensor, dropped: Tensor) -> None:
+    """Launch ``cosines_kernel`` for a block of the kept tokens [B, K]: cosine [B, n, N] float32, dropped [B, N] uint8."""
+    batch, num_rows, _ = keys.shape
+    number, chosen = cosine.shape[1], tiles.spatial_weights(keys.dtype)
+    launch(
+        cosines_kernel,
+        (batch * max(cdiv(number, chosen.rows), 1) * cdiv(num_rows, chosen.columns),),
+        (keys, kept, cosine, dropped),
+        keys.stride()[:2],
+        (num_rows, kept.shape[1], block.start, number),
+        (),
+        _of_keys(keys, chosen),
+        **chosen.options(),
+    )
 
 
 def _of_keys(keys: Tensor, chosen: tiles.Tiles) -> dict[str, int]:

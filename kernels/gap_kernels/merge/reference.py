@@ -26,19 +26,19 @@ def collect_nearest(features: Tensor, keys: Tensor, weights: Tensor, kept: Tenso
     Returns:
         [B, K + 1, C] in the dtype of ``features``.
     """
-    num_rows, values, unit = features.shape[1], _accumulated(features), _unit(keys)
+    num_rows, values, unit = features.shape[1], _accumulated(features), unit_vectors(keys)
     shares = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0).to(values.dtype)[:, None]
     most = min(count, num_rows - 1)
     output = features.new_empty((features.shape[0], kept.shape[1] + 1, features.shape[2]))
     for block in row_blocks(kept.shape[1], features.shape[0] * num_rows):
         rows = kept[:, block].clamp(min=0)
         # A token does not take in itself, nor what it has no cosine to: both are NaN, which comes last.
-        cosine = (_rows_at(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
+        cosine = (rows_at(unit, rows) @ unit.transpose(1, 2)).float().scatter_(2, rows[..., None], torch.nan)
         best = select_reference.topk_indices(cosine.flatten(0, 1), most, None, most).view(*rows.shape, most)
         near = (
             torch.zeros_like(cosine, dtype=torch.bool).scatter_(2, best, True).logical_and_(cosine == cosine)
         )
-        collected = torch.baddbmm(_rows_at(values, rows), near * shares, values)
+        collected = torch.baddbmm(rows_at(values, rows), near * shares, values)
         output[:, : kept.shape[1]][:, block] = collected.masked_fill_(kept[:, block, None] < 0, 0.0)
     dropped = torch.where(_others(num_rows, kept)[:, None], shares, 0.0)
     output[:, -1:] = dropped @ values
@@ -61,9 +61,9 @@ def merge_nearest(
         [B, M, C] in the dtype of ``features``.
     """
     groups, num_targets = targets.shape
-    num_rows, unit, dtype = features.shape[1], _unit(keys), accumulation_dtype(features)
+    num_rows, unit, dtype = features.shape[1], unit_vectors(keys), accumulation_dtype(features)
     rows, filler = targets.clamp(min=0), targets < 0
-    target_units = _rows_at(unit, rows).transpose(1, 2)  # [B, E, M]
+    target_units = rows_at(unit, rows).transpose(1, 2)  # [B, E, M]
     merged = _others(num_rows, targets if excluded is None else torch.cat([targets, excluded], dim=1))
     total = torch.zeros((groups, num_targets, features.shape[2]), dtype=dtype, device=features.device)
     number = torch.zeros((groups, num_targets), dtype=dtype, device=features.device)
@@ -74,7 +74,7 @@ def merge_nearest(
         goes_to = torch.zeros_like(cosine, dtype=dtype).scatter_(2, best, merged[:, block, None].to(dtype))
         total.baddbmm_(goes_to.transpose(1, 2), features[:, block].to(dtype))
         number += goes_to.sum(1)
-    own = _rows_at(features, rows).to(dtype)
+    own = rows_at(features, rows).to(dtype)
     if average:
         total, number = total.add_(own), number.add_(1.0)
     mean = total / number.clamp_(min=1.0)[..., None]
@@ -91,11 +91,12 @@ def _accumulated(features: Tensor) -> Tensor:
     return features.to(accumulation_dtype(features))
 
 
-def _unit(keys: Tensor) -> Tensor:
+def unit_vectors(keys: Tensor) -> Tensor:
+    """Return vectors [B, N, E] with length 1, or 0, in the dtype of sums; those with NaN or infinity have no cosine."""
     return F.normalize(_accumulated(keys), dim=-1)
 
 
-def _rows_at(tensor: Tensor, index: Tensor) -> Tensor:
+def rows_at(tensor: Tensor, index: Tensor) -> Tensor:
     """Gather [B, N, C] at [B, K] int64, which holds no filler, into [B, K, C]."""
     return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[2]))
 
