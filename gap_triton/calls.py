@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from .attachment import Attachment, attach_lock, attachment_of
 from .config import GapConfig
 from .state import HeadArguments
+from .visual_prompt import VisualPrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,25 +30,33 @@ class Generation:
         model: The model that generates.
         configs: What was attached to it at the start, each with its configuration; None for what was being detached.
         inside: It runs inside of another one, as that of an assistant does.
+        sizes: What `gap_triton.prepare` has read of the sizes of its images, by argument; None where it was not called.
     """
 
     model: nn.Module
     configs: dict[Attachment, GapConfig | None]
     inside: bool
+    sizes: dict[str, Any] | None
 
 
 _generation: ContextVar[Generation | None] = ContextVar("gap_triton_generation", default=None)
 
 
 @contextmanager
-def generation_of(model: nn.Module) -> Iterator[None]:
-    """Keep configuration and hooks of a ``generate()`` of ``model`` until it ends."""
+def generation_of(model: nn.Module, prepared: Any = None) -> Iterator[None]:
+    """Keep configuration and hooks of a ``generate()`` of ``model`` until it ends.
+
+    Args:
+        model: The model.
+        prepared: Its argument ``visual_prompt``. It encodes images ahead of the forward that is given that.
+    """
     attached = attachment_of(model)
     attachments = (
         [attached] if attached is not None else list(filter(None, map(attachment_of, model.modules())))
     )
     configs = {each: None if each.closing else each.config for each in attachments}
-    generation = Generation(model, configs, inside=_generation.get() is not None)
+    sizes = prepared.sizes if isinstance(prepared, VisualPrompt) else None
+    generation = Generation(model, configs, _generation.get() is not None, sizes)
     token = _generation.set(generation)
     for attachment in attachments:
         attachment.running[generation] = None
@@ -66,6 +76,12 @@ def is_assistant() -> bool:
     """Return whether what runs in this thread is an assistant, which writes drafts for another model's ``generate()``."""
     generation = _generation.get()
     return generation is not None and generation.inside
+
+
+def current_sizes(attachment: Attachment) -> dict[str, Any] | None:
+    """Return what the host knows of the sizes of images of the ``generate()`` that runs in this thread; None = nothing."""
+    generation = None if torch.compiler.is_compiling() else _generation.get()
+    return generation.sizes if generation is not None and attachment in generation.configs else None
 
 
 def current_config(attachment: Attachment, head: HeadArguments | None = None) -> GapConfig | None:

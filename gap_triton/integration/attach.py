@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..arguments import OWN_ARGUMENTS
+from ..arguments import OWN_ARGUMENTS, VISUAL_PROMPT
 from ..attachment import ATTACHMENT_ATTRIBUTE, Attachment, attach_lock, attachment_of, recall_selection
 from ..calls import generation_of
 from ..config import GapConfig
@@ -21,6 +21,7 @@ from ..prefill.position_ids import ID_RULES
 from ..prefill.unrotated import refuse_unrotated
 from ..selection import Selection
 from ..vision.needs import hook_tower
+from .decode_steps import head_step, owner_step, text_step
 from .hooks import (
     Removal,
     after_head,
@@ -32,6 +33,7 @@ from .hooks import (
     hook_layers,
 )
 from .stages import check_stages, default_config
+from .step_calls import put_short_way
 from .supported_models import (
     Parts,
     check_heads,
@@ -234,7 +236,7 @@ def let_calls_keep_their_configuration() -> None:
 
     @functools.wraps(generate)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with generation_of(self):
+        with generation_of(self, kwargs.get(VISUAL_PROMPT)):
             return generate(self, *args, **kwargs)
 
     wrapped._gap_follows = True  # type: ignore[attr-defined]
@@ -371,6 +373,9 @@ def _install(parts: Parts, config: GapConfig) -> Attachment:
     hook_layers(attachment)
     for module in (owner, text):
         object.__setattr__(module, ATTACHMENT_ATTRIBUTE, attachment)
+    _let_steps_pass(attachment, owner, owner_step, attachment)
+    if text is not owner:
+        _let_steps_pass(attachment, text, text_step, attachment)
     try:
         hook_tower(attachment, config)
     except ValueError:
@@ -396,6 +401,7 @@ def _follow_heads(attachment: Attachment, model: nn.Module) -> None:
         removal = Removal()
         _register(attachment, "register_forward_hook", head, functools.partial(after_head, removal=removal))
         removal.handle = attachment.handles[-1]
+        _let_steps_pass(attachment, head, head_step, attachment, name, takes_kwargs(head))
 
 
 def _heads_of(owner: nn.Module, model: nn.Module) -> list[tuple[PreTrainedModel, str]]:
@@ -413,6 +419,17 @@ def _register(
 ) -> None:
     hook = functools.partial(hook, attachment=attachment)
     attachment.handles.append(getattr(module, method)(hook, with_kwargs=True, **options))
+
+
+def _let_steps_pass(attachment: Attachment, module: Any, step: Callable[..., Any], *arguments: Any) -> None:
+    """Let decode steps of ``module`` run ``step`` in place of the hooks that it has got here."""
+    hooks = (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+    ours = frozenset(number for number, hook in hooks if _is_of(hook, attachment))
+    attachment.handles.append(put_short_way(module, functools.partial(step, *arguments), ours))
+
+
+def _is_of(hook: Any, attachment: Attachment) -> bool:
+    return isinstance(hook, functools.partial) and hook.keywords.get("attachment") is attachment
 
 
 def _attachments_in(model: nn.Module) -> list[Attachment]:

@@ -6,6 +6,7 @@ it hands query and key to the state of the running forward, and `gap_triton.inte
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -32,6 +33,11 @@ MORE_THAN_DENSE = {
     "position_bias": "a position bias",
 }
 NAMES_OF_MORE = frozenset(MORE_THAN_DENSE)
+# What layers hand to their attention for others. Handed on, it would cost more than all else that is done here in a step.
+IDLE = frozenset({"position_ids", "use_cache", "cache_position"}) - {
+    *inspect.signature(sdpa_attention_forward).parameters,
+    *inspect.unwrap(sdpa_attention_forward).__code__.co_consts,
+}
 FLASH_HEAD_DIM_LIMIT = 256
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -52,6 +58,9 @@ def gap_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
     gap_state: ForwardState | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -63,28 +72,37 @@ def gap_attention_forward(
         key: [B, Hkv, S, D], after RoPE, cached tokens first.
         value: [B, Hkv, S, D].
         attention_mask: What the mask function made: None (plain causal, or one query) or [B, 1, Q, S].
+        dropout: Probability to drop an attention weight.
+        scaling: Factor of ``q k^T``, None = ``D ** -0.5``.
+        is_causal: Whether rows see no later columns where there is no mask; None = as ``module`` says.
         gap_state: State of the running forward, None outside an attached model.
-        **kwargs: ``dropout``, ``scaling``, ``is_causal`` and what else the model passes on.
+        **kwargs: What else the model passes on.
 
     Returns:
         Attention output [B, Q, Hq, D], and None in place of attention weights.
     """
-    if not NAMES_OF_MORE.isdisjoint(kwargs):
+    idle = IDLE.issuperset(kwargs)
+    if not idle and not NAMES_OF_MORE.isdisjoint(kwargs):
         _refuse_more_than_dense(module, kwargs)
     # Read past nn.Module, which looks for what is missing among parameters and submodules, and raises, in every layer.
     if SCORES in module.__dict__:
         recording = current_recording.get()
         if recording is not None:
-            recording.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
+            recording.record_attention(module, query, key, attention_mask, scaling)
     elif gap_state is not None:
         if gap_state.run is not None:
-            gap_state.record_attention(module, query, key, attention_mask, kwargs.get("scaling"))
+            gap_state.record_attention(module, query, key, attention_mask, scaling)
     elif query.shape[2] > 1:  # a decode step may come without a state, and prunes nothing anyway
         _warn_not_attached(module)
-    flash = flash_attn_func() if _flash_applies(query, attention_mask, kwargs) else None
-    if flash is not None:
-        return _flash_attention(flash, module, query, key, value, **kwargs), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.is_cuda and _flash_applies(query, attention_mask, kwargs):
+        flash = flash_attn_func()
+        assert flash is not None
+        return _flash_attention(flash, module, query, key, value, dropout, scaling, is_causal), None
+    if idle:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+    )
 
 
 def _warn_not_attached(module: nn.Module) -> None:
@@ -115,11 +133,10 @@ def flash_attn_func() -> Any | None:
 
 
 def _flash_applies(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-    # flash_attn_func takes no mask. Padding, ragged batches and sliding windows shorter than the sequence arrive here
-    # as an explicit mask, and stay with sdpa.
+    # Of a query on a GPU. flash_attn_func takes no mask. Padding, ragged batches and sliding windows shorter than the
+    # sequence arrive here as an explicit mask, and stay with sdpa.
     return (
-        query.is_cuda
-        and query.dtype in HALF_PRECISION
+        query.dtype in HALF_PRECISION
         and attention_mask is None
         and query.shape[-1] <= FLASH_HEAD_DIM_LIMIT
         and kwargs.get("position_bias") is None
@@ -137,7 +154,6 @@ def _flash_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
 ) -> torch.Tensor:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries = query.shape[2]

@@ -27,19 +27,18 @@ from ..arguments import (
 )
 from ..attachment import Attachment, attach_lock, remember_selection
 from ..calls import current_config
-from ..introspect import NAME, attention_chunk, layer_type, sliding_window, text_model_of
+from ..introspect import NAME, attention_chunk, layer_type, sliding_window
 from ..kv_cache.kept_tokens import (
     KeptRows,
     has_plain_steps,
     is_static,
     is_unpruned,
     kept_tokens_of,
-    leave_state,
     make_fixed_columns,
     mark_finished,
     refuse_pruned_cache,
+    step_left,
     store,
-    take_state,
 )
 from ..kv_cache.static_cache import fit
 from ..later_layers.deepstack import add_features
@@ -53,7 +52,7 @@ from ..state import DecoderRun, DecodeStep, Drop, ForwardState, HeadArguments, O
 from ..vision.needs import start_recorder
 from ..vision_tower.hooks import ENCODER_OUTPUTS
 from ..vision_tower.sizes import HOST_SIZES
-from .decode_steps import has_ours, is_one_row, is_step
+from .decode_steps import NOTHING_OF_THE_HEAD, has_ours, refuse_unreached, row_of, step_row_of
 from .decoder_run import (
     begin_to_fill,
     length_before,
@@ -80,8 +79,6 @@ from .visual_mask import named_visual_tokens
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-NOTHING_OF_THE_HEAD = HeadArguments(reached_owner=True)
 
 
 def before_head(
@@ -111,7 +108,7 @@ def before_head(
             f"{owner_name} of {type(model).__name__} was replaced after gap_triton was attached: call "
             "gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
         )
-    if is_step(args, kwargs) and (takes_kwargs or not has_ours(kwargs)):
+    if step_row_of(args, kwargs) is not None and (takes_kwargs or not has_ours(kwargs)):
         return None
     args, kwargs = by_name(model, args, kwargs) if len(args) > 1 else (args, dict(kwargs))
     head = _head_arguments_of(kwargs, attachment)
@@ -191,7 +188,7 @@ def before_owner(
     """Start the state of this forward where ``input_ids`` or ``visual_mask`` can be seen."""
     if kwargs is None:
         return None  # as in `before_head`
-    if is_step(args, kwargs) and not has_ours(kwargs):
+    if step_row_of(args, kwargs) is not None and not has_ours(kwargs):
         cache = cache_of(kwargs)
         if is_unpruned(cache):
             return None
@@ -356,7 +353,11 @@ def before_text(
         return None  # as in `before_head`
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
-        if not has_ours(kwargs) and is_one_row(args, kwargs) and is_unpruned(cache_of(kwargs)):
+        step = step_left(cache_of(kwargs))
+        if step is not None:
+            step.reached_decoder = True
+            return None
+        if not has_ours(kwargs) and row_of(args, kwargs) is not None and is_unpruned(cache_of(kwargs)):
             return None
         if kwargs.get(VISUAL_MASK) is not None:
             return _begin_without_owner(text, args, kwargs, attachment)
@@ -379,11 +380,6 @@ def before_text(
             kept.complete = True
             state.passes = not state.step.needs_mask
             _follow_layers(attachment, text)
-            if state.passes and not torch.compiler.is_compiling():
-                # Among their arguments it would cost all layers together more than everything that is done here.
-                leave_state(cache_of(kwargs), state)
-                kwargs = dict(kwargs)
-                del kwargs[STATE_KEY]
             return args, kwargs
         run = run_of_step(state, text, inputs, kept, kwargs)
     else:
@@ -505,9 +501,7 @@ def after_text(
         return None
     state: ForwardState | None = kwargs.get(STATE_KEY)
     if state is None:
-        state = take_state(cache_of(kwargs))
-        if state is None:
-            return None
+        return None
     if state.without_owner:
         _end(state)
     state.step = None  # which knows the state: a circle would keep both, and what they hold, until Python looks for circles
@@ -547,19 +541,11 @@ def after_owner(
 ) -> None:
     """Stop recording the vision encoder; refuse an owner that did not hand its keyword arguments on.
 
-    Otherwise the decoder would have run unpruned without a warning. ``output`` as in `after_text`.
+    ``output`` as in `after_text`.
     """
     state: ForwardState | None = kwargs.get(STATE_KEY) if type(kwargs) is dict else None
     if state is None:
         return
     _end(state)
     if state.enabled and not state.reached_decoder and output is not None:
-        if text_model_of(owner) is not attachment.text and owner is attachment.owner is not attachment.text:
-            raise RuntimeError(
-                f"the decoder of {type(owner).__name__} was replaced after gap_triton was attached, so nothing was dropped: "
-                "call gap_triton.configure(model, config) or gap_triton.attach(model, config) again"
-            )
-        raise RuntimeError(
-            f"{type(owner).__name__} does not hand its keyword arguments to its decoder, so nothing was dropped: load the "
-            "model with attn_implementation='sdpa' to run it unpruned"
-        )
+        refuse_unreached(owner, attachment)

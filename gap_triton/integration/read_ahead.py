@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import needs_grid
 from ..prefill.answers import names_rows
 from ..state import ForwardState, Prompt
+from ..vision_tower import encoder_outputs
 from ..vision_tower.sizes import GRID_FIELDS, HOST_SIZES, SHAPES
 from ..visual_prompt import PromptCounts
 
@@ -24,7 +25,9 @@ TABLES = (*GRID_FIELDS.values(), "image_sizes", SHAPES)  # sizes with one row fo
 def read_ahead(state: ForwardState) -> None:
     """Read the prompt of a forward with the sizes of its images, where both are on the device and will be asked for."""
     owner = state.owner
-    given = {name: owner.kwargs.get(name) for name in TABLES}
+    # `generate` of transformers 5 hands on what it has encoded, with the sizes, in place of pixels and sizes.
+    encoded = [each.arguments for each in encoder_outputs(owner.kwargs).values()]
+    given = {name: _first_given(name, owner.kwargs, *encoded) for name in TABLES}
     sizes = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() == 2}
     if not sizes or not _asks_for_both(state, list(sizes.values())):
         return
@@ -40,6 +43,10 @@ def read_ahead(state: ForwardState) -> None:
         found[name] = _shaped(values[first : first + value.numel()], value)
         first += value.numel()
     owner.kwargs[HOST_SIZES] = found
+
+
+def _first_given(name: str, *arguments: dict[str, Any]) -> Any:
+    return next((each[name] for each in arguments if each.get(name) is not None), None)
 
 
 def _asks_for_both(state: ForwardState, sizes: list[Tensor]) -> bool:

@@ -17,7 +17,7 @@ UNFINISHED_ATTRIBUTE = "_gap_unfinished"  # of a cache that a pruned forward has
 HELD_ATTRIBUTE = (
     "_gap_counts_held"  # of a cache that answers by what it holds, and not as if nothing had been dropped
 )
-STEP_ATTRIBUTE = "_gap_step"  # of a cache in a decode step: the state of that forward
+STEP_ATTRIBUTE = "_gap_step"  # of a cache in a plain decode step: that step
 LENGTH_ATTRIBUTE = "_gap_full_length"  # of a cache that `gap_triton.static_cache` made
 
 ROOM = 256  # tokens that `Columns` of a cache that grows are made for at once
@@ -163,22 +163,19 @@ def has_plain_steps(cache: Any | None) -> bool:
     return kept is not None and kept.plain_steps
 
 
-def leave_state(cache: Any, state: Any) -> None:
-    """Leave the state of a decode step with its cache, where `state_left` finds it, and not with every layer's arguments."""
-    setattr(cache, STEP_ATTRIBUTE, state)
+def leave_step(cache: Any, step: Any) -> None:
+    """Leave a plain decode step with its cache while it runs: among the arguments of every layer it would cost more."""
+    setattr(cache, STEP_ATTRIBUTE, step)
 
 
-def state_left(cache: Any | None) -> Any | None:
-    """Return what `leave_state` left with ``cache``; None where it left nothing."""
+def step_left(cache: Any | None) -> Any | None:
+    """Return what `leave_step` left with ``cache``; None where it left nothing."""
     return getattr(cache, STEP_ATTRIBUTE, None)
 
 
-def take_state(cache: Any | None) -> Any | None:
-    """Return what `leave_state` left with ``cache``, and leave it there no longer."""
-    state = getattr(cache, STEP_ATTRIBUTE, None)
-    if state is not None:
-        delattr(cache, STEP_ATTRIBUTE)
-    return state
+def take_step(cache: Any) -> None:
+    """Take what `leave_step` left with ``cache``."""
+    delattr(cache, STEP_ATTRIBUTE)
 
 
 def mark_unfinished(cache: Any) -> None:

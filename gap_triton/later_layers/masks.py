@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -29,22 +28,18 @@ REACH = "_gap_reach"
 _SIZES_BY_LENGTH = "query_length" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
 
 
-def mask_for_attention(
-    *args: Any,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
+def mask_for_attention(**kwargs: Any) -> torch.Tensor | None:
     """Return transformers' mask for sdpa, marked if it is plain, so that nothing need be read from the device later.
 
     Whatever else a model puts into its mask (image tokens that see each other, prefixes, packed sequences) is in the
     function that makes it.
     """
-    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+    mask = sdpa_mask(**kwargs)
     if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
         return mask  # nothing ranks in a decode step
-    parts = _parts_of(mask_function)
-    return _with_reach(mask, math.inf if parts == _CAUSAL else local_size if parts == _SLIDING else None)
+    parts = _parts_of(kwargs.get("mask_function", causal_mask_function))
+    reach = math.inf if parts == _CAUSAL else kwargs.get("local_size") if parts == _SLIDING else None
+    return _with_reach(mask, reach)
 
 
 def _parts_of(function: Any) -> Any:

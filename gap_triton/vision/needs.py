@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from ..attachment import Attachment, encoder_of
-from ..calls import current_config
+from ..calls import current_config, current_sizes
 from ..config import BEFORE_THE_DECODER, GapConfig, Stage, needs_grid
 from ..state import ForwardState
 from ..vision_tower import Need, Needs, Tower, TowerRecorder, check_needs, find_tower, install, record_sizes
@@ -74,7 +74,8 @@ def hook_tower(attachment: Attachment, config: GapConfig) -> None:
     check_needs(tower, _needs_from(tower, config))
     if attachment.tower is None:
         attachment.tower = tower
-        attachment.tower_handles += install(tower, functools.partial(_current_needs, attachment))
+        needs = functools.partial(_current_needs, attachment)
+        attachment.tower_handles += install(tower, needs, functools.partial(current_sizes, attachment))
 
 
 def _current_needs(attachment: Attachment) -> Needs:

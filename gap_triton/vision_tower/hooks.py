@@ -97,13 +97,22 @@ def encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Encoded]:
     return {modality: encoded for modality, encoded in encoders.items() if encoded is not None}
 
 
-def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
+def nothing_known() -> None:
+    """Return what the host knows of the sizes of images that are encoded outside a recorded forward: nothing."""
+
+
+def install(
+    tower: Tower,
+    needs: Callable[[], Needs] = frozenset,
+    sizes: Callable[[], dict[str, Any] | None] = nothing_known,
+) -> list[Any]:
     """Install the hooks that record ``tower``, and run it under ``"gap_triton"``.
 
     Args:
         tower: The tower.
         needs: Called when an encoder runs outside a recorded forward, as before one in ``generate()``: what the next forward
             will need. Nothing is recorded where that is nothing.
+        sizes: Called there too: what the host knows of the sizes of images.
 
     Returns:
         Handles, whose ``remove()`` takes everything off again and restores the tower's implementation of attention.
@@ -111,7 +120,7 @@ def install(tower: Tower, needs: Callable[[], Needs] = frozenset) -> list[Any]:
     handles: list[Any] = [_Mark(each) for each in dict.fromkeys([tower.attention, *tower.earlier.values()])]
     for modality, method in ENCODERS.items():
         if hasattr(tower.owner, method):
-            handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs)))
+            handles.append(_Wrapped(tower.owner, method, partial(_encode, tower, modality, needs, sizes)))
     for layer in last_third(tower.layers):
         handles.append(layer.register_forward_hook(_after_layer))
     if tower.projector is not None:
@@ -156,6 +165,7 @@ def _encode(
     tower: Tower,
     modality: str,
     needs: Callable[[], Needs],
+    sizes: Callable[[], dict[str, Any] | None],
     encoder: Callable[..., Any],
     /,
     *args: Any,
@@ -175,7 +185,7 @@ def _encode(
     bound = dict(inspect.signature(encoder).bind(*args, **kwargs).arguments)
     _refuse_other_features(tower.owner, bound)
     if tower.asks_for_sizes():  # read here, they are known to all who ask later
-        bound = host_sizes({**bound, HOST_SIZES: None if recorder is None else recorder.sizes})
+        bound = host_sizes({**bound, HOST_SIZES: sizes() if recorder is None else recorder.sizes})
     tokens = _count(output)
     recorded = recording.output(bound, None if packs(tower.owner) else tokens)
     encoded = Encoded(_without_pixels(bound), all_needs, tokens, recorded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support.comparison import error
 from support.prompts import make_prompt
 from support.tiny import build, generate
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import gap_triton  # noqa: F401
 from gap_triton.integration import attention
@@ -22,6 +24,12 @@ def flash_stand_in(query, key, value, dropout_p, softmax_scale, causal):
         query, key, value, attn_mask=bottom_right if causal else None, scale=softmax_scale, enable_gqa=True
     )
     return output.transpose(1, 2)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
 
 
 @pytest.fixture
@@ -40,20 +48,46 @@ def test_flash_path_equals_sdpa_path(
     expected, _ = attention.gap_attention_forward(module, query, key, value, None, scaling=0.3)
     monkeypatch.setattr(attention, "flash_attn_func", lambda: flash_stand_in)
     monkeypatch.setattr(attention, "_flash_applies", lambda *_: True)
-    actual, weights = attention.gap_attention_forward(module, query, key, value, None, scaling=0.3)
+    on_gpu = query.as_subclass(OnGPU)
+    actual, weights = attention.gap_attention_forward(module, on_gpu, key, value, None, scaling=0.3)
     assert weights is None
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected)
 
 
-def test_flash_applies_only_on_cuda_in_half_precision_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["unknown", "output_attentions", *sorted(attention.IDLE)])
+def test_what_sdpa_may_read_is_handed_on(
+    name: str, module: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but what is known to be of no use to it, which layers hand to every attention."""
+    handed: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, **kwargs: handed.append((args, kwargs))
+    )
+    tensors = torch.randn(3, 1, 4, 1, 16).unbind()
+    options = {"dropout": 0.5, "scaling": 0.3, "is_causal": False}
+    attention.gap_attention_forward(module, *tensors, None, **options, **{name: 1})
+    ((args, kwargs),) = handed
+    bound = inspect.signature(sdpa_attention_forward).bind(*args, **kwargs).arguments
+    assert {key: bound[key] for key in options} == options
+    assert kwargs == ({} if name in attention.IDLE else {name: 1})
+
+
+def test_flash_is_not_asked_for_elsewhere_than_on_a_gpu(
+    module: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_flash_applies", lambda *_: pytest.fail("asked"))
+    query, key, value = torch.randn(3, 2, 4, 5, 16, dtype=torch.bfloat16).unbind()
+    attention.gap_attention_forward(module, query, key[:, :2], value[:, :2], None)
+
+
+def test_flash_applies_only_in_half_precision_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "flash_attn_func", lambda: flash_stand_in)
 
-    def applies(is_cuda=True, dtype=torch.bfloat16, mask=None, dim=64, **kwargs) -> bool:
-        query = types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(1, 2, 3, dim))
+    def applies(dtype=torch.bfloat16, mask=None, dim=64, **kwargs) -> bool:
+        query = types.SimpleNamespace(dtype=dtype, shape=(1, 2, 3, dim))
         return attention._flash_applies(query, mask, kwargs)
 
     assert applies()
-    assert not applies(is_cuda=False)
     assert not applies(dtype=torch.float32)
     assert not applies(mask=torch.ones(1))
     assert not applies(dim=512)

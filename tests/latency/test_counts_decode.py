@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 PAD, WORD = 0, 5
 LAUNCHES = 3  # of a step on a static cache, or behind prompts of several lengths; none elsewhere
 NODES = 5
-# Calls of Python functions: by layer its own call, the attention function, and one that it asks; for the three modules
-# around the layers; and for the cache's record.
-CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 3, 28, 28
+# Calls of Python functions: by layer the attention function, while its own call takes the place of torch's; for the three
+# modules around the layers, and the function that makes masks; and for the cache's record.
+CALLS_PER_LAYER, CALLS_AROUND, CALLS_OF_A_CACHE = 1, 24, 16
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def python_calls(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_calls_few_functions(name: str, method: str) -> None:
     """Later layers are not asked, nothing is on layers where all is kept, and nothing is asked where nothing was dropped."""
-    layers = len(load(name).model.language_model.layers)
+    first, layers = load(name).model.language_model.layers[0], len(load(name).model.language_model.layers)
     config = preset(method, layers, cls=name == "llava")
     calls = {}
     for which, variant in variants(name, config).items():
@@ -168,5 +168,7 @@ def test_a_step_calls_few_functions(name: str, method: str) -> None:
             variant.decode()
         calls[which] = python_calls(variant.decode)
     limit = CALLS_PER_LAYER * layers + CALLS_AROUND
-    assert calls["attached"] - calls["sdpa"] <= limit - layers
+    assert calls["attached"] - calls["sdpa"] <= limit
+    # Layers of some releases of transformers have a call of their own, which stays.
+    limit += 0 if type(first).__call__ is torch.nn.Module.__call__ else layers
     assert calls["pruned"] - calls["oracle"] <= limit + CALLS_OF_A_CACHE + 2 * len(config.stages)

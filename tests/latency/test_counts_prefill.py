@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.embedded import MODELS, Added, added, load
+from support.embedded import MODELS, Added, added, first_token, load
 from support.methods import preset
 from support.prompts import make_prompt
 from support.tiny import build
+from support.ways import V5
 
 import gap_triton
 from gap_triton import GapConfig, Stage
 from gap_triton.prefill import plan
 from gap_triton.presets import PRESETS
 
+LAYERS = 6  # of both models
 # At most so many launches.
 DEFAULT = 3
 RECOMMENDED = 13
@@ -111,6 +113,17 @@ def test_presets_add_no_more_than_their_limit(name: str, model: str, prepared: b
     config = preset(name, loaded.config.get_text_config().num_hidden_layers, model == "llava")
     together = not prepared and model != "llava" and name in ASK_FOR_SIZES
     assert_within(added(model, config, prepared), Added(LIMITS[name] + together, not prepared, 0))
+
+
+@WAYS
+@ON_BOTH
+@pytest.mark.parametrize("name", ["fastv", "feather", "spatial", "cls"])
+def test_generate_reads_no_more(name: str, model: str, prepared: bool) -> None:
+    """Than a forward, though it encodes images ahead. Windows of a recorded encoder are read there by themselves."""
+    found = added(model, preset(name, LAYERS, model == "llava"), prepared, run=first_token)
+    windows = V5 and name == "cls" and model != "llava"
+    assert found.reads == (0 if prepared else 1 + windows)
+    assert found.copies == 0
 
 
 def test_a_ragged_batch_adds_one_copy_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:

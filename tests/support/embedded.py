@@ -49,12 +49,17 @@ def prefill(model: PreTrainedModel, inputs: Any) -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def added(name: str, config: GapConfig, prepared: bool, batch: int = 1) -> Added:
-    """What pruning by ``config`` adds to a prefill of an embedded model."""
+def first_token(model: PreTrainedModel, inputs: Any) -> Any:
+    """One token of `generate`, which in transformers 5 encodes images ahead of the prefill."""
+    return model.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+
+def added(name: str, config: GapConfig, prepared: bool, batch: int = 1, run: Any = prefill) -> Added:
+    """What pruning by ``config`` adds to a prefill of an embedded model, run by ``run``."""
     model, inputs = load(name), prompt(name, batch)
-    plain = count(lambda: prefill(model, inputs), CPU)
+    plain = count(lambda: run(model, inputs), CPU)
     gap_triton.attach(model, config)
     given = gap_triton.prepare(model, inputs) if prepared else inputs
-    prefill(model, given)  # what is computed once for a model is no part of a prefill
-    pruned = count(lambda: prefill(model, given), CPU)
+    run(model, given)  # what is computed once for a model is no part of a prefill
+    pruned = count(lambda: run(model, given), CPU)
     return Added(pruned.launches - plain.launches, pruned.reads - plain.reads, pruned.copies - plain.copies)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gap_triton.integration.layer_calls import BASE, carries
+from gap_triton.integration.layer_calls import carries
+from gap_triton.integration.own_class import BASE
 
 
 def hooks(model: torch.nn.Module) -> int:
-    """Number of our hooks on ``model``, and of layers of a class of ours; transformers has hooks of its own."""
+    """Number of our hooks on ``model``, and of modules of a class of ours; transformers has hooks of its own."""
     found = [
         hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
     ]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 
 from scripts import endurance
+from support.methods import NAMES
 from support.ways import MODELS, build
+
+ROUND = len(NAMES) * len(MODELS)
+"""Generations in which each method has run once on each model: what is kept of it is kept from then on."""
 
 
 def test_nothing_grows() -> None:
@@ -13,7 +17,7 @@ def test_nothing_grows() -> None:
     calls = endurance.run(models)
     rounds = []
     for _ in range(2):
-        list(itertools.islice(calls, 40))
+        list(itertools.islice(calls, ROUND))
         rounds.append(endurance.held(models))
     assert not endurance.grown(*rounds)
 
