@@ -113,6 +113,21 @@ def prune_tokens_lse(x: Inputs) -> Result:
     return tuple(gap_kernels.prune_tokens(x.query, x.key, *_rows(x), x.keep, lse=x.lse, length=x.length))
 
 
+def unrotate(x: Inputs) -> Result:
+    """Turn queries and keys back, of halves."""
+    head_dim = x.cos.shape[-1]
+    channel = torch.arange(head_dim, dtype=torch.int32, device=x.cos.device)
+    pairs = torch.stack([(channel + head_dim // 2) % head_dim, channel])
+    return gap_kernels.unrotate(x.query, x.key, x.cos, x.sin, pairs)
+
+
+def scatter_rows(x: Inputs) -> Result:
+    """Put the visual rows back to where they stand, in the reverse of their order, among all rows."""
+    rows = x.hidden_states[:, : x.visual_index.shape[1]]
+    num_rows = x.hidden_states.shape[1]
+    return (gap_kernels.scatter_rows(rows, x.visual_index.flip(1), num_rows, base=x.hidden_states),)
+
+
 def attention(x: Inputs) -> Result:
     """Causal attention and its log-sum-exp."""
     output, lse, _ = gap_kernels.attention(x.query, x.key, x.value)
@@ -137,6 +152,14 @@ def topk_per_region(x: Inputs) -> Result:
     """Select among the best patches of 2 x 2 regions."""
     scores = x.scores[:, -x.neighbours.shape[1] :]
     return (gap_kernels.topk_per_region(scores, x.neighbours, 1, x.keep),)
+
+
+def window_ranks(x: Inputs) -> Result:
+    """Rank patches, half of what is kept from all windows; as whole numbers, since infinity has no rounding."""
+    scores = x.scores[:, -x.neighbours.shape[1] :]
+    side = math.isqrt(scores.shape[1])
+    ranks = gap_kernels.window_ranks(scores, scores.flip(1), (side, side), x.keep // 2)
+    return (ranks.view(torch.int32).long(),)
 
 
 def greedy_indices(x: Inputs, rule: Literal["max_min", "determinant", "coverage_gain"]) -> Result:
@@ -210,12 +233,15 @@ DECODER_CALLS: dict[str, Call] = {
     "prune_tokens, lse": prune_tokens_lse,
     "prune_tokens, region": partial(prune_tokens, coverage="region"),
     "prune_tokens, stride": partial(prune_tokens, coverage="stride"),
+    "scatter_rows": scatter_rows,
+    "unrotate": unrotate,
     "attention": attention,
     "attention, importance": attention_importance,
 }
 TOWER_CALLS: dict[str, Call] = {
     "attention_received": attention_received,
     "topk_per_region": topk_per_region,
+    "window_ranks": window_ranks,
     "spatial_aggregate": spatial_aggregate,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,

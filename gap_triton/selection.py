@@ -18,7 +18,6 @@ class Selection:
         index: [B, L] int64, every surviving row, text and visual, ascending; -1 = filler, on the left.
         position_ids: [B, L] (or [A, B, L] where the model has several axes) int64, the ids that the survivors carry
             in the later layers. Entries at filler mean nothing.
-        candidates: [B, V] int64, the visual rows that the stage chose from, ascending; -1 = filler.
         score: [B, V] float32, the score of each candidate. After the vision encoder rows that stand in no grid,
             such as newline tokens, have the score inf where they stay and -inf where they don't.
         visual: [B, Q] bool, the visual rows of the input.
@@ -27,10 +26,20 @@ class Selection:
 
     index: torch.Tensor
     position_ids: torch.Tensor
-    candidates: torch.Tensor
     score: torch.Tensor
     visual: torch.Tensor
+    _candidates: torch.Tensor
+    """The candidates by row among those that the stage before left."""
     before: Selection | None = None
+
+    @property
+    def candidates(self) -> torch.Tensor:
+        """[B, V] int64, the visual rows that the stage chose from, ascending; -1 = filler."""
+        rows = self._candidates
+        if self.before is None:
+            return rows
+        index = self.before.index.to(rows.device)
+        return torch.where(rows < 0, -1, index.gather(1, rows.clamp(min=0)))
 
     @property
     def visual_index(self) -> torch.Tensor:

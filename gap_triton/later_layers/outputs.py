@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gap_kernels import scatter_rows
 
 from ..state import DecoderRun, Prefill
 
@@ -71,14 +72,7 @@ def _restore(prefill: Prefill, short: torch.Tensor, stages: int) -> torch.Tensor
         return short
     queries = prefill.prompt.visual.shape[1]
     survivors = prefill.survivors[stages - 1]
-    target = survivors.order.to(short.device)
-    if survivors.dense:
-        full = short.new_zeros(short.shape[0], queries, short.shape[2])
-        return full.scatter_(1, target[..., None].expand_as(short), short)
-    # One more row at the end takes the filler and is cut off again.
-    target = torch.where(target < 0, queries, target)[..., None].expand_as(short)
-    full = short.new_zeros(short.shape[0], queries + 1, short.shape[2])
-    return full.scatter_(1, target, short)[:, :-1]
+    return scatter_rows(short, survivors.order.to(short.device), queries)
 
 
 def _refuse_short_output(run: DecoderRun, prefill: Prefill, name: str, value: Any) -> None:

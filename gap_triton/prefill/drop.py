@@ -106,8 +106,7 @@ def drop_tokens(
     prefill.survivors.append(survivors)
     if drop.stage.layer == BEFORE_THE_DECODER:
         prefill.embeds = hidden_states
-    candidates = rows.to_prompt_rows(rows.plan.visual_index, rows.plan.filled)
-    selection = _selection_of(prefill, index, ids, candidates, pruned.scores)
+    selection = _selection_of(prefill, index, ids, rows.plan.visual_index, pruned.scores)
     return Dropped(hidden, record, kept, selection)
 
 
@@ -187,13 +186,14 @@ def _selection_of(
     candidates: torch.Tensor,
     scores: torch.Tensor,
 ) -> Selection:
+    """What a stage kept, with its ``candidates`` by row among those that it found: nobody may ask for them."""
     length = index.shape[1] - prefill.drafts
     return Selection(
         index[:, :length],
         ids[..., :length],
-        candidates,
         scores,
         prefill.prompt.visual[:, : prefill.prompt.visual.shape[1] - prefill.drafts],
+        candidates,
         before=prefill.selection,
     )
 

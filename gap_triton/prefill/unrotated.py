@@ -8,9 +8,11 @@ import textwrap
 from typing import Any
 
 import torch
+from gap_kernels import unrotate
 
 from ..config import GapConfig
 from ..introspect import calls_interface
+from .rotary_pairs import pairs_of, rotate
 
 # Names under which modeling files keep the function that rotates queries and keys.
 ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
@@ -24,8 +26,8 @@ def unrotated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn ``query`` [B, Hq, S, D] and ``key`` [B, Hkv, S, D] of the attention ``module`` back, by its own rotation.
 
-    A rotation by an angle is undone by one with the negative sine. Whatever the model does besides (only some channels,
-    several axes, interleaved pairs), its own function does here too.
+    Which channels it turns, and by what, is found by running it (`rotary_pairs`): then one operator does it. Where that
+    can't be said in pairs, its own function does it: a rotation by an angle is undone by one with the negative sine.
 
     Args:
         module: The attention.
@@ -38,12 +40,18 @@ def unrotated(
         ValueError: The model has no such function, or rotates by something else than one cos and sin for all heads.
     """
     cos, sin = cos_and_sin(module, rotary, query, "unrotated")
-    query, key = rotate_by(module, query, key, cos, -sin)
-    if _is_known_not_to_stretch(text):
-        return query, key
-    # Some embeddings scale cos and sin (YaRN), in both directions: by now the channels that turn are scaled twice.
-    stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
-    return query / stretch, key / stretch
+    stretched = not _is_known_not_to_stretch(text)
+    pairs = None
+    if query.dtype == key.dtype and cos.dtype == sin.dtype:
+        rotation, sections = rotation_with(module)
+        pairs = pairs_of(rotation, sections, query.shape[3], cos)
+    if pairs is not None:
+        return unrotate(query, key, cos, sin, pairs, rescale=stretched)
+    if stretched:
+        # Some embeddings scale cos and sin (YaRN): so they would in the other direction, too.
+        stretch = (cos.float().square() + sin.float().square())[..., :1, :1].flatten()[0]
+        cos, sin = ((each.float() / stretch).to(each.dtype) for each in (cos, sin))
+    return rotate_by(module, query, key, cos, -sin)
 
 
 def rotated_ones(module: Any, rotary: Any, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,15 +135,17 @@ def rotate_by(
     module: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys [B, H, S, D] by the function of the attention ``module``, which has one."""
-    rotate: Any = rotation_of(module)
-    sections: tuple[Any, ...] = ()
-    if "mrope_section" in inspect.signature(rotate).parameters:
-        parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
-        sections = (parameters["mrope_section"],)
-    if list(inspect.signature(rotate).parameters)[1] == "cos":  # one tensor at a time
-        return rotate(query, cos, sin), rotate(key, cos, sin)
-    query, key = rotate(query, key, cos, sin, *sections)
-    return query, key
+    rotation, sections = rotation_with(module)
+    return rotate(rotation, sections, query, key, cos, sin)
+
+
+def rotation_with(module: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """Return the function by which the attention ``module`` rotates, and how many channels of each axis it is told."""
+    function: Any = rotation_of(module)
+    if "mrope_section" not in inspect.signature(function).parameters:
+        return function, None
+    parameters = getattr(module, "rope_scaling", None) or module.config.rope_parameters
+    return function, tuple(parameters["mrope_section"])
 
 
 def refuse_unrotated(config: GapConfig, text: Any) -> None:

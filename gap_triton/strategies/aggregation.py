@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from gap_kernels import spatial_aggregate
 from gap_kernels.aggregate.op import check_radius, check_self_weight
 from gap_kernels.precision import without_autocast
+from gap_kernels.prune.coverage import is_short
 from gap_kernels.validation import check_grid, describe, is_number
 from torch import Tensor
 
@@ -109,8 +111,7 @@ def aggregate(
         raise ValueError(f"rule: expected an AggregationRule, got {describe(rule)}")
     if not anchors.numel():
         return Merged(anchors, features.new_empty(*anchors.shape, features.shape[2]))
-    anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill(anchors < 0, torch.nan)
-    collected = _collect(features, similarity, anchor_scores, anchors, grid, rule)
+    collected = _collect(features, similarity, scores, anchors, grid, rule)
     num_rows = features.shape[1]
     if anchors.shape[1] >= num_rows:
         complete = ((anchors >= 0).sum(1) == num_rows)[:, None, None]
@@ -129,27 +130,25 @@ def aggregate_without_filler(
     rule: AggregationRule,
 ) -> Merged:
     """Let anchors collect as `aggregate` does, unchecked: fewer than N, and no filler among them. Arguments as there."""
-    collected = _collect(features, similarity, scores.gather(1, anchors), anchors, grid, rule)
-    return Merged(anchors, collected)
+    return Merged(anchors, _collect(features, similarity, scores, anchors, grid, rule))
 
 
 def _collect(
     features: Tensor,
     similarity: Tensor,
-    anchor_scores: Tensor,
+    scores: Tensor,
     anchors: Tensor,
     grid: tuple[int, int],
     rule: AggregationRule,
 ) -> Tensor:
-    """What anchors [G, M] with ``anchor_scores`` [G, M], NaN at filler, collect: [G, M, C]."""
+    """What anchors [G, M], -1 = filler, collect by ``scores`` [G, N]: [G, M, C]."""
+    found: dict[str, Any] = {"scores": scores, "pillar_quantile": rule.pillar_quantile}
+    if not is_short(float(rule.pillar_quantile)):  # which the operator multiplies by
+        anchor_scores = scores.gather(1, anchors.clamp(min=0)).masked_fill_(anchors < 0, torch.nan)
+        found = {"pillars": _at_or_above(anchor_scores, rule.pillar_quantile)}
+    radius = rule.radius_of(grid)
     return spatial_aggregate(
-        features,
-        similarity,
-        anchors,
-        grid,
-        radius=rule.radius_of(grid),
-        pillars=_at_or_above(anchor_scores, rule.pillar_quantile),
-        self_weight=rule.self_weight,
+        features, similarity, anchors, grid, radius=radius, self_weight=rule.self_weight, **found
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from gap_kernels import topk_indices
+from gap_kernels import topk_indices, window_ranks
 from torch import Tensor
 
 from ..constants import Constants
@@ -17,9 +17,6 @@ ANCHORS_OF = 50
 """HiPrune takes one anchor for so many tokens kept: with its neighbours that is a tenth, `HIPRUNE_ALPHA` of its code."""
 LOCAL_OF = 2
 """VScan takes one in so many of the tokens kept by windows."""
-WINDOWS = 4
-"""Windows along each side: VScan's are of 6 x 6 on 24 x 24 tokens."""
-
 
 _TABLES = Constants(64)
 
@@ -56,20 +53,7 @@ def by_windows(scores: Tensor, earlier: Tensor, keep: int, grid: tuple[int, int]
     Returns:
         [G, N] float32, as `best_last`: what is first has infinity, so that the ``keep`` largest are chosen.
     """
-    local, device = keep // LOCAL_OF, scores.device
-    window, enters = _TABLES.get(
-        (grid, local, device),
-        device,
-        lambda: tuple(to_device(torch.from_numpy(each), device) for each in _windows(*grid, local)),
-    )
-    order = (0.0 - earlier).argsort(dim=1, stable=True)  # NaN last
-    place = window[order].argsort(
-        dim=1, stable=True
-    )  # of each token in that order; window by window, the best first
-    token = order.gather(1, place)
-    # Windows may be too small, on odd grids: then what did not enter follows, by its row.
-    first = torch.where(enters, place, token + scores.shape[1]).argsort(dim=1)[:, :local]
-    return best_last(scores).scatter_(1, token.gather(1, first), torch.inf)
+    return window_ranks(scores, earlier, grid, keep // LOCAL_OF)
 
 
 def _cross(height: int, width: int) -> np.ndarray:
@@ -81,17 +65,3 @@ def _cross(height: int, width: int) -> np.ndarray:
         there = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
         columns.append(np.where(there, number + down * width + right, number))
     return np.stack(columns, axis=1)
-
-
-def _windows(height: int, width: int, local: int) -> tuple[np.ndarray, np.ndarray]:
-    """The window of each cell, [H * W] int64; and of all cells in the order of windows, which are among the best of theirs.
-
-    The latter is [H * W] bool: as many of each window as it takes for ``local`` cells.
-    """
-    number = np.arange(height * width)
-    window = number // width * WINDOWS // height * WINDOWS + number % width * WINDOWS // width
-    sizes = np.bincount(window)
-    sizes = sizes[sizes > 0]
-    enough = -(-local // len(sizes))
-    rank = np.concatenate([np.arange(size) for size in sizes])
-    return window, rank < enough

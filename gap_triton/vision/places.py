@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gap_kernels import scatter_rows
 from torch import Tensor
 
 from ..host import to_device
@@ -118,14 +119,23 @@ class Places:
             lambda: self._on_device(np.where(self._stays(budget), np.float32(np.inf), np.float32(-np.inf))),
         )
 
-    def stays(self, budget: Budget) -> Tensor:
-        """Return [B, V] float32, a new tensor: 1 at the newlines that ``budget`` keeps, else 0."""
-        if not any(budget.newlines):
-            return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
-        kept = self._once(
-            ("stays", budget.newlines), lambda: self._on_device(self._stays(budget).astype(np.float32))
+    def stay(self, budget: Budget, slots: list[Tensor]) -> Tensor:
+        """Return [B, V] float32: 1 at ``slots``, vectors of int64, and at the newlines that ``budget`` keeps, else 0."""
+
+        def newlines() -> Tensor:
+            return self._once(
+                ("stays", budget.newlines), lambda: self._on_device(self._stays(budget).astype(np.float32))
+            )
+
+        if not slots:
+            return newlines()
+        index = joined(slots)
+        ones = self._once(
+            ("ones", len(index)),
+            lambda: torch.ones(1, len(index), 1, dtype=torch.float32, device=self.device),
         )
-        return kept.clone()
+        base = newlines().view(1, -1, 1) if any(budget.newlines) else None
+        return scatter_rows(ones, index[None], self.shape[0] * self.shape[1], base=base).view(self.shape)
 
     def spatial(self) -> Tensor:
         """Return [B, V] float32, the score of an even spread over each view."""
@@ -184,6 +194,11 @@ class Places:
                 view.grid, device="cpu"
             ).float()
         return to_device(score, self.device)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return tensors one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _in_order(index: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from gap_kernels import collect_nearest, merge_nearest, text_cosine, topk_indices
+from gap_kernels import collect_nearest, merge_nearest, scatter_rows, text_cosine, topk_indices
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,7 +47,7 @@ from ..vision_tower.finding import packs
 from .budget import ADDS_ONE, Budget, budget_of
 from .layout import Layout, layout_of, layout_without_grid
 from .needs import EARLIER_SCORES, MERGE_NEEDS, compares_entering
-from .places import Group, Places
+from .places import Group, Places, joined
 
 Kwargs = dict[str, Any]
 
@@ -145,7 +145,7 @@ def choose_and_merge(
     groups = places.groups(budget.views)
     # And where it is told by what: every slot is of a view, and in its order.
     is_whole = places.one_view_each() and len(groups) == 1 and groups[0].are_all
-    ranks: Tensor | None = None
+    slots: list[Tensor] = []
     merged: list[tuple[Tensor, Tensor]] = []
     for group in groups:
         beside_score = None if beside is None else group.at_slots(beside).to(scores.device)
@@ -157,19 +157,22 @@ def choose_and_merge(
             continue
         if is_whole and chosen.ranks is not None:
             return chosen.ranks.view(places.shape), merged
-        ranks = places.stays(budget) if ranks is None else ranks
-        for index in chosen.index:
-            ranks.view(-1).scatter_(0, group.slots_at(index).flatten(), 1.0)
-    return places.stays(budget) if ranks is None and not are_best else ranks, merged
+        slots += [group.slots_at(index).flatten() for index in chosen.index]
+    return None if are_best else places.stay(budget, slots), merged
 
 
 def with_merged(merging: Merging, embeds: Tensor, merged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return a copy of ``embeds`` [B, Q, C] with ``merged`` tokens at their slots [G, K]."""
-    embeds = embeds.clone()
-    rows = embeds.view(-1, embeds.shape[2])
-    for slots, features in merged:
-        rows[merging.rows[slots].to(embeds.device)] = features.to(embeds.device, embeds.dtype)
-    return embeds
+    slots = joined([slots.flatten() for slots, _ in merged])
+    features = joined([features.flatten(0, 1) for _, features in merged])
+    put = scatter_rows(
+        features.to(embeds.device, embeds.dtype)[None],
+        slots.to(embeds.device)[None],
+        embeds.shape[0] * embeds.shape[1],
+        among=merging.rows.to(embeds.device)[None],
+        base=embeds.flatten(0, 1)[None],
+    )
+    return put.view_as(embeds)
 
 
 def _embeds_of(stage: Stage, kwargs: Kwargs) -> Tensor:

@@ -18,8 +18,11 @@ from .prune import PrunedTokens, prune_by_score, prune_tokens
 from .raters import text_raters
 from .received import attention_received
 from .region import grid_neighbours, topk_per_region
+from .rotation import unrotate
+from .scatter import scatter_rows
 from .select import topk_indices
 from .similarity import distinct_indices, least_similar_indices
+from .windows import window_ranks
 
 __all__ = [
     "AttentionOutput",
@@ -38,10 +41,13 @@ __all__ = [
     "prune_by_score",
     "prune_tokens",
     "read_prompt",
+    "scatter_rows",
     "spatial_aggregate",
     "text_cosine",
     "text_raters",
     "topk_indices",
     "topk_per_region",
+    "unrotate",
     "visual_importance",
+    "window_ranks",
 ]

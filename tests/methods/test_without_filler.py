@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_merges(dtype: torch.dtype, data: st.DataObject) -> None:
         few.contextual_of_rest(features, keys, kept, few.rest_of(kept, cells), count),
         contextual(features, keys, kept, count),
     )
-    for rule in (LLAVA, LLAVA_NEXT, QWEN):
+    for rule in (LLAVA, LLAVA_NEXT, QWEN, replace(LLAVA, pillar_quantile=1 / 3)):
         found = aggregate_without_filler(features, keys, scores, kept, grid, rule=rule)
         same(found, aggregate(features, keys, scores, kept, grid, rule=rule))
 

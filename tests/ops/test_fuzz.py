@@ -71,6 +71,7 @@ BAD: dict[str, list[Any]] = {
     "spread": [*NO_NUMBER, -0.1, 1.1, math.inf],
     "causal": NO_BOOL,
     "average": NO_BOOL,
+    "rescale": NO_BOOL,
     "head_reduction": NO_CHOICE,
     "coverage": NO_CHOICE,
     "exponent": [*NO_NUMBER, None, -0.5, math.inf, 1e39],
@@ -79,11 +80,13 @@ BAD: dict[str, list[Any]] = {
     "device": NO_DEVICE,
     "rule": [None, "llava", {}, strategies.AggregationRule, *NO_CHOICE],
     "per_region": [*NO_INT, 0, -1, -(10**30)],
+    "windows": [*NO_INT, None, 0, -1, -(10**30)],
     "heads": [*NO_INT, None, 0, -1, 99, *BIG],
     "length": [*NO_INT, -1, MAX_LENGTH + 1, *BIG, torch.tensor(3)],
     "k": [*NO_INT, None, -1, -(10**30), torch.ones(2), torch.ones(9, dtype=torch.int64)],
 }
 BAD["keep"] = BAD["count"] = BAD["k"]
+BAD["num_rows"] = [None, *BAD["length"]]
 BAD["important"] = [*NO_INT, None, -1, 10**30, torch.tensor(1)]
 BAD["removed_at_once"] = [*NO_INT, None, 0, -1, -(10**30)]
 INDICES = {
@@ -94,11 +97,11 @@ INDICES = {
     "anchors",
     "kept",
     "neighbours",
-} | {"targets", "excluded", "pivots"}
+} | {"targets", "excluded", "index", "among", "pairs", "pivots"}
 DISTINCT = {
     ("collect_nearest", "kept"), ("merge_nearest", "targets"), ("merge_nearest", "excluded"),
     ("prune_by_score", "visual_index"), ("prune_tokens", "visual_index"), ("average", "kept"), ("nearest", "kept"),
-    ("cluster", "kept"),
+    ("cluster", "kept"), ("scatter_rows", "index"),
     ("contextual", "kept"), ("aggregate", "anchors"), ("least_similar_indices", "pivots"),
 }  # fmt: skip
 ATTENTION = {
@@ -128,7 +131,12 @@ SHAPES: dict[str, dict[str, str]] = {
     "collect_nearest": {"features": "B N C", "keys": "B N E", "weights": "B N", "kept": "B K"},
     "merge_nearest": {"features": "B N C", "keys": "B N E", "targets": "B M", "excluded": "B K"},
     "text_cosine": {"embeds": "B Q C", "visual_index": "B V", "text_rows": "B R"},
+    "scatter_rows": {"values": "B L C", "index": "B L", "among": "B S", "base": "B Q C"},
     "topk_indices": {"scores": "B N", "k": "B"},
+    "window_ranks": {"scores": "B N", "earlier": "B N"},
+    "unrotate": {
+        "query": "B Hq S D", "key": "B Hkv S D", "cos": "A ! S F", "sin": "A ! S F", "pairs": "! D",
+    },
     "greedy_indices": {"features": "B N C", "scores": "B N", "mask": "B N", "k": "B"},
     "distinct_indices": {"features": "B N C", "scores": "B N"},
     "least_similar_indices": {"features": "B N C", "pivots": "B P", "mask": "B N", "k": "B"},
@@ -141,7 +149,9 @@ SHAPES: dict[str, dict[str, str]] = {
     },
     "prune_by_score": {**ROWS, **SPREAD, "scores": "B V", "attention_mask": "B Q"},
     "prune_tokens": {**ATTENTION, **ROWS, **SPREAD},
-    "spatial_aggregate": {"features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M"},
+    "spatial_aggregate": {
+        "features": "B N C", "similarity_features": "B N E", "anchors": "B M", "pillars": "B M", "scores": "B N",
+    },
     "choose": {"scores": "G N", "keep": "G", "neighbours": "! N R", "order": "! N"},
     "average": MERGE,
     "cluster": MERGE,
@@ -154,9 +164,12 @@ SHAPES: dict[str, dict[str, str]] = {
     "raters": {"visual": "G N C", "visual_mask": "G N", "text": "G T C", "text_mask": "G T"},
 }  # fmt: skip
 """Names of dimensions by argument, as documented; "!" is one that has few sizes."""
+SHORT = {
+    ("spread", "prune_by_score"), ("spread", "prune_tokens"), ("pillar_quantile", "spatial_aggregate"),
+}  # fmt: skip
 OPTIONAL = {
     "answer", "rankers", "index", "rows", "attention_mask", "lse", "value", "importance_rows", "importance_columns",
-    "cu_seqlens", "pillars", "mask", "excluded",
+    "cu_seqlens", "pillars", "mask", "excluded", "among", "base",
 }  # fmt: skip
 
 
@@ -176,7 +189,7 @@ def bad_values(call: Call, name: str) -> list[tuple[str, Any]]:
             found += [("value", value + too_many), ("value", value | 2**62)]
     if name == "count" and call.arguments.get("length", 0) is None:
         found += [("value", bad) for bad in (MAX_LENGTH + 1, 10**30)]
-    if name == "spread" and function != "choose":  # a kernel multiplies by its digits
+    if (name, function) in SHORT:  # a kernel multiplies by its digits
         found.append(("value", 0.1234567891))
     if name in ("keep", "count", "k") and isinstance(value, Tensor) and value.numel():
         found += [("value", value - value.max() - 1)]
@@ -297,7 +310,8 @@ def test_one_bad_argument(name: str) -> None:
     each()
 
 
-SAMPLES = [name for name in MAKERS if name in SHAPES and name != "read_prompt"]  # which takes no numbers
+# The former takes no numbers, and of the latter some belong to all samples.
+SAMPLES = [name for name in MAKERS if name in SHAPES and name not in ("read_prompt", "unrotate")]
 
 
 def plain(value: Tensor) -> Tensor:

@@ -185,6 +185,29 @@ def test_pillars_do_not_look_at_similarity() -> None:
     assert torch.equal(collected, torch.where(ANCHORS[:, :, None] >= 0, rows, 0.0))
 
 
+@pytest.mark.parametrize("quantile", [0, 0.1, 0.25, 0.55, 0.123456789, 1])
+def test_pillars_by_the_scores_of_the_anchors(quantile: float) -> None:
+    """With ties, both infinities, zeros of both signs and NaN, which is no pillar and does not count."""
+    features, similarity = make()
+    scores = torch.tensor([[0.5, -math.inf, 2, math.inf, 0.0, -0.0, 0.5, 1, math.nan, 3]] * 2).repeat(1, 2)
+    scores[1] = math.nan
+    for anchors in (ANCHORS, torch.arange(20).flip(0).expand(2, -1), torch.tensor([[8, -1], [0, 1]])):
+        given = {"radius": 2.5, "scores": scores, "pillar_quantile": quantile}
+        collected = check(features, similarity, anchors, (4, 5), **given)
+        assert torch.equal(
+            collected[1], spatial_aggregate(features, similarity, anchors, (4, 5), radius=2.5)[1]
+        )
+
+
+def test_a_quantile_is_the_decimal_that_was_written() -> None:
+    """0.55 of 20 is 11, and above that in floats: the twelfth of 21 scores is a pillar."""
+    features, similarity = make((3, 7))
+    every = torch.arange(21).expand(2, -1)
+    given = {"radius": 2.5, "scores": every.float(), "pillar_quantile": 0.55}
+    collected = check(features, similarity, every, (3, 7), **given)
+    assert (collected == features).all(-1)[0].tolist() == [False] * 11 + [True] * 10
+
+
 def test_strided_inputs() -> None:
     features, similarity = make()
     expected = spatial_aggregate(features, similarity, ANCHORS, (4, 5), radius=2.5, pillars=PILLARS)
@@ -227,6 +250,7 @@ OP = torch.ops.gap_kernels.spatial_aggregate.default
 @pytest.mark.parametrize("optional", [(PILLARS, 1.0), (None, None)])
 def test_opcheck(dtype: torch.dtype, optional: tuple[Tensor | None, float | None]) -> None:
     opcheck(OP, (*make(dtype=dtype), ANCHORS, 5, 2.5, *optional))
+    opcheck(OP, (*make(dtype=dtype), ANCHORS, 5, 2.5, None, 1.0, torch.rand(2, 20), 11, 20))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -293,6 +317,31 @@ X, E = make()
             (X, E, ANCHORS, (4, 5)),
             {"self_weight": "1"},
             r"self_weight: expected a finite float or None, got '1' \(str\)",
+        ),
+        (
+            (X, E, ANCHORS, (4, 5)),
+            {"pillar_quantile": 0.5},
+            r"scores: expected a tensor \[B, N\] with pillar_quantile 0.5 \(float\), got None",
+        ),
+        (
+            (X, E, ANCHORS, (4, 5)),
+            {"scores": X[..., 0]},
+            "pillar_quantile: expected a float in 0..1 with at most 9 decimals, got None",
+        ),
+        (
+            (X, E, ANCHORS, (4, 5)),
+            {"scores": X[..., 0], "pillar_quantile": 1.5},
+            r"pillar_quantile: expected a float in 0..1 with at most 9 decimals, got 1.5 \(float\)",
+        ),
+        (
+            (X, E, ANCHORS, (4, 5)),
+            {"scores": ANCHORS, "pillar_quantile": 0.5},
+            "scores: expected dtype torch.float32, got .*int64",
+        ),
+        (
+            (X, E, ANCHORS, (4, 5)),
+            {"scores": X[..., 0], "pillar_quantile": 0.5, "pillars": PILLARS},
+            r"pillars: expected None with pillar_quantile=0.5, got shape \[2, 6\]",
         ),
         (
             (X, E, ANCHORS, (4, 5)),

@@ -56,6 +56,15 @@ def pruned(dtype: torch.dtype) -> Any:
     return gap_kernels.prune_tokens(*attention_inputs(dtype), *prompt(dtype), VISUAL, 7)
 
 
+def turned_back(dtype: torch.dtype) -> Any:
+    query, key = attention_inputs(dtype)
+    key = key[:, :, : query.shape[2]]
+    head_dim = query.shape[3]
+    pairs = torch.stack([torch.arange(head_dim) ^ 1, torch.arange(head_dim) // 2]).int()
+    angle = randn(1, query.shape[2], head_dim, dtype=dtype)
+    return gap_kernels.unrotate(query[:, :, : key.shape[2]], key, angle.cos(), angle.sin(), pairs)
+
+
 def corrected(dtype: torch.dtype) -> Any:
     _, cos, sin, _ = prompt(dtype)
     turns, rows = torch.arange(1, DIM + 1), VISUAL[:, -3:] + 1
@@ -136,6 +145,12 @@ OPERATORS: dict[str, Row] = {
         ),
         lambda d: [BOOL] * 3 + [INT] * 4,
     ),
+    "scatter_rows": (
+        lambda d: gap_kernels.scatter_rows(
+            features_and_keys(d)[0], torch.arange(PATCHES).expand(BATCH, -1), 99
+        ),
+        lambda d: [d],
+    ),
     "spatial_aggregate": (aggregated, lambda d: [d]),
     "collect_nearest": (
         lambda d: gap_kernels.collect_nearest(*features_and_keys(d), SCORES, KEPT, 4),
@@ -161,6 +176,8 @@ OPERATORS: dict[str, Row] = {
         lambda d: [INT],
     ),
     "visual_importance": (importance, lambda d: [wide(d)]),
+    "unrotate": (turned_back, lambda d: [d, d]),
+    "window_ranks": (lambda d: gap_kernels.window_ranks(SCORES, -SCORES, GRID, 5), lambda d: [FLOAT]),
 }
 STRATEGIES: dict[str, Row] = {
     "aggregate": (

@@ -289,9 +289,11 @@ SCHEMAS = (
         " Tensor? rankers, Tensor? index, SymInt num_visual, SymInt num_text, SymInt[]? expected)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    ("scatter_rows(Tensor values, Tensor index, SymInt num_rows, Tensor? among, Tensor? base) -> Tensor"),
     (
         "spatial_aggregate(Tensor features, Tensor similarity_features, Tensor anchors, SymInt width,"
-        " float radius, Tensor? pillars, float? self_weight) -> Tensor"
+        " float radius, Tensor? pillars, float? self_weight, Tensor? scores=None, SymInt share=0,"
+        " SymInt of_shares=1) -> Tensor"
     ),
     (
         "surviving_rows(Tensor scores, Tensor visual_index, SymInt keep, Tensor? counts,"
@@ -307,9 +309,17 @@ SCHEMAS = (
         " SymInt length) -> Tensor"
     ),
     (
+        "unrotate(Tensor query, Tensor key, Tensor cos, Tensor sin, Tensor pairs, bool rescale)"
+        " -> (Tensor, Tensor)"
+    ),
+    (
         "visual_importance(Tensor query, Tensor key, Tensor visual_index, Tensor? rows,"
         " Tensor? attention_mask, Tensor? lse, float? scale, bool causal=True, Tensor? value=None,"
         ' str head_reduction="mean") -> Tensor'
+    ),
+    (
+        "window_ranks(Tensor scores, Tensor earlier, SymInt height, SymInt width, SymInt count,"
+        " SymInt windows) -> Tensor"
     ),
 )
 """What a program that was compiled or exported with an earlier release holds this one to."""

@@ -39,8 +39,11 @@ from gap_kernels.raters import kernel as raters
 from gap_kernels.received import kernel as received
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
+from gap_kernels.rotation import kernel as rotation
+from gap_kernels.scatter import kernel as scatter
 from gap_kernels.select import kernel as select
 from gap_kernels.similarity import kernel as similarity
+from gap_kernels.windows import kernel as windows
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -96,6 +99,7 @@ BUDGETS = {
     "read_prompt_kernel": ((128, 1), (96, 1)),
     "topk_indices_kernel": ((128, 1), (96, 1)),
     "topk_per_region_kernel": ((128, 1), (96, 1)),
+    "window_ranks_kernel": ((128, 1), (128, 1)),
     "row_lse_kernel": ((144, 50), (280, 25)),
     "visual_mass_kernel": ((168, 36), (384, 24)),
     "stored_mean_kernel": ((128, 6), (96, 6)),
@@ -104,6 +108,8 @@ BUDGETS = {
     "best_heads_kernel": ((56, 1), (32, 1)),
     "surviving_rows_kernel": ((128, 1), (128, 1)),
     "gather_rows_kernel": ((64, 1), (48, 1)),
+    "unrotate_kernel": ((80, 9), (64, 1)),
+    "scatter_rows_kernel": ((72, 1), (64, 1)),
     "prune_kernel": ((128, 49), None),
     "attention_kernel": ((255, 132), (256, 48)),
     "token_lse_kernel": ((216, 72), (192, 48)),
@@ -193,10 +199,13 @@ def cases(target: str) -> Iterator[Case]:
     yield from cosine_cases()
     yield from select_cases()
     yield from region_cases()
+    yield from windows_cases()
     yield from importance_cases()
     yield from importance_variants()
     yield from corrected_cases()
     yield from prune_cases()
+    yield from scatter_cases()
+    yield from rotation_cases()
     yield from one_launch_cases()
     yield from attention_cases()
     yield from received_cases()
@@ -479,21 +488,54 @@ def entry_cases() -> Iterator[Case]:
         yield received_case(head_dim, torch.bfloat16, head_dim not in (64, 128))
 
 
+def windows_cases() -> Iterator[Case]:
+    for side in (24, 256):
+        n = side * side
+        given = (empty(2, n), empty(2, n), side, side, n // 8, 4)
+        yield f"{n:,} scores, 4 x 4 windows", partial(windows.window_ranks, *given)
+
+
+def scatter_cases() -> Iterator[Case]:
+    index = torch.zeros(2, 208).long()
+    for dtype, channels in ((torch.bfloat16, 4096), (torch.float32, 1000)):
+        rows, base = empty(2, 208, channels, dtype=dtype), empty(2, LLAVA_15.tokens, channels, dtype=dtype)
+        name = f"{channels:,} channels, {DTYPES[dtype]}"
+        yield name, partial(scatter.scatter_rows, rows, index, LLAVA_15.tokens, None, None)
+        yield (
+            f"{name}, among others",
+            partial(scatter.scatter_rows, rows, index, LLAVA_15.tokens, index, base),
+        )
+
+
+def rotation_cases() -> Iterator[Case]:
+    for shape, dtype, axes, rescale in (
+        (LLAVA_15, torch.bfloat16, None, False),
+        (of_heads(8, 2, 80), torch.float32, 3, True),
+    ):
+        query = empty(1, shape.heads, shape.tokens, shape.head_dim, dtype=dtype)
+        of_axes = [] if axes is None else [axes]
+        cos = empty(*of_axes, 1, shape.tokens, shape.head_dim, dtype=dtype)
+        pairs = torch.zeros(2, shape.head_dim, dtype=torch.int32)
+        name = f"head_dim {shape.head_dim}, {DTYPES[dtype]}" + (", 3 axes, rescaled" if rescale else "")
+        yield name, partial(rotation.unrotate, query, query[:, : shape.key_heads], cos, cos, pairs, rescale)
+
+
 def aggregate_cases() -> Iterator[Case]:
-    for side, channels, length, dtype, similarity_dtype, collectors_only, self_weight in (
-        (24, 1024, 1024, torch.float16, torch.float16, False, 1.0),
-        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, False, None),
-        (24, 1000, 72, torch.bfloat16, torch.float32, True, 1.0),
-        (24, 75, 33, torch.float16, torch.float16, False, 1.0),
-        (24, 75, 33, torch.float32, torch.float32, True, None),
+    for side, channels, length, dtype, similarity_dtype, pillars, self_weight in (
+        (24, 1024, 1024, torch.float16, torch.float16, "pillars by score", 1.0),
+        (32, 3584, 1280, torch.bfloat16, torch.bfloat16, "pillars by score", None),
+        (24, 1000, 72, torch.bfloat16, torch.float32, None, 1.0),
+        (24, 75, 33, torch.float16, torch.float16, "pillars", 1.0),
+        (24, 75, 33, torch.float32, torch.float32, None, None),
     ):
         features = empty(1, side * side, channels, dtype=dtype)
         similarity = empty(1, side * side, length, dtype=similarity_dtype)
         anchors = torch.zeros(1, 112).long()
-        pillars = None if collectors_only else torch.zeros(1, 112, dtype=torch.bool)
+        mask = torch.zeros(1, 112, dtype=torch.bool) if pillars == "pillars" else None
+        scores = empty(1, side * side) if pillars == "pillars by score" else None
         name = f"{channels:,} channels, {DTYPES[dtype]}, cosines of {length:,} {DTYPES[similarity_dtype]}"
-        name += ("" if collectors_only else ", pillars") + ("" if self_weight is None else ", self weight")
-        given = (features, similarity, anchors, side, 280**0.5, pillars, self_weight)
+        name += ("" if pillars is None else f", {pillars}") + ("" if self_weight is None else ", self weight")
+        given = (features, similarity, anchors, side, 280**0.5, mask, self_weight, scores, 11, 20)
         yield name, partial(aggregate.spatial_aggregate, *given)
 
 

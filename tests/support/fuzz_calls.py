@@ -33,9 +33,12 @@ from .naive import prune as naive_prune
 from .naive import raters as naive_raters
 from .naive import received as naive_received
 from .naive import region as naive_region
+from .naive import rotation as naive_rotation
+from .naive import scatter as naive_scatter
 from .naive import select as naive_select
 from .naive import similarity as naive_similarity
 from .naive import strategies as naive_strategies
+from .naive import windows as naive_windows
 
 NAN, INF = math.nan, math.inf
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -198,6 +201,55 @@ def text_cosine(source: Source) -> Call:
     return Call(gap_kernels.text_cosine, arguments, check)
 
 
+def scatter_rows(source: Source) -> Call:
+    batch, num_rows, channels = source.size(0, 3), source.size(0, 9), source.size(0, 3)
+    dtype, some = source.pick(FLOATS), source.maybe(lambda: source.size(0, 9))
+    length = source.size(0, 6)
+    arguments = {
+        "values": source.floats(batch, length, channels, dtype=dtype),
+        "index": source.rows(batch, num_rows if some is None else some, length),
+        "num_rows": num_rows,
+        "among": None if some is None else source.rows(batch, num_rows, some),
+        "base": source.maybe(lambda: source.floats(batch, num_rows, channels, dtype=dtype)),
+    }
+
+    def check(found: Tensor) -> None:
+        plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        assert torch.equal(found, naive_scatter.scattered(**plain))
+
+    return Call(gap_kernels.scatter_rows, arguments, check)
+
+
+def unrotate(source: Source) -> Call:
+    batch, rows, key_heads, half = source.size(0, 2), source.size(0, 5), source.size(1, 2), source.size(0, 3)
+    head_dim, axes = 2 * half + source.size(half == 0, 2), source.pick([None, 1, 3])
+    dtype = source.pick(FLOATS)
+    shape = [] if axes is None else [axes]
+    angle = 9 * torch.randn(*shape, source.pick([1, batch]), rows, 2 * half, generator=source.generator)
+    stretch = source.pick([1.0, 1.5])
+    pairs = naive_rotation.pairs_of(head_dim, 2 * half, source.pick([False, True]), axes or 1)
+    arguments = {
+        "query": source.floats(batch, key_heads * source.size(1, 2), rows, head_dim, dtype=dtype),
+        "key": source.floats(batch, key_heads, rows, head_dim, dtype=dtype),
+        "cos": source.laid_out(stretch * angle.cos()),
+        "sin": source.laid_out(stretch * angle.sin()),
+        "pairs": source.laid_out(pairs),
+        "rescale": stretch != 1.0,
+    }
+
+    def check(found: tuple[Tensor, Tensor]) -> None:
+        cos, sin = arguments["cos"].detach(), arguments["sin"].detach()
+        for result, name in zip(found, ("query", "key"), strict=True):
+            assert result.dtype == dtype
+            again = naive_rotation.rotated(result.detach(), cos, sin, pairs)
+            tolerance = 4 * ROUNDING[dtype] if dtype != torch.float64 else 1e-5  # of cos and sin in float32
+            torch.testing.assert_close(
+                again, arguments[name].detach().double(), rtol=tolerance, atol=tolerance
+            )
+
+    return Call(gap_kernels.unrotate, arguments, check)
+
+
 def topk_indices(source: Source) -> Call:
     batch, entries = source.size(0, 3), source.size(0, 12)
     scores, k = source.scores(batch, entries), source.counts(batch, entries)
@@ -210,6 +262,26 @@ def topk_indices(source: Source) -> Call:
         assert_index(found, wanted, length, most)
 
     return Call(gap_kernels.topk_indices, {"scores": scores, "k": k, "length": length}, check)
+
+
+def window_ranks(source: Source) -> Call:
+    batch, grid = source.size(0, 3), (source.size(1, 6), source.size(1, 6))
+    cells = grid[0] * grid[1]
+    arguments = {
+        "scores": source.scores(batch, cells),
+        "earlier": source.scores(batch, cells),
+        "grid": source.pick([tuple, list])(grid),
+        "count": source.size(0, cells + 1),
+        "windows": source.pick([1, 2, 4, 10**30]),
+    }
+
+    def check(found: Tensor) -> None:
+        given = arguments["count"], min(arguments["windows"], 2**40)
+        for sample, line in enumerate(arguments["scores"].tolist()):
+            wanted = naive_windows.ranks(line, arguments["earlier"][sample].tolist(), grid, *given)
+            assert torch.equal(found[sample], wanted)
+
+    return Call(gap_kernels.window_ranks, arguments, check)
 
 
 def greedy_indices(source: Source) -> Call:
@@ -600,9 +672,13 @@ def spatial_aggregate(source: Source) -> Call:
         "anchors": anchors,
         "grid": source.pick([tuple, list])(grid),
         "radius": source.pick([1e-30, 0.5, 1, 2.5, 30.0, INF]),
-        "pillars": source.maybe(lambda: source.bools(batch, count)),
         "self_weight": source.pick([None, 1.0, 0, -2.5]),
     }
+    if source.pick([False, True]):
+        quantile = source.pick([0, 0.1, 0.123456789, 0.55, 1])
+        arguments |= {"scores": source.scores(batch, patches), "pillar_quantile": quantile}
+    else:
+        arguments["pillars"] = source.maybe(lambda: source.bools(batch, count))
 
     def check(found: Tensor) -> None:
         plain = {
@@ -1007,8 +1083,11 @@ MAKERS: dict[str, Callable[[Source], Call]] = {
     "text_cosine": text_cosine,
     "collect_nearest": collect_nearest,
     "merge_nearest": merge_nearest,
+    "scatter_rows": scatter_rows,
+    "unrotate": unrotate,
     "topk_indices": topk_indices,
     "topk_per_region": topk_per_region,
+    "window_ranks": window_ranks,
     "greedy_indices": greedy_indices,
     "distinct_indices": distinct_indices,
     "least_similar_indices": least_similar_indices,

@@ -44,10 +44,16 @@ from gap_kernels.received import reference as received_reference
 from gap_kernels.region import grid_neighbours
 from gap_kernels.region import kernel as region
 from gap_kernels.region import reference as region_reference
+from gap_kernels.rotation import kernel as rotation
+from gap_kernels.rotation import reference as rotation_reference
+from gap_kernels.scatter import kernel as scatter
+from gap_kernels.scatter import reference as scatter_reference
 from gap_kernels.select import kernel as select
 from gap_kernels.select import reference as select_reference
 from gap_kernels.similarity import kernel as similarity
 from gap_kernels.similarity import reference as similarity_reference
+from gap_kernels.windows import kernel as windows
+from gap_kernels.windows import reference as windows_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -596,6 +602,54 @@ def test_gather_rows(dtype: torch.dtype, axes: int | None, channels: int, genera
         assert torch.equal(output.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 100), (torch.bfloat16, 2100)], ids=str)
+def test_scatter_rows(dtype: torch.dtype, channels: int, generator: torch.Generator) -> None:
+    """Tiles of rows and of the index that are not full, rows that are copied in parts, filler, also out of range."""
+    rows = torch.randn(2, 68, channels, generator=generator).to(DEVICE, dtype)[:, 1:]
+    base = torch.randn(2, 71, channels, generator=generator).to(DEVICE, dtype)
+    index, among = (torch.rand(2, 71, generator=generator).argsort(1).to(DEVICE) for _ in range(2))
+    index, among = index[:, :67].contiguous(), among.contiguous()
+    index[0, ::5], among[1, ::7] = -1, -1
+    beyond = torch.where(index < 0, 999, index)  # only the CPU checks their range
+    for others in ((None, None), (among, base)):
+        expected = scatter_reference.scatter_rows(rows, index, 71, *others)
+        assert torch.equal(scatter.scatter_rows(rows, beyond, 71, *others), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "axes"), [(torch.float32, 72, 3), (torch.bfloat16, 128, None)], ids=str
+)
+def test_unrotate(dtype: torch.dtype, head_dim: int, axes: int | None, generator: torch.Generator) -> None:
+    """Tiles of rows that are not full, channels that are not turned, and pairs that only the CPU checks."""
+    query, key = (
+        torch.randn(2, heads, 37, head_dim, generator=generator).to(DEVICE, dtype) for heads in (3, 1)
+    )
+    angle = 50 * torch.randn(*([] if axes is None else [axes]), 1, 37, 64, generator=generator)
+    cos, sin = (1.5 * function(angle).to(DEVICE, dtype) for function in (torch.cos, torch.sin))
+    channel = torch.arange(head_dim)
+    column = channel // 2 + (0 if axes is None else channel % 4 // 2 * 64)
+    turned = channel < 64
+    pairs = torch.stack([channel ^ 1, torch.where(turned, column, -1)]).int().to(DEVICE)
+    beyond = torch.where(turned.to(DEVICE), pairs, 999)
+    for rescale in (False, True):
+        found = rotation.unrotate(query, key, cos, sin, pairs, rescale)
+        exact = rotation_reference.unrotate(query.double(), key.double(), cos, sin, pairs, rescale)
+        for one, wanted in zip(found, exact, strict=True):
+            torch.testing.assert_close(one.double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        again = rotation.unrotate(query, key, cos, sin, beyond, rescale)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (3, 140)])
+def test_window_ranks(grid: tuple[int, int], generator: torch.Generator) -> None:
+    """Tiles of tokens that are not full, and windows of more columns than are compared at a time."""
+    n = grid[0] * grid[1]
+    scores, earlier = special_scores(2, n + 1, generator)[:, 1:], special_scores(2, n, generator)
+    for count, along in ((n // 5, 4), (n - n // 9, 2), (n, 200)):
+        found = windows.window_ranks(scores, earlier, *grid, count, along)
+        assert torch.equal(found, windows_reference.window_ranks(scores, earlier, *grid, count, along))
+
+
 class Prompts(NamedTuple):
     """Arguments of ``one_launch.prune_tokens`` for two samples."""
 
@@ -1051,6 +1105,20 @@ def test_aggregate(
     torch.testing.assert_close(collected.double(), exact, rtol=rounding, atol=rounding)
     assert (collected[anchors < 0] == 0).all()
     assert torch.equal(collected, aggregate.spatial_aggregate(features, similarity, *arguments))
+
+
+def test_aggregate_by_the_scores_of_anchors(generator: torch.Generator) -> None:
+    """Tiles of anchors that are not full, ties and NaN; scores of a longer row, as the attention of a CLS token has them."""
+    features = torch.randn(2, 40, 5, generator=generator).to(DEVICE)
+    anchors = torch.stack([torch.randperm(40, generator=generator)[:35] for _ in range(2)]).to(DEVICE)
+    anchors[1, ::3], anchors[0, 5] = -1, 999
+    scores = special_scores(2, 41, generator)[:, 1:]
+    real = anchors.masked_fill(anchors == 999, -1)
+    for share, of_shares in ((11, 20), (123456789, 10**9), (1, 1)):
+        given_scores = (10, 1.0, None, 0.5, scores, share, of_shares)
+        found = aggregate.spatial_aggregate(features, features, anchors, *given_scores)
+        expected = aggregate_reference.spatial_aggregate(features, features, real, *given_scores)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

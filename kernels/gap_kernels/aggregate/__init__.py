@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .op import check_aggregate, spatial_aggregate_op
+from .op import check_aggregate, check_pillars, spatial_aggregate_op
 
 __all__ = ["spatial_aggregate"]
 
@@ -18,6 +18,8 @@ def spatial_aggregate(
     radius: float,
     pillars: Tensor | None = None,
     self_weight: float | None = 1.0,
+    scores: Tensor | None = None,
+    pillar_quantile: float | None = None,
 ) -> Tensor:
     """Return for each anchor the weighted mean of the patches around it, as Nüwa aggregates (arXiv 2602.02951).
 
@@ -41,6 +43,9 @@ def spatial_aggregate(
         self_weight: Weight of an anchor's own features after the division. With 1.0, an anchor is itself plus a
             weighted mean of its neighbours, as in Nüwa's code for LLaVA. None leaves it what the division gives,
             as in that for Qwen.
+        scores: [B, N] float32, by which pillars are found, in place of ``pillars``; with ``pillar_quantile``.
+        pillar_quantile: In 0..1, with at most 9 decimals, read as the decimal that was written: anchors whose score is at
+            or above this quantile of their sample's anchors are pillars. One whose score is NaN is none, and doesn't count.
 
     Returns:
         [B, M, C] in the dtype of ``features``, computed in float32 (float64 if either input is). Filler rows are 0.
@@ -48,8 +53,11 @@ def spatial_aggregate(
         channel in every row of its sample but pillars, as in any matrix product: a weight of 0 doesn't hide it.
 
     Raises:
-        ValueError: If an argument has another shape, dtype or device, ``grid`` isn't that of N patches, or ``radius``
-            isn't positive; on the CPU also for an anchor out of range (elsewhere it counts as filler).
+        ValueError: If an argument has another shape, dtype or device, ``grid`` isn't that of N patches, ``radius``
+            isn't positive, or of ``scores`` and ``pillar_quantile`` one is missing, or ``pillars`` are given too; on the CPU
+            also for an anchor out of range (elsewhere it counts as filler).
     """
     check_aggregate(features, similarity_features, anchors, grid, radius, pillars, self_weight)
-    return spatial_aggregate_op(features, similarity_features, anchors, grid[1], radius, pillars, self_weight)
+    above = check_pillars(scores, pillar_quantile, pillars, features)
+    given = (features, similarity_features, anchors, grid[1], radius, pillars, self_weight)
+    return spatial_aggregate_op(*given, scores, *above)

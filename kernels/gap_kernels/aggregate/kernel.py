@@ -28,6 +28,7 @@ from ..backends import triton_is_interpreted
 from ..blocks import row_blocks
 from ..flash_attention.kernel import load_vectors
 from ..launch import cdiv, launch, next_power_of_2
+from ..prune.kernel import with_whole_rows
 from . import reference
 
 NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
@@ -113,12 +114,61 @@ def spatial_weights_kernel(
     tl.store(row + patch[None, :], weight, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["num_patches", "num_anchors", "first", "count"])
+@triton.jit
+def are_pillars(
+    scores,
+    anchors,
+    own,
+    share,
+    of_shares,
+    num_anchors,
+    num_patches,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return which of a tile of anchors have a score, ``own``, at or above the quantile of their sample's ``anchors`` [M].
+
+    Args:
+        scores: [N] float32; NaN is at or above nothing.
+        anchors: [M], filler outside 0..N-1.
+        own: [BLOCK_M] float32, NaN for what is no anchor.
+        share: Numerator of the quantile.
+        of_shares: Its denominator.
+        num_anchors: M.
+        num_patches: N.
+        BLOCK_M: Anchors of the tile.
+        BLOCK: How many others are compared at a time.
+    """
+    at_most = tl.zeros((BLOCK_M,), tl.int32)
+    number = tl.full((), 0, tl.int64)
+    for start in range(0, num_anchors, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        anchor = tl.load(anchors + place, mask=place < num_anchors, other=-1)
+        other = tl.load(scores + anchor, mask=(anchor >= 0) & (anchor < num_patches), other=float("nan"))
+        at_most += tl.sum((other[None, :] <= own[:, None]).to(tl.int32), 1)
+        number += tl.sum((other == other).to(tl.int32), 0)
+    # That many are below the least that counts, which is the quantile's upper neighbour.
+    below = (tl.maximum(number - 1, 0) * share + of_shares - 1) // of_shares
+    return at_most > below
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_patches",
+        "num_anchors",
+        "first",
+        "count",
+        "scores_stride_b",
+        "share",
+        "of_shares",
+    ]
+)
 def spatial_aggregate_kernel(
     features,
     weights,
     anchors,
     pillars,
+    scores,
     output,
     features_stride_b,
     features_stride_n,
@@ -127,6 +177,9 @@ def spatial_aggregate_kernel(
     num_anchors,
     first,
     count,
+    scores_stride_b,
+    share,
+    of_shares,
     self_weight,
     C: tl.constexpr,
     GIVEN_SELF: tl.constexpr,
@@ -177,6 +230,21 @@ def spatial_aggregate_kernel(
     if pillars is not None:
         pillar = tl.load(pillars + place, mask=inside, other=0) != 0
         collected = tl.where(pillar[:, None], own, collected)
+    if scores is not None:
+        scores += batch * scores_stride_b
+        score = tl.load(scores + anchor, mask=real, other=float("nan"))
+        pillar = are_pillars(
+            scores,
+            anchors + batch * num_anchors,
+            score,
+            share,
+            of_shares,
+            num_anchors,
+            num_patches,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        collected = tl.where(pillar[:, None], own, collected)
     # A weight of 0 doesn't hide the NaN of a patch from a filler row.
     collected = tl.where(real[:, None], collected, 0.0)
     c = channel + tl.arange(0, BLOCK_C)
@@ -191,6 +259,9 @@ def spatial_aggregate(
     radius: float,
     pillars: Tensor | None,
     self_weight: float | None,
+    scores: Tensor | None = None,
+    share: int = 0,
+    of_shares: int = 1,
 ) -> Tensor:
     """Launch the kernels; arguments and result as in ``reference.py``, for any dtype but float64."""
     batch, num_patches, channels = features.shape
@@ -199,12 +270,11 @@ def spatial_aggregate(
     if output.numel() == 0:
         return output
 
-    features = features if features.stride(-1) == 1 else features.contiguous()
-    similarity = similarity_features
-    similarity = similarity if similarity.stride(-1) == 1 else similarity.contiguous()
+    features, similarity = with_whole_rows(features), with_whole_rows(similarity_features)
     length = similarity.shape[2]
     anchors = anchors.contiguous()
     pillars = None if pillars is None else pillars.contiguous().view(torch.uint8)
+    scores = None if scores is None else with_whole_rows(scores)
     of_weights, of_features = tiles.spatial_weights(similarity.dtype), tiles.spatial_aggregate(features.dtype)
     channel_block = part_of(channels, of_features.part)
     flags = {"UPCAST": triton_is_interpreted()}
@@ -233,9 +303,17 @@ def spatial_aggregate(
         launch(
             spatial_aggregate_kernel,
             (batch * cdiv(count, of_features.rows) * cdiv(channels, channel_block),),
-            (features, weights, anchors, pillars, output),
+            (features, weights, anchors, pillars, scores, output),
             (*features.stride()[:2], row),
-            (num_patches, num_anchors, block.start, count),
+            (
+                num_patches,
+                num_anchors,
+                block.start,
+                count,
+                0 if scores is None else scores.stride(0),
+                share,
+                of_shares,
+            ),
             (0.0 if self_weight is None else self_weight,),
             {
                 "C": channels,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import use_triton
 from ..library import fake, no_gradient, operator
+from ..prune.coverage import SPREAD_DIGITS, as_ratio, is_short
 from ..validation import (
     FLOAT_DTYPES,
     MAX_NUMBER,
@@ -31,6 +32,9 @@ def spatial_aggregate_op(
     radius: float,
     pillars: Tensor | None,
     self_weight: float | None,
+    scores: Tensor | None = None,
+    share: int = 0,
+    of_shares: int = 1,
 ) -> Tensor:
     """Run the operator; see `gap_kernels.spatial_aggregate` and ``reference.py``."""
     if anchors.is_cpu:
@@ -38,7 +42,9 @@ def spatial_aggregate_op(
     exact = torch.float64 in (features.dtype, similarity_features.dtype)
     # Below 1 every radius is the same: an anchor reaches itself alone. The smallest ones are 0 in float32.
     radius = max(radius, 0.5)
-    given = (features, similarity_features, anchors, width, radius, pillars, self_weight)
+    given = (
+        features, similarity_features, anchors, width, radius, pillars, self_weight, scores, share, of_shares
+    )  # fmt: skip
     if not exact and use_triton(features):
         from . import kernel
 
@@ -79,6 +85,36 @@ def check_aggregate(
         raise ValueError(f"grid: expected H * W = {features.shape[1]} (N of features), got {describe(grid)}")
     check_radius(radius)
     check_self_weight(self_weight)
+
+
+def check_pillars(
+    scores: Tensor | None, quantile: object, pillars: Tensor | None, features: Tensor
+) -> tuple[int, int]:
+    """Check what finds the pillars among the anchors of ``features`` [B, N, C] by their scores.
+
+    Returns:
+        The quantile as the operator takes it: numerator and denominator; 0 and 1 where none is given.
+
+    Raises:
+        ValueError: If one of ``scores`` [B, N] and ``quantile`` is missing, or isn't as documented, or ``pillars`` are
+            given too.
+    """
+    if scores is None and quantile is None:
+        return 0, 1
+    if scores is None:
+        raise ValueError(
+            f"scores: expected a tensor [B, N] with pillar_quantile {describe(quantile)}, got None"
+        )
+    shapes = ShapeChecker()
+    shapes.check("features", features, "B N C", FLOAT_DTYPES)
+    shapes.check("scores", scores, "B N", (torch.float32,))
+    if not is_number(quantile) or not 0 <= quantile <= 1 or not is_short(float(quantile)):
+        raise ValueError(
+            f"pillar_quantile: expected a float in 0..1 with at most {SPREAD_DIGITS} decimals, got {describe(quantile)}"
+        )
+    if pillars is not None:
+        raise ValueError(f"pillars: expected None with pillar_quantile={quantile}, got {describe(pillars)}")
+    return as_ratio(float(quantile))
 
 
 def check_radius(radius: object) -> None:

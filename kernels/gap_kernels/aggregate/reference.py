@@ -22,6 +22,9 @@ def spatial_aggregate(
     radius: float,
     pillars: Tensor | None,
     self_weight: float | None,
+    scores: Tensor | None = None,
+    share: int = 0,
+    of_shares: int = 1,
 ) -> Tensor:
     """Compute `gap_kernels.spatial_aggregate`; float64 inputs make it the oracle of the other paths.
 
@@ -33,6 +36,9 @@ def spatial_aggregate(
         radius: In patches.
         pillars: [B, M] bool or None.
         self_weight: None = what the division gives.
+        scores: [B, N] float32, by which pillars are found; or None.
+        share: Of the quantile of the anchors' scores from which on they are pillars, the numerator.
+        of_shares: Its denominator.
 
     Returns:
         [B, M, C] in the dtype of ``features``.
@@ -40,6 +46,8 @@ def spatial_aggregate(
     exact = torch.float64 in (features.dtype, similarity_features.dtype)
     dtype = torch.float64 if exact else torch.float32
     values = features.to(dtype)
+    if scores is not None:
+        pillars = are_pillars(scores, anchors, share, of_shares)
     unit = F.normalize(similarity_features.to(dtype), dim=-1, eps=NORM_EPSILON)
     batch, num_patches, _ = features.shape
     down = torch.arange(num_patches // width, device=features.device)
@@ -66,6 +74,26 @@ def spatial_aggregate(
             features.dtype
         )
     return output
+
+
+def are_pillars(scores: Tensor, anchors: Tensor, share: int, of_shares: int) -> Tensor:
+    """Return [B, M] bool, which anchors have a score at or above a quantile of all of their sample's, NaN left out.
+
+    A quantile between two of them lies above the lower one, so the upper one is the least that counts: an anchor is a pillar
+    where more scores than lie below that one are at most its own. No number has to be interpolated, nor sorted.
+
+    Args:
+        scores: [B, N] float32.
+        anchors: [B, M] int64, -1 = filler, which is none.
+        share: Numerator of the quantile.
+        of_shares: Its denominator.
+    """
+    own = scores.gather(1, anchors.clamp(min=0)).masked_fill_(anchors < 0, torch.nan)
+    least = ((own == own).sum(1) - 1).clamp_(min=0).mul_(share).add_(of_shares - 1) // of_shares
+    # NaN counts as infinite in the row that is searched: of what is infinite, any number is enough.
+    ascending = torch.where(own == own, own, torch.inf).sort(dim=1).values
+    at_most = torch.searchsorted(ascending, own, right=True)
+    return (at_most > least[:, None]) & (own == own)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
