@@ -79,8 +79,10 @@ NVIDIA = {
 AMD_PROGRAM_KIB = 64
 ENTRIES_ONLY = "sm_86"
 """A target whose compiler is nearly that of sm_80: only what has tiles of its own is compiled for it, once per entry."""
-SPILLED_BY_ANOTHER_COMPILER = 32
-"""Bytes of a thread: `attention` with a mask, of Triton 3.9.0; 32 at head_dim 128 on sm_80, 16 on sm_100, 24 on gfx942."""
+WITHOUT_SPILLS = ("3.7.1", "3.9.0")
+"""Versions of Triton that tiles were chosen with: nothing may be spilled."""
+SPILLED_BY_ANOTHER_COMPILER = 24
+"""Bytes of a thread: ``assign_kernel`` on sm_90, of Triton 3.6.0."""
 SYSTEM_SHARED_KIB = 1
 """Of the multiprocessor's shared memory, for each program beside its own."""
 
@@ -425,7 +427,7 @@ def attention_cases() -> Iterator[Case]:
         *((head_dim, torch.bfloat16, True) for head_dim in (64, 72, 80, 128, 256)),
         (80, torch.bfloat16, False),
         (128, torch.float16, False),
-        *((head_dim, torch.float32, True) for head_dim in (64, 256)),
+        *((head_dim, torch.float32, True) for head_dim in (64, 72, 256)),
     ):
         yield attention_case(head_dim, dtype, causal)
 
@@ -611,9 +613,7 @@ def resident_programs(multiprocessor: Multiprocessor, warps: int, registers: int
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_spilled(target: str) -> None:
-    # Tile sizes were chosen with the compiler of the table. Another one may do a little worse.
-    tested = triton.__version__ == json.loads(TABLE.read_text(encoding="utf-8"))["triton"]
-    allowed = 0 if tested else SPILLED_BY_ANOTHER_COMPILER
+    allowed = 0 if triton.__version__ in WITHOUT_SPILLS else SPILLED_BY_ANOTHER_COMPILER
     assert [row for row in compiled(target) if row.spilled > allowed] == []
 
 
@@ -725,6 +725,10 @@ def test_rows_are_loaded_before_any_is_stored(target: str) -> None:
             assert [] in ptx_paths.loads_after_stores(kernel.asm["ptx"], ptx_paths.is_wait), case
             copying += 1
     assert copying
+
+
+def test_the_table_is_of_a_compiler_that_spills_nothing() -> None:
+    assert json.loads(TABLE.read_text(encoding="utf-8"))["triton"] in WITHOUT_SPILLS
 
 
 @pytest.mark.parametrize("target", TARGETS)
