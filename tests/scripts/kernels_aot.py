@@ -698,6 +698,17 @@ def test_programs_wait_before_they_load_what_others_wrote(target: str) -> None:
     assert waiting == sum(row.kernel == "prune_kernel" for row in compiled(target))
 
 
+def test_the_programs_that_time_a_hand_over_wait_for_each_other() -> None:
+    """The GPU check's own kernel, which no CPU can run: its two programs have to be there at once."""
+    from bench.steps.ping_pong import ping_pong_kernel  # not on the path of `make kernel-table`
+
+    counter = torch.zeros(64, dtype=torch.int32)
+    start = partial(ping_pong_kernel[(2,)], counter, 10, 32, num_warps=4, launch_cooperative_grid=True)
+    ((_, kernel, *_),) = launched_by([start], "sm_90")
+    assert kernel.metadata.launch_cooperative_grid
+    assert kernel.asm["ptx"].count("ld.global.gpu.acquire") == kernel.asm["ptx"].count("atom.global") == 2
+
+
 @pytest.mark.parametrize("target", [target for target in NVIDIA if target != ENTRIES_ONLY])
 def test_the_next_tile_is_asked_for_while_one_is_in_use(target: str) -> None:
     """Two buffers of keys in every first pass, where vectors are read whole: with one the loop waits for each tile."""
