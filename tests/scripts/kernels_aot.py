@@ -723,6 +723,20 @@ def test_the_next_tile_is_asked_for_while_one_is_in_use(target: str) -> None:
     assert passes
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != ENTRIES_ONLY])
+def test_keys_are_read_once_for_all_rows(target: str) -> None:
+    """Of many rows, tiles go by; the tile of keys that they share was loaded before."""
+    swept = 0
+    for kernel, case in kernels(target).items():
+        if kernel.metadata.name == "visual_mass_kernel" and case.startswith("Qwen2.5-VL, bfloat16"):
+            before, _, loop = kernel.asm["ttgir"].partition("scf.for")
+            loads = r"(?:tt\.load|async_copy_global_to_local|buffer_load)[^\n]*tensor<128x64x"
+            assert len(re.findall(loads, before)) == 1, case
+            assert not re.findall(loads, loop), case
+            swept += 1
+    assert swept == 2
+
+
 @pytest.mark.parametrize("target", [target for target in NVIDIA if target != ENTRIES_ONLY])
 def test_rows_are_loaded_before_any_is_stored(target: str) -> None:
     """Or each load would wait for the store before it, which may be to the same address for all the compiler knows."""
