@@ -20,6 +20,9 @@ from .backends import triton_is_interpreted
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
+OF_NVIDIA = ("maxnreg", "ptx_options")
+"""Options that no other compiler takes."""
+
 
 def launch(
     kernel: Any,
@@ -43,8 +46,8 @@ def launch(
         sizes: Integers in the kernel's ``do_not_specialize``.
         factors: Floats.
         constants: The kernel's ``tl.constexpr`` parameters by name, in their order.
-        **options: Of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``, and ``maxnreg``, the most
-            registers of a thread, which only NVIDIA's compiler is told.
+        **options: Of the compiler: ``num_warps``, ``num_stages``, ``launch_cooperative_grid``; and of NVIDIA's alone
+            ``maxnreg``, the most registers of a thread, and ``ptx_options``, of its assembler.
     """
     first = tensors[0]
     assert first is not None
@@ -55,7 +58,7 @@ def launch(
     arguments = (*tensors, *strides, *sizes, *factors)
     # On AMD the class of a pointer depends on the size of its tensor, too.
     if triton_is_interpreted() or torch.version.hip:
-        options.pop("maxnreg", None)
+        options = {name: value for name, value in options.items() if name not in OF_NVIDIA}
         kernel[grid](*arguments, **constants, **options)
         return
     key = (

@@ -39,11 +39,17 @@ class Tiles(NamedTuple):
     """Elements of each vector that are read at a time, unless it has fewer."""
     registers: int | None = None
     """Of a thread at most, which NVIDIA's compiler is told; None: it chooses."""
+    register_level: int | None = None
+    """How many registers NVIDIA's assembler spends to run ahead, 0 to 10; None: as it does untold, 5."""
 
     def options(self) -> dict[str, Any]:
         """Return what the compiler is told beside the tile sizes."""
-        told = {"num_warps": self.warps, "num_stages": self.stages}
-        return told if self.registers is None else told | {"maxnreg": self.registers}
+        told: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None:
+            told["maxnreg"] = self.registers
+        if self.register_level is not None:
+            told["ptx_options"] = f"--register-usage-level={self.register_level}"
+        return told
 
 
 class ByLength(NamedTuple):
@@ -77,7 +83,8 @@ ATTENTION = {
         short=Tiles(128, 64, 8, 3),
         odd=Tiles(64, 64, 8, 2),
         padded=Tiles(128, 32, 8, 3),
-        full=Tiles(128, 64, 8, 3),
+        # Nearly all registers are needed: left alone, the assembler runs so far ahead that a few values are spilled.
+        full=Tiles(128, 64, 8, 3, register_level=3),
         long=Tiles(64, 32, 8, 2),
     ),
     "sm_86": ByLength(
@@ -110,7 +117,7 @@ ATTENTION = {
     ),
     "gfx942": ByLength(
         short=Tiles(128, 64, 4, 2),
-        odd=Tiles(64, 64, 8, 2),
+        odd=Tiles(128, 32, 8, 2),
         padded=Tiles(128, 32, 4, 2),
         full=Tiles(128, 32, 4, 2),
         long=Tiles(64, 32, 8, 2),
@@ -182,7 +189,14 @@ FEW_ROWS = 16
 
 # Float32 is not for tensor cores: its operands stay in registers, which hold a part of each vector only.
 IMPORTANCE_FLOAT32 = ByLength(*[Tiles(16, 32, 4, 3, part=16)] * 4, *[Tiles(16, 16, 4, 3, part=16)])
-ATTENTION_FLOAT32 = ByLength(*[Tiles(32, 16, 4, 1, part=16)], *[Tiles(16, 16, 4, 1, part=16)] * 4)
+# Loads ahead go by way of shared memory, which leaves registers for another program; of long vectors, it takes too much.
+ATTENTION_FLOAT32 = ByLength(
+    short=Tiles(32, 16, 4, 2, part=16, registers=128),
+    odd=Tiles(16, 16, 4, 2, part=16, register_level=3),
+    padded=Tiles(16, 16, 4, 2, part=16),
+    full=Tiles(16, 16, 4, 2, part=16),
+    long=Tiles(16, 16, 4, 1, part=16),
+)
 RECEIVED_FLOAT32 = Tiles(16, 16, 2, 1, part=16)
 
 CORRECTED = Tiles(32, 32, 4, 1, part=64)

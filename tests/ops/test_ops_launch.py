@@ -32,9 +32,11 @@ class Kernel:
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
+        self.told: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]):
         def compile_and_launch(*arguments: Any, **constants: Any) -> Compiled:
+            self.told.append(constants)
             self.compiled.append(Compiled())
             return self.compiled[-1]
 
@@ -114,6 +116,18 @@ def test_options_differ_by_name(kernel: Kernel) -> None:
     call(kernel, num_warps=4)
     call(kernel, num_stages=4)
     assert len(kernel.compiled) == 2
+
+
+@pytest.mark.parametrize("where", ["on AMD", "in the interpreter"])
+def test_nobody_else_is_told_what_the_compiler_of_nvidia_is(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "on AMD":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    else:
+        monkeypatch.setattr(module, "triton_is_interpreted", lambda: True)
+    call(kernel, num_warps=4, maxnreg=128, ptx_options="--register-usage-level=3")
+    assert kernel.told == [{"BLOCK": 16, "num_warps": 4}]
 
 
 WORDS = [0, 1, 2, 15, 16, 17, *((1 << bits) + by for bits in (31, 32, 40) for by in (-16, -1, 0, 1, 16))]

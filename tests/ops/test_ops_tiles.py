@@ -128,3 +128,5 @@ def test_what_the_compiler_is_told() -> None:
     assert tiles.Tiles(64, 32, 4, 2).options() == {"num_warps": 4, "num_stages": 2}
     told = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
     assert tiles.Tiles(64, 32, 8, 3, registers=128).options() == told
+    ahead = {"num_warps": 8, "num_stages": 3, "ptx_options": "--register-usage-level=3"}
+    assert tiles.Tiles(64, 32, 8, 3, register_level=3).options() == ahead

@@ -42,6 +42,31 @@ def inverse_norms(squares):
 
 
 @triton.jit
+def cosines(
+    left_pointer,
+    left_usable,
+    right_pointer,
+    right_usable,
+    BLOCK_LEFT: tl.constexpr,
+    BLOCK_RIGHT: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return the cosines [BLOCK_LEFT, BLOCK_RIGHT] of two tiles of vectors, 0 where one isn't usable."""
+    products = tl.zeros((BLOCK_LEFT, BLOCK_RIGHT), tl.float32)
+    left_squares = tl.zeros((BLOCK_LEFT,), tl.float32)
+    right_squares = tl.zeros((BLOCK_RIGHT,), tl.float32)
+    for start in range(0, E, BLOCK_E):
+        left = load_vectors(left_pointer, left_usable, start, E, BLOCK_E, UPCAST)
+        right = load_vectors(right_pointer, right_usable, start, E, BLOCK_E, UPCAST)
+        products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
+        left_squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), 1)
+        right_squares += tl.sum(right.to(tl.float32) * right.to(tl.float32), 1)
+    return products * inverse_norms(left_squares)[:, None] * inverse_norms(right_squares)[None, :]
+
+
+@triton.jit
 def locate_anchors(anchors, slot, batch, first, count, num_anchors, num_patches):
     """Locate some anchors of a block: ``count`` from ``first`` on, of ``num_anchors``.
 
@@ -89,20 +114,12 @@ def spatial_weights_kernel(
     patch = tl.program_id(0) % patch_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     usable = patch < num_patches
     similarity += batch * similarity_stride_b
-    own_vectors = similarity + anchor * similarity_stride_n
-    vectors = similarity + patch.to(tl.int64) * similarity_stride_n
-
-    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    own_squares = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, E, BLOCK_E):
-        own = load_vectors(own_vectors, real, start, E, BLOCK_E, UPCAST)
-        other = load_vectors(vectors, usable, start, E, BLOCK_E, UPCAST)
-        products = tl.dot(own, tl.trans(other), products, input_precision="ieee")
-        own_squares += tl.sum(own.to(tl.float32) * own.to(tl.float32), 1)
-        squares += tl.sum(other.to(tl.float32) * other.to(tl.float32), 1)
-    # 0 for what isn't usable, as nothing but zeros was read of it.
-    cosine = products * inverse_norms(own_squares)[:, None] * inverse_norms(squares)[None, :]
+    # 0 for what isn't usable, as nothing but zeros is read of it.
+    cosine = cosines(
+        similarity + anchor * similarity_stride_n, real,
+        similarity + patch.to(tl.int64) * similarity_stride_n, usable,
+        BLOCK_M, BLOCK_N, E, BLOCK_E, UPCAST,
+    )  # fmt: skip
     index = anchor.to(tl.int32)
     down = (patch // width)[None, :] - (index // width)[:, None]
     right = (patch % width)[None, :] - (index % width)[:, None]

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from ..aggregate.kernel import inverse_norms, part_of
+from ..aggregate.kernel import cosines, part_of
 from ..backends import triton_is_interpreted
 from ..blocks import row_blocks
 from ..flash_attention.kernel import load_vectors
@@ -38,31 +38,6 @@ NAN_COSINE = tl.constexpr(reference.NAN_COSINE)
 NO_TARGET = tl.constexpr(reference.NO_TARGET)
 MEMBER_BLOCK = tl.constexpr(64)
 """Of an index, how many entries are compared with a tile of tokens at a time."""
-
-
-@triton.jit
-def cosines(
-    left_pointer,
-    left_usable,
-    right_pointer,
-    right_usable,
-    BLOCK_LEFT: tl.constexpr,
-    BLOCK_RIGHT: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Return the cosines [BLOCK_LEFT, BLOCK_RIGHT] of two tiles of vectors, 0 where one isn't usable."""
-    products = tl.zeros((BLOCK_LEFT, BLOCK_RIGHT), tl.float32)
-    left_squares = tl.zeros((BLOCK_LEFT,), tl.float32)
-    right_squares = tl.zeros((BLOCK_RIGHT,), tl.float32)
-    for start in range(0, E, BLOCK_E):
-        left = load_vectors(left_pointer, left_usable, start, E, BLOCK_E, UPCAST)
-        right = load_vectors(right_pointer, right_usable, start, E, BLOCK_E, UPCAST)
-        products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
-        left_squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), 1)
-        right_squares += tl.sum(right.to(tl.float32) * right.to(tl.float32), 1)
-    return products * inverse_norms(left_squares)[:, None] * inverse_norms(right_squares)[None, :]
 
 
 @triton.jit
