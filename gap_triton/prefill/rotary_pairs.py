@@ -62,6 +62,38 @@ def pairs_on_host(
     return _known[key]
 
 
+def takes_heads(rotation: Any, sections: Sections, head_dim: int, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether a model's function rotates whole heads; elsewhere attentions hand it a part that they choose.
+
+    Args:
+        rotation: The function, see `rotate`.
+        sections: What it is told besides.
+        head_dim: D.
+        cos: [1, 1, F] or [A, 1, 1, F], on the CPU.
+        sin: Likewise.
+    """
+    ones = torch.ones(1, 1, 1, head_dim, device=cos.device, dtype=torch.float32)
+    try:
+        return all(x.shape == ones.shape for x in rotate(rotation, sections, ones, ones, cos, sin))
+    except Exception:  # whatever its code says of the wrong size
+        return False
+
+
+def has_one_angle(rotation: Any, sections: Sections, head_dim: int, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether both channels of each pair are turned by the same cos and sin; arguments as in `takes_heads`.
+
+    True also where the function does not turn pairs that are known.
+    """
+    pairs = pairs_on_host(
+        rotation, sections, head_dim, cos.shape[0] if cos.dim() == 4 else None, cos.shape[-1]
+    )
+    if pairs is None:
+        return True
+    other, column = torch.from_numpy(pairs).long()
+    own, others = column[column >= 0], column[other][column >= 0]
+    return all(torch.equal(x.flatten()[own], x.flatten()[others]) for x in (cos, sin))
+
+
 def rotate(
     rotation: Any, sections: Sections, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from gap_kernels import unrotate
 
 from ..config import GapConfig
 from ..introspect import calls_interface
-from .rotary_pairs import pairs_of, rotate
+from .rotary_pairs import has_one_angle, pairs_of, rotate, takes_heads
 
 # Names under which modeling files keep the function that rotates queries and keys.
 ROTATIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
@@ -149,13 +149,41 @@ def rotation_with(module: Any) -> tuple[Any, tuple[int, ...] | None]:
 
 
 def refuse_unrotated(config: GapConfig, text: Any) -> None:
-    """Raise ValueError if a stage needs to undo the rotation of a layer of the decoder ``text`` that has no known one."""
+    """Raise ValueError if a stage needs the rotation of a layer of the decoder ``text`` undone, which can't be."""
     for stage in config.stages:
         if stage.score not in BY_ROTATION:
             continue
         attention = next(module for module in text.layers[stage.layer].modules() if calls_interface(module))
         if rotation_of(attention) is None:
             raise _no_rotation(attention, stage.score)
+        rotary, head_dim = _tried_rotary(text), getattr(attention, "head_dim", None)
+        if rotary is None or head_dim is None:
+            continue
+        rotation, sections = rotation_with(attention)
+        if not takes_heads(rotation, sections, head_dim, *rotary):
+            raise _no_rotation(attention, stage.score)
+        if stage.score == "unrotated" and not has_one_angle(rotation, sections, head_dim, *rotary):
+            raise ValueError(
+                f"score='unrotated': {type(text).__name__} turns the two channels of a pair by ids of different axes, "
+                "which no rotation undoes; use score='last_token'"
+            )
+
+
+def _tried_rotary(text: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return cos and sin of one row whose ids differ from axis to axis, on the CPU; None where they can't be had so."""
+    parameters = (
+        getattr(text.config, "rope_parameters", None) or getattr(text.config, "rope_scaling", None) or {}
+    )
+    axes = len(parameters.get("mrope_section") or ())
+    try:
+        ids = torch.arange(1, max(axes, 1) + 1, device=text.rotary_emb.inv_freq.device)
+        ids = ids.view(-1, 1, 1) if axes else ids.view(1, 1)
+        cos, sin = text.rotary_emb(torch.zeros(1, 1, 1, device=ids.device, dtype=torch.float32), ids)
+        return cos.cpu(), sin.cpu()
+    except (
+        Exception
+    ):  # several embeddings, other arguments, no values: then nothing is known before the prompt comes
+        return None
 
 
 def _no_rotation(attention: Any, score: str) -> ValueError:

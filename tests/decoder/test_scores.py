@@ -179,6 +179,20 @@ def test_layers_that_do_not_always_rotate_are_refused(score: str) -> None:
         gap_triton.attach(families.build("cohere2_vision"), GapConfig(0.5, 1, score))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "score", "message"),
+    [
+        ("hunyuan_vl", "unrotated", "turns the two channels of a pair by ids of different axes"),
+        ("fuyu", "unrotated", "PersimmonAttention does not rotate all queries and keys"),
+        ("fuyu", "raters_corrected", "PersimmonAttention does not rotate all queries and keys"),
+    ],
+)
+def test_rotations_that_cannot_be_undone_are_refused(model_type: str, score: Any, message: str) -> None:
+    """Pairs of two angles are no rotation; and an attention that splits its heads itself may take any of their channels."""
+    with pytest.raises(ValueError, match=f"score={score!r}: .*{message}"):
+        gap_triton.attach(build_or_skip(model_type), GapConfig(0.5, 0, score))
+
+
 def test_unrotated_takes_back_a_stretched_rotation() -> None:
     """YaRN multiplies cos and sin, so that queries and keys are longer after RoPE."""
     scores = []
