@@ -126,6 +126,7 @@ BUDGETS = {
     "prepare_kernel": ((64, 1), (64, 1)),
     "pairs_kernel": ((168, 16), (272, 16)),
     "choose_kernel": ((128, 2), (128, 2)),
+    "cover_kernel": ((128, 2), (96, 2)),
     "rest_kernel": ((104, 1), (64, 1)),
     "remove_kernel": ((128, 9), (64, 1)),
     "least_similar_kernel": ((128, 1), (96, 1)),
@@ -553,17 +554,18 @@ def merge_cases() -> Iterator[Case]:
 
 
 def greedy_cases() -> Iterator[Case]:
-    for rule, channels, dtype, with_scores in (
-        ("max_min", 1024, torch.float16, False),
-        ("determinant", 1024, torch.bfloat16, True),
-        ("coverage_gain", 1024, torch.bfloat16, True),
-        ("coverage_gain", 75, torch.float16, False),
-        ("determinant", 1024, torch.float32, False),
-        ("max_min", 75, torch.float32, False),
+    for rule, tokens, channels, dtype, with_scores in (
+        ("max_min", 576, 1024, torch.float16, False),
+        ("determinant", 576, 1024, torch.bfloat16, True),
+        ("coverage_gain", 576, 1024, torch.bfloat16, True),
+        ("coverage_gain", 5000, 75, torch.float16, False),
+        ("determinant", 576, 1024, torch.float32, False),
+        ("max_min", 576, 75, torch.float32, False),
     ):
-        features, scores = empty(1, 576, channels, dtype=dtype), empty(1, 576) if with_scores else None
-        name = f"{rule}, {channels:,} channels, {DTYPES[dtype]}{', scores' if with_scores else ''}"
-        # Of coverage, two steps are what many are: launches of the same kernels.
+        features = empty(1, tokens, channels, dtype=dtype)
+        scores = empty(1, tokens) if with_scores else None
+        name = f"{rule}, {tokens:,} tokens, {channels:,} channels, {DTYPES[dtype]}{', scores' if with_scores else ''}"
+        # Of coverage of many tokens, two steps are what many are: launches of the same kernels.
         given = (features, scores, None, rule, 1.0, 2, torch.tensor([2]) if with_scores else None, 2)
         yield name, partial(greedy.greedy_indices, *given)
 

@@ -26,6 +26,7 @@ from gap_kernels.cosine import kernel as cosine
 from gap_kernels.cosine import reference as cosine_reference
 from gap_kernels.flash_attention import kernel as attention
 from gap_kernels.flash_attention import reference as attention_reference
+from gap_kernels.greedy import coverage as greedy_coverage
 from gap_kernels.greedy import kernel as greedy
 from gap_kernels.greedy import reference as greedy_reference
 from gap_kernels.importance import kernel as importance
@@ -1187,7 +1188,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 @pytest.mark.parametrize("rule", ["max_min", "determinant", "coverage_gain"])
 def test_greedy(rule: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Several tiles of tokens, more than one part of each vector, NaN, zeros and duplicates, a count each."""
-    tokens, channels, k = 67, 150, 4 if rule == "coverage_gain" else 19  # rows of the factor: 16 at a time
+    tokens, channels, k = 67, 150, 19  # rows of the factor: 16 at a time
     features = torch.randn(2, tokens + 1, channels, generator=generator).to(DEVICE, dtype)[:, 1:]
     features[0, 7, 149], features[0, 66, 3], features[1, 5] = math.nan, math.inf, 0.0
     features[1, 60:] = features[1, :7]
@@ -1200,6 +1201,34 @@ def test_greedy(rule: str, dtype: torch.dtype, generator: torch.Generator) -> No
     ):
         expected = greedy_reference.greedy_indices(features.double(), *arguments[1:])
         assert torch.equal(greedy.greedy_indices(*arguments), expected)
+
+
+def test_greedy_by_coverage_of_many_tokens(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters and copies, so that old gains rarely still hold; more columns than a tile has; samples in blocks of one.
+
+    And where there are too many cosines to store them: the same.
+    """
+    tokens = 270
+    centers = torch.randn(12, 24, generator=generator)
+    which = torch.randint(12, (2, tokens), generator=generator)
+    features = (centers[which] + 0.3 * torch.randn(2, tokens, 24, generator=generator)).to(DEVICE)
+    features[0, 250:] = features[0, :20]
+    features[1, 3], features[1, 4] = 0.0, math.nan
+    scores = torch.rand(2, tokens, generator=generator).to(DEVICE)
+    mask = (torch.rand(2, tokens, generator=generator) < 0.9).to(DEVICE)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", tokens * tokens)
+    for score, k in ((None, 16), (scores, 12)):
+        expected = greedy_reference.greedy_indices(
+            features.double(), score, mask, "coverage_gain", 1.0, k, None, k
+        )
+        found = greedy.greedy_indices(features, score, mask, "coverage_gain", 1.0, k, None, k)
+        assert torch.equal(found, expected)
+    few = features[:1, :40], None, None, "coverage_gain", 1.0, 3, None, 3
+    expected = greedy_reference.greedy_indices(few[0].double(), *few[1:])
+    monkeypatch.setattr(greedy, "MOST_COSINES", 40 * 40 - 1)
+    assert torch.equal(greedy.greedy_indices(*few), expected)
 
 
 def test_greedy_beyond_what_can_be_chosen() -> None:
@@ -1258,7 +1287,7 @@ def test_least_similar_beyond_what_can_be_chosen() -> None:
 def test_choices_launch_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or what counts as one operator would be a dozen launches on a GPU."""
     launched: list[str] = []
-    for module in (greedy, merge, similarity):
+    for module in (greedy, greedy_coverage, merge, similarity):
         monkeypatch.setattr(
             module, "launch", lambda kernel, *rest, **options: launched.append(kernel.__name__)
         )
@@ -1271,7 +1300,7 @@ def test_choices_launch_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         ("prepare", "choose"): partial(
             greedy.greedy_indices, features, scores, mask, "determinant", 1.0, 9, None, 9
         ),
-        ("prepare", *["pairs", "choose"] * 9): partial(
+        ("prepare", "pairs", "cover"): partial(
             greedy.greedy_indices, features, scores, None, "coverage_gain", 1.0, 9, None, 9
         ),
         ("rest", "cosines", "remove"): partial(similarity.distinct_indices, features, scores, 9, 4, 8),

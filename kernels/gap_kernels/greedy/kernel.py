@@ -2,19 +2,22 @@
 """Greedy, similarity-aware selection in Triton.
 
 1. ``prepare_kernel``: the length of each vector, its state and its weight, once;
-2. ``pairs_kernel``: over all pairs, a tile of cosines at a time and none of them stored, for each token the nearest other
-   (max-min, once) or what it would cover more (coverage, before every step);
-3. ``choose_kernel``: one program per sample chooses, and compares the chosen token with all others, step after step. By
-   max-min and determinant one launch has all steps, by coverage each has one.
+2. ``pairs_kernel``: over all pairs, a tile of cosines at a time, for each token the nearest other (max-min) or what it
+   would cover (coverage, which stores the cosines);
+3. ``choose_kernel``: one program per sample chooses, and compares the chosen token with all others, step after step; by
+   coverage ``cover_kernel`` (``coverage.py``), which reads stored cosines.
+
+By coverage of more than 4,096 tokens no cosines are stored: then 2 and 3 are launched for every step.
 
 With N tokens of C channels in e bytes, a step reads all features: ``N C e`` bytes a sample, 1.2 MB for 576 tokens of 1,024
 in half precision. By determinant, step t reads ``4 t N`` bytes more, of the factor so far. All steps read them from the
 L2 cache, where they fit (LLaVA-1.5's do). The floor for a GPU is the features once, ``N C e``; for this design it is k
-times that through one multiprocessor per sample, as each choice waits for the one before. By coverage, a step has
-``2 N^2 C`` operations more, spread over N / BLOCK_M programs a sample: 0.7 GFLOP for those 576 tokens, 17 for 2,880. That
-is the price of storing no N x N matrix. Nothing of this was measured.
+times that through one multiprocessor per sample, as each choice waits for the one before. Over all pairs there are
+``2 N^2 C`` operations, spread over N / BLOCK_M programs a sample: 0.7 GFLOP for those 576 tokens, 17 for 2,880; in every
+step, where no cosines are stored. Nothing of this was measured.
 
-Workspaces: a handful of vectors [B, N], and by determinant the factor [B, k, N] float32. Products are as in ``aggregate``:
+Workspaces: a handful of vectors [B, N], by determinant the factor [B, k, N] float32, and by coverage the cosines
+[B, N, N] float32, of a block of samples at a time (`blocks.row_blocks`). Products are as in ``aggregate``:
 operands in the dtype of the features, sums in float32, in a fixed order; float32 never in TF32.
 """
 
@@ -26,22 +29,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
+from ..blocks import row_blocks
 from ..flash_attention.kernel import load_vectors
 from ..importance.kernel import part_of
 from ..launch import cdiv, launch, next_power_of_2
-from ..select.kernel import WRITE_BLOCK, write_selected
+from ..select.kernel import WRITE_BLOCK
 from . import reference
+from .choice import (
+    CANDIDATE,
+    CHOSEN,
+    DEPENDENT,
+    DETERMINANT,
+    LAST,
+    MAX_MIN,
+    MAX_WEIGHT,
+    NEVER,
+    NORM_EPSILON,
+    NOTHING,
+    best_token,
+    write_chosen,
+)
+from .coverage import MOST_COSINES, choose_by_coverage
 
-NEVER = tl.constexpr(reference.NEVER)
-LAST = tl.constexpr(reference.LAST)
-CANDIDATE = tl.constexpr(reference.CANDIDATE)
-CHOSEN = tl.constexpr(reference.CHOSEN)
-DEPENDENT = tl.constexpr(reference.DEPENDENT)
-NOTHING = tl.constexpr(reference.NOTHING)
-TIE = tl.constexpr(reference.TIE)
-NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
-MAX_WEIGHT = tl.constexpr(reference.MAX_WEIGHT)
-MAX_MIN, DETERMINANT, COVERAGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 RULES = {"max_min": 0, "determinant": 1, "coverage_gain": 2}
 SCAN_BLOCK = 1024
 """Tokens that are compared at a time, and rows of the factor times tokens that are read at a time."""
@@ -105,6 +114,7 @@ def pairs_kernel(
     state,
     covered,
     value,
+    cosines,
     stride_b,
     stride_n,
     n,
@@ -116,7 +126,8 @@ def pairs_kernel(
 ):
     """Compare one tile of tokens with all candidates: value [B, N] float32. Grid (B * token tiles).
 
-    With ``covered`` [B, N] it is what each would cover more; without, the distance to the nearest other.
+    With ``covered`` [B, N] it is what each would cover more. ``cosines`` [B, N, N] float32 gets those of all pairs, and
+    value what each would cover by itself. With neither it is the distance to the nearest other.
     """
     tiles = tl.cdiv(n, BLOCK_M)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -140,46 +151,20 @@ def pairs_kernel(
             right = load_vectors(pointer, usable, start, C, BLOCK_C, UPCAST)
             products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
         cosine = products * own_scale[:, None] * tl.load(scale + column, mask=usable, other=0.0)[None, :]
-        if covered is not None:
+        if cosines is not None:
+            inside = (token < n)[:, None] & (column < n)[None, :]
+            tl.store(cosines + batch * n * n + (token[:, None] * n + column[None, :]), cosine, mask=inside)
+            gained += tl.sum(tl.where(usable[None, :] & (cosine > NOTHING), cosine, 0.0), 1)
+        elif covered is not None:
             least = tl.load(covered + batch * n + column, mask=usable, other=0.0)
             more = cosine - least[None, :]
             gained += tl.sum(tl.where(usable[None, :] & (more > NOTHING), more, 0.0), 1)
         else:
             apart = usable[None, :] & (column[None, :] != token[:, None])
             nearest = tl.maximum(nearest, tl.max(tl.where(apart, cosine, -float("inf")), 1))
-    if covered is None:
+    if (cosines is None) & (covered is None):
         gained = tl.minimum(1.0 - nearest, 2.0)  # 2 where there is no other
     tl.store(value + batch * n + token, gained, mask=token < n)
-
-
-@triton.jit
-def load_keys(state, value, weight, start, n, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return tokens and what they are chosen by, as in ``reference.py``."""
-    token = start + tl.arange(0, BLOCK)
-    kind = tl.load(state + token, mask=token < n, other=0)
-    key = tl.load(value + token, mask=token < n, other=0.0)
-    if RULE == DETERMINANT:
-        key = tl.sqrt(key)
-    key = tl.where(key > NOTHING, key, 0.0)
-    if weight is not None:
-        key *= tl.load(weight + token, mask=token < n, other=0.0)
-    return token, tl.where(kind == CANDIDATE, key, tl.where(kind == LAST, -1.0, -float("inf")))
-
-
-@triton.jit
-def best_token(state, value, weight, n, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the token that is next, n if there is none."""
-    largest = tl.full((), -float("inf"), tl.float32)
-    for start in range(0, n, BLOCK):
-        _, key = load_keys(state, value, weight, start, n, RULE, BLOCK)
-        largest = tl.maximum(largest, tl.max(key, 0))
-    best = n
-    if largest > -float("inf"):
-        for start in range(0, n, BLOCK):
-            token, key = load_keys(state, value, weight, start, n, RULE, BLOCK)
-            equal = key >= largest - TIE * tl.abs(largest)
-            best = tl.minimum(best, tl.min(tl.where(equal, token, n), 0))
-    return best
 
 
 @triton.jit
@@ -285,13 +270,7 @@ def choose_kernel(
             tl.debug_barrier()  # other threads read what was stored
 
     if last == steps:
-        total = tl.full((), 0, tl.int32)
-        for start in range(0, n, BLOCK_SCAN):
-            token = start + tl.arange(0, BLOCK_SCAN)
-            total += tl.sum((tl.load(state + token, mask=token < n, other=0) == CHOSEN).to(tl.int32), 0)
-        write_selected(
-            index + sample * length, state, n, length, CANDIDATE, 0, total, BLOCK_WRITE, False, False
-        )
+        write_chosen(index + sample * length, state, n, length, BLOCK_SCAN, BLOCK_WRITE)
 
 
 def greedy_indices(
@@ -339,15 +318,32 @@ def greedy_indices(
     )
     if weight is not None and exponent != 1:
         weight.pow_(exponent).clamp_(max=reference.MAX_WEIGHT)
+    counts = None if counts is None else counts.contiguous()
+    if covered is not None and n * n <= MOST_COSINES:
+        for block in row_blocks(batch, n * n):
+            own = features[block], scale[block], state[block]
+            cosines = torch.empty((len(own[0]), n, n), dtype=torch.float32, device=device)
+            _compare_pairs(*own, None, value[block], cosines, tiles)
+            choose_by_coverage(
+                cosines,
+                state[block],
+                value[block],
+                None if weight is None else weight[block],
+                None if counts is None else counts[block],
+                covered[block],
+                index[block],
+                k,
+            )
+        return index
     history = None
     if rule == "max_min":
-        _compare_pairs(features, scale, state, None, value, tiles)
+        _compare_pairs(features, scale, state, None, value, None, tiles)
     elif rule == "determinant":
         history = torch.empty((batch, steps, n), dtype=torch.float32, device=device)
     per_launch = steps if covered is None else 1
     for first in range(0, steps, per_launch):
         if covered is not None:
-            _compare_pairs(features, scale, state, covered, value, tiles)
+            _compare_pairs(features, scale, state, covered, value, None, tiles)
         launch(
             choose_kernel,
             (batch,),
@@ -357,7 +353,7 @@ def greedy_indices(
                 state,
                 value,
                 weight,
-                None if counts is None else counts.contiguous(),
+                counts,
                 covered,
                 history,
                 index,
@@ -385,14 +381,15 @@ def _compare_pairs(
     state: Tensor,
     covered: Tensor | None,
     value: Tensor,
+    cosines: Tensor | None,
     tiles: dict[str, int],
 ) -> None:
-    """Launch ``pairs_kernel``, which writes to ``value``."""
+    """Launch ``pairs_kernel``, which writes to ``value`` and ``cosines``."""
     batch, n, channels = features.shape
     launch(
         pairs_kernel,
         (batch * cdiv(n, tiles["BLOCK_M"]),),
-        (features, scale, state, covered, value),
+        (features, scale, state, covered, value, cosines),
         features.stride()[:2],
         (n,),
         (),
