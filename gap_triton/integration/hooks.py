@@ -434,7 +434,7 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
     kept: KeptRows | None = None if run.kept is None else run.kept.at(index)
     drop = None if run.prefill is None else run.prefill.drop_before(index)
     if kept is None and drop is None:
-        _keep_rotary(run.prefill, kwargs, index)
+        _keep_rotary(run.prefill, layer, kwargs, index)
         return None
     if run.attachment.survivors_only and len(args) > 1:
         args, kwargs = by_name(layer, args, kwargs)  # Gemma 4's inputs of each layer
@@ -446,15 +446,20 @@ def before_layer(layer: Any, args: Args, kwargs: Kwargs, *, index: int) -> tuple
         hidden_states, kept = _drop(run, run.prefill, drop, hidden_states, kwargs)
     if kept is not None:
         shorten(run, kept, hidden_states, kwargs, index)
-    _keep_rotary(run.prefill, kwargs, index)
+    _keep_rotary(run.prefill, layer, kwargs, index)
     return (hidden_states,), kwargs
 
 
-def _keep_rotary(prefill: Prefill | None, kwargs: Kwargs, index: int) -> None:
+def _keep_rotary(prefill: Prefill | None, layer: Any, kwargs: Kwargs, index: int) -> None:
     """Keep what layer ``index`` rotates by, where it is the one that scores for the next stage."""
     drop = None if prefill is None else prefill.next_drop
     if prefill is not None and drop is not None and drop.stage.layer == index:
-        prefill.rotary = kwargs.get("position_embeddings")
+        name = "position_embeddings"
+        if (
+            f"{name}_local" in kwargs
+        ):  # Gemma 3 before transformers 5: each layer is handed both, and takes its own
+            name += "_local" if any(getattr(m, "is_sliding", False) for m in layer.modules()) else "_global"
+        prefill.rotary = kwargs.get(name)
 
 
 def _hand_mask(step: DecodeStep, stage: int, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -130,7 +130,7 @@ def test_the_operator_and_the_models_own_function_agree(
     attention = next(module for module in text.layers[0].modules() if hasattr(module, "k_proj"))
     query, key = torch.randn(2, 4, 5, attention.head_dim), torch.randn(2, 2, 5, attention.head_dim)
     position = torch.arange(10).view(2, 5)
-    axes = getattr(text.config, "rope_parameters", None) or {}
+    axes = getattr(text.config, "rope_parameters", None) or getattr(text.config, "rope_scaling", None) or {}
     position = position.expand(3, -1, -1) if "mrope_section" in axes else position
     cos, sin = text.rotary_emb(query, position)
     rotation, sections = unrotation.rotation_with(attention)
