@@ -120,7 +120,7 @@ BUDGETS = {
     "received_mass_kernel": ((216, 72), (256, 48)),
     "received_mean_kernel": ((40, 1), (32, 2)),
     "spatial_weights_kernel": ((168, 48), (192, 48)),
-    "spatial_aggregate_kernel": ((96, 48), (160, 48)),
+    "spatial_aggregate_kernel": ((104, 48), (160, 48)),
     "cosines_kernel": ((192, 48), (144, 48)),
     "collect_kernel": ((128, 3), (128, 3)),
     "assign_kernel": ((168, 48), (208, 48)),
