@@ -32,7 +32,9 @@ from gap_triton.strategies.coverage import choose_on_grid
 NAN, INF = math.nan, math.inf
 APART = 1e-6
 """Cosines that differ by less may be in either order in float32."""
-SCORE = st.one_of(st.sampled_from([0.0, 1.0, INF, -INF, NAN]), st.floats(-4, 4, width=32))
+# Times a gain, a score that is hardly more than 0 or than another may be less than float32 can hold.
+FINITE = st.one_of(st.just(0.0), st.floats(2**-60, 4, width=32), st.floats(-4, -(2**-60), width=32))
+SCORE = st.one_of(st.sampled_from([0.0, 1.0, INF, -INF, NAN]), FINITE)
 NAIVE: dict[str, Callable[[list[float], Tensor, int], list[int]]] = {
     "least_similar": chosen_least_similar,
     "distinct": chosen_distinct,
@@ -88,8 +90,7 @@ def test_choice_on_samples_with_filler(coverage: str, data: st.DataObject) -> No
     lengths = data.draw(st.lists(st.integers(1, 16), min_size=2, max_size=3))
     columns = max(lengths) + data.draw(st.integers(0, 2))
     keep = [data.draw(st.integers(0, length)) for length in lengths]
-    score = st.floats(-4, 4, width=32)
-    listed = [data.draw(st.lists(score, min_size=length, max_size=length)) for length in lengths]
+    listed = [data.draw(st.lists(FINITE, min_size=length, max_size=length)) for length in lengths]
     rows = [rows_apart(data, length) for length in lengths]
     odd = data.draw(st.sampled_from([0.0, NAN, INF, 1e30]))
     features, scores = torch.full((len(lengths), columns, 6), odd), torch.full((len(lengths), columns), -INF)
