@@ -12,6 +12,7 @@ from gap_kernels.greedy import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.naive.greedy import CLEAR, oracle
+from support.naive.select import fill
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -26,10 +27,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def fill(row: list[int], length: int) -> list[int]:
-    return [-1] * (length - len(row)) + row
 
 
 def inputs(batch: int = 2, tokens: int = 9, channels: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

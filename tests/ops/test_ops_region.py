@@ -11,6 +11,7 @@ from gap_kernels import grid_neighbours, topk_indices, topk_per_region
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.naive.region import oracle, regions
+from support.naive.select import fill
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -23,10 +24,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def fill(row: list[int], length: int) -> list[int]:
-    return [-1] * (length - len(row)) + row
 
 
 # Exact in float32: the oracle would tell floats apart that are equal there.

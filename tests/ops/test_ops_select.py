@@ -9,14 +9,10 @@ import torch
 from gap_kernels import topk_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.naive.select import oracle
+from support.naive.select import fill, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN, INF = math.nan, math.inf
-
-
-def fill(row: list[int], length: int) -> list[int]:
-    return [-1] * (length - len(row)) + row
 
 
 # Exact in float32: the oracle would tell floats apart that are equal there.

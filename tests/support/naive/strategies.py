@@ -11,16 +11,13 @@ from torch import Tensor
 from gap_triton.strategies import Merged, spatial_order
 
 from . import greedy
+from .select import fill as fill
 
 
 def ranked(scores: list[float]) -> list[int]:
     """All rows, best first; ties to the lower row, NaN as -inf."""
     keys = [(math.inf if math.isnan(score) else -score, row) for row, score in enumerate(scores)]
     return [row for _, row in sorted(keys)]
-
-
-def fill(row: list[int], length: int) -> list[int]:
-    return [-1] * (length - len(row)) + sorted(row)
 
 
 def chosen_topk(scores: list[float], keep: int) -> list[int]:
